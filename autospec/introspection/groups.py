@@ -1,0 +1,183 @@
+"""Groups of samples: labels in, a table of groups and of disjoint cells out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import WatchError
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which samples of one batch belong to which groups.
+
+    Attributes
+    ----------
+    cells : ndarray of int, shape (samples,)
+        The cell of each sample: samples in exactly the same groups share a cell.
+    members : ndarray of bool, shape (cells, groups)
+        Which groups each cell belongs to; column 0 is the whole batch.
+    """
+
+    cells: np.ndarray
+    members: np.ndarray
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Samples in each group, shape (groups,)."""
+        return np.bincount(self.cells, minlength=len(self.members)) @ self.members.astype(np.int64)
+
+
+class Groups:
+    """The groups of a study, fixed by the labels first seen.
+
+    Parameters
+    ----------
+    labels : array-like or mapping of str to array-like or None
+        One label a sample; or several groupings by name; or None for the whole batch alone.
+    crossed : sequence of sequences of str
+        Groupings whose crossing is a grouping of its own, such as ``[("diagnosis", "sex")]``.
+
+    Attributes
+    ----------
+    names : tuple of str
+        ``all`` first, then the groups.
+    groupings : tuple of str
+        The grouping that each group comes from.
+    missing : dict of str to int
+        Samples without a label, by grouping.
+
+    Raises
+    ------
+    WatchError
+        If a label is ``all``, groupings differ in length, or a declared category has no member.
+    """
+
+    def __init__(self, labels: Any, crossed: Sequence[Sequence[str]] = ()) -> None:
+        self._single = not isinstance(labels, Mapping)
+        columns = self._columns(labels)
+        self._crossed = [tuple(names) for names in crossed]
+        for names in self._crossed:
+            absent = [name for name in names if name not in columns]
+            if absent:
+                raise WatchError(f"crossed names the grouping '{absent[0]}', but groups has no such grouping.")
+        self._order = {name: _categories(name, values) for name, values in columns.items()}
+        plain = self._single or len(columns) == 1
+        self._tests: list[dict[str, str]] = [{}]
+        names, groupings = [ALL], [ALL]
+        for grouping, categories in self._order.items():
+            for label in categories:
+                self._tests.append({grouping: label})
+                names.append(label if plain else f"{grouping}={label}")
+                groupings.append(grouping)
+        for crossing in self._crossed:
+            for combination in _combinations(columns, self._order, crossing):
+                self._tests.append(combination)
+                names.append(" & ".join(f"{grouping}={label}" for grouping, label in combination.items()))
+                groupings.append(" & ".join(crossing))
+        self.names, self.groupings = tuple(names), tuple(groupings)
+        self.missing = {
+            name: int(sum(value is None for value in _strings(values))) for name, values in columns.items()
+        }
+        self.missing = {name: count for name, count in self.missing.items() if count}
+
+    def assign(self, labels: Any) -> Assignment:
+        """Assign one batch's samples to the groups.
+
+        Parameters
+        ----------
+        labels : as for the constructor
+            Labels of this batch, in the order of its samples.
+
+        Raises
+        ------
+        WatchError
+            If the groupings differ from the first ones, or a label was not among the first ones.
+        """
+        columns = self._columns(labels)
+        if list(columns) != list(self._order):
+            raise WatchError(
+                f"groups has the groupings {list(columns)}, but watching began with {list(self._order)}: "
+                "give the same groupings each time."
+            )
+        strings = {name: _strings(values) for name, values in columns.items()}
+        for name, values in strings.items():
+            unknown = sorted({v for v in values if v is not None} - set(self._order[name]))
+            if unknown:
+                raise WatchError(
+                    f"the label '{unknown[0]}' was not among the groups given at the start ({self._order[name]}): "
+                    "give watch(groups=...) the labels of the whole data set, then set_groups each batch's."
+                )
+        count = len(next(iter(strings.values()))) if strings else 0
+        table = np.ones((count, len(self.names)), dtype=bool)
+        arrays = {name: np.array(values, dtype=object) for name, values in strings.items()}
+        for column, test in enumerate(self._tests):
+            for grouping, label in test.items():
+                table[:, column] &= arrays[grouping] == label
+        members, cells = np.unique(table, axis=0, return_inverse=True)
+        return Assignment(cells.reshape(-1), members)
+
+    @staticmethod
+    def _columns(labels: Any) -> dict[str, Any]:
+        if labels is None:
+            return {}
+        columns = dict(labels) if isinstance(labels, Mapping) else {"group": labels}
+        lengths = {name: len(values) for name, values in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise WatchError(f"the groupings have different lengths ({lengths}): each needs one label a sample.")
+        return columns
+
+
+def _strings(values: Any) -> list[str | None]:
+    """Labels as strings; None where the label is missing."""
+    if isinstance(values, torch.Tensor):
+        values = values.tolist()
+    elif hasattr(values, "tolist"):
+        values = values.tolist()
+    return [None if _is_missing(value) else str(value) for value in values]
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or type(value).__name__ in ("NAType", "NaTType") or value != value
+
+
+def _categories(name: str, values: Any) -> list[str]:
+    """Distinct labels in a sensible order: declared categories, else numbers by value, else by name."""
+    declared = getattr(getattr(values, "dtype", None), "categories", None)
+    present = {value for value in _strings(values) if value is not None}
+    if declared is not None:
+        order = [str(category) for category in declared]
+        empty = [label for label in order if label not in present]
+        if empty:
+            raise WatchError(
+                f"the group '{empty[0]}' of '{name}' has no member: remove the unused category "
+                "(pandas: .cat.remove_unused_categories()), or check the selection of samples."
+            )
+    else:
+        try:
+            order = sorted(present, key=float)
+        except ValueError:
+            order = sorted(present)
+    if not order:
+        raise WatchError(f"every label of '{name}' is missing: there is no group to watch.")
+    if ALL in order:
+        raise WatchError(f"'{ALL}' is the name of the whole batch and cannot be a group of '{name}': rename it.")
+    return order
+
+
+def _combinations(
+    columns: dict[str, Any], order: dict[str, list[str]], crossing: tuple[str, ...]
+) -> list[dict[str, str]]:
+    """Observed combinations of several groupings, in the order of their labels."""
+    rows = set(zip(*(_strings(columns[name]) for name in crossing), strict=True))
+    rows = {row for row in rows if None not in row}
+    rank = [{label: i for i, label in enumerate(order[name])} for name in crossing]
+    ordered = sorted(rows, key=lambda row: [rank[i][label] for i, label in enumerate(row)])
+    return [dict(zip(crossing, row, strict=True)) for row in ordered]

@@ -1,0 +1,815 @@
+"""The watcher: hooks around a model that record spectra while the user's own loop trains it."""
+
+from __future__ import annotations
+
+import fnmatch
+import random
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .errors import WatchError
+from .groups import Assignment, Groups
+from .layers import rule_for
+from .rows import RowMap, map_rows
+from .schedule import Schedule, make_schedule
+from .spectra import RowStack, gram, group_shares, noise_floor, singular_values
+from .tree import LayerLayout, Record, build_tree
+
+STATISTICS = ("gradient", "activation", "adjoint")
+STEPS_PER_CHUNK = 64
+# The shares' sum and the gradient that arrived are two float32 sums of the same products in another order.
+GUARD_TOLERANCE = 8.0
+
+_watched_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class Sink(Protocol):
+    """Where finished records go: `autospec.trajectories` provides one that writes zarr."""
+
+    def append(self, tree: xr.DataTree) -> None:
+        """Take the records of some more steps."""
+        ...
+
+    def truncate(self, count: int) -> None:
+        """Keep the first ``count`` recorded steps."""
+        ...
+
+    def finish(self, attributes: dict[str, Any], complete: bool) -> None:
+        """Take the final attributes; ``complete`` is False if the block ended in an exception."""
+        ...
+
+    def open(self) -> xr.DataTree:
+        """Open what was written."""
+        ...
+
+
+@dataclass
+class _Pending:
+    """What has arrived for one parameter since the last step."""
+
+    shares: dict[bytes, Tensor] = field(default_factory=dict)
+    rows: dict[bytes, int] = field(default_factory=dict)
+    activations: dict[bytes, RowStack] = field(default_factory=dict)
+    adjoints: dict[bytes, RowStack] = field(default_factory=dict)
+    exact: dict[bytes, Tensor] = field(default_factory=dict)
+    arrived: Tensor | None = None
+    inputs: list[_ConstantInput | None] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass
+class _ConstantInput:
+    """Identifies a layer input that is data, so that an unchanged one is decomposed once."""
+
+    tensor: Tensor
+    version: int
+    checksum: tuple[float, float] | None
+    assignment: Assignment | None
+
+    def same(self, other: _ConstantInput) -> bool:
+        return (
+            self.tensor.data_ptr() == other.tensor.data_ptr()
+            and self.tensor.shape == other.tensor.shape
+            and self.version == other.version
+            and self.checksum == other.checksum
+            and self.assignment is other.assignment
+        )
+
+
+@dataclass
+class _Use:
+    """One use of a parameter in a forward pass whose adjoint has arrived."""
+
+    activation: Tensor
+    adjoint: Tensor
+    samples: np.ndarray | None
+    forward: _Forward
+    constant: _ConstantInput | None
+
+
+@dataclass
+class _Forward:
+    """One forward pass of the model: whose rows are whose, and how often each layer was called."""
+
+    assignment: Assignment | None
+    row_map: RowMap | None
+    error: WatchError | None = None
+    calls: dict[tuple[str, str], int] = field(default_factory=dict)
+    orders: dict[int, tuple[Tensor, list[int], list[bytes]]] = field(default_factory=dict)
+
+
+class _Layer:
+    """A watched parameter: its name, where it is used, and what is pending for it."""
+
+    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.also: list[str] = []
+        self.places: list[tuple[str, str]] = []
+        self.shape: tuple[int, int] = (parameter.shape[0], parameter[0].numel())
+        self.uses: list[_Use] = []
+        self.pending: _Pending | None = None
+        self.handle: RemovableHandle | None = None
+        self.constant: tuple[_ConstantInput, np.ndarray, np.ndarray] | None = None
+        self.rank_limit: np.ndarray | None = None
+        self.widths: dict[str, int] = {}
+
+
+class Watcher:
+    """Record spectra of gradients, activations and adjoints while a model trains.
+
+    See `autospec.watch` for the parameters.  Use it as a context manager around the training loop and call
+    `step` once per parameter update, any time after the backward pass and before the next forward pass.
+
+    Attributes
+    ----------
+    trajectories : xarray.DataTree
+        What has been recorded so far.
+    groups : tuple of str
+        Names of the groups, ``all`` first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Any = None,
+        *,
+        statistics: Sequence[str] = STATISTICS,
+        every: int = 1,
+        steps: Iterable[int] | Schedule | None = None,
+        layers: Sequence[str] | None = None,
+        singular_values: int | Sequence[int] | str | None = None,
+        crossed: Sequence[Sequence[str]] = (),
+        batch_dim: int | None = None,
+        rows: Mapping[str, Any] | None = None,
+        unknown: str = "refuse",
+        audit: int | None = None,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        if unknown not in ("refuse", "skip"):
+            raise WatchError(f"unknown={unknown!r}: choose 'refuse' or 'skip'.")
+        bad = [s for s in statistics if s not in STATISTICS]
+        if bad or isinstance(statistics, str) or not statistics:
+            raise WatchError(f"statistics={statistics!r}: choose one or more of {list(STATISTICS)} in a list.")
+        if audit is not None and (isinstance(audit, bool) or not isinstance(audit, int) or audit < 1):
+            raise WatchError(f"audit={audit!r} is not a whole number of at least 1.")
+        self._model = model
+        self._statistics = tuple(s for s in STATISTICS if s in statistics)
+        self._schedule = make_schedule(every, steps)
+        self._singular_values = _checked_singular_values(singular_values)
+        self._batch_dim = batch_dim
+        self._rows = {name: np.asarray(value).reshape(-1) for name, value in (rows or {}).items()}
+        self._audit_every = audit
+        self._sink: Sink | None = None
+        self._crossed = tuple(crossed)
+        self._layers = _find_layers(model, layers, unknown)
+        self._check_rows_names()
+        self._attributes = dict(attributes or {})
+        self._groups: Groups | None = None
+        self._labels_given = groups is not None
+        self._assignment: Assignment | None = None
+        self._set_labels(groups)
+        self._row_maps: dict[Any, RowMap] = {}
+        self._forward: _Forward | None = None
+        self._handles: list[RemovableHandle] = []
+        self._active = False
+        self._paused = False
+        self._count = 0
+        self._recorded = 0
+        self._recording = self._schedule(0)
+        self._buffer: list[Record] = []
+        self._records: list[Record] = []
+        self._warned_nan = False
+        self._audit: dict[str, Any] = {
+            "steps": [],
+            "largest_error": 0.0,
+            "largest_guard_deviation": 0.0,
+            "guard_tolerance": GUARD_TOLERANCE,
+            "outside": {},
+            "probe_passes": 0,
+            "batch_dims": [],
+            "samples_without_label": {},
+        }
+
+    def write_to(self, sink: Sink) -> None:
+        """Send records to a store instead of keeping them in memory."""
+        self._sink = sink
+
+    # ------------------------------------------------------------------ the block
+
+    def __enter__(self) -> Watcher:
+        if self._model in _watched_models:
+            raise WatchError("this model is already being watched: leave the first watch() block before another.")
+        _watched_models.add(self._model)
+        self._active = True
+        try:
+            modules = dict(self._model.named_modules())
+            by_place = {place: layer for layer in self._layers for place in layer.places}
+            for module_name in dict.fromkeys(name for name, _ in by_place):
+                rule = rule_for(modules[module_name])
+                assert rule is not None
+                on_use = self._use_hook(module_name, by_place)
+                self._handles += rule.attach(modules[module_name], on_use)
+            self._handles.append(self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True))
+            self._handles.append(self._model.register_forward_hook(self._forward_ends, always_call=True))
+        except BaseException:
+            self._detach()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._detach()
+        if self._sink is not None:
+            self._flush()
+            self._sink.finish(self._final_attributes(), complete=kind is None)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for layer in self._layers:
+            if layer.handle is not None:
+                layer.handle.remove()
+            layer.handle, layer.uses, layer.pending, layer.constant = None, [], None, None
+        self._forward = None
+        self._active = False
+        _watched_models.discard(self._model)
+
+    # ------------------------------------------------------------------ what the user calls
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups, ``all`` first."""
+        return self._groups.names if self._groups is not None else ("all",)
+
+    def set_groups(self, labels: Any) -> None:
+        """Give the labels of the next batch, in the order of its samples.
+
+        Parameters
+        ----------
+        labels : as for `autospec.watch`
+            One label a sample.
+
+        Raises
+        ------
+        WatchError
+            If a label was not among those given at the start.
+        """
+        self._set_labels(labels)
+
+    def step(self) -> None:
+        """Close one step of the training: compute and keep its spectra if the schedule says so.
+
+        Call it once per parameter update, after the backward pass and before the next forward pass; before or
+        after ``optimizer.step()`` makes no difference.
+
+        Raises
+        ------
+        WatchError
+            If no gradient has arrived since the last step.
+        """
+        if not self._active:
+            raise WatchError("step() was called outside the watch() block.")
+        if self._recording:
+            if all(layer.pending is None for layer in self._layers):
+                raise WatchError(
+                    f"step() was called at step {self._count}, but no gradient of a watched layer has arrived "
+                    "since the last step: call it after loss.backward()."
+                )
+            record = self._measure()
+            self._recorded += 1
+            (self._records if self._sink is None else self._buffer).append(record)
+            if len(self._buffer) >= STEPS_PER_CHUNK:
+                self._flush()
+        for layer in self._layers:
+            layer.uses, layer.pending = [], None
+        self._count += 1
+        self._recording = self._schedule(self._count)
+
+    @property
+    def trajectories(self) -> xr.DataTree:
+        """Everything recorded so far, as a labelled tree (see `autospec.open_trajectories`)."""
+        if self._sink is not None:
+            if self._active:
+                self._flush()
+            return self._sink.open()
+        return self._tree(self._records, self._final_attributes())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a training loop must keep to go on recording after an interruption.
+
+        Returns
+        -------
+        dict
+            Load it with `load_state_dict` into a watcher made in the same way.  With a store, the records stay
+            there and only their number is kept.
+        """
+        if self._sink is not None:
+            self._flush()
+        return {
+            "count": self._count,
+            "recorded": self._recorded,
+            "audit": self._audit,
+            "records": [record.state() for record in self._records],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`: records made after it are dropped."""
+        self._count, self._recorded = state["count"], state["recorded"]
+        self._recording = self._schedule(self._count)
+        self._audit = state["audit"]
+        self._buffer = []
+        self._records = [Record.from_state(record) for record in state["records"]]
+        if self._sink is not None:
+            self._sink.truncate(self._recorded)
+
+    # ------------------------------------------------------------------ hooks
+
+    def _set_labels(self, labels: Any) -> None:
+        if labels is None:
+            return
+        self._labels_given = True
+        if self._groups is None:
+            self._groups = Groups(labels, self._crossed)
+        self._assignment = self._groups.assign(labels)
+
+    def _forward_begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._paused or not self._active:
+            return
+        if not (torch.is_grad_enabled() and self._recording):
+            self._forward = None
+            return
+        for layer in self._layers:
+            if layer.handle is None and layer.parameter.requires_grad:
+                layer.handle = layer.parameter.register_hook(self._gradient_hook(layer))
+        try:
+            self._forward = _Forward(self._assignment, self._row_map(args, kwargs))
+        except WatchError as error:
+            if model.training:
+                raise
+            # A validation pass may have another batch; it matters only if a gradient comes back from it.
+            self._forward = _Forward(self._assignment, None, error)
+
+    def _forward_ends(self, *_: Any) -> None:
+        if not self._paused:
+            self._forward = None
+
+    def _row_map(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RowMap | None:
+        if self._assignment is None:
+            return None
+        watched = {place for layer in self._layers if layer.name not in self._rows for place in layer.places}
+        samples = len(self._assignment.cells)
+        if not watched:
+            return RowMap({}, 0, ())
+        signature = (samples, _signature((args, kwargs)))
+        if signature not in self._row_maps:
+            self._paused = True
+            try:
+                found = map_rows(self._model, args, kwargs, samples, watched, self._batch_dim)
+            finally:
+                self._paused = False
+            self._row_maps[signature] = found
+            self._audit["probe_passes"] += found.passes
+            self._audit["batch_dims"] = list(found.batch_dims)
+            assert self._groups is not None
+            self._audit["samples_without_label"] = self._groups.missing
+        return self._row_maps[signature]
+
+    def _use_hook(
+        self, module_name: str, by_place: Mapping[tuple[str, str], _Layer]
+    ) -> Callable[[str, Tensor, Tensor], None]:
+        def on_use(parameter: str, activation: Tensor, output: Tensor) -> None:
+            place = (module_name, parameter)
+            if self._paused or not self._active or not self._recording:
+                return
+            if place not in by_place or not torch.is_grad_enabled():
+                return
+            layer, forward = by_place[place], self._forward
+            if forward is None:
+                if self._assignment is None:
+                    forward = _Forward(None, None)
+                else:
+                    message = f"'{layer.name}' was used outside of a call of the watched model: call the model itself."
+                    forward = _Forward(self._assignment, None, WatchError(message))
+            call = forward.calls.get(place, 0)
+            forward.calls[place] = call + 1
+            if not output.requires_grad or not layer.parameter.requires_grad:
+                return
+            data, version = activation.detach(), activation._version
+            constant = None
+            if not activation.requires_grad and "activation" in self._statistics:
+                constant = _ConstantInput(data, version, _checksum(data), forward.assignment)
+
+            def adjoint_arrives(adjoint: Tensor) -> None:
+                if not self._active:
+                    return
+                if forward.error is not None:
+                    raise forward.error
+                if data._version != version:
+                    raise WatchError(f"the input of '{layer.name}' was modified in place before the backward pass.")
+                samples = self._samples_of_rows(layer, forward, place, call, data)
+                layer.uses.append(_Use(data, adjoint.detach(), samples, forward, constant))
+
+            output.register_hook(adjoint_arrives)
+
+        return on_use
+
+    def _samples_of_rows(
+        self, layer: _Layer, forward: _Forward, place: tuple[str, str], call: int, activation: Tensor
+    ) -> np.ndarray | None:
+        if forward.assignment is None or forward.row_map is None:
+            return None
+        count = activation.numel() // activation.shape[-1]
+        if layer.name in self._rows:
+            samples = self._rows[layer.name]
+            if len(samples) and (samples.min() < 0 or samples.max() >= len(forward.assignment.cells)):
+                raise WatchError(f"rows= names a sample that the batch does not have, for '{layer.name}'.")
+        else:
+            calls = forward.row_map.samples.get(place, [])
+            if call >= len(calls):
+                raise WatchError(
+                    f"'{layer.name}' was used more often in training than in evaluation mode, so the rows of that use "
+                    "are not known: give rows=."
+                )
+            samples = calls[call]
+        if len(samples) != count:
+            raise WatchError(
+                f"'{layer.name}' received {count} rows, but {len(samples)} are known: "
+                "give rows= with the sample of each row."
+            )
+        return samples
+
+    def _gradient_hook(self, layer: _Layer) -> Callable[[Tensor], None]:
+        def gradient_arrives(gradient: Tensor) -> None:
+            if self._active and self._recording:
+                self._gather(layer, gradient.detach())
+
+        return gradient_arrives
+
+    def _gather(self, layer: _Layer, gradient: Tensor) -> None:
+        """Add one backward pass to what is pending for a parameter."""
+        uses, layer.uses = layer.uses, []
+        if not uses:
+            raise WatchError(
+                f"a gradient reached '{layer.name}' that did not come through its layer's forward pass: the "
+                "parameter is used outside its layer, which cannot be watched; leave it out with layers=."
+            )
+        if layer.pending is not None:
+            before = layer.parameter.grad
+            if before is None or not before.any():  # zero_grad came in between
+                layer.pending = None
+        pending = layer.pending = layer.pending or _Pending()
+        audited = self._is_audited()
+        for use in uses:
+            activation = use.activation.reshape(-1, use.activation.shape[-1])
+            adjoint = use.adjoint.reshape(-1, use.adjoint.shape[-1])
+            pending.dtype = adjoint.dtype
+            order, counts, keys = self._row_order(use)
+            if order is not None:
+                activation, adjoint = activation[order], adjoint[order]
+            if adjoint.dtype != activation.dtype:
+                activation = activation.to(adjoint.dtype)
+            self._widths(layer, activation, adjoint)
+            if "gradient" in self._statistics or audited:
+                shares = group_shares(activation, adjoint, counts)
+                for key, share in zip(keys, shares, strict=True):
+                    pending.shares[key] = pending.shares[key] + share if key in pending.shares else share
+            for key, count in zip(keys, counts, strict=True):
+                pending.rows[key] = pending.rows.get(key, 0) + count
+            for statistic, stacks, matrix in (
+                ("activation", pending.activations, activation),
+                ("adjoint", pending.adjoints, adjoint),
+            ):
+                if statistic in self._statistics:
+                    for key, part in zip(keys, matrix.split(counts), strict=True):
+                        stacks.setdefault(key, RowStack(matrix.shape[1])).add(part)
+            pending.inputs.append(use.constant)
+            if audited and layer is self._audited_layer():
+                parts = zip(keys, activation.split(counts), adjoint.split(counts), strict=True)
+                for key, a, d in parts:
+                    exact = d.double().T @ a.double()
+                    pending.exact[key] = pending.exact[key] + exact if key in pending.exact else exact
+        if audited:
+            flat = gradient.reshape(layer.shape).double()
+            pending.arrived = flat.clone() if pending.arrived is None else pending.arrived + flat
+
+    def _row_order(self, use: _Use) -> tuple[Tensor | None, list[int], list[bytes]]:
+        """How to sort rows by cell: the order (None if already sorted), rows a cell, and the cells' keys."""
+        if use.samples is None or use.forward.assignment is None:
+            rows = use.activation.numel() // use.activation.shape[-1]
+            return None, [rows], [np.ones(1, dtype=bool).tobytes()]
+        cached = use.forward.orders
+        if id(use.samples) not in cached:
+            assignment = use.forward.assignment
+            cells = assignment.cells[use.samples]
+            counts = np.bincount(cells, minlength=len(assignment.members))
+            order = torch.from_numpy(np.argsort(cells, kind="stable")).to(use.activation.device)
+            present = [i for i, count in enumerate(counts) if count]
+            cached[id(use.samples)] = (
+                order,
+                [int(counts[i]) for i in present],
+                [assignment.members[i].tobytes() for i in present],
+            )
+        return cached[id(use.samples)]
+
+    @staticmethod
+    def _widths(layer: _Layer, activation: Tensor, adjoint: Tensor) -> None:
+        layer.widths = {"activation": activation.shape[1], "adjoint": adjoint.shape[1]}
+
+    # ------------------------------------------------------------------ measuring
+
+    def _measure(self) -> Record:
+        """Spectra of everything pending, all decompositions of equal size in one call."""
+        names = self.groups
+        jobs: list[tuple[_Layer, str, list[int]]] = []
+        grams: list[Tensor] = []
+        record = Record(self._count, self._group_sizes())
+        constants: dict[str, tuple[_ConstantInput, np.ndarray]] = {}
+        for layer in self._layers:
+            pending = layer.pending
+            if pending is None:
+                continue
+            members = {key: np.frombuffer(key, dtype=bool) for key in pending.rows}
+            cells_of = [[key for key, row in members.items() if row[g]] for g in range(len(names))]
+            rows = np.array([sum(pending.rows[key] for key in keys) for keys in cells_of])
+            limit = np.minimum(min(layer.shape), rows)
+            layer.rank_limit = limit if layer.rank_limit is None else np.maximum(layer.rank_limit, limit)
+            record.rows[layer.name] = rows
+            present = [g for g, keys in enumerate(cells_of) if keys]
+            if "gradient" in self._statistics:
+                shares = _group_sums(pending.shares, [cells_of[g] for g in present])
+                jobs.append((layer, "gradient", present))
+                grams.append(gram(shares))
+            for statistic, stacks in (("activation", pending.activations), ("adjoint", pending.adjoints)):
+                if statistic not in self._statistics:
+                    continue
+                if statistic == "activation" and len(pending.inputs) == 1 and pending.inputs[0] is not None:
+                    if layer.constant is not None and layer.constant[0].same(pending.inputs[0]):
+                        record.spectra[layer.name, statistic] = layer.constant[1]
+                        record.sigma_1[layer.name, statistic] = layer.constant[2]
+                        continue
+                    constants[layer.name] = (pending.inputs[0], rows)
+                for g in present:
+                    jobs.append((layer, statistic, [g]))
+                    grams.append(RowStack.merged_gram([stacks[key] for key in cells_of[g]]))
+        solved = singular_values(grams)
+        self._store_spectra(record, jobs, solved, len(names))
+        for layer in self._layers:
+            if layer.name in constants:
+                key = (layer.name, "activation")
+                layer.constant = (constants[layer.name][0], record.spectra[key], record.sigma_1[key])
+        self._floors(record)
+        self._check(record)
+        self._warn_if_not_finite(record)
+        return record
+
+    def _store_spectra(
+        self, record: Record, jobs: list[tuple[_Layer, str, list[int]]], solved: list[Tensor], groups: int
+    ) -> None:
+        for (layer, statistic, present), values in zip(jobs, solved, strict=True):
+            index = self._index(layer)
+            key = (layer.name, statistic)
+            if key not in record.spectra:
+                record.spectra[key] = np.full((groups, len(index)), np.nan, dtype=np.float32)
+                record.sigma_1[key] = np.full(groups, np.nan)
+            array = values.reshape(len(present), -1).cpu().numpy()
+            kept = self._kept(layer, statistic, index)
+            usable = kept[index[kept] <= array.shape[1]]
+            target = record.spectra[key]
+            for row, group in enumerate(present):
+                target[group, usable] = array[row, index[usable] - 1]
+                record.sigma_1[key][group] = array[row, 0]
+
+    def _index(self, layer: _Layer) -> np.ndarray:
+        """Which singular values the layer's node holds, counted from 1."""
+        wanted = self._singular_values
+        limit = min(layer.shape)
+        if wanted == "all":
+            return np.arange(1, max([limit, *layer.widths.values()]) + 1)
+        if wanted is None:
+            return np.arange(1, limit + 1)
+        if isinstance(wanted, int):
+            return np.arange(1, min(wanted, limit) + 1)
+        assert not isinstance(wanted, str)
+        index = np.array([k for k in wanted if k <= limit], dtype=np.int64)
+        if not len(index):
+            raise WatchError(f"singular_values={list(wanted)}: '{layer.name}' has only {limit} singular values.")
+        return index
+
+    def _kept(self, layer: _Layer, statistic: str, index: np.ndarray) -> np.ndarray:
+        """Positions in the index that this statistic fills."""
+        width = min(layer.shape) if statistic == "gradient" else layer.widths[statistic]
+        return np.flatnonzero(index <= width)
+
+    def _floors(self, record: Record) -> None:
+        for layer in self._layers:
+            rows = record.rows.get(layer.name)
+            if rows is None or layer.pending is None:
+                continue
+            shapes = {"gradient": layer.shape}
+            for statistic, width in layer.widths.items():
+                shapes[statistic] = (width, 1)
+            for statistic in self._statistics:
+                floor = noise_floor(
+                    torch.from_numpy(record.sigma_1[layer.name, statistic]),
+                    shapes[statistic],
+                    torch.from_numpy(rows),
+                    layer.pending.dtype,
+                    statistic,
+                )
+                record.floors[layer.name, statistic] = floor.numpy().astype(np.float32)
+
+    def _group_sizes(self) -> np.ndarray:
+        if self._assignment is None:
+            return np.zeros(1, dtype=np.int64)
+        return self._assignment.sizes
+
+    # ------------------------------------------------------------------ proving itself
+
+    def _is_audited(self) -> bool:
+        if self._audit_every is None:
+            return self._recorded == 0
+        return self._recorded % self._audit_every == 0
+
+    def _audited_layer(self) -> _Layer:
+        return random.Random(self._count).choice([layer for layer in self._layers if layer.parameter.requires_grad])
+
+    def _check(self, record: Record) -> None:
+        """Compare with float64 and with the gradient that arrived; keep the worst deviations."""
+        if not self._is_audited():
+            return
+        self._audit["steps"].append(self._count)
+        for layer in self._layers:
+            pending = layer.pending
+            if pending is None or pending.arrived is None:
+                continue
+            total = torch.stack([share.double() for share in pending.shares.values()]).sum(0)
+            outside = torch.linalg.matrix_norm(pending.arrived - total)
+            scale = max(float(torch.linalg.matrix_norm(share.double())) for share in pending.shares.values())
+            rows = sum(pending.rows.values())
+            unit = torch.finfo(pending.dtype).eps * scale * max(rows, *layer.shape) ** 0.5
+            deviation = float(outside) / unit if unit else 0.0
+            if not np.isfinite(deviation):
+                continue
+            if deviation <= GUARD_TOLERANCE:
+                self._audit["largest_guard_deviation"] = max(self._audit["largest_guard_deviation"], deviation)
+            else:
+                self._report_outside(layer, float(outside / torch.linalg.matrix_norm(pending.arrived)))
+            if pending.exact:
+                self._compare_with_float64(layer, pending)
+
+    def _report_outside(self, layer: _Layer, fraction: float) -> None:
+        if layer.name not in self._audit["outside"]:
+            warnings.warn(
+                f"{fraction:.2g} of the gradient of '{layer.name}' comes from no sample's row (a penalty on the "
+                "weights, for example): the groups' shares do not contain it.",
+                stacklevel=3,
+            )
+        self._audit["outside"][layer.name] = max(self._audit["outside"].get(layer.name, 0.0), fraction)
+
+    def _compare_with_float64(self, layer: _Layer, pending: _Pending) -> None:
+        members = {key: np.frombuffer(key, dtype=bool) for key in pending.rows}
+        batch_sigma_1 = None
+        for group in range(len(self.groups)):
+            keys = [key for key, row in members.items() if row[group]]
+            if not keys:
+                continue
+            recorded = singular_values([gram(_group_sums(pending.shares, [keys]))])[0][0]
+            exact = torch.linalg.svdvals(torch.stack([pending.exact[key] for key in keys]).sum(0))
+            batch_sigma_1 = exact[0] if batch_sigma_1 is None else batch_sigma_1
+            scale = torch.where(exact[0] < 1e-3 * batch_sigma_1, batch_sigma_1, exact[0])
+            error = float((recorded - exact).abs().max() / scale)
+            if np.isfinite(error):
+                self._audit["largest_error"] = max(self._audit["largest_error"], error)
+
+    def _warn_if_not_finite(self, record: Record) -> None:
+        if self._warned_nan:
+            return
+        for (name, statistic), sigma_1 in record.sigma_1.items():
+            sizes = record.rows[name] > 0
+            if np.isnan(sigma_1[sizes]).any():
+                self._warned_nan = True
+                warnings.warn(
+                    f"the {statistic} of '{name}' holds values that are not finite at step {record.step}: its spectrum "
+                    "is recorded as NaN (said once).",
+                    stacklevel=3,
+                )
+                return
+
+    # ------------------------------------------------------------------ results
+
+    def _final_attributes(self) -> dict[str, Any]:
+        return {**self._attributes, "audit": self._audit}
+
+    def _flush(self) -> None:
+        if self._buffer and self._sink is not None:
+            self._sink.append(self._tree(self._buffer, self._final_attributes()))
+            self._buffer = []
+
+    def _tree(self, records: Sequence[Record], attributes: Mapping[str, Any]) -> xr.DataTree:
+        layouts = [
+            LayerLayout(layer.name, tuple(layer.also), layer.shape, self._index(layer), layer.rank_limit)
+            for layer in self._layers
+        ]
+        groupings = self._groups.groupings if self._groups is not None else ("all",)
+        return build_tree(records, layouts, self.groups, groupings, self._statistics, attributes)
+
+    def _check_rows_names(self) -> None:
+        names = [layer.name for layer in self._layers]
+        for name in self._rows:
+            if name not in names:
+                raise WatchError(f"rows= names '{name}', which is not a watched parameter (watched: {names}).")
+
+
+def _group_sums(shares: Mapping[bytes, Tensor], cells_of: Sequence[Sequence[bytes]]) -> Tensor:
+    """Shares of groups from shares of cells, shape (groups, outputs, inputs)."""
+    return torch.stack(
+        [
+            shares[keys[0]] if len(keys) == 1 else torch.stack([shares[key] for key in keys]).sum(0)
+            for keys in cells_of
+        ]
+    )
+
+
+def _find_layers(model: nn.Module, selected: Sequence[str] | None, unknown: str) -> list[_Layer]:
+    """List the matrices of a model; refuse what has no rule."""
+    if isinstance(selected, str):
+        raise WatchError(f"layers={selected!r}: give a list of parameter names.")
+    layers: dict[int, _Layer] = {}
+    without_rule: list[str] = []
+    for module_name, module in model.named_modules():
+        rule = rule_for(module)
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2:
+                continue
+            name = f"{module_name}.{key}" if module_name else key
+            if selected is not None and not any(fnmatch.fnmatchcase(name, pattern) for pattern in selected):
+                if id(parameter) not in layers:
+                    continue
+            elif rule is None or key not in rule.parameters:
+                without_rule.append(f"'{name}' ({type(module).__name__})")
+                continue
+            if parameter.is_complex():
+                raise WatchError(f"'{name}' is complex; only real parameters can be watched.")
+            if id(parameter) in layers:
+                layers[id(parameter)].also.append(name)
+            else:
+                layers[id(parameter)] = _Layer(name, parameter)
+            layers[id(parameter)].places.append((module_name, key))
+    if without_rule and unknown == "refuse":
+        raise WatchError(
+            f"there is no rule for {', '.join(without_rule)}: select other layers with layers=, or leave what is "
+            "unknown out with unknown='skip'."
+        )
+    if selected is not None:
+        names = [name for layer in layers.values() for name in (layer.name, *layer.also)]
+        for pattern in selected:
+            if not fnmatch.filter(names, pattern):
+                raise WatchError(f"layers= names '{pattern}', but the model has no such matrix parameter.")
+    if not layers:
+        raise WatchError(
+            f"{type(model).__name__} has no matrix parameter that can be watched: "
+            "a model needs at least one layer with a weight matrix."
+        )
+    return list(layers.values())
+
+
+def _checked_singular_values(value: int | Sequence[int] | str | None) -> int | tuple[int, ...] | str | None:
+    if value is None or value == "all":
+        return value
+    numbers = [value] if isinstance(value, int) else value
+    if isinstance(value, str) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers):
+        raise WatchError(
+            f"singular_values={value!r}: give how many to keep, a list of their numbers (from 1), 'all' or None."
+        )
+    return value if isinstance(value, int) else tuple(sorted(set(numbers)))
+
+
+def _checksum(tensor: Tensor) -> tuple[float, float] | None:
+    """Notice changes that bypass torch, which only memory shared with numpy can have."""
+    if tensor.device.type != "cpu" or not tensor.is_floating_point():
+        return None
+    return float(tensor.sum()), float(torch.linalg.vector_norm(tensor))
+
+
+def _signature(value: Any) -> Any:
+    """Shapes of all tensors in the arguments: with the same shapes the rows lie in the same order."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, Mapping):
+        return tuple((key, _signature(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_signature(item) for item in value)
+    return type(value).__name__
