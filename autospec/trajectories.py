@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
-import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,9 @@ import xarray as xr
 import zarr
 
 from autospec.errors import UserError
-from autospec.introspection.watcher import STEPS_PER_CHUNK
+from autospec.storage import open_store, pack, without_consolidation_warning
 
-ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+STEPS_PER_CHUNK = 64
 
 
 class TrajectoryStore:
@@ -44,6 +41,8 @@ class TrajectoryStore:
         If something stands at the path already and ``resume`` is False, or its folder does not exist.
     """
 
+    steps_per_chunk = STEPS_PER_CHUNK
+
     def __init__(self, path: str | os.PathLike[str], resume: bool = False) -> None:
         self.path = Path(path)
         self._packed = self.path.suffix == ".zip"
@@ -54,22 +53,33 @@ class TrajectoryStore:
             raise UserError(f"{self.path} exists already: choose another name for the store, or delete it first.")
         if self._folder.exists() and not resume:
             shutil.rmtree(self._folder)
+        self._in_step = not self._folder.exists()
 
     def append(self, tree: xr.DataTree) -> None:
         """Write the records of some more steps."""
         if not tree.sizes["step"]:
             return
-        with _quiet():
+        if not self._in_step:
+            raise UserError(
+                f"{self._folder} holds records already: continue it with watcher.load_state_dict() of the checkpoint, "
+                "or begin a new store without resume=True."
+            )
+        with without_consolidation_warning():
             if not self._folder.exists():
                 _create(self._folder, tree)
             group = zarr.open_group(str(self._folder), mode="r+")
+            stored: Any
             for path, array in _arrays(tree):
+                stored = group[path]
                 if "step" in array.dims:
-                    group[path].append(array.values, axis=0)
+                    stored.append(array.values, axis=0)
+                elif array.name == "rank_limit":  # larger batches may have come
+                    stored[...] = array.values
             zarr.consolidate_metadata(str(self._folder))
 
     def truncate(self, count: int) -> None:
         """Keep the first ``count`` recorded steps, and drop what came after them."""
+        self._in_step = True
         if not self._folder.exists():
             if count:
                 raise UserError(f"{self._folder} is missing, but {count} recorded steps should be in it.")
@@ -77,20 +87,24 @@ class TrajectoryStore:
         if not count:
             shutil.rmtree(self._folder)
             return
-        with _quiet():
+        with without_consolidation_warning():
             group = zarr.open_group(str(self._folder), mode="r+")
             for path, array in _stored_arrays(group):
-                if array.metadata.dimension_names[0] == "step":
+                if "step" in (getattr(array.metadata, "dimension_names", None) or ()):
                     if array.shape[0] < count:
-                        raise UserError(f"{self._folder} holds fewer steps ({array.shape[0]}) than {count} in '{path}'.")
+                        raise UserError(
+                            f"{self._folder} holds fewer steps ({array.shape[0]}) than {count} in '{path}'."
+                        )
                     array.resize((count, *array.shape[1:]))
+                    if kept := count % array.chunks[0]:
+                        array[-kept:] = array[-kept:]  # writes the last chunk again, without what was dropped
             zarr.consolidate_metadata(str(self._folder))
 
     def finish(self, attributes: dict[str, Any], complete: bool) -> None:
         """Write the final attributes and, for a zip, pack the store."""
         if not self._folder.exists():
             return
-        with _quiet():
+        with without_consolidation_warning():
             zarr.open_group(str(self._folder), mode="r+").attrs.update(attributes)
             zarr.consolidate_metadata(str(self._folder))
         if self._packed and complete:
@@ -127,17 +141,7 @@ def open_trajectories(path: str | os.PathLike[str]) -> xr.DataTree:
     >>> tree = open_trajectories("results/runs/mnist_mlp/autoencoder_32_relu.zarr.zip")  # doctest: +SKIP
     >>> tree["layers/encoder.0.weight/gradient"].sel(group="3", index=1)  # doctest: +SKIP
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"there are no trajectories at {path}: check the name, or wait for the first steps.")
-    try:
-        if path.is_dir():
-            with xr.open_datatree(path, engine="zarr") as tree:
-                return tree.load()
-        with zarr.storage.ZipStore(path, mode="r") as store, xr.open_datatree(store, engine="zarr") as tree:
-            return tree.load()
-    except (zipfile.BadZipFile, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is not a readable store of trajectories ({error}): make the run again.") from error
+    return open_store(path, "trajectories")
 
 
 def add_training_curves(folder: str | os.PathLike[str], curves: dict[str, np.ndarray]) -> None:
@@ -150,7 +154,7 @@ def add_training_curves(folder: str | os.PathLike[str], curves: dict[str, np.nda
     curves : dict of str to ndarray, shape (updates,)
         ``update`` counts from 0.
     """
-    with _quiet():
+    with without_consolidation_warning():
         group = zarr.open_group(str(folder), mode="r+")
         if "training" in group:
             del group["training"]
@@ -164,32 +168,12 @@ def add_training_curves(folder: str | os.PathLike[str], curves: dict[str, np.nda
         zarr.consolidate_metadata(str(folder))
 
 
-def pack(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Pack a directory store into a zip file, reproducibly, and move it into place.
-
-    Parameters
-    ----------
-    folder : path-like
-        The directory store; it is left as it is.
-    target : path-like
-        The zip file.  It appears whole or not at all.
-    """
-    folder, target = Path(folder), Path(target)
-    temporary = target.with_name(target.name + ".tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-            entry = zipfile.ZipInfo(file.relative_to(folder).as_posix(), date_time=ZIP_DATE)
-            entry.external_attr = 0o644 << 16
-            archive.writestr(entry, file.read_bytes())
-    os.replace(temporary, target)
-
-
 def _create(folder: Path, tree: xr.DataTree) -> None:
     """Create the arrays of a store, empty along ``step``, complete otherwise."""
-    root = zarr.open_group(str(folder), mode="w", zarr_format=3, attributes=dict(tree.attrs))
+    root = zarr.open_group(str(folder), mode="w", zarr_format=3, attributes=_plain(tree.attrs))
     for node in tree.subtree:
         if node.path != "/":
-            root.require_group(node.path.lstrip("/"), overwrite=False).attrs.update(node.attrs)
+            root.require_group(node.path.lstrip("/"), overwrite=False).attrs.update(_plain(node.attrs))
     for path, array in _arrays(tree):
         grows = "step" in array.dims
         shape = (0, *array.shape[1:]) if grows else array.shape
@@ -218,7 +202,7 @@ def _arrays(tree: xr.DataTree) -> Iterator[tuple[str, xr.DataArray]]:
     for node in tree.subtree:
         dataset = node.to_dataset(inherit=False)
         for name, array in dataset.variables.items():
-            yield f"{node.path}/{name}".lstrip("/"), xr.DataArray(array)
+            yield f"{node.path}/{name}".lstrip("/"), xr.DataArray(array, name=str(name))
 
 
 def _stored_arrays(group: zarr.Group) -> Iterator[tuple[str, zarr.Array]]:
@@ -229,11 +213,3 @@ def _stored_arrays(group: zarr.Group) -> Iterator[tuple[str, zarr.Array]]:
 
 def _plain(attributes: Any) -> dict[str, Any]:
     return {key: value.item() if isinstance(value, np.generic) else value for key, value in attributes.items()}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Zarr warns that consolidated metadata is not in the third format's specification; readers may ignore it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-        yield

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from .errors import WatchError
 
@@ -71,21 +70,19 @@ class Groups:
         self._order = {name: _categories(name, values) for name, values in columns.items()}
         plain = self._single or len(columns) == 1
         self._tests: list[dict[str, str]] = [{}]
-        names, groupings = [ALL], [ALL]
+        group_names, groupings = [ALL], [ALL]
         for grouping, categories in self._order.items():
             for label in categories:
                 self._tests.append({grouping: label})
-                names.append(label if plain else f"{grouping}={label}")
+                group_names.append(label if plain else f"{grouping}={label}")
                 groupings.append(grouping)
         for crossing in self._crossed:
             for combination in _combinations(columns, self._order, crossing):
                 self._tests.append(combination)
-                names.append(" & ".join(f"{grouping}={label}" for grouping, label in combination.items()))
+                group_names.append(" & ".join(f"{grouping}={label}" for grouping, label in combination.items()))
                 groupings.append(" & ".join(crossing))
-        self.names, self.groupings = tuple(names), tuple(groupings)
-        self.missing = {
-            name: int(sum(value is None for value in _strings(values))) for name, values in columns.items()
-        }
+        self.names, self.groupings = tuple(group_names), tuple(groupings)
+        self.missing = {name: int(sum(value is None for value in _strings(values))) for name, values in columns.items()}
         self.missing = {name: count for name, count in self.missing.items() if count}
 
     def assign(self, labels: Any) -> Assignment:
@@ -137,9 +134,7 @@ class Groups:
 
 def _strings(values: Any) -> list[str | None]:
     """Labels as strings; None where the label is missing."""
-    if isinstance(values, torch.Tensor):
-        values = values.tolist()
-    elif hasattr(values, "tolist"):
+    if hasattr(values, "tolist"):  # tensors, arrays and pandas columns
         values = values.tolist()
     return [None if _is_missing(value) else str(value) for value in values]
 
@@ -162,7 +157,7 @@ def _categories(name: str, values: Any) -> list[str]:
             )
     else:
         try:
-            order = sorted(present, key=float)
+            order = sorted(sorted(present), key=float)  # '1' and '1.0' too have one order
         except ValueError:
             order = sorted(present)
     if not order:

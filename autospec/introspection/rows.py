@@ -72,7 +72,7 @@ def code_words(count: int) -> np.ndarray:
 
 
 def decode(patterns: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Samples of rows, from the passes in which the rows were NaN.
+    """Read the samples of rows from the passes in which the rows were NaN.
 
     Parameters
     ----------
@@ -143,6 +143,9 @@ def map_rows(
             f"the model cannot be copied to find which rows belong to which sample ({error}): give rows=."
         ) from error
     twin.eval()
+    with torch.no_grad():
+        for tensor in itertools.chain(twin.parameters(), twin.buffers()):
+            tensor.copy_(_finite(tensor))  # a diverged model's rows can be traced all the same
     words = code_words(samples)
     accepted: list[tuple[tuple[int | None, ...], dict[tuple[str, str], list[np.ndarray]]]] = []
     reason = ""
@@ -158,7 +161,7 @@ def map_rows(
                 reason = str(error)
     if not accepted:
         raise WatchError(f"{reason} Say where the samples are with batch_dim= or rows=.")
-    if len(accepted) > 1:
+    if any(not _same(found, accepted[0][1]) for _, found in accepted):
         readings = " or ".join(str(tuple(d for d in dims if d is not None)) for dims, _ in accepted)
         raise WatchError(
             f"the samples could lie along more than one dimension of the model's inputs ({readings}): "
@@ -192,7 +195,9 @@ def _probe(
         for tensor, dim in zip(inputs, dims, strict=True):
             if dim is not None:
                 chosen = torch.from_numpy(np.flatnonzero(word)).to(tensor.device)
-                marked[id(tensor)] = tensor.detach().clone().index_fill_(dim, chosen, math.nan)
+                marked[id(tensor)] = _finite(tensor.detach()).index_fill_(dim, chosen, math.nan)
+            else:
+                marked[id(tensor)] = _finite(tensor.detach())
         with _nan_rows(twin, watched) as seen:
             try:
                 twin(*_replaced(args, marked), **_replaced(kwargs, marked))
@@ -208,9 +213,9 @@ def _probe(
         for call in range(len(calls)):
             samples = decode(np.stack([seen[key][call] for seen in passes]), words)
             if (samples == -2).any():
-                raise WatchError(f"Rows of the input of '{key[0]}' mix several samples.")
+                raise WatchError(f"Rows of the input of '{key[0] or key[1]}' mix several samples.")
             if (samples == -1).any():
-                raise WatchError(f"Rows of the input of '{key[0]}' belong to no sample.")
+                raise WatchError(f"Rows of the input of '{key[0] or key[1]}' belong to no sample.")
             found[key].append(samples)
     return found
 
@@ -247,9 +252,7 @@ class _FunctionalUses(TorchFunctionMode):
     def __init__(self, twin: nn.Module, watched: Collection[tuple[str, str]]) -> None:
         super().__init__()
         modules = dict(twin.named_modules())
-        self.names = {
-            id(getattr(modules[name], key)): f"{name}.{key}" if name else key for name, key in watched
-        }
+        self.names = {id(getattr(modules[name], key)): f"{name}.{key}" if name else key for name, key in watched}
         self.views: list[Tensor] = []
         self.inside = 0
         self.found: tuple[str, str] | None = None
@@ -314,6 +317,16 @@ def _generators_kept(inputs: Sequence[Tensor]) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    """Copy with zeros where it was not finite: NaN must mean a marked sample and nothing else."""
+    return torch.where(torch.isfinite(tensor), tensor, 0) if tensor.is_floating_point() else tensor.clone()
+
+
+def _same(first: Mapping[tuple[str, str], list[np.ndarray]], second: Mapping[tuple[str, str], list[np.ndarray]]) -> bool:
+    """Whether two readings give every row to the same sample, as in a batch of one."""
+    return all(np.array_equal(a, b) for key in first for a, b in zip(first[key], second[key], strict=True))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

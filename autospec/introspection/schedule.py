@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from numbers import Integral
 
 from .errors import WatchError
 
@@ -29,7 +30,7 @@ def make_schedule(every: int = 1, steps: Iterable[int] | Schedule | None = None)
     WatchError
         If ``every`` is not a whole number of at least 1, is given beside ``steps``, or a step is negative.
     """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+    if isinstance(every, bool) or not isinstance(every, Integral) or every < 1:
         raise WatchError(f"every={every!r} is not a whole number of at least 1.")
     if steps is None:
         return lambda step: step % every == 0

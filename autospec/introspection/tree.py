@@ -121,9 +121,7 @@ def build_tree(
     return xr.DataTree.from_dict(nodes)
 
 
-def _layer_node(
-    records: Sequence[Record], layout: LayerLayout, groups: int, statistics: Sequence[str]
-) -> xr.Dataset:
+def _layer_node(records: Sequence[Record], layout: LayerLayout, groups: int, statistics: Sequence[str]) -> xr.Dataset:
     variables: dict[str, Any] = {}
     for statistic in statistics:
         key = (layout.name, statistic)

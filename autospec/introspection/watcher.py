@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import random
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -19,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import WatchError
 from .groups import Assignment, Groups
+from .hooks import Hook
 from .layers import rule_for
 from .rows import RowMap, map_rows
 from .schedule import Schedule, make_schedule
@@ -26,7 +29,6 @@ from .spectra import RowStack, gram, group_shares, noise_floor, singular_values
 from .tree import LayerLayout, Record, build_tree
 
 STATISTICS = ("gradient", "activation", "adjoint")
-STEPS_PER_CHUNK = 64
 # The shares' sum and the gradient that arrived are two float32 sums of the same products in another order.
 GUARD_TOLERANCE = 8.0
 
@@ -35,6 +37,8 @@ _watched_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 class Sink(Protocol):
     """Where finished records go: `autospec.trajectories` provides one that writes zarr."""
+
+    steps_per_chunk: int
 
     def append(self, tree: xr.DataTree) -> None:
         """Take the records of some more steps."""
@@ -65,6 +69,7 @@ class _Pending:
     arrived: Tensor | None = None
     inputs: list[_ConstantInput | None] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
+    sizes: np.ndarray | None = None
 
 
 @dataclass
@@ -80,6 +85,7 @@ class _ConstantInput:
         return (
             self.tensor.data_ptr() == other.tensor.data_ptr()
             and self.tensor.shape == other.tensor.shape
+            and self.tensor.stride() == other.tensor.stride()
             and self.version == other.version
             and self.checksum == other.checksum
             and self.assignment is other.assignment
@@ -95,6 +101,7 @@ class _Use:
     samples: np.ndarray | None
     forward: _Forward
     constant: _ConstantInput | None
+    backward: int
 
 
 @dataclass
@@ -122,7 +129,7 @@ class _Layer:
         self.handle: RemovableHandle | None = None
         self.constant: tuple[_ConstantInput, np.ndarray, np.ndarray] | None = None
         self.rank_limit: np.ndarray | None = None
-        self.widths: dict[str, int] = {}
+        self.widths = {"activation": self.shape[1], "adjoint": self.shape[0]}
 
 
 class Watcher:
@@ -161,7 +168,7 @@ class Watcher:
         bad = [s for s in statistics if s not in STATISTICS]
         if bad or isinstance(statistics, str) or not statistics:
             raise WatchError(f"statistics={statistics!r}: choose one or more of {list(STATISTICS)} in a list.")
-        if audit is not None and (isinstance(audit, bool) or not isinstance(audit, int) or audit < 1):
+        if audit is not None and (isinstance(audit, bool) or not isinstance(audit, Integral) or audit < 1):
             raise WatchError(f"audit={audit!r} is not a whole number of at least 1.")
         self._model = model
         self._statistics = tuple(s for s in STATISTICS if s in statistics)
@@ -174,18 +181,20 @@ class Watcher:
         self._crossed = tuple(crossed)
         self._layers = _find_layers(model, layers, unknown)
         self._check_rows_names()
+        for layer in self._layers:
+            self._index(layer)  # refuses singular values that a layer does not have
         self._attributes = dict(attributes or {})
         self._groups: Groups | None = None
-        self._labels_given = groups is not None
         self._assignment: Assignment | None = None
+        self._recorded = 0
         self._set_labels(groups)
         self._row_maps: dict[Any, RowMap] = {}
         self._forward: _Forward | None = None
         self._handles: list[RemovableHandle] = []
         self._active = False
         self._paused = False
+        self._backward = -1
         self._count = 0
-        self._recorded = 0
         self._recording = self._schedule(0)
         self._buffer: list[Record] = []
         self._records: list[Record] = []
@@ -220,8 +229,8 @@ class Watcher:
                 assert rule is not None
                 on_use = self._use_hook(module_name, by_place)
                 self._handles += rule.attach(modules[module_name], on_use)
-            self._handles.append(self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True))
-            self._handles.append(self._model.register_forward_hook(self._forward_ends, always_call=True))
+            self._handles.append(self._model.register_forward_pre_hook(Hook(self._forward_begins), with_kwargs=True))
+            self._handles.append(self._model.register_forward_hook(Hook(self._forward_ends), always_call=True))
         except BaseException:
             self._detach()
             raise
@@ -291,7 +300,7 @@ class Watcher:
             record = self._measure()
             self._recorded += 1
             (self._records if self._sink is None else self._buffer).append(record)
-            if len(self._buffer) >= STEPS_PER_CHUNK:
+            if self._sink is not None and len(self._buffer) >= self._sink.steps_per_chunk:
                 self._flush()
         for layer in self._layers:
             layer.uses, layer.pending = [], None
@@ -308,7 +317,7 @@ class Watcher:
         return self._tree(self._records, self._final_attributes())
 
     def state_dict(self) -> dict[str, Any]:
-        """What a training loop must keep to go on recording after an interruption.
+        """Return what a training loop must keep to go on recording after an interruption.
 
         Returns
         -------
@@ -321,7 +330,10 @@ class Watcher:
         return {
             "count": self._count,
             "recorded": self._recorded,
-            "audit": self._audit,
+            "audit": copy.deepcopy(self._audit),
+            "rank_limits": {
+                layer.name: layer.rank_limit.tolist() for layer in self._layers if layer.rank_limit is not None
+            },
             "records": [record.state() for record in self._records],
         }
 
@@ -329,7 +341,10 @@ class Watcher:
         """Continue from `state_dict`: records made after it are dropped."""
         self._count, self._recorded = state["count"], state["recorded"]
         self._recording = self._schedule(self._count)
-        self._audit = state["audit"]
+        self._audit = copy.deepcopy(state["audit"])
+        for layer in self._layers:
+            limit = state["rank_limits"].get(layer.name)
+            layer.rank_limit = None if limit is None else np.array(limit)
         self._buffer = []
         self._records = [Record.from_state(record) for record in state["records"]]
         if self._sink is not None:
@@ -340,8 +355,9 @@ class Watcher:
     def _set_labels(self, labels: Any) -> None:
         if labels is None:
             return
-        self._labels_given = True
         if self._groups is None:
+            if self._recorded:
+                raise WatchError("set_groups() came after steps without groups: give watch(groups=...) the labels.")
             self._groups = Groups(labels, self._crossed)
         self._assignment = self._groups.assign(labels)
 
@@ -381,7 +397,7 @@ class Watcher:
             finally:
                 self._paused = False
             self._row_maps[signature] = found
-            self._audit["probe_passes"] += found.passes
+            self._audit["probe_passes"] = max(self._audit["probe_passes"], found.passes)
             self._audit["batch_dims"] = list(found.batch_dims)
             assert self._groups is not None
             self._audit["samples_without_label"] = self._groups.missing
@@ -420,7 +436,7 @@ class Watcher:
                 if data._version != version:
                     raise WatchError(f"the input of '{layer.name}' was modified in place before the backward pass.")
                 samples = self._samples_of_rows(layer, forward, place, call, data)
-                layer.uses.append(_Use(data, adjoint.detach(), samples, forward, constant))
+                layer.uses.append(_Use(data, adjoint.detach(), samples, forward, constant, _backward_pass()))
 
             output.register_hook(adjoint_arrives)
 
@@ -460,17 +476,21 @@ class Watcher:
 
     def _gather(self, layer: _Layer, gradient: Tensor) -> None:
         """Add one backward pass to what is pending for a parameter."""
-        uses, layer.uses = layer.uses, []
+        # Another backward pass, for the inputs' gradient say, may have crossed the layer without reaching here.
+        uses, layer.uses = [use for use in layer.uses if use.backward == _backward_pass()], []
         if not uses:
             raise WatchError(
                 f"a gradient reached '{layer.name}' that did not come through its layer's forward pass: the "
                 "parameter is used outside its layer, which cannot be watched; leave it out with layers=."
             )
-        if layer.pending is not None:
-            before = layer.parameter.grad
-            if before is None or not before.any():  # zero_grad came in between
-                layer.pending = None
+        if self._backward < _backward_pass():
+            self._backward = _backward_pass()
+            self._discard_zeroed()
         pending = layer.pending = layer.pending or _Pending()
+        batches = {id(use.forward.assignment): use.forward.assignment for use in uses}
+        for assignment in batches.values():
+            if assignment is not None:
+                pending.sizes = assignment.sizes if pending.sizes is None else pending.sizes + assignment.sizes
         audited = self._is_audited()
         for use in uses:
             activation = use.activation.reshape(-1, use.activation.shape[-1])
@@ -504,6 +524,14 @@ class Watcher:
         if audited:
             flat = gradient.reshape(layer.shape).double()
             pending.arrived = flat.clone() if pending.arrived is None else pending.arrived + flat
+
+    def _discard_zeroed(self) -> None:
+        """Forget, at the first gradient of a backward pass, what zero_grad() has discarded since the last one."""
+        for layer in self._layers:
+            if layer.pending is not None:
+                before = layer.parameter.grad
+                if before is None or not before.any():
+                    layer.pending = None
 
     def _row_order(self, use: _Use) -> tuple[Tensor | None, list[int], list[bytes]]:
         """How to sort rows by cell: the order (None if already sorted), rows a cell, and the cells' keys."""
@@ -632,9 +660,9 @@ class Watcher:
                 record.floors[layer.name, statistic] = floor.numpy().astype(np.float32)
 
     def _group_sizes(self) -> np.ndarray:
-        if self._assignment is None:
-            return np.zeros(1, dtype=np.int64)
-        return self._assignment.sizes
+        """Count the samples in each group, over all micro-batches of the step."""
+        sizes = [layer.pending.sizes for layer in self._layers if layer.pending and layer.pending.sizes is not None]
+        return np.max(sizes, axis=0) if sizes else np.zeros(len(self.groups), dtype=np.int64)
 
     # ------------------------------------------------------------------ proving itself
 
@@ -711,7 +739,7 @@ class Watcher:
     # ------------------------------------------------------------------ results
 
     def _final_attributes(self) -> dict[str, Any]:
-        return {**self._attributes, "audit": self._audit}
+        return {**self._attributes, "audit": copy.deepcopy(self._audit)}
 
     def _flush(self) -> None:
         if self._buffer and self._sink is not None:
@@ -736,10 +764,7 @@ class Watcher:
 def _group_sums(shares: Mapping[bytes, Tensor], cells_of: Sequence[Sequence[bytes]]) -> Tensor:
     """Shares of groups from shares of cells, shape (groups, outputs, inputs)."""
     return torch.stack(
-        [
-            shares[keys[0]] if len(keys) == 1 else torch.stack([shares[key] for key in keys]).sum(0)
-            for keys in cells_of
-        ]
+        [shares[keys[0]] if len(keys) == 1 else torch.stack([shares[key] for key in keys]).sum(0) for keys in cells_of]
     )
 
 
@@ -748,36 +773,40 @@ def _find_layers(model: nn.Module, selected: Sequence[str] | None, unknown: str)
     if isinstance(selected, str):
         raise WatchError(f"layers={selected!r}: give a list of parameter names.")
     layers: dict[int, _Layer] = {}
-    without_rule: list[str] = []
+    without_rule: dict[int, list[str]] = {}
     for module_name, module in model.named_modules():
         rule = rule_for(module)
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim < 2:
                 continue
             name = f"{module_name}.{key}" if module_name else key
-            if selected is not None and not any(fnmatch.fnmatchcase(name, pattern) for pattern in selected):
-                if id(parameter) not in layers:
-                    continue
-            elif rule is None or key not in rule.parameters:
-                without_rule.append(f"'{name}' ({type(module).__name__})")
-                continue
-            if parameter.is_complex():
-                raise WatchError(f"'{name}' is complex; only real parameters can be watched.")
+            if rule is None or key not in rule.parameters:
+                without_rule.setdefault(id(parameter), []).append(f"'{name}' ({type(module).__name__})")
             if id(parameter) in layers:
                 layers[id(parameter)].also.append(name)
             else:
                 layers[id(parameter)] = _Layer(name, parameter)
             layers[id(parameter)].places.append((module_name, key))
-    if without_rule and unknown == "refuse":
-        raise WatchError(
-            f"there is no rule for {', '.join(without_rule)}: select other layers with layers=, or leave what is "
-            "unknown out with unknown='skip'."
-        )
     if selected is not None:
         names = [name for layer in layers.values() for name in (layer.name, *layer.also)]
         for pattern in selected:
             if not fnmatch.filter(names, pattern):
                 raise WatchError(f"layers= names '{pattern}', but the model has no such matrix parameter.")
+        layers = {
+            key: layer
+            for key, layer in layers.items()
+            if any(fnmatch.filter((layer.name, *layer.also), pattern) for pattern in selected)
+        }
+    refused = [name for key in layers for name in without_rule.get(key, [])]
+    layers = {key: layer for key, layer in layers.items() if key not in without_rule}
+    if refused and unknown == "refuse":
+        raise WatchError(
+            f"there is no rule for {', '.join(refused)}: select other layers with layers=, or leave what is "
+            "unknown out with unknown='skip'."
+        )
+    for layer in layers.values():
+        if layer.parameter.is_complex():
+            raise WatchError(f"'{layer.name}' is complex; only real parameters can be watched.")
     if not layers:
         raise WatchError(
             f"{type(model).__name__} has no matrix parameter that can be watched: "
@@ -787,29 +816,38 @@ def _find_layers(model: nn.Module, selected: Sequence[str] | None, unknown: str)
 
 
 def _checked_singular_values(value: int | Sequence[int] | str | None) -> int | tuple[int, ...] | str | None:
-    if value is None or value == "all":
+    if value is None or (isinstance(value, str) and value == "all"):
         return value
-    numbers = [value] if isinstance(value, int) else value
-    if isinstance(value, str) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers):
+    single = isinstance(value, Integral)
+    numbers: list[Any] = [] if isinstance(value, str) else np.atleast_1d(np.array(value, dtype=object)).tolist()
+    if not numbers or not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1 for n in numbers):
         raise WatchError(
             f"singular_values={value!r}: give how many to keep, a list of their numbers (from 1), 'all' or None."
         )
-    return value if isinstance(value, int) else tuple(sorted(set(numbers)))
+    return int(numbers[0]) if single else tuple(sorted({int(n) for n in numbers}))
 
 
 def _checksum(tensor: Tensor) -> tuple[float, float] | None:
     """Notice changes that bypass torch, which only memory shared with numpy can have."""
     if tensor.device.type != "cpu" or not tensor.is_floating_point():
         return None
-    return float(tensor.sum()), float(torch.linalg.vector_norm(tensor))
+    matrix = tensor.reshape(-1, tensor.shape[-1])
+    # Weights without regularity notice rows or columns that change places, which a plain sum would not.
+    by_row, by_column = (torch.arange(n, dtype=tensor.dtype).mul(0.618034).frac() - 0.5 for n in matrix.shape)
+    return float(by_row @ (matrix @ by_column)), float(torch.linalg.vector_norm(tensor))
 
 
 def _signature(value: Any) -> Any:
-    """Shapes of all tensors in the arguments: with the same shapes the rows lie in the same order."""
+    """Shapes of all tensors in the arguments, and options: with the same ones the rows lie in the same order."""
     if isinstance(value, Tensor):
         return tuple(value.shape)
     if isinstance(value, Mapping):
         return tuple((key, _signature(item)) for key, item in value.items())
     if isinstance(value, list | tuple):
         return tuple(_signature(item) for item in value)
-    return type(value).__name__
+    return value if isinstance(value, bool | int | str) else type(value).__name__
+
+
+def _backward_pass() -> int:
+    """Return the number of the backward pass that is running; later ones have larger numbers."""
+    return torch._C._current_graph_task_id()

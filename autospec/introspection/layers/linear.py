@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..hooks import Hook
+
 
 class LinearRule:
     """nn.Linear with inputs of any number of dimensions, and subclasses that keep its forward pass."""
 
-    parameters = ("weight",)
+    parameters: tuple[str, ...] = ("weight",)
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module computes nn.Linear's own forward pass."""
@@ -24,4 +26,4 @@ class LinearRule:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             on_use("weight", args[0] if args else kwargs["input"], output)
 
-        return [module.register_forward_hook(hook, with_kwargs=True)]
+        return [module.register_forward_hook(Hook(hook), with_kwargs=True)]

@@ -1,0 +1,54 @@
+# make demo: the whole workflow on real digits.  make test: every test.  Both set everything up by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := envs/constraints.txt
+
+.PHONY: demo test bench lint setup setup-test schema constraints clean
+
+demo: $(VENV)/.ready
+	$(BIN)/snakemake
+	@echo
+	@echo "Open results/report.html; the composed page is results/figures/figure-1.pdf."
+	@echo "From now on:  . $(BIN)/activate && snakemake"
+
+test: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist worksteal
+
+bench: $(VENV)/.ready-test
+	$(BIN)/python benchmarks/cost.py $(BENCH_OPTIONS)
+
+lint: $(VENV)/.ready-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile workflow
+	$(BIN)/mypy
+
+schema: $(VENV)/.ready
+	$(BIN)/python -m autospec schema
+
+# A new set of pins, from nothing: what today's releases resolve to.
+constraints:
+	$(PYTHON) envs/pin.py
+
+setup: $(VENV)/.ready
+setup-test: $(VENV)/.ready-test
+
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "autospec needs Python 3.11 or newer, and $(PYTHON) is older: run  make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "Setting up $(VENV) (a minute or two; PyTorch is the largest part) ..."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) results work logs .snakemake

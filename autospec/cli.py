@@ -1,0 +1,192 @@
+"""The command line: one command a stage, called by the workflow's rules and useful alone.
+
+It parses arguments, hands them to the stage's module, and puts errors into one sentence.  Stages are imported
+when they run, so that a figure never waits for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from autospec.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Command-line arguments; those of the process by default.
+
+    Returns
+    -------
+    int
+        0, or 1 after a mistake that one sentence on standard error explains.
+    """
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    started, cpu_started = time.monotonic(), time.process_time()
+    try:
+        message, host = options.run(options)
+    except (UserError, OSError) as error:
+        print(f"autospec: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        if type(error).__name__ != "WatchError":
+            raise
+        print(f"autospec: {error}", file=sys.stderr)
+        return 1
+    if getattr(options, "resources", None):
+        write_resources(options.resources, time.monotonic() - started, time.process_time() - cpu_started, host)
+    print(message, file=sys.stderr if getattr(options, "spec", None) else sys.stdout)
+    return 0
+
+
+def write_resources(path: str, wall_seconds: float, cpu_seconds: float, host: dict[str, Any]) -> None:
+    """Record what a stage used, beside its output.
+
+    Parameters
+    ----------
+    path : str
+        JSON file to write.
+    wall_seconds, cpu_seconds : float
+        Time taken; processor time counts all threads.
+    host : dict
+        Where it ran, for a training.
+    """
+    import resource
+
+    from autospec.storage import written_whole
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    mebibytes = peak / (1024 if sys.platform != "darwin" else 1024**2)
+    record = {
+        "wall_seconds": round(wall_seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2),
+        "peak_memory_mib": round(mebibytes, 1),
+        **host,
+    }
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe every command."""
+    parser = argparse.ArgumentParser(prog="autospec", description=__doc__.split("\n", 1)[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], tuple[str, dict[str, Any]]], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    def stage(name: str, run: Callable[[Any], tuple[str, dict[str, Any]]], help: str) -> argparse.ArgumentParser:
+        sub = command(name, run, help)
+        sub.add_argument("--spec", required=True, help="JSON text with the settings, as the Snakefile writes it")
+        sub.add_argument("--resources", help="JSON file that records time and memory used")
+        return sub
+
+    sub = stage("dataset", _dataset, "build a labelled data set")
+    sub.add_argument("--files", nargs="*", default=[], help="images and labels, where they come from files")
+    sub.add_argument("--output", required=True)
+
+    sub = stage("train", _train, "train a network and record its spectra")
+    sub.add_argument("--dataset", required=True)
+    sub.add_argument("--work", required=True, help="folder in which trajectories grow meanwhile")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    sub.add_argument("--output", required=True)
+
+    sub = stage("test", _test, "test every pair of groups of a run")
+    sub.add_argument("--run", required=True, dest="trajectories")
+    sub.add_argument("--output", required=True)
+
+    sub = stage("panel", _panel, "draw one panel")
+    sub.add_argument("--run", required=True, dest="trajectories")
+    sub.add_argument("--tests", required=True)
+    sub.add_argument("--output", required=True, nargs="+")
+
+    sub = stage("figure", _figure, "compose a page of panels")
+    sub.add_argument("--runs", required=True, nargs="+")
+    sub.add_argument("--tests", required=True, nargs="+")
+    sub.add_argument("--output", required=True, nargs="+")
+
+    sub = stage("report", _report, "write the report")
+    sub.add_argument("--inputs", required=True, nargs="+", help="figures, tables and trajectories, at their usual paths")
+    sub.add_argument("--output", required=True)
+
+    sub = command("init", _init, "start an analysis: a folder with a commented config.yaml")
+    sub.add_argument("folder")
+
+    sub = command("schema", _schema, "write the JSON schema and the table of settings from the typed config")
+    sub.add_argument("--root", default=str(Path(__file__).resolve().parent.parent))
+    return parser
+
+
+def _settings(options: Any) -> tuple[Any, str]:
+    try:
+        spec = json.loads(options.spec)
+        return spec["settings"], spec["code"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError("--spec is no JSON text with 'settings' and 'code', as the Snakefile writes it.") from None
+
+
+def _dataset(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.datasets.build import build_dataset
+
+    return build_dataset(_settings(options)[0], options.files, options.output), {}
+
+
+def _train(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.training import host, train_run
+
+    settings, code = _settings(options)
+    return train_run(settings, code, options.dataset, options.output, options.work, options.device), host()
+
+
+def _test(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.build import build_tests
+
+    return build_tests(_settings(options)[0], options.trajectories, options.output), {}
+
+
+def _panel(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.figures.panel import build_panel
+
+    return build_panel(_settings(options)[0], options.trajectories, options.tests, options.output), {}
+
+
+def _figure(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.figures.page import build_page
+
+    runs, tests = ({_run_name(path): path for path in paths} for paths in (options.runs, options.tests))
+    return build_page(_settings(options)[0], runs, tests, options.output), {}
+
+
+def _report(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.report.build import build_report
+
+    return build_report(_settings(options)[0], options.inputs, options.output), {}
+
+
+def _init(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.analysis import start_analysis
+
+    return start_analysis(options.folder), {}
+
+
+def _schema(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.documentation import write_generated
+
+    return f"wrote {', '.join(write_generated(Path(options.root)))}", {}
+
+
+def _run_name(path: str) -> str:
+    """Name of a run, from the path of its trajectories or its tests."""
+    return Path(path).name.split(".", 1)[0]

@@ -1,0 +1,14 @@
+"""What a panel shows, in words: for the titles of figures and the headings of the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ACTIVATIONS = {"relu": "ReLU", "sigmoid": "Sigmoid", "tanh": "Tanh"}
+
+
+def content(panel: dict[str, Any]) -> str:
+    """What a panel shows, in words: architecture, task, widths, activation, groups."""
+    widths = " x ".join(str(width) for width in panel["hidden"])
+    words = f"{panel['architecture']} {panel['task']}, hidden {widths}, {ACTIVATIONS[panel['activation']]}"
+    return words if panel["compare"] is None else f"{words}: {panel['compare'][0]} against {panel['compare'][1]}"

@@ -1,0 +1,69 @@
+"""A figure of the paper: all panels of an experiment on one page."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypedDict
+
+import matplotlib.pyplot as plt
+
+from autospec.figures.panel import difference_key, draw_panel, read_tests
+from autospec.figures.spectra import legend
+from autospec.figures.style import MM, STYLE, save
+from autospec.storage import open_store
+
+HEAD_MM, FOOT_MM = 8.0, 13.0
+
+
+class PageSettings(TypedDict):
+    """What the stage reads from the configuration."""
+
+    number: int
+    title: str
+    panels: list[dict[str, Any]]
+    width_mm: float
+    height_mm: float
+    dots_per_inch: int
+    singular_values: list[int]
+    alpha: float
+    variance: str
+    scale: str
+
+
+def build_page(settings: PageSettings, runs: dict[str, str], tests: dict[str, str], outputs: list[str]) -> str:
+    """Compose a page and write it in each format.
+
+    Parameters
+    ----------
+    settings : PageSettings
+        Title, panels and size.
+    runs, tests : dict of str to str
+        Trajectories and tests of each run that a panel names.
+    outputs : list of str
+        Files to write; the extension decides the format.
+
+    Returns
+    -------
+    str
+        One line that says what was drawn.
+    """
+    trees = {run: open_store(path, "trajectories") for run, path in runs.items()}
+    tables = {run: read_tests(path) for run, path in tests.items()}
+    panels = settings["panels"]
+    with plt.rc_context({**STYLE, "font.size": 6, "axes.labelsize": 5.5, "xtick.labelsize": 5, "ytick.labelsize": 5}):
+        width, height = settings["width_mm"] * MM, settings["height_mm"] * MM
+        figure = plt.figure(figsize=(width, height), layout="constrained")
+        head, body, foot = figure.subfigures(
+            3, 1, height_ratios=[HEAD_MM, settings["height_mm"] - HEAD_MM - FOOT_MM, FOOT_MM]
+        )
+        head.text(0.01, 0.4, f"Figure {settings['number']}.  {settings['title']}", fontsize=10, fontweight="bold")
+        rows = math.ceil(len(panels) / 2)
+        places = body.subfigures(rows, 2, squeeze=False, wspace=0.02, hspace=0.02).flat
+        for place, panel in zip(places, panels, strict=False):
+            draw_panel(place, panel, trees[panel["run"]], tables[panel["run"]], settings)
+        legend(foot, trees[panels[0]["run"]], loc="upper center", bbox_to_anchor=(0.5, 1.0))
+        if any(panel["compare"] for panel in panels):
+            foot.text(0.5, 0.12, difference_key(settings), ha="center", va="bottom", fontsize=6)
+        save(figure, outputs, settings["dots_per_inch"])
+        plt.close(figure)
+    return f"figure {settings['number']}: {len(panels)} panels"

@@ -1,0 +1,109 @@
+"""One panel: drawn on a page by `autospec.figures.page`, or on its own by the stage here."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import xarray as xr
+from matplotlib.figure import SubFigure
+
+from autospec.describe import content
+from autospec.figures.differences import draw_differences
+from autospec.figures.spectra import draw_spectra, legend
+from autospec.figures.style import MM, STYLE, save
+from autospec.storage import open_store
+
+ROW_HEIGHT_MM = 38.0
+MARGIN_MM = 24.0
+
+
+class PanelSettings(TypedDict):
+    """What the stage reads from the configuration."""
+
+    panel: dict[str, Any]
+    width_mm: float
+    dots_per_inch: int
+    singular_values: list[int]
+    alpha: float
+    variance: str
+    scale: str
+
+
+def draw_panel(
+    figure: SubFigure, panel: dict[str, Any], tree: xr.DataTree, tests: pd.DataFrame, settings: Any
+) -> np.ndarray:
+    """Draw a panel: spectra, or the differences of two groups.
+
+    Parameters
+    ----------
+    figure : SubFigure
+        Where to draw.
+    panel : dict
+        Letter, run, and the two groups to compare or None.
+    tree : xarray.DataTree
+        Trajectories of the run.
+    tests : DataFrame
+        The paper's tests of the run.
+    settings : mapping
+        ``singular_values``, ``variance`` and ``alpha``.
+
+    Returns
+    -------
+    ndarray of Axes, shape (layers, statistics)
+    """
+    figure.suptitle(
+        f"{panel['letter']}   {content(panel)}", x=0.01, ha="left", fontsize=7.5, fontweight="bold"
+    )
+    if panel["compare"] is None:
+        return draw_spectra(figure, tree, settings["singular_values"])
+    return draw_differences(figure, tree, tests, panel["compare"], settings["variance"], settings["alpha"])
+
+
+def read_tests(path: str) -> pd.DataFrame:
+    """Read a table of tests; labels stay text."""
+    return pd.read_csv(path, sep="\t", dtype={"group_a": str, "group_b": str}, keep_default_na=False, na_values=[""])
+
+
+def build_panel(settings: PanelSettings, run: str, tests: str, outputs: list[str]) -> str:
+    """Draw one panel on its own and write it in each format.
+
+    Parameters
+    ----------
+    settings : PanelSettings
+        What to draw and how large.
+    run, tests : str
+        The run's trajectories and its tests.
+    outputs : list of str
+        Files to write; the extension decides the format.
+
+    Returns
+    -------
+    str
+        One line that says what was drawn.
+    """
+    tree = open_store(run, "trajectories")
+    layers = len(tree["layers"].children)
+    with plt.rc_context(STYLE):
+        size = (settings["width_mm"] * MM, (MARGIN_MM + ROW_HEIGHT_MM * layers) * MM)
+        figure = plt.figure(figsize=size, layout="constrained")
+        body, foot = figure.subfigures(2, 1, height_ratios=[size[1] - 7 * MM, 7 * MM])
+        draw_panel(body, settings["panel"], tree, read_tests(tests), settings)
+        if settings["panel"]["compare"] is None:
+            legend(foot, tree, loc="center")
+        else:
+            foot.text(0.5, 0.5, difference_key(settings), ha="center", va="center", fontsize=6)
+        save(figure, outputs, settings["dots_per_inch"])
+        plt.close(figure)
+    return f"panel {settings['panel']['letter']}: {content(settings['panel'])}"
+
+
+def difference_key(settings: Any) -> str:
+    """What the marks of a panel of differences mean."""
+    test = {"student": "Student's", "welch": "Welch's"}[settings["variance"]]
+    return (
+        f"Dots: singular values with p < {settings['alpha']:g} over steps. Squares: steps with p < {settings['alpha']:g} "
+        f"over singular values. Grey: below the noise floor. {test} t-test, as in the paper; no test of groups."
+    )

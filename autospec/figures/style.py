@@ -1,0 +1,55 @@
+"""What all figures share: palette, type, and saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from autospec.storage import written_whole
+
+matplotlib.use("agg")
+
+MM = 1 / 25.4
+# Okabe and Ito's palette, told apart with every common kind of colour vision; yellow, too faint for lines, is left out.
+GROUP_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+BATCH_COLOUR = "#333333"
+# Text stays text in PDF and SVG; a fixed salt and no date keep the files' bytes reproducible.
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "axes.labelsize": 6.5,
+    "xtick.labelsize": 6,
+    "ytick.labelsize": 6,
+    "legend.fontsize": 6.5,
+    "axes.linewidth": 0.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.major.width": 0.5,
+    "ytick.major.width": 0.5,
+    "xtick.major.size": 2,
+    "ytick.major.size": 2,
+    "ytick.minor.size": 1,
+    "ytick.minor.width": 0.3,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "autospec",
+}
+
+
+def colours(groups: list[str]) -> dict[str, str]:
+    """Colour of each group, the whole batch in grey."""
+    named = {group: GROUP_COLOURS[i % len(GROUP_COLOURS)] for i, group in enumerate(groups[1:])}
+    return {groups[0]: BATCH_COLOUR, **named}
+
+
+def save(figure: Figure, outputs: list[str], dots_per_inch: int) -> None:
+    """Save a figure in the format of each output's extension, each file whole or not at all."""
+    metadata: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
+    for output in outputs:
+        kind = Path(output).suffix.lstrip(".")
+        with written_whole(output) as temporary:
+            figure.savefig(temporary, format=kind, dpi=dots_per_inch, metadata=metadata[kind])

@@ -1,0 +1,30 @@
+"""Hooks that stay with their module when the model is copied or pickled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def do_nothing(*_: Any) -> None:
+    """Stand for a hook in a copy."""
+
+
+class Hook:
+    """A hook that belongs to one module: a copy of the model, or a pickled one, carries a hook that does nothing.
+
+    Parameters
+    ----------
+    function : callable
+        What the hook does on the module where it was registered.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> None:
+        """Do what the hook is for."""
+        self.function(*args)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[Callable[..., None]]]:
+        return Hook, (do_nothing,)

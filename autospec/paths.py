@@ -1,0 +1,36 @@
+"""Where results stand: the one home of their paths, relative to the analysis folder."""
+
+from __future__ import annotations
+
+PATHS = {
+    "dataset": "results/datasets/{dataset}.zarr.zip",
+    "dataset_resources": "results/datasets/{dataset}.json",
+    "run": "results/runs/{experiment}/{run}.zarr.zip",
+    "run_resources": "results/runs/{experiment}/{run}.json",
+    "paper_tests": "results/statistics/{experiment}/{run}.paper.tsv",
+    "paper_tests_resources": "results/statistics/{experiment}/{run}.paper.json",
+    "panel": "results/figures/{experiment}/{panel}.{extension}",
+    "panel_resources": "results/figures/{experiment}/{panel}.json",
+    "figure": "results/figures/figure-{figure}.{extension}",
+    "figure_resources": "results/figures/figure-{figure}.json",
+    "report": "results/report.html",
+    "report_resources": "results/report.json",
+    "log": "logs/{stage}/{job}.log",
+}
+EXTENSIONS = ("pdf", "png", "svg")
+
+
+def result(kind: str, **names: str | int) -> str:
+    """Path of a result; names that are not given stay as Snakemake's wildcards.
+
+    Parameters
+    ----------
+    kind : str
+        A key of `PATHS`.
+    **names
+        Values for its placeholders.
+    """
+    path = PATHS[kind]
+    for name, value in names.items():
+        path = path.replace("{" + name + "}", str(value))
+    return path

@@ -1,0 +1,204 @@
+"""The stage that writes the report: figures, captions that explain them, tables to sort."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import jinja2
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from autospec.datasets.labelled import open_labelled
+from autospec.describe import content
+from autospec.paths import result
+from autospec.report.template import PAGE
+from autospec.report.words import difference_caption, page_caption, spectra_caption
+from autospec.statistics.paper import WHAT_IT_IS_NOT
+from autospec.storage import open_store, written_whole
+
+
+class ReportSettings(TypedDict):
+    """What the stage reads from the configuration."""
+
+    title: str
+    alpha: float
+    variance: str
+    scale: str
+    experiments: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table: what is shown, and the number it sorts by."""
+
+    text: str
+    key: float | None = None
+
+    @property
+    def number(self) -> bool:
+        """Whether the cell holds a number."""
+        return self.key is not None
+
+
+def build_report(settings: ReportSettings, inputs: list[str], output: str) -> str:
+    """Write the report.
+
+    Parameters
+    ----------
+    settings : ReportSettings
+        Titles, experiments, runs and panels.
+    inputs : list of str
+        Every file that is read; they stand at the paths of `autospec.paths`, below the current folder.
+    output : str
+        The HTML file to write.
+
+    Returns
+    -------
+    str
+        One line that says what the report holds.
+    """
+    experiments = [_experiment(experiment, settings) for experiment in settings["experiments"]]
+    tables = [
+        _table("runs", "Runs", *_runs_table(settings)),
+        _table("tests", "Group differences by the paper's t-tests", *_tests_table(settings)),
+        _table("audit", "Exactness", *_audit_table(settings)),
+    ]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(PAGE).render(
+        title=settings["title"], warning=WHAT_IT_IS_NOT, experiments=experiments, tables=tables
+    )
+    with written_whole(output) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    panels = sum(len(experiment["panels"]) for experiment in experiments)
+    return f"{output}: {len(experiments)} figures, {panels} panels, {len(tables)} tables, from {len(inputs)} files"
+
+
+def _experiment(experiment: dict[str, Any], settings: ReportSettings) -> dict[str, Any]:
+    name = experiment["name"]
+    samples = open_labelled(result("dataset", dataset=experiment["dataset"]))
+    panels = []
+    for panel in experiment["panels"]:
+        tree = open_store(result("run", experiment=name, run=panel["run"]), "trajectories")
+        tests = pd.read_csv(
+            result("paper_tests", experiment=name, run=panel["run"]), sep="\t", dtype={"group_a": str, "group_b": str}
+        )
+        if panel["compare"] is None:
+            caption = spectra_caption(tree)
+        else:
+            caption = difference_caption(tree, tests, panel["compare"], settings["variance"], settings["alpha"])
+        image = _embedded(result("panel", experiment=name, panel=panel["name"], extension="png"))
+        panels.append({"letter": panel["letter"], "content": content(panel), "caption": caption, "image": image})
+    origin = "Simulated data" if samples.attrs.get("simulated") else "Real data"
+    return {
+        "number": experiment["number"],
+        "title": experiment["title"],
+        "data": f"{origin}: {samples.sizes['sample']} samples from {samples.attrs['source']}; "
+        f"data set “{experiment['dataset']}”.",
+        "image": _embedded(result("figure", figure=experiment["number"], extension="png")),
+        "caption": page_caption(experiment["panels"]),
+        "panels": panels,
+    }
+
+
+def _runs_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
+    rows = []
+    for experiment, run, tree in _trees(settings):
+        chosen = experiment["runs"][run]
+        curves = tree["training"].to_dataset()
+        used = json.loads(Path(result("run_resources", experiment=experiment["name"], run=run)).read_text())
+        rows.append(
+            {
+                "experiment": experiment["name"],
+                "run": run,
+                "task": chosen["task"],
+                "hidden": " x ".join(map(str, chosen["hidden"])),
+                "activation": chosen["activation"],
+                "updates": curves.sizes["update"],
+                "first loss": float(curves["loss"][0]),
+                "final loss": float(curves["loss"][-1]),
+                "final accuracy": float(curves["accuracy"][-1]) if "accuracy" in curves else np.nan,
+                "wall seconds": used["wall_seconds"],
+                "CPU seconds": used["cpu_seconds"],
+                "peak memory (MiB)": used["peak_memory_mib"],
+                "device": tree.attrs["device"],
+            }
+        )
+    return "Loss is that of the batch before the update; accuracy is on the training samples.", rows
+
+
+def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
+    p, alpha = f"p_{settings['variance']}", settings["alpha"]
+    rows = []
+    for experiment, run, _ in _trees(settings):
+        path = result("paper_tests", experiment=experiment["name"], run=run)
+        tests = pd.read_csv(path, sep="\t", dtype={"group_a": str, "group_b": str})
+        tests["significant"] = tests["resolved"] & (tests[p] < alpha)
+        for keys, part in tests.groupby(["layer", "statistic", "group_a", "group_b"], sort=False):
+            values, steps = (part[part["test"] == test] for test in ("singular_value", "step"))
+            rows.append(
+                {
+                    "experiment": experiment["name"],
+                    "run": run,
+                    **dict(zip(("layer", "statistic", "group", "against"), map(str, keys), strict=True)),
+                    "singular values": len(values),
+                    "above the noise": int(values["resolved"].sum()),
+                    "significant values": int(values["significant"].sum()),
+                    "steps": len(steps),
+                    "significant steps": int(steps["significant"].sum()),
+                }
+            )
+    test = {"student": "Student's", "welch": "Welch's"}[settings["variance"]]
+    scale = "singular values" if settings["scale"] == "raw" else "logarithms of singular values"
+    caption = f"{test} two-tailed t-test of {scale}, p < {alpha:g}, uncorrected, above the noise floor. {WHAT_IT_IS_NOT}"
+    return caption, rows
+
+
+def _audit_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
+    rows = []
+    for experiment, run, tree in _trees(settings):
+        audit = tree.attrs["audit"]
+        rows.append(
+            {
+                "experiment": experiment["name"],
+                "run": run,
+                "audited steps": len(audit["steps"]),
+                "largest error against float64": audit["largest_error"],
+                "largest deviation of the shares' sum": audit["largest_guard_deviation"],
+                "allowed deviation": audit["guard_tolerance"],
+                "layers with outside gradient": len(audit["outside"]),
+                "passes to find the samples' rows": audit["probe_passes"],
+            }
+        )
+    caption = (
+        "The watcher checks itself: spectra of one layer against float64 (relative to the largest singular value), and "
+        "the sum of the groups' shares against the gradient that arrived (in units of rounding)."
+    )
+    return caption, rows
+
+
+def _trees(settings: ReportSettings) -> list[tuple[dict[str, Any], str, xr.DataTree]]:
+    return [
+        (experiment, run, open_store(result("run", experiment=experiment["name"], run=run), "trajectories"))
+        for experiment in settings["experiments"]
+        for run in experiment["runs"]
+    ]
+
+
+def _table(id: str, title: str, caption: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    return {"id": id, "title": title, "caption": caption, "columns": list(rows[0]) if rows else [], "rows": cells}
+
+
+def _cell(value: Any) -> Cell:
+    if isinstance(value, float):
+        return Cell("–" if np.isnan(value) else f"{value:.4g}", -1.0 if np.isnan(value) else value)
+    return Cell(str(value), float(value)) if isinstance(value, int) else Cell(str(value))
+
+
+def _embedded(path: str) -> str:
+    return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()

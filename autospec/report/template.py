@@ -1,0 +1,124 @@
+"""The report's page, as a Jinja template: no script, style sheet, font or picture comes from elsewhere."""
+
+PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light; --ink: #1b1b1b; --soft: #555; --line: #d5d5d5; --accent: #0b5c94; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1.25rem 4rem; color: var(--ink); background: #fff;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.8rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1.35rem; margin: 2.75rem 0 .75rem; padding-top: .75rem; border-top: 2px solid var(--ink); }
+h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
+p, li { max-width: 46rem; }
+a { color: var(--accent); }
+nav ul { padding-left: 1.1rem; }
+.note { border-left: 4px solid #d55e00; padding: .4rem 1rem; background: #fdf4ee; max-width: 48rem; }
+figure { margin: 1.25rem 0 2.25rem; }
+figure img { width: 100%; height: auto; border: 1px solid var(--line); }
+figure.page img { max-width: 52rem; display: block; }
+figcaption { color: var(--soft); max-width: 46rem; margin-top: .5rem; font-size: .95rem; }
+.scroll { overflow-x: auto; max-height: 32rem; overflow-y: auto; border: 1px solid var(--line); }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding: .5rem; color: var(--soft); }
+th, td { padding: .3rem .6rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
+td.number { text-align: right; }
+thead th { position: sticky; top: 0; background: #f3f3f3; }
+thead button { all: unset; cursor: pointer; font-weight: 600; }
+thead button:focus-visible { outline: 2px solid var(--accent); }
+th[aria-sort="ascending"] button::after { content: " \\25B2"; }
+th[aria-sort="descending"] button::after { content: " \\25BC"; }
+</style>
+</head>
+<body>
+<header>
+<h1>{{ title }}</h1>
+<p>Spectra of the learning signal, recorded inside automatic differentiation while each network trained: the
+singular values of every layer's weight gradient, of the activations that enter it and of the adjoints that leave it,
+for the whole batch and for each group of samples.</p>
+</header>
+<nav aria-label="Contents"><ul>
+{% for experiment in experiments %}<li><a href="#figure-{{ experiment.number }}">Figure {{ experiment.number }}.
+{{ experiment.title }}</a></li>
+{% endfor %}<li><a href="#tables">Tables</a></li>
+<li><a href="#reading">How to read the figures</a></li>
+</ul></nav>
+<p class="note"><strong>What the significance marks are not.</strong> {{ warning }}</p>
+{% for experiment in experiments %}
+<section aria-labelledby="figure-{{ experiment.number }}">
+<h2 id="figure-{{ experiment.number }}">Figure {{ experiment.number }}. {{ experiment.title }}</h2>
+<p>{{ experiment.data }}</p>
+<figure class="page">
+<img src="{{ experiment.image }}" alt="Figure {{ experiment.number }}: {{ experiment.panels | length }} panels of spectra
+and group differences for {{ experiment.title }}">
+<figcaption>{{ experiment.caption }}</figcaption>
+</figure>
+{% for panel in experiment.panels %}
+<h3>{{ panel.letter }}. {{ panel.content }}</h3>
+<figure>
+<img src="{{ panel.image }}" alt="Panel {{ panel.letter }}: {{ panel.content }}">
+<figcaption>{{ panel.caption }}</figcaption>
+</figure>
+{% endfor %}
+</section>
+{% endfor %}
+<section aria-labelledby="tables">
+<h2 id="tables">Tables</h2>
+<p>Click a column's head to sort by it. The full tables of tests are in <code>results/statistics</code>, the
+trajectories in <code>results/runs</code>; <code>autospec.open_trajectories(path)</code> opens them.</p>
+{% for table in tables %}
+<h3 id="{{ table.id }}">{{ table.title }}</h3>
+<div class="scroll" tabindex="0" role="region" aria-labelledby="{{ table.id }}">
+<table class="sortable">
+<caption>{{ table.caption }}</caption>
+<thead><tr>{% for column in table.columns %}<th scope="col" aria-sort="none"><button type="button">{{ column }}</button></th>
+{% endfor %}</tr></thead>
+<tbody>
+{% for row in table.rows %}<tr>{% for cell in row %}<td{% if cell.number %} class="number"{% endif %}
+{%- if cell.key is not none %} data-key="{{ cell.key }}"{% endif %}>{{ cell.text }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+</table>
+</div>
+{% endfor %}
+</section>
+<section aria-labelledby="reading">
+<h2 id="reading">How to read the figures</h2>
+<ul>
+<li>A <strong>gradient</strong> column shows the singular values of each group's share of the weight's gradient: the
+part of the batch's gradient that comes from the group's samples. The shares add up to the whole.</li>
+<li>An <strong>activation</strong> column shows those of the rows that enter the layer; an <strong>adjoint</strong>
+column those of the derivatives of the loss at its output. Under full-batch training the input of the first layer
+never changes, so its lines are flat.</li>
+<li>&sigma;<sub>1</sub> is the largest singular value. Lines get thinner with the number of the singular value; the
+dashed grey line is the whole batch.</li>
+<li>Grey areas lie below the noise floor: there a value is rounding, and nothing is called significant.</li>
+<li>Groups of different size differ by size alone; look at the numbers of samples before you read a difference.</li>
+</ul>
+</section>
+<script>
+"use strict";
+for (const table of document.querySelectorAll("table.sortable")) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
+    const rising = head.getAttribute("aria-sort") !== "ascending";
+    const key = (row) => { const cell = row.cells[column];
+      return cell.dataset.key === undefined ? cell.textContent : Number(cell.dataset.key); };
+    const rows = [...table.tBodies[0].rows].map((row) => [key(row), row]);
+    rows.sort(([a], [b]) => {
+      const order = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
+      return rising ? order : -order; });
+    for (const other of heads) other.setAttribute("aria-sort", "none");
+    head.setAttribute("aria-sort", rising ? "ascending" : "descending");
+    table.tBodies[0].append(...rows.map(([, row]) => row));
+  }));
+}
+</script>
+</body>
+</html>
+"""

