@@ -10,7 +10,9 @@ min_version("9.13")
 
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
-# Jobs import the package beside this Snakefile, also from a conda environment that does not hold it.
+# Jobs run with Snakemake's own Python, activated or not (a conda environment goes before it), and import the package
+# beside this Snakefile.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 from autospec import specs

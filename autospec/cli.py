@@ -118,7 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", required=True, nargs="+")
 
     sub = stage("report", _report, "write the report")
-    sub.add_argument("--inputs", required=True, nargs="+", help="figures, tables and trajectories, at their usual paths")
+    sub.add_argument(
+        "--inputs", required=True, nargs="+", help="figures, tables and trajectories, at their usual paths"
+    )
     sub.add_argument("--output", required=True)
 
     sub = command("init", _init, "start an analysis: a folder with a commented config.yaml")

@@ -175,7 +175,7 @@ class Figures(Settings):
     """Height of the composed page."""
     dots_per_inch: int = Field(default=200, ge=50)
     """Resolution of the PNG files."""
-    singular_values: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 2, 4, 8, 16], min_length=1)
+    singular_values: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 2, 4, 12], min_length=1)
     """Which singular values the panels of spectra draw."""
 
 
@@ -311,7 +311,11 @@ def _sentence(error: Any) -> str:
             _text(value)
         except ValueError as reason:
             return f"{where}: {reason}"
-    shown = json.dumps(value) if isinstance(value, str | int | float | bool | None.__class__) else f"a {type(value).__name__}"
+    shown = (
+        json.dumps(value)
+        if isinstance(value, str | int | float | bool | None.__class__)
+        else f"a {type(value).__name__}"
+    )
     if kind == "string_pattern_mismatch":
         return f"{where}: the name {shown} may hold only small letters, digits and _, and begins with a letter"
     return f"{where} is {shown}: {error['msg'][0].lower()}{error['msg'][1:]}"

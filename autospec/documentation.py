@@ -40,7 +40,9 @@ def settings_table() -> str:
         parts.append("\n| setting | type | default | meaning |\n|---|---|---|---|\n")
         required = definition.get("required", [])
         for key, field in definition["properties"].items():
-            default = "required" if key in required else f"`{json.dumps(field['default'])}`" if "default" in field else ""
+            default = (
+                "required" if key in required else f"`{json.dumps(field['default'])}`" if "default" in field else ""
+            )
             if isinstance(field.get("default"), dict):
                 default = "as below"
             parts.append(f"| `{key}` | {_type(field)} | {default} | {field.get('description', '')} |\n")

@@ -141,7 +141,12 @@ def open_trajectories(path: str | os.PathLike[str]) -> xr.DataTree:
     >>> tree = open_trajectories("results/runs/mnist_mlp/autoencoder_32_relu.zarr.zip")  # doctest: +SKIP
     >>> tree["layers/encoder.0.weight/gradient"].sel(group="3", index=1)  # doctest: +SKIP
     """
-    return open_store(path, "trajectories")
+    tree = open_store(path, "trajectories")
+    stored = {node.path: node.to_dataset(inherit=False) for node in tree.subtree}
+    # A store lists nodes by name; the model's own order reads better.
+    order = [f"/layers/{name}" for name in tree.attrs.get("layers", [])]
+    paths = ["/", *(path for path in order if path in stored), *(path for path in stored if path not in order)]
+    return xr.DataTree.from_dict({path: stored[path] for path in dict.fromkeys(paths)})
 
 
 def add_training_curves(folder: str | os.PathLike[str], curves: dict[str, np.ndarray]) -> None:

@@ -40,4 +40,6 @@ def build_dataset(settings: DatasetSettings, files: list[str], output: str) -> s
     dataset = select_digits(images, digits, settings["classes"], settings["samples_per_class"], source)
     write_labelled(dataset, output)
     counts = {label: int((dataset["target"] == label).sum()) for label in settings["classes"]}
-    return f"{settings['name']}: {dataset.sizes['sample']} samples ({', '.join(f'{k}: {v}' for k, v in counts.items())})"
+    return (
+        f"{settings['name']}: {dataset.sizes['sample']} samples ({', '.join(f'{k}: {v}' for k, v in counts.items())})"
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from autospec.storage import open_store, pack
+from autospec.storage import open_store, pack, without_consolidation_warning
 
 
 def labelled(
@@ -58,7 +58,8 @@ def write_labelled(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".packing-") as folder:
-        dataset.to_zarr(Path(folder) / "store", zarr_format=3, consolidated=False)
+        with without_consolidation_warning():
+            dataset.to_zarr(Path(folder) / "store", zarr_format=3, consolidated=True)
         pack(Path(folder) / "store", target)
 
 

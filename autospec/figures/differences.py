@@ -98,7 +98,7 @@ def draw_differences(
         ScalarMappable(Normalize(-limit, limit), COLOURS), ax=axes, fraction=0.025, pad=0.035, aspect=30
     )
     bar.set_label(f"log2 ratio, {pair[0]} over {pair[1]}", fontsize=6)
-    bar.outline.set_linewidth(0.4)  # type: ignore[operator]
+    bar.outline.set_linewidth(0.4)
     return axes
 
 
@@ -134,11 +134,22 @@ def _mark(
     where: dict[str, Any] = {"clip_on": False, "color": MARK, "linewidths": 0}
     values = significant(tests, layer, statistic, pair, "singular_value", variance, alpha)
     axes.scatter(
-        np.full(len(values), 1.025), values, s=2.2, transform=axes.get_yaxis_transform(), label="singular values", **where
+        np.full(len(values), 1.025),
+        values,
+        s=2.2,
+        transform=axes.get_yaxis_transform(),
+        label="singular values",
+        **where,
     )
     steps = significant(tests, layer, statistic, pair, "step", variance, alpha)
     axes.scatter(
-        steps, np.full(len(steps), 1.03), s=2.2, marker="s", transform=axes.get_xaxis_transform(), label="steps", **where
+        steps,
+        np.full(len(steps), 1.03),
+        s=2.2,
+        marker="s",
+        transform=axes.get_xaxis_transform(),
+        label="steps",
+        **where,
     )
 
 

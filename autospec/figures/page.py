@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from autospec.figures.panel import difference_key, draw_panel, read_tests
 from autospec.figures.spectra import legend
 from autospec.figures.style import MM, STYLE, save
-from autospec.storage import open_store
+from autospec.trajectories import open_trajectories
 
 HEAD_MM, FOOT_MM = 8.0, 13.0
 
@@ -47,7 +47,7 @@ def build_page(settings: PageSettings, runs: dict[str, str], tests: dict[str, st
     str
         One line that says what was drawn.
     """
-    trees = {run: open_store(path, "trajectories") for run, path in runs.items()}
+    trees = {run: open_trajectories(path) for run, path in runs.items()}
     tables = {run: read_tests(path) for run, path in tests.items()}
     panels = settings["panels"]
     with plt.rc_context({**STYLE, "font.size": 6, "axes.labelsize": 5.5, "xtick.labelsize": 5, "ytick.labelsize": 5}):

@@ -14,7 +14,7 @@ from autospec.describe import content
 from autospec.figures.differences import draw_differences
 from autospec.figures.spectra import draw_spectra, legend
 from autospec.figures.style import MM, STYLE, save
-from autospec.storage import open_store
+from autospec.trajectories import open_trajectories
 
 ROW_HEIGHT_MM = 38.0
 MARGIN_MM = 24.0
@@ -54,9 +54,7 @@ def draw_panel(
     -------
     ndarray of Axes, shape (layers, statistics)
     """
-    figure.suptitle(
-        f"{panel['letter']}   {content(panel)}", x=0.01, ha="left", fontsize=7.5, fontweight="bold"
-    )
+    figure.suptitle(f"{panel['letter']}   {content(panel)}", x=0.01, ha="left", fontsize=7.5, fontweight="bold")
     if panel["compare"] is None:
         return draw_spectra(figure, tree, settings["singular_values"])
     return draw_differences(figure, tree, tests, panel["compare"], settings["variance"], settings["alpha"])
@@ -84,7 +82,7 @@ def build_panel(settings: PanelSettings, run: str, tests: str, outputs: list[str
     str
         One line that says what was drawn.
     """
-    tree = open_store(run, "trajectories")
+    tree = open_trajectories(run)
     layers = len(tree["layers"].children)
     with plt.rc_context(STYLE):
         size = (settings["width_mm"] * MM, (MARGIN_MM + ROW_HEIGHT_MM * layers) * MM)
@@ -105,5 +103,6 @@ def difference_key(settings: Any) -> str:
     test = {"student": "Student's", "welch": "Welch's"}[settings["variance"]]
     return (
         f"Dots: singular values with p < {settings['alpha']:g} over steps. Squares: steps with p < {settings['alpha']:g} "
-        f"over singular values. Grey: below the noise floor. {test} t-test, as in the paper; no test of groups."
+        f"over singular values.\nGrey: below the noise floor. {test} t-test as in the paper, which takes dependent samples "
+        "for independent: no test of groups."
     )

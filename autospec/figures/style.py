@@ -48,6 +48,8 @@ def colours(groups: list[str]) -> dict[str, str]:
 
 def save(figure: Figure, outputs: list[str], dots_per_inch: int) -> None:
     """Save a figure in the format of each output's extension, each file whole or not at all."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the layout is found once, not again for each format
     metadata: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
     for output in outputs:
         kind = Path(output).suffix.lstrip(".")

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from .errors import WatchError
 from .layers import rule_for
 
-MAX_HYPOTHESES = 16
+MAX_HYPOTHESES = 64
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,12 @@ def map_rows(
             f"groups has {samples} labels, but no input of the model has a dimension {where} {samples} "
             f"(inputs: {shapes}): give one label for each sample of the batch, in the batch's order."
         )
+    # An input may have a dimension of that size by chance, such as one position encoding a time point.
+    if batch_dim is None and any(len(dims) > 1 for dims in choices):
+        choices = [dims if dims == (None,) else (*dims, None) for dims in choices]
+    if batch_dim is not None:
+        for position in [i for i, dims in enumerate(choices) if dims != (None,)][1:]:
+            choices[position] = (*choices[position], None)
     if math.prod(len(dims) for dims in choices) > MAX_HYPOTHESES:
         raise WatchError("too many dimensions of the inputs could index samples: say which with batch_dim=.")
     try:
@@ -158,7 +164,10 @@ def map_rows(
                 found = _probe(twin, args, kwargs, inputs, dims, words, watched)
                 accepted.append((dims, found))
             except WatchError as error:
-                reason = str(error)
+                reason = reason or str(error)
+                continue
+            if batch_dim is not None:
+                break
     if not accepted:
         raise WatchError(f"{reason} Say where the samples are with batch_dim= or rows=.")
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
@@ -324,7 +333,9 @@ def _finite(tensor: Tensor) -> Tensor:
     return torch.where(torch.isfinite(tensor), tensor, 0) if tensor.is_floating_point() else tensor.clone()
 
 
-def _same(first: Mapping[tuple[str, str], list[np.ndarray]], second: Mapping[tuple[str, str], list[np.ndarray]]) -> bool:
+def _same(
+    first: Mapping[tuple[str, str], list[np.ndarray]], second: Mapping[tuple[str, str], list[np.ndarray]]
+) -> bool:
     """Whether two readings give every row to the same sample, as in a batch of one."""
     return all(np.array_equal(a, b) for key in first for a, b in zip(first[key], second[key], strict=True))
 

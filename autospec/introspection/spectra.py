@@ -123,7 +123,9 @@ def noise_floor(sigma_1: Tensor, shape: tuple[int, int], rows: Tensor, dtype: to
         Shape (groups,), float64.
     """
     largest = rows.double().clamp_min(max(shape))
-    return NOISE_CONSTANTS[statistic] * torch.finfo(dtype).eps * sigma_1.double() * largest.sqrt()
+    # Singular values from a float64 Gram matrix are no better than this, even where the training computes in float64.
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float64).eps ** 0.5)
+    return NOISE_CONSTANTS[statistic] * eps * sigma_1.double() * largest.sqrt()
 
 
 class RowStack:

@@ -113,7 +113,7 @@ def build_tree(
             "group": ("group", strings(groups)),
             "grouping": ("group", strings(groupings)),
         },
-        attrs=dict(attributes),
+        attrs={**attributes, "layers": [layout.name for layout in layouts]},
     )
     nodes = {"/": root}
     for layout in layouts:

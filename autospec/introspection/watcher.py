@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import json
 import random
 import warnings
 import weakref
@@ -212,6 +213,12 @@ class Watcher:
 
     def write_to(self, sink: Sink) -> None:
         """Send records to a store instead of keeping them in memory."""
+        try:
+            json.dumps(self._attributes)
+        except (TypeError, ValueError) as error:
+            raise WatchError(
+                f"attributes= holds what a store cannot hold ({error}): give text, numbers, lists and dicts."
+            ) from error
         self._sink = sink
 
     # ------------------------------------------------------------------ the block

@@ -19,7 +19,8 @@ from autospec.paths import result
 from autospec.report.template import PAGE
 from autospec.report.words import difference_caption, page_caption, spectra_caption
 from autospec.statistics.paper import WHAT_IT_IS_NOT
-from autospec.storage import open_store, written_whole
+from autospec.storage import written_whole
+from autospec.trajectories import open_trajectories
 
 
 class ReportSettings(TypedDict):
@@ -83,7 +84,7 @@ def _experiment(experiment: dict[str, Any], settings: ReportSettings) -> dict[st
     samples = open_labelled(result("dataset", dataset=experiment["dataset"]))
     panels = []
     for panel in experiment["panels"]:
-        tree = open_store(result("run", experiment=name, run=panel["run"]), "trajectories")
+        tree = open_trajectories(result("run", experiment=name, run=panel["run"]))
         tests = pd.read_csv(
             result("paper_tests", experiment=name, run=panel["run"]), sep="\t", dtype={"group_a": str, "group_b": str}
         )
@@ -154,7 +155,9 @@ def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
             )
     test = {"student": "Student's", "welch": "Welch's"}[settings["variance"]]
     scale = "singular values" if settings["scale"] == "raw" else "logarithms of singular values"
-    caption = f"{test} two-tailed t-test of {scale}, p < {alpha:g}, uncorrected, above the noise floor. {WHAT_IT_IS_NOT}"
+    caption = (
+        f"{test} two-tailed t-test of {scale}, p < {alpha:g}, uncorrected, above the noise floor. {WHAT_IT_IS_NOT}"
+    )
     return caption, rows
 
 
@@ -183,7 +186,7 @@ def _audit_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
 
 def _trees(settings: ReportSettings) -> list[tuple[dict[str, Any], str, xr.DataTree]]:
     return [
-        (experiment, run, open_store(result("run", experiment=experiment["name"], run=run), "trajectories"))
+        (experiment, run, open_trajectories(result("run", experiment=experiment["name"], run=run)))
         for experiment in settings["experiments"]
         for run in experiment["runs"]
     ]

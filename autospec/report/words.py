@@ -9,13 +9,16 @@ import xarray as xr
 
 from autospec.describe import content
 
+
 def page_caption(panels: list[dict[str, Any]]) -> str:
     """Caption of a composed page: what each panel is."""
     spectra = [f"{panel['letter']} {content(panel)}" for panel in panels if panel["compare"] is None]
     differences = [f"{panel['letter']} {content(panel)}" for panel in panels if panel["compare"] is not None]
     parts = []
     if spectra:
-        parts.append(f"Singular values of gradient, activation and adjoint over training, by group: {'; '.join(spectra)}.")
+        parts.append(
+            f"Singular values of gradient, activation and adjoint over training, by group: {'; '.join(spectra)}."
+        )
     if differences:
         parts.append(f"Differences between two groups: {'; '.join(differences)}.")
     return " ".join(parts)
@@ -34,7 +37,9 @@ def spectra_caption(tree: xr.DataTree) -> str:
         f"{steps[-1]}. Groups: {groups}. The loss fell from {loss[0]:.3g} to {loss[-1]:.3g}"
     )
     if "accuracy" in tree["training"]:
-        words += f", and the accuracy on the training samples reached {100 * tree['training/accuracy'].values[-1]:.1f} %"
+        words += (
+            f", and the accuracy on the training samples reached {100 * tree['training/accuracy'].values[-1]:.1f} %"
+        )
     strongest = []
     for name, node in tree["layers"].children.items():
         if "gradient" not in node:

@@ -9,7 +9,8 @@ import pandas as pd
 import xarray as xr
 
 from autospec.statistics.paper import compare_spectra
-from autospec.storage import open_store, written_whole
+from autospec.storage import written_whole
+from autospec.trajectories import open_trajectories
 
 STATISTICS = ("gradient", "activation", "adjoint")
 
@@ -37,7 +38,7 @@ def build_tests(settings: TestSettings, run: str, output: str) -> str:
     str
         One line that says what was tested.
     """
-    tree = open_store(run, "trajectories")
+    tree = open_trajectories(run)
     table = paper_tests(tree, settings["scale"])
     with written_whole(output) as temporary:
         table.to_csv(temporary, sep="\t", index=False, float_format="%.8g")
@@ -54,9 +55,10 @@ def paper_tests(tree: xr.DataTree, scale: str) -> pd.DataFrame:
             if statistic not in node:
                 continue
             for group_a, group_b in group_pairs(tree):
-                spectra = [node[statistic].sel(group=group).values for group in (group_a, group_b)]
-                floors = [node[f"{statistic}_noise_floor"].sel(group=group).values for group in (group_a, group_b)]
-                frame = compare_spectra(*spectra, *floors, steps, node["index"].values, scale)
+                a, b = (node[statistic].sel(group=group).values for group in (group_a, group_b))
+                floor = node[f"{statistic}_noise_floor"]
+                floor_a, floor_b = (floor.sel(group=group).values for group in (group_a, group_b))
+                frame = compare_spectra(a, b, floor_a, floor_b, steps, node["index"].values, scale)
                 labels = {"layer": layer, "statistic": statistic, "group_a": group_a, "group_b": group_b}
                 for position, (column, value) in enumerate(labels.items()):
                     frame.insert(position, column, value)
