@@ -76,9 +76,10 @@ def open_store(path: str | os.PathLike[str], what: str) -> xr.DataTree:
         if path.is_dir():
             with xr.open_datatree(path, engine="zarr") as tree:
                 return tree.load()
+        zipfile.ZipFile(path).close()  # zarr's own complaint about a damaged file names no file
         with zarr.storage.ZipStore(path, mode="r") as store, xr.open_datatree(store, engine="zarr") as tree:
             return tree.load()
-    except (zipfile.BadZipFile, OSError, KeyError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is not a readable store of {what} ({error}): make it again.") from error
 
 

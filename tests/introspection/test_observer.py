@@ -1,0 +1,632 @@
+"""The watcher looks on: the training keeps its bits, and every way to call it gives the record of the same step."""
+
+import copy
+import io
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import nn
+from torch.nn import functional as F
+
+import autospec
+from autospec.introspection import WatchError
+from autospec.introspection import watcher as watcher_module
+
+from .oracle import Problem, assert_exact, error, members, record, share_by_copies, spectrum, svdvals
+
+N = 24
+LABELS = ["a", "b", "b", "c"] * 6
+
+
+class Noise(nn.Module):
+    """Draws random numbers of three kinds, in evaluation mode too."""
+
+    def forward(self, x):
+        return x + 0.1 * torch.randn_like(x) + 0.1 * random.random() + 0.1 * np.random.normal()  # noqa: NPY002
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Linear(7, 6), Noise(), nn.BatchNorm1d(6), nn.ReLU(inplace=True), nn.Dropout(0.3), nn.Linear(6, 5)
+    )
+
+
+def smooth():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5))
+
+
+def batch():
+    return torch.randn(N, 7, generator=torch.Generator().manual_seed(5))
+
+
+def watched_steps(model, loss, labels=LABELS, count=1, **options):
+    """Record some steps without an update; return the tree."""
+    with autospec.watch(model, labels, **options) as watcher:
+        for _ in range(count):
+            model.zero_grad()
+            loss().backward()
+            watcher.step()
+    return watcher.trajectories
+
+
+def loss_of(output):
+    return (output * torch.linspace(-1, 2, 5)).tanh().square().mean() * 4
+
+
+def no_watch():
+    class Nothing:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+        def step(self):
+            pass
+
+        def set_groups(self, labels):
+            pass
+
+    return Nothing()
+
+
+def train(watch, optimizer_of):
+    """Train with shuffling, Dropout and three sources of random numbers; return everything that could change."""
+    model, x = network(), batch()
+    optimizer = optimizer_of(model.parameters())
+    torch.manual_seed(7), np.random.seed(7), random.seed(7)  # noqa: NPY002
+    losses = []
+    with watch(model) as watcher:
+        for _ in range(4):
+            order = torch.randperm(N)
+            for part in order.split(8):
+                watcher.set_groups([LABELS[i] for i in part])
+                optimizer.zero_grad()
+                noise = torch.from_numpy(np.random.normal(size=7)).float() * random.random()  # noqa: NPY002
+                loss = loss_of(model(x[part] + noise))
+                loss.backward()
+                watcher.step()
+                optimizer.step()
+                losses.append(loss.item())
+    return (
+        losses,
+        model.state_dict(),
+        optimizer.state_dict(),
+        [p.grad for p in model.parameters()],
+        torch.get_rng_state(),
+        np.random.get_state(),  # noqa: NPY002
+        random.getstate(),
+    )
+
+
+def assert_same(first, second):
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, np.ndarray):
+        assert np.array_equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+    else:
+        assert first == second
+
+
+OPTIMIZERS = {
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("options", [{}, {"audit": 1, "singular_values": "all"}, {"every": 3}], ids=str)
+def test_training_is_bitwise_unchanged(optimizer, options):
+    threads = torch.get_num_threads()
+    plain = train(lambda model: no_watch(), OPTIMIZERS[optimizer])
+    watched = train(lambda model: autospec.watch(model, LABELS, **options), OPTIMIZERS[optimizer])
+    assert_same(plain, watched)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_plain_run_with_another_seed_differs_so_the_comparison_can_fail():
+    plain = train(lambda model: no_watch(), OPTIMIZERS["Adam"])
+    disturbed = train(lambda model: torch.rand(1) is None or no_watch(), OPTIMIZERS["Adam"])
+    with pytest.raises(AssertionError):
+        assert_same(plain, disturbed)
+
+
+def hooks_of(model):
+    found = [len(p._backward_hooks or ()) for p in model.parameters()]
+    for module in model.modules():
+        found += [len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks)]
+    return sum(found)
+
+
+@pytest.mark.parametrize("failure", [None, "in the loop", "in the forward pass", "of the labels"])
+def test_hooks_are_gone_after_the_block_whatever_happened_in_it(failure):
+    model, x = network(), batch()
+    assert hooks_of(model) == 0
+    labels = LABELS[:-1] if failure == "of the labels" else LABELS
+    try:
+        with autospec.watch(model, labels) as watcher:
+            loss_of(model(x)).backward()
+            assert hooks_of(model) > 4
+            watcher.step()
+            if failure == "in the forward pass":
+                model(x[:, :3])
+            if failure:
+                raise RuntimeError("mat1")
+    except (RuntimeError, WatchError):
+        raised = True
+    else:
+        raised = False
+    assert raised == (failure is not None)
+    assert hooks_of(model) == 0
+    with autospec.watch(model, LABELS):
+        pass
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_every_module_stays(training):
+    model = network().train(training)
+    model[4].train(not training)
+    modes = [module.training for module in model.modules()]
+    running = copy.deepcopy(model[2].state_dict())
+    with autospec.watch(model, LABELS) as watcher:
+        loss = loss_of(model(batch()))
+        assert [module.training for module in model.modules()] == modes
+        loss.backward()
+        watcher.step()
+    assert [module.training for module in model.modules()] == modes
+    if not training:
+        assert_same(running, model[2].state_dict())
+
+
+@pytest.mark.parametrize("when", ["before", "after", "after zero_grad"])
+def test_step_before_or_after_the_optimizer_gives_the_same_record(when):
+    def run(when):
+        model, x = smooth(), batch()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        with autospec.watch(model, LABELS) as watcher:
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss_of(model(x)).backward()
+                if when == "before":
+                    watcher.step()
+                optimizer.step()
+                if when == "after zero_grad":
+                    optimizer.zero_grad()
+                if when != "before":
+                    watcher.step()
+        return watcher.trajectories
+
+    xr.testing.assert_identical(run(when), run("before"))
+
+
+def test_data_that_change_between_backward_and_step_do_not_change_the_record():
+    model, x = nn.Sequential(nn.Linear(40, 6)), torch.randn(N, 40)  # fewer rows than columns: the rows are kept
+    for labels in (None, LABELS):
+        with autospec.watch(model, labels) as watcher:
+            output = model(x)
+            output.retain_grad()
+            output.square().mean().backward()
+            expected = svdvals(x)[:6]
+            adjoint = svdvals(output.grad)[:6]
+            x.normal_()
+            output.grad.zero_()
+            watcher.step()
+        assert error(spectrum(watcher.trajectories, "0.weight", "activation"), expected) < 1e-6
+        assert error(spectrum(watcher.trajectories, "0.weight", "adjoint"), adjoint) < 1e-6
+
+
+@pytest.mark.parametrize("parts", [2, 3, N])
+def test_micro_batches_accumulate_to_the_full_batch(parts):
+    x, problem = batch(), Problem(smooth(), batch(), loss_of, LABELS)
+    full = record(problem)
+    model = smooth()
+    with autospec.watch(model, LABELS) as watcher:
+        for rows in torch.arange(N).chunk(parts):
+            watcher.set_groups([LABELS[i] for i in rows])
+            (loss_of(model(x[rows])) * (len(rows) / N)).backward()
+        watcher.step()
+    tree = watcher.trajectories
+    for layer in ("0.weight", "2.weight"):
+        for statistic in ("gradient", "activation", "adjoint"):
+            for group in full.group.values:
+                expected = spectrum(full, layer, statistic, group)
+                assert error(spectrum(tree, layer, statistic, group), expected) < 2e-6
+    xr.testing.assert_equal(tree.group_size, full.group_size)
+    xr.testing.assert_equal(tree["layers/0.weight/rank_limit"], full["layers/0.weight/rank_limit"])
+
+
+def test_two_forward_passes_of_one_batch_in_one_backward_pass_count_its_samples_once():
+    model, x = smooth(), batch()
+    with autospec.watch(model, LABELS) as watcher:
+        (loss_of(model(x)) + loss_of(model(x + 1))).backward()
+        watcher.step()
+    assert watcher.trajectories.group_size.values.tolist() == [[24, 6, 12, 6]]
+    stacked = svdvals(torch.cat([x, x + 1]))[:6]
+    assert error(spectrum(watcher.trajectories, "0.weight", "activation"), stacked) < 1e-6
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("zero_first", [True, False], ids=["before the forward pass", "after the forward pass"])
+def test_zero_grad_in_between_discards(set_to_none, zero_first):
+    problem = Problem(smooth(), batch(), loss_of, LABELS)
+    model, optimizer = problem.model, torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    expected = record(problem)
+    with autospec.watch(model, LABELS) as watcher:
+        model.zero_grad()
+        (3 * loss_of(model(batch() + 1))).backward()
+        if zero_first:
+            optimizer.zero_grad(set_to_none=set_to_none)
+        loss = problem.loss()
+        if not zero_first:
+            optimizer.zero_grad(set_to_none=set_to_none)
+        loss.backward()
+        watcher.step()
+    for layer in ("0.weight", "2.weight"):
+        xr.testing.assert_equal(watcher.trajectories[f"layers/{layer}"].dataset, expected[f"layers/{layer}"].dataset)
+    xr.testing.assert_equal(watcher.trajectories.group_size, expected.group_size)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(7, 5), nn.Linear(7, 5)
+
+    def forward(self, x):
+        return self.left(x), self.right(x)
+
+
+def test_zero_grad_discards_a_layer_that_the_next_backward_pass_does_not_reach():
+    model, x = Branches(), batch()
+    with autospec.watch(model, LABELS) as watcher:
+        left, right = model(x)
+        (loss_of(left) + loss_of(right)).backward()
+        model.zero_grad()
+        loss_of(model(x)[1]).backward()
+        watcher.step()
+    assert model.left.weight.grad is None
+    assert watcher.trajectories["layers/left.weight/gradient"].isnull().all()
+    assert watcher.trajectories["layers/right.weight/gradient"].notnull().all()
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_gradient_with_respect_to_the_input_leaves_no_rows_behind(when):
+    problem = Problem(smooth(), batch(), loss_of, LABELS)
+    expected = record(problem)
+    with autospec.watch(problem.model, LABELS) as watcher:
+        problem.model.zero_grad()
+        probe = batch().requires_grad_()
+        if when == "before":
+            torch.autograd.grad(problem.model(probe).sum(), probe)
+        loss = problem.loss()
+        if when == "between":
+            torch.autograd.grad(problem.model(probe).square().sum(), probe)
+        loss.backward()
+        watcher.step()
+    for layer in ("0.weight", "2.weight"):
+        for statistic in ("gradient", "activation", "adjoint"):
+            path = f"layers/{layer}/{statistic}"
+            xr.testing.assert_equal(watcher.trajectories[path], expected[path])
+    assert watcher.trajectories.attrs["audit"]["outside"] == {}
+
+
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_a_closure_called_several_times_records_its_last_call(line_search):
+    problem = Problem(smooth(), batch(), loss_of, LABELS)
+    optimizer = torch.optim.LBFGS(problem.model.parameters(), lr=0.1, max_iter=4, line_search_fn=line_search)
+    calls = []
+    with autospec.watch(problem.model, LABELS) as watcher:
+
+        def closure():
+            optimizer.zero_grad()
+            loss = problem.loss()
+            loss.backward()
+            calls.append(copy.deepcopy(problem.model))
+            return loss
+
+        optimizer.step(closure)
+        watcher.step()
+    assert len(calls) >= 4
+    problem.model = calls[-1]
+    assert_exact(watcher.trajectories, problem, members(LABELS, N))
+
+
+def test_mini_batches_are_recorded_with_the_labels_set_for_them():
+    model, x = smooth(), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    steps = []
+    with autospec.watch(model, LABELS) as watcher:
+        for rows in torch.randperm(N).split(10):
+            labels = [LABELS[i] for i in rows]
+            steps.append(Problem(copy.deepcopy(model), x[rows], loss_of, labels))
+            watcher.set_groups(labels)
+            optimizer.zero_grad()
+            loss_of(model(x[rows])).backward()
+            watcher.step()
+            optimizer.step()
+    tree = watcher.trajectories
+    assert tree.group_size.sel(group="all").values.tolist() == [10, 10, 4]
+    for step, problem in enumerate(steps):
+        table = members(problem.labels, len(problem.x))
+        assert_exact(tree.isel(step=[step]), problem, table)
+        for group in table:
+            assert int(tree.group_size.sel(group=group)[step]) == table[group].sum()
+
+
+def test_a_group_without_a_sample_in_the_batch_is_nan_at_that_step():
+    model, x = smooth(), batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with autospec.watch(model, LABELS) as watcher:
+            for rows in ([0, 4, 8, 1], [3, 7, 1, 2]):
+                watcher.set_groups([LABELS[i] for i in rows])
+                model.zero_grad()
+                loss_of(model(x[rows])).backward()
+                watcher.step()
+    gradient = watcher.trajectories["layers/0.weight/gradient"]
+    assert gradient.sel(group="c")[0].isnull().all()
+    assert gradient.sel(group="c")[1].notnull().all()
+    assert watcher.trajectories.group_size.sel(group="c").values.tolist() == [0, 2]
+
+
+def test_a_validation_pass_with_another_batch_leaves_no_trace():
+    model, x = smooth(), batch()
+
+    def run(validate):
+        twin = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+        with autospec.watch(twin, LABELS) as watcher:
+            for _ in range(3):
+                if validate:
+                    twin.eval()
+                    twin(x[:5])
+                    with torch.no_grad():
+                        twin(x[:9])
+                    twin.train()
+                optimizer.zero_grad()
+                loss_of(twin(x)).backward()
+                if validate:
+                    with torch.no_grad():
+                        twin(x)
+                watcher.step()
+                optimizer.step()
+        return watcher.trajectories
+
+    xr.testing.assert_identical(run(True), run(False))
+
+
+def test_a_copy_of_the_model_made_in_the_block_is_not_watched_and_disturbs_nothing():
+    model, x = smooth(), batch()
+    with autospec.watch(model, None) as watcher:
+        for disturb in (False, True):
+            model.zero_grad()
+            loss = loss_of(model(x))
+            if disturb:
+                twin = copy.deepcopy(model)
+                loss_of(twin(3 * x)).backward()
+                state = io.BytesIO()
+                torch.save(twin, state)
+            loss.backward()
+            watcher.step()
+    tree = watcher.trajectories
+    for statistic in ("gradient", "activation", "adjoint"):
+        first, second = tree[f"layers/0.weight/{statistic}"].values
+        assert np.array_equal(first, second)
+    state.seek(0)
+    again = torch.load(state, weights_only=False)
+    assert torch.equal(again(x), model(x))
+
+
+def test_nan_in_the_loss_is_recorded_as_nan_with_one_warning():
+    model, x = smooth(), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with autospec.watch(model, LABELS, audit=1) as watcher:
+            for step in range(4):
+                optimizer.zero_grad()
+                loss = loss_of(model(x)) * (float("nan") if step >= 1 else 1.0)
+                loss.backward()
+                watcher.step()
+                optimizer.step()
+    ours = [str(w.message) for w in caught]
+    assert len(ours) == 1
+    assert "not finite at step 1" in ours[0]
+    tree = watcher.trajectories
+    for layer in ("0.weight", "2.weight"):
+        assert tree[f"layers/{layer}/gradient"][0].notnull().all()
+        assert tree[f"layers/{layer}/gradient"][1:].isnull().all()
+    assert tree["layers/0.weight/activation"].notnull().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_at_the_very_first_step_raise_nothing(value):
+    model, x = smooth(), batch()
+    x[3, 2] = value
+    with pytest.warns(UserWarning, match="not finite") as caught:
+        tree = watched_steps(model, lambda: loss_of(model(x)))
+    assert len(caught) == 1
+    activation = tree["layers/0.weight/activation"][0]
+    assert activation.sel(group="c").isnull().all()
+    assert activation.sel(group=["a", "b"]).notnull().all()
+
+
+def test_a_model_that_diverged_before_the_first_recorded_step_raises_nothing():
+    model, x = smooth(), batch()
+    with torch.no_grad():
+        model[0].weight.fill_(float("nan"))
+    with pytest.warns(UserWarning, match="not finite"):
+        tree = watched_steps(model, lambda: loss_of(model(x)), count=2, steps=[1])
+    assert tree["layers/0.weight/activation"].notnull().all()
+    assert tree["layers/2.weight/activation"].isnull().all()
+
+
+def test_a_group_can_be_nan_while_the_others_are_not():
+    model, x = smooth(), batch()
+    scale = torch.ones(N, 1)
+    scale[0] = float("nan")  # sample 0 is of group a
+    with pytest.warns(UserWarning, match="not finite"):
+        tree = watched_steps(model, lambda: (model(x) * scale).square().sum(1).mean())
+    gradient = tree["layers/2.weight/gradient"][0]
+    assert gradient.sel(group=["all", "a"]).isnull().all()
+    assert gradient.sel(group=["b", "c"]).notnull().all()
+
+
+def test_a_weight_penalty_outside_the_model_is_reported_with_a_warning():
+    problem = Problem(smooth(), batch(), loss_of, LABELS)
+    clean = record(problem)
+    with pytest.warns(UserWarning, match=r"gradient of '2\.weight' comes from no sample's row") as caught:
+        tree = watched_steps(problem.model, lambda: problem.loss() + 0.1 * problem.model[2].weight.square().sum())
+    assert len(caught) == 1
+    assert list(tree.attrs["audit"]["outside"]) == ["2.weight"]
+    share = share_by_copies(problem, np.ones(N, dtype=bool))["2.weight"]
+    penalty = 0.2 * problem.model[2].weight.detach().double()
+    expected = float(penalty.norm() / (share + penalty).norm())
+    assert tree.attrs["audit"]["outside"]["2.weight"] == pytest.approx(expected, rel=1e-4)
+    assert clean.attrs["audit"]["outside"] == {}
+    xr.testing.assert_equal(tree["layers/2.weight"].dataset, clean["layers/2.weight"].dataset)
+
+
+def test_the_audit_says_what_was_checked():
+    model = smooth()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with autospec.watch(model, [None, *LABELS[1:]], every=2, audit=2) as watcher:
+        for _ in range(9):
+            optimizer.zero_grad()
+            loss_of(model(batch())).backward()
+            watcher.step()
+            optimizer.step()
+    audit = watcher.trajectories.attrs["audit"]
+    assert audit["steps"] == [0, 4, 8]
+    assert 0 < audit["largest_error"] < 1e-6
+    assert 0 < audit["largest_guard_deviation"] < audit["guard_tolerance"]
+    assert audit["samples_without_label"] == {"group": 1}
+    assert audit["batch_dims"] == [0]
+    assert audit["probe_passes"] >= 5
+
+
+@pytest.mark.parametrize("labels", [None, LABELS])
+def test_an_unchanged_full_batch_has_the_same_spectrum_whether_or_not_it_was_kept(labels):
+    model, x = smooth(), batch()
+    with autospec.watch(model, labels) as watcher:
+        for copied in (False, False, True):
+            model.zero_grad()
+            loss_of(model(x.clone() if copied else x)).backward()
+            watcher.step()
+    first, second, third = watcher.trajectories["layers/0.weight/activation"].values
+    assert np.array_equal(first, second)
+    assert np.array_equal(first, third)
+
+
+def test_an_unchanged_full_batch_is_decomposed_once(monkeypatch):
+    counts, solve = [], watcher_module.singular_values
+
+    def counting(grams):
+        counts.append(len(grams))
+        return solve(grams)
+
+    monkeypatch.setattr(watcher_module, "singular_values", counting)
+    model, x = nn.Linear(7, 5), batch()
+    with autospec.watch(model, LABELS, statistics=["activation"], steps=[1, 2, 3]) as watcher:
+        for step in range(4):
+            model.zero_grad()
+            model(x.clone() if step == 3 else x).sum().backward()
+            watcher.step()
+    assert [count for count in counts if count != 1] == [4, 0, 4]  # the audit solves one at a time
+
+
+def by_torch(x):
+    x.mul_(1.01)
+
+
+def by_numpy(x):
+    x.numpy()[4, 2] += 0.01  # sample 4 is of group a
+
+
+def rows_exchanged_by_numpy(x):
+    x.numpy()[[0, 1]] = x.numpy()[[1, 0]].copy()
+
+
+def columns_exchanged_within_two_rows(x):
+    x.numpy()[0, [0, 1]] = x.numpy()[0, [1, 0]].copy()
+
+
+@pytest.mark.parametrize("change", [by_torch, by_numpy, rows_exchanged_by_numpy, columns_exchanged_within_two_rows])
+@pytest.mark.parametrize("width", [7, 40])
+def test_an_input_changed_in_place_is_noticed(change, width, monkeypatch):
+    if change is by_torch:  # as on a GPU, where no checksum is taken
+        monkeypatch.setattr("autospec.introspection.watcher._checksum", lambda tensor: None)
+    model, x = nn.Linear(width, 5), torch.randn(N, width)
+    with autospec.watch(model, LABELS) as watcher:
+        for step in range(2):
+            if step:
+                change(x)
+            model.zero_grad()
+            loss_of(model(x)).backward()
+            watcher.step()
+    expected = svdvals(x[np.array(LABELS) == "a"])[:5]
+    tree = watcher.trajectories
+    assert error(spectrum(tree, "weight", "activation", "a", step=1), expected) < 1e-6
+    assert error(spectrum(tree, "weight", "activation", "a", step=0), expected) > 1e-6
+
+
+def test_another_view_of_the_same_memory_is_another_input():
+    model, x = nn.Linear(6, 5), torch.randn(6, 6)
+    with autospec.watch(model, list("aabbcc"), batch_dim=0) as watcher:
+        for data in (x, x.T):
+            model.zero_grad()
+            loss_of(model(data)).backward()
+            watcher.step()
+    expected = svdvals(x.T[:2])
+    assert error(spectrum(watcher.trajectories, "weight", "activation", "a", step=1), expected) < 1e-6
+
+
+def test_new_labels_on_the_same_input_give_new_spectra():
+    model, x = smooth(), batch()
+    with autospec.watch(model, LABELS) as watcher:
+        for labels in (LABELS, LABELS[::-1]):
+            watcher.set_groups(labels)
+            model.zero_grad()
+            loss_of(model(x)).backward()
+            watcher.step()
+    expected = svdvals(x[np.array(LABELS[::-1]) == "a"])
+    assert error(spectrum(watcher.trajectories, "0.weight", "activation", "a", step=1), expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("statistic", ["gradient", "activation", "adjoint"])
+def test_the_noise_floor_is_positive_and_covers_the_rounding(statistic, dtype):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 30)).to(dtype)
+    x = torch.randn(N, 3, dtype=dtype) @ torch.randn(3, 30, dtype=dtype)  # rank 3 and rounding
+    problem = Problem(model, x, lambda y: F.mse_loss(y, torch.zeros_like(y)), LABELS)
+    tree = record(problem)
+    floor = tree[f"layers/0.weight/{statistic}_noise_floor"]
+    assert (floor > 0).all()
+    assert (floor < 1e-4 * tree[f"layers/0.weight/{statistic}"].sel(index=1)).all()
+    if statistic == "activation":
+        beyond = tree["layers/0.weight/activation"].sel(index=slice(4, None))
+        assert (beyond.fillna(0) < floor).all()
+
+
+@pytest.mark.parametrize("shape", [(24, 7), (24, 5, 7)])
+def test_the_rank_limit_is_that_of_the_smaller_side_or_of_the_rows(shape):
+    labels = ["one"] + ["three"] * 3 + ["rest"] * 20
+    tree = record(Problem(nn.Linear(7, 11), torch.randn(*shape), torch.Tensor.sum, labels))
+    positions = shape[1] if len(shape) == 3 else 1
+    expected = {"all": 7, "one": min(7, positions), "three": min(7, 3 * positions), "rest": 7}
+    limit = tree["layers/weight/rank_limit"]
+    assert {g: int(limit.sel(group=g)) for g in expected} == expected

@@ -1,0 +1,158 @@
+"""Which steps, layers, statistics and singular values are recorded."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import autospec
+
+from .oracle import Problem, assert_exact, error, factors, members, record, spectrum, svdvals
+
+N = 12
+LABELS = ["a", "b", "b"] * 4
+
+
+def loss_of(output):
+    return (output * torch.linspace(-1, 2, output.shape[-1], dtype=output.dtype)).tanh().square().mean()
+
+
+def problem():
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 9))
+    return Problem(model, torch.randn(N, 7), loss_of, LABELS)
+
+
+def train(**options):
+    chosen = problem()
+    optimizer = torch.optim.SGD(chosen.model.parameters(), lr=0.5)
+    with autospec.watch(chosen.model, LABELS, **options) as watcher:
+        for _ in range(10):
+            optimizer.zero_grad()
+            chosen.loss().backward()
+            watcher.step()
+            optimizer.step()
+    return watcher.trajectories
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, list(range(10))),
+        ({"every": 3}, [0, 3, 6, 9]),
+        ({"every": np.int64(4)}, [0, 4, 8]),
+        ({"every": 100}, [0]),
+        ({"steps": [7, 2, 2, 50]}, [2, 7]),
+        ({"steps": (step for step in (1, 5))}, [1, 5]),
+        ({"steps": lambda step: step in (0, 1, 2, 4, 8)}, [0, 1, 2, 4, 8]),
+        ({"steps": [30]}, []),
+    ],
+    ids=["every", "every 3", "numpy 4", "first only", "list", "generator", "callable", "never"],
+)
+def test_the_schedule_chooses_the_steps_and_each_is_that_of_the_full_record(options, expected):
+    tree, full = train(**options), train()
+    assert tree.step.values.tolist() == expected
+    for path in ("layers/0.weight/gradient", "layers/4.weight/adjoint", "layers/2.weight/activation"):
+        np.testing.assert_array_equal(tree[path].values, full[path].sel(step=expected).values)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (None, ["0.weight", "2.weight", "4.weight"]),
+        (["2.weight"], ["2.weight"]),
+        (["4.*", "0.*"], ["0.weight", "4.weight"]),
+        (["[02].weight"], ["0.weight", "2.weight"]),
+    ],
+)
+def test_layers_are_selected_by_name_or_pattern(layers, expected):
+    tree = record(problem(), layers=layers)
+    assert sorted(tree["layers"].children) == expected
+    table = members(LABELS, N)
+    for name in expected:
+        share = {group: spectrum(tree, name, "gradient", group) for group in table}
+        full = record(problem())
+        for group in table:
+            np.testing.assert_array_equal(share[group], spectrum(full, name, "gradient", group))
+
+
+@pytest.mark.parametrize("statistics", [["gradient"], ["activation"], ["adjoint", "gradient"]], ids=str)
+def test_a_subset_of_the_statistics_is_recorded_alone_and_as_exactly(statistics):
+    chosen = problem()
+    tree = record(chosen, statistics=statistics)
+    variables = {s for s in tree["layers/0.weight"].data_vars if not s.endswith("floor")}
+    assert variables == {*statistics, "rank_limit"}
+    assert_exact(tree, chosen, members(LABELS, N), statistics)
+
+
+@pytest.mark.parametrize(
+    ("singular_values", "expected"),
+    [
+        (None, {"0.weight": [1, 2, 3, 4, 5], "4.weight": [1, 2, 3]}),
+        (2, {"0.weight": [1, 2], "4.weight": [1, 2]}),
+        (4, {"0.weight": [1, 2, 3, 4], "4.weight": [1, 2, 3]}),
+        (np.int64(2), {"0.weight": [1, 2], "4.weight": [1, 2]}),
+        ([3, 1], {"0.weight": [1, 3], "4.weight": [1, 3]}),
+        (np.arange(1, 5), {"0.weight": [1, 2, 3, 4], "4.weight": [1, 2, 3]}),
+        ("all", {"0.weight": list(range(1, 8)), "4.weight": list(range(1, 10))}),
+    ],
+    ids=str,
+)
+def test_the_index_counts_from_one_and_names_the_value(singular_values, expected):
+    chosen = problem()
+    tree = record(chosen, singular_values=singular_values)
+    rows = factors(chosen)
+    for layer, index in expected.items():
+        node = tree[f"layers/{layer}"]
+        assert node.index.values.tolist() == index
+        a, d, _ = rows[layer]
+        for statistic, matrix in (("gradient", d.T @ a), ("activation", a), ("adjoint", d)):
+            exact = svdvals(matrix)
+            keeps_all = isinstance(singular_values, str)
+            limit = len(exact) if keeps_all and statistic != "gradient" else min(node.attrs["shape"])
+            for k in index:
+                value = float(node[statistic].sel(group="all", index=k)[0])
+                if k <= min(limit, len(exact)):
+                    assert abs(value - exact[k - 1]) < 1e-6 * exact[0]
+                else:
+                    assert np.isnan(value)
+
+
+def test_values_beyond_the_rows_of_a_group_are_nan_and_no_zeros():
+    chosen = problem()
+    chosen.labels = ["a"] * 2 + ["b"] * 10
+    node = record(chosen)["layers/0.weight"]
+    assert node["activation"].sel(group="a", index=[1, 2]).notnull().all()
+    assert node["activation"].sel(group="a", index=[3, 4, 5]).isnull().all()
+    assert node["adjoint"].sel(group="a", index=[3, 4, 5]).isnull().all()
+    assert node["gradient"].sel(group="b").notnull().all()
+
+
+def test_convolutions_are_skipped_on_request_and_the_linear_layer_is_exact():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 6, 4))
+    chosen = Problem(model, torch.randn(N, 2, 8), loss_of, LABELS)
+    for options in ({"unknown": "skip"}, {"layers": ["3.weight"]}):
+        tree = record(chosen, **options)
+        assert list(tree["layers"].children) == ["3.weight"]
+        assert_exact(tree, chosen, members(LABELS, N))
+
+
+def test_a_weight_shared_with_a_layer_without_a_rule_is_left_out_on_request_and_else_refused():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.inner, self.head = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.inner(x + self.embedding.weight[0])))
+
+    chosen = Problem(Tied(), torch.randn(N, 4), loss_of, LABELS)
+    with pytest.raises(autospec.introspection.WatchError, match=r"no rule for 'embedding\.weight' \(Embedding\)"):
+        record(chosen, layers=["head.weight"])
+    tree = record(chosen, unknown="skip")
+    assert list(tree["layers"].children) == ["inner.weight"]
+    recorded = spectrum(tree, "inner.weight", "gradient")
+    a, d, _ = factors(chosen)["inner.weight"]
+    assert error(recorded, svdvals(d.T @ a)) < 1e-6

@@ -1,0 +1,396 @@
+"""Trajectories on disk: readable by anyone while they grow and after, reproducible, continued without a seam."""
+
+import contextlib
+import functools
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+import zarr
+from torch import nn
+
+import autospec
+from autospec import trajectories
+from autospec.errors import UserError
+
+N = 10
+LABELS = ["a", "b", "é b", None, "a"] * 2
+CHUNK = 64
+
+
+def network():
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 5))
+
+
+class Loop:
+    """A training that can stop, keep its state and go on."""
+
+    def __init__(self, **options):
+        self.model = network()
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
+        self.x = torch.randn(N, 5, generator=torch.Generator().manual_seed(1))
+        self.watcher = autospec.watch(self.model, LABELS, **{"attributes": {"seed": 4, "name": "é"}, **options})
+
+    def run(self, steps):
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            (self.model(self.x) - self.x).square().mean().backward()
+            self.watcher.step()
+            self.optimizer.step()
+
+    def state(self):
+        saved = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return json.dumps(self.watcher.state_dict()), {k: _clone(v) for k, v in saved.items()}
+
+    def load(self, state):
+        watcher, saved = state
+        self.watcher.load_state_dict(json.loads(watcher))
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+
+def _clone(value):
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _clone(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_clone(item) for item in value]
+    return value
+
+
+def train(steps, **options):
+    loop = Loop(**options)
+    with loop.watcher:
+        loop.run(steps)
+    return loop.watcher.trajectories
+
+
+@functools.cache
+def in_memory(steps):
+    """Records of a training that nothing interrupts and no store touches."""
+    return train(steps)
+
+
+def readers(path):
+    """Open a store in the three ways that we promise."""
+    yield autospec.open_trajectories(path)
+    if path.suffix == ".zip":
+        with zarr.storage.ZipStore(path, mode="r") as store, xr.open_datatree(store, engine="zarr") as tree:
+            yield tree.load()
+    else:
+        with xr.open_datatree(path, engine="zarr") as tree:
+            yield tree.load()
+
+
+@pytest.mark.parametrize("name", ["x.zarr", "x.zarr.zip"])
+@pytest.mark.parametrize("steps", [1, CHUNK, 150])
+def test_the_reopened_store_is_identical_to_the_tree_in_memory(tmp_path, name, steps):
+    memory, stored = in_memory(steps), train(steps, store=tmp_path / name)
+    assert memory.sizes["step"] == steps
+    xr.testing.assert_identical(stored, memory)
+    for tree in readers(tmp_path / name):
+        xr.testing.assert_identical(tree, memory)
+        assert tree.attrs["name"] == "é"
+        assert tree["layers/0.weight/gradient"].sel(group="é b", index=1).shape == (steps,)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def plain(path):
+    with zarr.storage.ZipStore(path, mode="r") if path.suffix == ".zip" else zarr.storage.LocalStore(path) as store:
+        group = zarr.open_group(store, mode="r")
+        return {
+            name: (a.shape, a.chunks, a.metadata, a[...]) for name, a in group.members(None) if hasattr(a, "chunks")
+        }
+
+
+@pytest.mark.parametrize("name", ["x.zarr", "x.zarr.zip"])
+def test_plain_zarr_reads_the_arrays_their_names_and_their_chunks(tmp_path, name):
+    tree = train(70, store=tmp_path / name, singular_values="all")
+    arrays = plain(tmp_path / name)
+    shape, chunks, metadata, values = arrays["layers/0.weight/gradient"]
+    assert shape == (70, 4, 5)
+    assert chunks == (CHUNK, 4, 5)
+    assert metadata.dimension_names == ("step", "group", "index")
+    np.testing.assert_array_equal(values, tree["layers/0.weight/gradient"].values)
+    assert arrays["group"][3].tolist() == ["all", "a", "b", "é b"]
+    assert arrays["step"][3].tolist() == list(range(70))
+
+
+def test_no_text_has_a_fixed_width_in_memory_or_on_disk(tmp_path):
+    for tree in (in_memory(3), train(3, store=tmp_path / "x.zarr")):
+        for node in tree.subtree:
+            for array in node.to_dataset(inherit=False).variables.values():
+                assert array.dtype.kind not in "US"
+    for file in (tmp_path / "x.zarr").rglob("zarr.json"):
+        text = file.read_text()
+        assert "fixed_length" not in text
+        assert "utf32" not in text
+    assert json.loads((tmp_path / "x.zarr" / "group" / "zarr.json").read_text())["data_type"] == "string"
+
+
+@pytest.mark.parametrize("name", ["x.zarr", "x.zarr.zip"])
+def test_a_growing_store_is_whole_after_every_64_recorded_steps(tmp_path, name):
+    folder = tmp_path / (name if name == "x.zarr" else "x.zarr.zip.partial")
+    loop = Loop(store=tmp_path / name)
+    with loop.watcher:
+        for steps, stored in ((CHUNK - 1, 0), (1, CHUNK), (CHUNK - 1, CHUNK), (1, 2 * CHUNK), (9, 2 * CHUNK)):
+            loop.run(steps)
+            assert folder.exists() == bool(stored)
+            if stored:
+                expected = in_memory(150).isel(step=slice(stored))
+                xr.testing.assert_equal(autospec.open_trajectories(folder), expected)
+
+
+def test_a_reader_sees_a_consistent_store_at_any_moment_of_a_write(tmp_path, monkeypatch):
+    path, memory, moments, saved, appended = tmp_path / "x.zarr", in_memory(150), [], [], []
+    save, append = zarr.consolidate_metadata, zarr.Array.append
+
+    def look():
+        for tree in readers(path):
+            count = tree.sizes["step"]
+            xr.testing.assert_equal(tree, memory.isel(step=slice(count)))
+        arrays = {n: v for n, v in plain(path).items() if v[2].dimension_names[0] == "step"}
+        assert {shape[0] for shape, *_ in arrays.values()} == {count}
+        moments.append(count)
+
+    def watched_append(array, *args, **kwargs):
+        result = append(array, *args, **kwargs)
+        appended.append(array.path)
+        if saved and len(appended) % 3 == 0:
+            look()
+        return result
+
+    def watched_save(*args, **kwargs):
+        if saved:
+            look()
+        saved.append(save(*args, **kwargs))
+        look()
+
+    monkeypatch.setattr(zarr.Array, "append", watched_append)
+    monkeypatch.setattr(zarr, "consolidate_metadata", watched_save)
+    loop = Loop(store=path)
+    with loop.watcher:
+        loop.run(80)
+        loop.watcher.state_dict()  # a part of a chunk is written, and written over later
+        loop.run(70)
+    assert sorted(set(moments)) == [64, 80, 144, 150]
+    assert moments == sorted(moments)
+    assert len(moments) > 15
+
+
+def test_two_identical_trainings_give_the_same_bytes(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        train(70, store=tmp_path / folder / "x.zarr.zip")
+    first, second = ((tmp_path / folder / "x.zarr.zip").read_bytes() for folder in ("one", "two"))
+    assert first == second
+    with zipfile.ZipFile(tmp_path / "one" / "x.zarr.zip") as archive:
+        names = archive.namelist()
+        assert names == sorted(names)
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        assert archive.testzip() is None
+    train(71, store=tmp_path / "other.zarr.zip")
+    assert (tmp_path / "other.zarr.zip").read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("stored", "at", "options"),
+    [
+        (None, 20, {}),
+        (None, 20, {"singular_values": "all", "audit": 5}),
+        ("x.zarr", 20, {}),
+        ("x.zarr", CHUNK, {"singular_values": "all", "audit": 5}),
+        ("x.zarr", 100, {"every": 3}),
+        ("x.zarr.zip", 100, {}),
+    ],
+)
+def test_a_resumed_training_continues_without_a_seam_and_drops_later_records(tmp_path, stored, at, options):
+    expected = train(140, **options) if options else in_memory(140)
+    store = {} if stored is None else {"store": tmp_path / stored}
+    first = Loop(**store, **options)
+    with contextlib.suppress(KeyboardInterrupt), first.watcher:
+        first.run(at)
+        state = first.state()
+        first.run(35)
+        raise KeyboardInterrupt
+    again = Loop(**store, **options, **({"resume": True} if stored else {}))
+    again.load(state)
+    with again.watcher:
+        again.run(140 - at)
+    xr.testing.assert_identical(again.watcher.trajectories, expected)
+    if stored:
+        xr.testing.assert_identical(autospec.open_trajectories(tmp_path / stored), expected)
+
+
+def test_a_resumed_store_has_the_bytes_of_one_that_was_never_interrupted(tmp_path):
+    train(100, store=tmp_path / "whole.zarr.zip")
+    first = Loop(store=tmp_path / "parts.zarr.zip")
+    with contextlib.suppress(KeyboardInterrupt), first.watcher:
+        first.run(70)
+        state = first.state()
+        first.run(80)
+        raise KeyboardInterrupt
+    again = Loop(store=tmp_path / "parts.zarr.zip", resume=True)
+    again.load(state)
+    with again.watcher:
+        again.run(30)
+    assert (tmp_path / "parts.zarr.zip").read_bytes() == (tmp_path / "whole.zarr.zip").read_bytes()
+
+
+def test_a_state_is_a_snapshot_and_what_was_recorded_before_can_be_read_at_once():
+    loop = Loop(singular_values="all", audit=1)
+    with loop.watcher:
+        loop.run(3)
+        state, tree = loop.watcher.state_dict(), loop.watcher.trajectories
+        kept = json.dumps(state)
+        loop.run(2)
+    assert json.dumps(state) == kept
+    assert tree.attrs["audit"]["steps"] == [0, 1, 2]
+    again = Loop(singular_values="all", audit=1)
+    again.watcher.load_state_dict(state)
+    xr.testing.assert_identical(again.watcher.trajectories, tree)
+
+
+def test_a_state_survives_a_checkpoint_file_that_holds_weights_only(tmp_path):
+    loop = Loop()
+    with loop.watcher:
+        loop.run(3)
+        torch.save(loop.watcher.state_dict(), tmp_path / "state.pt")
+        expected = loop.watcher.trajectories
+    again = Loop()
+    again.watcher.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    xr.testing.assert_identical(again.watcher.trajectories, expected)
+
+
+def test_a_write_that_was_cut_off_is_put_right_on_resuming(tmp_path, monkeypatch):
+    expected = in_memory(140)
+    first = Loop(store=tmp_path / "x.zarr")
+    append, calls = zarr.Array.append, []
+
+    def pull_the_plug(array, *args, **kwargs):
+        calls.append(array.path)
+        if len(calls) > 5:
+            raise OSError("pulled")
+        return append(array, *args, **kwargs)
+
+    with monkeypatch.context() as patch, contextlib.suppress(OSError), first.watcher:
+        first.run(CHUNK)
+        state = first.state()
+        patch.setattr(zarr.Array, "append", pull_the_plug)
+        first.run(CHUNK)
+    assert len(calls) > 5
+    assert autospec.open_trajectories(tmp_path / "x.zarr").sizes["step"] == CHUNK
+    again = Loop(store=tmp_path / "x.zarr", resume=True)
+    again.load(state)
+    with again.watcher:
+        again.run(140 - CHUNK)
+    xr.testing.assert_identical(autospec.open_trajectories(tmp_path / "x.zarr"), expected)
+
+
+def test_resuming_without_a_state_is_refused_instead_of_recording_steps_twice(tmp_path):
+    loop = Loop(store=tmp_path / "x.zarr")
+    with loop.watcher:
+        loop.run(70)
+    again = Loop(store=tmp_path / "x.zarr", resume=True)
+    with pytest.raises(UserError, match="load_state_dict"), again.watcher:
+        again.run(3)
+    assert autospec.open_trajectories(tmp_path / "x.zarr").sizes["step"] == 70
+
+
+def test_resuming_where_nothing_was_written_begins_a_store(tmp_path):
+    loop = Loop(store=tmp_path / "x.zarr", resume=True)
+    with loop.watcher:
+        loop.run(5)
+    xr.testing.assert_identical(autospec.open_trajectories(tmp_path / "x.zarr"), in_memory(5))
+
+
+def test_resuming_beyond_what_the_store_holds_is_refused(tmp_path):
+    loop = Loop(store=tmp_path / "x.zarr")
+    with loop.watcher:
+        loop.run(70)
+        state = loop.state()
+    again = Loop(store=tmp_path / "y.zarr", resume=True)
+    with pytest.raises(UserError, match=r"y\.zarr is missing, but 70 recorded steps"):
+        again.load(state)
+    train(20, store=tmp_path / "z.zarr")
+    shorter = Loop(store=tmp_path / "z.zarr", resume=True)
+    with pytest.raises(UserError, match=r"fewer steps \(20\) than 70"):
+        shorter.load(state)
+
+
+def test_larger_batches_later_raise_the_rank_limit_on_disk_too(tmp_path):
+    trees = []
+    for store in (None, tmp_path / "x.zarr"):
+        model, x = nn.Linear(5, 4), torch.randn(N, 5, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.constant_(model.weight, 0.1)
+        with autospec.watch(model, LABELS, store=store) as watcher:
+            for step in range(80):
+                rows = [0, 1] if step < 70 else list(range(N))
+                watcher.set_groups([LABELS[i] for i in rows])
+                model.zero_grad()
+                model(x[rows]).tanh().sum().backward()
+                watcher.step()
+        trees.append(watcher.trajectories["layers/weight/rank_limit"].values.tolist())
+    assert trees == [[4, 4, 2, 2], [4, 4, 2, 2]]
+
+
+def test_a_training_that_fails_leaves_its_records_readable(tmp_path):
+    loop = Loop(store=tmp_path / "x.zarr.zip")
+    with contextlib.suppress(RuntimeError), loop.watcher:
+        loop.run(70)
+        raise RuntimeError("out of memory")
+    assert not (tmp_path / "x.zarr.zip").exists()
+    assert loop.watcher.trajectories.sizes["step"] == 70
+
+
+def test_opening_what_is_not_there_or_not_whole_gives_one_clear_sentence(tmp_path):
+    train(3, store=tmp_path / "x.zarr.zip")
+    whole = (tmp_path / "x.zarr.zip").read_bytes()
+    with pytest.raises(UserError, match=r"no trajectories at .*absent\.zarr"):
+        autospec.open_trajectories(tmp_path / "absent.zarr")
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.zarr.zip").write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"cut\.zarr\.zip is not a readable store of trajectories") as raised:
+            autospec.open_trajectories(tmp_path / "cut.zarr.zip")
+        assert "\n" not in str(raised.value)
+    (tmp_path / "empty.zarr").mkdir()
+    with pytest.raises(UserError, match=r"empty\.zarr is not a readable store"):
+        autospec.open_trajectories(tmp_path / "empty.zarr")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "other"])
+def test_a_damaged_store_gives_one_clear_sentence(tmp_path, damage):
+    train(3, store=tmp_path / "x.zarr.zip")
+    train(3, store=tmp_path / "x.zarr")
+    whole = bytearray((tmp_path / "x.zarr.zip").read_bytes())
+    if damage == "flipped":
+        with zipfile.ZipFile(tmp_path / "x.zarr.zip") as archive:
+            entry = archive.getinfo("layers/0.weight/gradient/c/0/0/0")
+        whole[entry.header_offset + 80] ^= 0xFF
+        (tmp_path / "x.zarr.zip").write_bytes(whole)
+        chunk = next((tmp_path / "x.zarr" / "layers" / "0.weight" / "gradient" / "c").rglob("0/0/0"), None)
+        chunk = chunk or tmp_path / "x.zarr/layers/0.weight/gradient/c/0/0/0"
+        chunk.write_bytes(chunk.read_bytes()[:-9])
+    else:
+        with zipfile.ZipFile(tmp_path / "x.zarr.zip", "w") as archive:
+            archive.writestr("letter.txt", "hello")
+        (tmp_path / "x.zarr" / "zarr.json").write_text("{")
+    for name in ("x.zarr.zip", "x.zarr"):
+        with pytest.raises(UserError, match="not a readable store of trajectories") as raised:
+            autospec.open_trajectories(tmp_path / name)
+        assert len(str(raised.value)) < 1000
+
+
+def test_training_curves_stand_beside_the_layers_and_can_be_replaced(tmp_path):
+    train(3, store=tmp_path / "x.zarr")
+    for loss in ([3.0, 2.0, 1.0], [3.0, 2.5, 2.0]):
+        trajectories.add_training_curves(tmp_path / "x.zarr", {"loss": np.array(loss)})
+        tree = autospec.open_trajectories(tmp_path / "x.zarr")
+        assert tree["training/loss"].values.tolist() == loss
+        assert tree["training/update"].values.tolist() == [0, 1, 2]
+        assert tree["layers/0.weight/gradient"].shape == (3, 4, 4)

@@ -1,0 +1,136 @@
+"""The workflow as people use it: folders, profiles, targets, mistakes."""
+
+import json
+
+import pytest
+import yaml
+
+import autospec
+from autospec.cli import main
+from tests.conftest import run_command
+from tests.workflow.conftest import ALL_JOBS, STUDY
+
+pytestmark = pytest.mark.workflow
+
+
+def test_plain_snakemake_uses_the_default_profile(finished):
+    assert "profiles/default" in finished.output
+    assert 'gpu=Resource("gpu", 1)' in finished.output or "gpu=1" in finished.output
+    assert "Provided cores" in finished.output
+
+
+def test_init_writes_a_config_that_snakemake_takes(analysis, tmp_path, capsys):
+    folder = tmp_path / "new"
+    assert main(["init", str(folder)]) == 0
+    assert "snakemake --directory" in capsys.readouterr().out
+    done = run_command("snakemake", "--directory", str(folder), "-n", folder=analysis.code)
+    assert done.returncode == 0, done.stdout
+    assert "Training digits_mlp/autoencoder" in done.stdout
+    assert not (analysis.code / "results").exists()
+
+
+def test_init_does_not_overwrite_a_config(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("mine: true\n")
+    assert main(["init", str(tmp_path)]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "config.yaml").read_text() == "mine: true\n"
+
+
+def test_results_stay_in_the_analysis_folder(finished):
+    assert (finished.folder / ".snakemake").is_dir()
+    assert not (finished.code / "results").exists()
+    assert not (finished.code / ".snakemake").exists()
+
+
+def test_configfile_replaces_the_config(analysis, tmp_path):
+    other = json.loads(json.dumps(STUDY).replace('"small"', '"other"'))
+    file = tmp_path / "other.yaml"
+    file.write_text(yaml.safe_dump(other))
+    planned = analysis.planned("--configfile", str(file))
+    assert "Training other/classifier" in planned
+    assert not any("small" in name for name in planned)
+
+
+def test_one_figure_and_one_experiment_are_targets(analysis):
+    config = analysis.config()
+    config["training"]["epochs"] = 4
+    analysis.write(config)
+    assert analysis.planned("figure_1") == ALL_JOBS - {
+        "Building the data set digits",
+        "Writing the report",
+        "Drawing small/autoencoder",
+        "Drawing small/classifier",
+        "Drawing small/classifier_0_vs_3",
+    }
+    assert analysis.planned("experiment_small") == ALL_JOBS - {"Building the data set digits", "Writing the report"}
+
+
+def test_trajectories_hold_what_the_config_asked_for(finished):
+    tree = autospec.open_trajectories(finished.folder / "results/runs/small/classifier.zarr.zip")
+    assert tree["step"].values.tolist() == [0, 2, 4]
+    assert tree["group"].values.tolist() == ["all", "0", "1", "3"]
+    assert tree["group_size"].values.tolist() == [[36, 12, 12, 12]] * 3
+    assert list(tree["layers"].children) == ["encoder.0.weight", "classifier.weight"]
+    assert tree["training/loss"].shape == (6,)
+    assert tree["training/accuracy"].shape == (6,)
+    assert tree.attrs["settings"]["activation"] == "tanh"
+    assert tree.attrs["device"] in ("cpu", "cuda", "mps")
+    assert tree.attrs["audit"]["largest_error"] < 1e-6
+
+
+def test_time_and_memory_stand_beside_every_output(finished):
+    results = finished.folder / "results"
+    for name in ("datasets/digits", "runs/small/classifier", "figures/figure-1", "figures/small/classifier", "report"):
+        used = json.loads((results / f"{name}.json").read_text())
+        assert used["wall_seconds"] > 0
+        assert used["cpu_seconds"] > 0
+        assert used["peak_memory_mib"] > 10
+
+
+def test_logs_show_the_progress_of_a_training(finished):
+    log = (finished.folder / "logs/train/small-classifier.log").read_text()
+    assert "update 6 of 6" in log
+    assert "small/classifier: update 6 of 6" in finished.output
+
+
+def test_nothing_is_left_in_the_work_folder(finished):
+    assert not [path for path in (finished.folder / "work").rglob("*") if path.is_file()]
+
+
+def test_a_mistake_in_the_config_is_one_sentence(analysis):
+    config = analysis.config()
+    config["training"]["epoch"] = 4
+    analysis.write(config)
+    done = analysis.snakemake("-n")
+    assert done.returncode != 0
+    assert "there is no setting called 'training.epoch'" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_a_failing_job_leaves_no_output_and_says_why(analysis):
+    config = analysis.config()
+    config["experiments"]["small"]["runs"]["classifier"]["training"] = {"learning_rate": 1.0e30}
+    config["experiments"]["small"]["runs"]["autoencoder"]["training"] = {"learning_rate": 1.0e30}
+    analysis.write(config)
+    done = analysis.snakemake("results/runs/small/autoencoder.zarr.zip")
+    assert done.returncode != 0
+    assert "the loss is no longer finite" in done.stdout
+    assert "lower learning_rate" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert not list((analysis.folder / "results/runs/small").glob("*autoencoder*.zip*"))
+
+
+def test_every_rule_has_a_docstring_a_message_and_a_log(finished):
+    for file in (finished.code / "workflow/rules").glob("*.smk"):
+        rules = file.read_text().split("\nrule ")[1:]
+        assert rules, file
+        for rule in rules:
+            assert '"""' in rule, (file, rule[:30])
+            if "shell:" in rule:
+                for part in ("log:", "message:", "conda:", "params:", "spec="):
+                    assert part in rule, (file, rule[:30], part)
+
+
+def test_snakemake_lint_finds_nothing(analysis):
+    done = analysis.snakemake("--lint")
+    assert "Congratulations" in done.stdout or done.returncode == 0, done.stdout
