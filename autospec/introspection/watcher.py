@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import fnmatch
 import json
-import random
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,19 +17,19 @@ import xarray as xr
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .audit import Audit
 from .errors import WatchError
 from .groups import Assignment, Groups
 from .hooks import Hook
 from .layers import rule_for
+from .parameters import WatchedParameter, find_parameters
+from .pending import Pending, RowStack, share_grams
 from .rows import RowMap, map_rows
 from .schedule import Schedule, make_schedule
-from .spectra import RowStack, gram, group_shares, noise_floor, singular_values
+from .spectra import noise_floor, singular_values
 from .tree import LayerLayout, Record, build_tree
 
 STATISTICS = ("gradient", "activation", "adjoint")
-# The shares' sum and the gradient that arrived are two float32 sums of the same products in another order.
-GUARD_TOLERANCE = 8.0
-
 _watched_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -56,21 +53,6 @@ class Sink(Protocol):
     def open(self) -> xr.DataTree:
         """Open what was written."""
         ...
-
-
-@dataclass
-class _Pending:
-    """What has arrived for one parameter since the last step."""
-
-    shares: dict[bytes, Tensor] = field(default_factory=dict)
-    rows: dict[bytes, int] = field(default_factory=dict)
-    activations: dict[bytes, RowStack] = field(default_factory=dict)
-    adjoints: dict[bytes, RowStack] = field(default_factory=dict)
-    exact: dict[bytes, Tensor] = field(default_factory=dict)
-    arrived: Tensor | None = None
-    inputs: list[_ConstantInput | None] = field(default_factory=list)
-    dtype: torch.dtype = torch.float32
-    sizes: np.ndarray | None = None
 
 
 @dataclass
@@ -116,21 +98,23 @@ class _Forward:
     orders: dict[int, tuple[Tensor, list[int], list[bytes]]] = field(default_factory=dict)
 
 
-class _Layer:
-    """A watched parameter: its name, where it is used, and what is pending for it."""
+class _Layer(WatchedParameter):
+    """A watched parameter with what its hooks have seen."""
 
-    def __init__(self, name: str, parameter: nn.Parameter) -> None:
-        self.name = name
-        self.parameter = parameter
-        self.also: list[str] = []
-        self.places: list[tuple[str, str]] = []
-        self.shape: tuple[int, int] = (parameter.shape[0], parameter[0].numel())
+    def __init__(self, found: WatchedParameter) -> None:
+        super().__init__(found.name, found.parameter)
+        self.also, self.places = found.also, found.places
         self.uses: list[_Use] = []
-        self.pending: _Pending | None = None
+        self.pending: Pending | None = None
         self.handle: RemovableHandle | None = None
         self.constant: tuple[_ConstantInput, np.ndarray, np.ndarray] | None = None
+        self.inputs: list[_ConstantInput | None] = []
         self.rank_limit: np.ndarray | None = None
         self.widths = {"activation": self.shape[1], "adjoint": self.shape[0]}
+
+    def clear(self) -> None:
+        """Forget what is pending."""
+        self.uses, self.inputs, self.pending = [], [], None
 
 
 class Watcher:
@@ -177,10 +161,10 @@ class Watcher:
         self._singular_values = _checked_singular_values(singular_values)
         self._batch_dim = batch_dim
         self._rows = {name: np.asarray(value).reshape(-1) for name, value in (rows or {}).items()}
-        self._audit_every = audit
+        self._audit = Audit(audit)
         self._sink: Sink | None = None
         self._crossed = tuple(crossed)
-        self._layers = _find_layers(model, layers, unknown)
+        self._layers = [_Layer(found) for found in find_parameters(model, layers, unknown)]
         self._check_rows_names()
         for layer in self._layers:
             self._index(layer)  # refuses singular values that a layer does not have
@@ -200,16 +184,7 @@ class Watcher:
         self._buffer: list[Record] = []
         self._records: list[Record] = []
         self._warned_nan = False
-        self._audit: dict[str, Any] = {
-            "steps": [],
-            "largest_error": 0.0,
-            "largest_guard_deviation": 0.0,
-            "guard_tolerance": GUARD_TOLERANCE,
-            "outside": {},
-            "probe_passes": 0,
-            "batch_dims": [],
-            "samples_without_label": {},
-        }
+        self._last_cells: tuple[tuple[bytes, ...], list[list[bytes]]] = ((), [[] for _ in self.groups])
 
     def write_to(self, sink: Sink) -> None:
         """Send records to a store instead of keeping them in memory."""
@@ -258,7 +233,8 @@ class Watcher:
         for layer in self._layers:
             if layer.handle is not None:
                 layer.handle.remove()
-            layer.handle, layer.uses, layer.pending, layer.constant = None, [], None, None
+            layer.handle, layer.constant = None, None
+            layer.clear()
         self._forward = None
         self._active = False
         _watched_models.discard(self._model)
@@ -310,7 +286,7 @@ class Watcher:
             if self._sink is not None and len(self._buffer) >= self._sink.steps_per_chunk:
                 self._flush()
         for layer in self._layers:
-            layer.uses, layer.pending = [], None
+            layer.clear()
         self._count += 1
         self._recording = self._schedule(self._count)
 
@@ -337,7 +313,7 @@ class Watcher:
         return {
             "count": self._count,
             "recorded": self._recorded,
-            "audit": copy.deepcopy(self._audit),
+            "audit": self._audit.summary(),
             "rank_limits": {
                 layer.name: layer.rank_limit.tolist() for layer in self._layers if layer.rank_limit is not None
             },
@@ -348,7 +324,7 @@ class Watcher:
         """Continue from `state_dict`: records made after it are dropped."""
         self._count, self._recorded = state["count"], state["recorded"]
         self._recording = self._schedule(self._count)
-        self._audit = copy.deepcopy(state["audit"])
+        self._audit.restore(state["audit"])
         for layer in self._layers:
             limit = state["rank_limits"].get(layer.name)
             layer.rank_limit = None if limit is None else np.array(limit)
@@ -404,10 +380,8 @@ class Watcher:
             finally:
                 self._paused = False
             self._row_maps[signature] = found
-            self._audit["probe_passes"] = max(self._audit["probe_passes"], found.passes)
-            self._audit["batch_dims"] = list(found.batch_dims)
             assert self._groups is not None
-            self._audit["samples_without_label"] = self._groups.missing
+            self._audit.probed(found, self._groups.missing)
         return self._row_maps[signature]
 
     def _use_hook(
@@ -493,41 +467,28 @@ class Watcher:
         if self._backward < _backward_pass():
             self._backward = _backward_pass()
             self._discard_zeroed()
-        pending = layer.pending = layer.pending or _Pending()
+        pending = layer.pending = layer.pending or Pending(layer.shape)
         batches = {id(use.forward.assignment): use.forward.assignment for use in uses}
         for assignment in batches.values():
             if assignment is not None:
                 pending.sizes = assignment.sizes if pending.sizes is None else pending.sizes + assignment.sizes
-        audited = self._is_audited()
+        audited = self._audit.due(self._recorded)
+        factors = [statistic for statistic in self._statistics if statistic != "gradient"]
         for use in uses:
             activation = use.activation.reshape(-1, use.activation.shape[-1])
             adjoint = use.adjoint.reshape(-1, use.adjoint.shape[-1])
-            pending.dtype = adjoint.dtype
             order, counts, keys = self._row_order(use)
-            if order is not None:
-                activation, adjoint = activation[order], adjoint[order]
-            if adjoint.dtype != activation.dtype:
-                activation = activation.to(adjoint.dtype)
-            self._widths(layer, activation, adjoint)
-            if "gradient" in self._statistics or audited:
-                shares = group_shares(activation, adjoint, counts)
-                for key, share in zip(keys, shares, strict=True):
-                    pending.shares[key] = pending.shares[key] + share if key in pending.shares else share
-            for key, count in zip(keys, counts, strict=True):
-                pending.rows[key] = pending.rows.get(key, 0) + count
-            for statistic, stacks, matrix in (
-                ("activation", pending.activations, activation),
-                ("adjoint", pending.adjoints, adjoint),
-            ):
-                if statistic in self._statistics:
-                    for key, part in zip(keys, matrix.split(counts), strict=True):
-                        stacks.setdefault(key, RowStack(matrix.shape[1])).add(part)
-            pending.inputs.append(use.constant)
-            if audited and layer is self._audited_layer():
-                parts = zip(keys, activation.split(counts), adjoint.split(counts), strict=True)
-                for key, a, d in parts:
-                    exact = d.double().T @ a.double()
-                    pending.exact[key] = pending.exact[key] + exact if key in pending.exact else exact
+            if order is None:  # what is kept must not change with the user's tensors
+                activation, adjoint = activation.clone(), adjoint.clone()
+            else:
+                activation, adjoint = activation.index_select(0, order), adjoint.index_select(0, order)
+            activation = activation.to(adjoint.dtype)
+            layer.widths = {"activation": activation.shape[1], "adjoint": adjoint.shape[1]}
+            shares = audited or "gradient" in self._statistics
+            pending.add(activation, adjoint, counts, keys, shares, factors, use.constant is not None)
+            layer.inputs.append(use.constant)
+            if audited and layer.name == self._audited_name():
+                pending.add_exact(activation, adjoint, counts, keys)
         if audited:
             flat = gradient.reshape(layer.shape).double()
             pending.arrived = flat.clone() if pending.arrived is None else pending.arrived + flat
@@ -538,7 +499,7 @@ class Watcher:
             if layer.pending is not None:
                 before = layer.parameter.grad
                 if before is None or not before.any():
-                    layer.pending = None
+                    layer.pending, layer.inputs = None, []
 
     def _row_order(self, use: _Use) -> tuple[Tensor | None, list[int], list[bytes]]:
         """How to sort rows by cell: the order (None if already sorted), rows a cell, and the cells' keys."""
@@ -559,73 +520,72 @@ class Watcher:
             )
         return cached[id(use.samples)]
 
-    @staticmethod
-    def _widths(layer: _Layer, activation: Tensor, adjoint: Tensor) -> None:
-        layer.widths = {"activation": activation.shape[1], "adjoint": adjoint.shape[1]}
-
     # ------------------------------------------------------------------ measuring
 
     def _measure(self) -> Record:
         """Spectra of everything pending, all decompositions of equal size in one call."""
-        names = self.groups
-        jobs: list[tuple[_Layer, str, list[int]]] = []
-        grams: list[Tensor] = []
         record = Record(self._count, self._group_sizes())
-        constants: dict[str, tuple[_ConstantInput, np.ndarray]] = {}
+        jobs: list[tuple[_Layer, str, int]] = []
+        grams: list[Tensor] = []
+        computed: list[tuple[_Layer, _ConstantInput]] = []
         for layer in self._layers:
             pending = layer.pending
             if pending is None:
                 continue
-            members = {key: np.frombuffer(key, dtype=bool) for key in pending.rows}
-            cells_of = [[key for key, row in members.items() if row[g]] for g in range(len(names))]
-            rows = np.array([sum(pending.rows[key] for key in keys) for keys in cells_of])
+            cells_of = self._cells_of(tuple(pending.rows))
+            rows = np.array([sum(pending.rows[key] for key in cells) for cells in cells_of])
             limit = np.minimum(min(layer.shape), rows)
             layer.rank_limit = limit if layer.rank_limit is None else np.maximum(layer.rank_limit, limit)
             record.rows[layer.name] = rows
-            present = [g for g, keys in enumerate(cells_of) if keys]
+            present = [group for group, cells in enumerate(cells_of) if cells]
             if "gradient" in self._statistics:
-                shares = _group_sums(pending.shares, [cells_of[g] for g in present])
-                jobs.append((layer, "gradient", present))
-                grams.append(gram(shares))
-            for statistic, stacks in (("activation", pending.activations), ("adjoint", pending.adjoints)):
-                if statistic not in self._statistics:
+                jobs += [(layer, "gradient", group) for group in present]
+                grams += share_grams([[pending.shares[key] for key in cells_of[group]] for group in present])
+            for statistic in self._statistics:
+                if statistic == "gradient":
                     continue
-                if statistic == "activation" and len(pending.inputs) == 1 and pending.inputs[0] is not None:
-                    if layer.constant is not None and layer.constant[0].same(pending.inputs[0]):
+                constant = layer.inputs[0] if statistic == "activation" and len(layer.inputs) == 1 else None
+                if constant is not None:
+                    if layer.constant is not None and layer.constant[0].same(constant):
                         record.spectra[layer.name, statistic] = layer.constant[1]
                         record.sigma_1[layer.name, statistic] = layer.constant[2]
                         continue
-                    constants[layer.name] = (pending.inputs[0], rows)
-                for g in present:
-                    jobs.append((layer, statistic, [g]))
-                    grams.append(RowStack.merged_gram([stacks[key] for key in cells_of[g]]))
-        solved = singular_values(grams)
-        self._store_spectra(record, jobs, solved, len(names))
-        for layer in self._layers:
-            if layer.name in constants:
-                key = (layer.name, "activation")
-                layer.constant = (constants[layer.name][0], record.spectra[key], record.sigma_1[key])
+                    computed.append((layer, constant))
+                stacks = pending.stacks[statistic]
+                for group in present:
+                    jobs.append((layer, statistic, group))
+                    grams.append(RowStack.merged_gram([stacks[key] for key in cells_of[group]]))
+        self._store_spectra(record, jobs, singular_values(grams))
+        for layer, constant in computed:
+            key = (layer.name, "activation")
+            layer.constant = (constant, record.spectra[key], record.sigma_1[key])
         self._floors(record)
-        self._check(record)
+        self._prove(record)
         self._warn_if_not_finite(record)
         return record
 
-    def _store_spectra(
-        self, record: Record, jobs: list[tuple[_Layer, str, list[int]]], solved: list[Tensor], groups: int
-    ) -> None:
-        for (layer, statistic, present), values in zip(jobs, solved, strict=True):
-            index = self._index(layer)
+    def _cells_of(self, keys: tuple[bytes, ...]) -> list[list[bytes]]:
+        """Cells of each group; the same every step, as a rule."""
+        if self._last_cells[0] != keys:
+            members = {key: np.frombuffer(key, dtype=bool) for key in keys}
+            groups = range(len(self.groups))
+            self._last_cells = (keys, [[key for key in keys if members[key][group]] for group in groups])
+        return self._last_cells[1]
+
+    def _store_spectra(self, record: Record, jobs: list[tuple[_Layer, str, int]], solved: list[Tensor]) -> None:
+        groups = len(self.groups)
+        for (layer, statistic, group), values in zip(jobs, solved, strict=True):
             key = (layer.name, statistic)
+            index = self._index(layer)
             if key not in record.spectra:
                 record.spectra[key] = np.full((groups, len(index)), np.nan, dtype=np.float32)
                 record.sigma_1[key] = np.full(groups, np.nan)
-            array = values.reshape(len(present), -1).cpu().numpy()
-            kept = self._kept(layer, statistic, index)
-            usable = kept[index[kept] <= array.shape[1]]
-            target = record.spectra[key]
-            for row, group in enumerate(present):
-                target[group, usable] = array[row, index[usable] - 1]
-                record.sigma_1[key][group] = array[row, 0]
+            array = values.cpu().numpy()
+            # A share of few rows was reduced to as many values: the others are zero, not missing.
+            width = min(layer.shape) if statistic == "gradient" else len(array)
+            usable = np.flatnonzero(index <= min(width, layer.widths.get(statistic, width)))
+            record.spectra[key][group, usable] = _padded(array, width)[index[usable] - 1]
+            record.sigma_1[key][group] = array[0]
 
     def _index(self, layer: _Layer) -> np.ndarray:
         """Which singular values the layer's node holds, counted from 1."""
@@ -643,11 +603,6 @@ class Watcher:
             raise WatchError(f"singular_values={list(wanted)}: '{layer.name}' has only {limit} singular values.")
         return index
 
-    def _kept(self, layer: _Layer, statistic: str, index: np.ndarray) -> np.ndarray:
-        """Positions in the index that this statistic fills."""
-        width = min(layer.shape) if statistic == "gradient" else layer.widths[statistic]
-        return np.flatnonzero(index <= width)
-
     def _floors(self, record: Record) -> None:
         for layer in self._layers:
             rows = record.rows.get(layer.name)
@@ -657,14 +612,9 @@ class Watcher:
             for statistic, width in layer.widths.items():
                 shapes[statistic] = (width, 1)
             for statistic in self._statistics:
-                floor = noise_floor(
-                    torch.from_numpy(record.sigma_1[layer.name, statistic]),
-                    shapes[statistic],
-                    torch.from_numpy(rows),
-                    layer.pending.dtype,
-                    statistic,
-                )
-                record.floors[layer.name, statistic] = floor.numpy().astype(np.float32)
+                sigma_1 = record.sigma_1[layer.name, statistic]
+                floor = noise_floor(sigma_1, shapes[statistic], rows, layer.pending.dtype, statistic)
+                record.floors[layer.name, statistic] = floor.astype(np.float32)
 
     def _group_sizes(self) -> np.ndarray:
         """Count the samples in each group, over all micro-batches of the step."""
@@ -673,61 +623,21 @@ class Watcher:
 
     # ------------------------------------------------------------------ proving itself
 
-    def _is_audited(self) -> bool:
-        if self._audit_every is None:
-            return self._recorded == 0
-        return self._recorded % self._audit_every == 0
+    def _audited_name(self) -> str:
+        return self._audit.chosen([y.name for y in self._layers if y.parameter.requires_grad], self._count)
 
-    def _audited_layer(self) -> _Layer:
-        return random.Random(self._count).choice([layer for layer in self._layers if layer.parameter.requires_grad])
-
-    def _check(self, record: Record) -> None:
-        """Compare with float64 and with the gradient that arrived; keep the worst deviations."""
-        if not self._is_audited():
+    def _prove(self, record: Record) -> None:
+        """Audit the record, if it is due."""
+        if not self._audit.due(self._recorded):
             return
-        self._audit["steps"].append(self._count)
+        self._audit.audited(self._count)
         for layer in self._layers:
-            pending = layer.pending
-            if pending is None or pending.arrived is None:
+            if layer.pending is None:
                 continue
-            total = torch.stack([share.double() for share in pending.shares.values()]).sum(0)
-            outside = torch.linalg.matrix_norm(pending.arrived - total)
-            scale = max(float(torch.linalg.matrix_norm(share.double())) for share in pending.shares.values())
-            rows = sum(pending.rows.values())
-            unit = torch.finfo(pending.dtype).eps * scale * max(rows, *layer.shape) ** 0.5
-            deviation = float(outside) / unit if unit else 0.0
-            if not np.isfinite(deviation):
-                continue
-            if deviation <= GUARD_TOLERANCE:
-                self._audit["largest_guard_deviation"] = max(self._audit["largest_guard_deviation"], deviation)
-            else:
-                self._report_outside(layer, float(outside / torch.linalg.matrix_norm(pending.arrived)))
-            if pending.exact:
-                self._compare_with_float64(layer, pending)
-
-    def _report_outside(self, layer: _Layer, fraction: float) -> None:
-        if layer.name not in self._audit["outside"]:
-            warnings.warn(
-                f"{fraction:.2g} of the gradient of '{layer.name}' comes from no sample's row (a penalty on the "
-                "weights, for example): the groups' shares do not contain it.",
-                stacklevel=3,
-            )
-        self._audit["outside"][layer.name] = max(self._audit["outside"].get(layer.name, 0.0), fraction)
-
-    def _compare_with_float64(self, layer: _Layer, pending: _Pending) -> None:
-        members = {key: np.frombuffer(key, dtype=bool) for key in pending.rows}
-        batch_sigma_1 = None
-        for group in range(len(self.groups)):
-            keys = [key for key, row in members.items() if row[group]]
-            if not keys:
-                continue
-            recorded = singular_values([gram(_group_sums(pending.shares, [keys]))])[0][0]
-            exact = torch.linalg.svdvals(torch.stack([pending.exact[key] for key in keys]).sum(0))
-            batch_sigma_1 = exact[0] if batch_sigma_1 is None else batch_sigma_1
-            scale = torch.where(exact[0] < 1e-3 * batch_sigma_1, batch_sigma_1, exact[0])
-            error = float((recorded - exact).abs().max() / scale)
-            if np.isfinite(error):
-                self._audit["largest_error"] = max(self._audit["largest_error"], error)
+            self._audit.guard(layer.name, layer.pending)
+            if layer.pending.exact and "gradient" in self._statistics:
+                spectra = record.spectra[layer.name, "gradient"]
+                self._audit.compare(layer.pending, spectra, self._index(layer), len(self.groups))
 
     def _warn_if_not_finite(self, record: Record) -> None:
         if self._warned_nan:
@@ -746,7 +656,7 @@ class Watcher:
     # ------------------------------------------------------------------ results
 
     def _final_attributes(self) -> dict[str, Any]:
-        return {**self._attributes, "audit": copy.deepcopy(self._audit)}
+        return {**self._attributes, "audit": self._audit.summary()}
 
     def _flush(self) -> None:
         if self._buffer and self._sink is not None:
@@ -768,58 +678,11 @@ class Watcher:
                 raise WatchError(f"rows= names '{name}', which is not a watched parameter (watched: {names}).")
 
 
-def _group_sums(shares: Mapping[bytes, Tensor], cells_of: Sequence[Sequence[bytes]]) -> Tensor:
-    """Shares of groups from shares of cells, shape (groups, outputs, inputs)."""
-    return torch.stack(
-        [shares[keys[0]] if len(keys) == 1 else torch.stack([shares[key] for key in keys]).sum(0) for keys in cells_of]
-    )
-
-
-def _find_layers(model: nn.Module, selected: Sequence[str] | None, unknown: str) -> list[_Layer]:
-    """List the matrices of a model; refuse what has no rule."""
-    if isinstance(selected, str):
-        raise WatchError(f"layers={selected!r}: give a list of parameter names.")
-    layers: dict[int, _Layer] = {}
-    without_rule: dict[int, list[str]] = {}
-    for module_name, module in model.named_modules():
-        rule = rule_for(module)
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim < 2:
-                continue
-            name = f"{module_name}.{key}" if module_name else key
-            if rule is None or key not in rule.parameters:
-                without_rule.setdefault(id(parameter), []).append(f"'{name}' ({type(module).__name__})")
-            if id(parameter) in layers:
-                layers[id(parameter)].also.append(name)
-            else:
-                layers[id(parameter)] = _Layer(name, parameter)
-            layers[id(parameter)].places.append((module_name, key))
-    if selected is not None:
-        names = [name for layer in layers.values() for name in (layer.name, *layer.also)]
-        for pattern in selected:
-            if not fnmatch.filter(names, pattern):
-                raise WatchError(f"layers= names '{pattern}', but the model has no such matrix parameter.")
-        layers = {
-            key: layer
-            for key, layer in layers.items()
-            if any(fnmatch.filter((layer.name, *layer.also), pattern) for pattern in selected)
-        }
-    refused = [name for key in layers for name in without_rule.get(key, [])]
-    layers = {key: layer for key, layer in layers.items() if key not in without_rule}
-    if refused and unknown == "refuse":
-        raise WatchError(
-            f"there is no rule for {', '.join(refused)}: select other layers with layers=, or leave what is "
-            "unknown out with unknown='skip'."
-        )
-    for layer in layers.values():
-        if layer.parameter.is_complex():
-            raise WatchError(f"'{layer.name}' is complex; only real parameters can be watched.")
-    if not layers:
-        raise WatchError(
-            f"{type(model).__name__} has no matrix parameter that can be watched: "
-            "a model needs at least one layer with a weight matrix."
-        )
-    return list(layers.values())
+def _padded(values: np.ndarray, width: int) -> np.ndarray:
+    """Fill up with zeros, or with NaN where the values are not finite."""
+    if len(values) >= width:
+        return values
+    return np.concatenate([values, np.full(width - len(values), values[0] * 0)])
 
 
 def _checked_singular_values(value: int | Sequence[int] | str | None) -> int | tuple[int, ...] | str | None:

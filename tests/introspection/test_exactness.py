@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import autospec
-from autospec.introspection.spectra import group_shares
+from autospec.introspection.pending import Share, share_grams
+from autospec.introspection.spectra import singular_values
 
 from .oracle import (
     Problem,
@@ -280,11 +281,18 @@ def test_shares_of_disjoint_groups_sum_to_the_gradient(sizes, width, positions, 
     output = activation @ weight.T
     adjoint, gradient = torch.autograd.grad(torch.tanh(output).square().sum(), [output, weight])
     counts = [size * positions for size in sizes]
-    shares = group_shares(activation, adjoint, counts)
-    largest = float(shares.abs().max())
-    assert torch.allclose(shares.sum(0), gradient, rtol=0, atol=1e-5 * largest)
-    added = group_shares(activation, adjoint, counts, out=shares.clone())
-    assert torch.allclose(added, 2 * shares, rtol=0, atol=1e-5 * largest)
+    shares = [Share(weight.shape) for _ in counts]
+    for _ in range(2):  # as two micro-batches of the same samples would
+        for share, a, d in zip(shares, activation.detach().split(counts), adjoint.split(counts), strict=True):
+            share.add(a, d)
+    matrices = [share.matrix() for share in shares]
+    largest = max(float(matrix.abs().max()) for matrix in matrices)
+    assert torch.allclose(torch.stack(matrices).sum(0), 2 * gradient, rtol=0, atol=1e-5 * largest)
+    groups = [[share] for share in shares] + [shares]
+    for cells, found in zip(groups, singular_values(share_grams(groups)), strict=True):
+        exact = torch.linalg.svdvals(torch.stack([cell.matrix().double() for cell in cells]).sum(0))
+        padded = torch.nn.functional.pad(found, (0, max(0, len(exact) - len(found))))
+        assert torch.allclose(padded[: len(exact)], exact, rtol=0, atol=1e-6 * float(exact[0]))
 
 
 @settings(max_examples=25, deadline=None)

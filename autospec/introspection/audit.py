@@ -1,0 +1,122 @@
+"""The watcher proves itself: shares against the gradient that arrived, spectra against float64."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .pending import Pending
+from .rows import RowMap
+
+# The shares' sum and the gradient that arrived are two float32 sums of the same products in another order.
+GUARD_TOLERANCE = 8.0
+
+
+class Audit:
+    """What the watcher found out about its own exactness.
+
+    Parameters
+    ----------
+    every : int, optional
+        Audit every k-th recorded step; the first alone by default.
+    """
+
+    def __init__(self, every: int | None) -> None:
+        self._every = every
+        self._found: dict[str, Any] = {
+            "steps": [],
+            "largest_error": 0.0,
+            "largest_guard_deviation": 0.0,
+            "guard_tolerance": GUARD_TOLERANCE,
+            "outside": {},
+            "probe_passes": 0,
+            "batch_dims": [],
+            "samples_without_label": {},
+        }
+
+    def due(self, recorded: int) -> bool:
+        """Whether the next record, the one with this number, is audited."""
+        return recorded == 0 if self._every is None else recorded % self._every == 0
+
+    @staticmethod
+    def chosen(names: Sequence[str], step: int) -> str:
+        """Return the one layer that is compared with float64 at a step; drawn without any global generator."""
+        return random.Random(step).choice(list(names))
+
+    def summary(self) -> dict[str, Any]:
+        """Everything found so far, as plain lists and numbers."""
+        return copy.deepcopy(self._found)
+
+    def restore(self, summary: dict[str, Any]) -> None:
+        """Continue from a `summary`."""
+        self._found = copy.deepcopy(summary)
+
+    def probed(self, found: RowMap, missing: dict[str, int]) -> None:
+        """Note how rows were traced to samples."""
+        self._found["probe_passes"] = max(self._found["probe_passes"], found.passes)
+        self._found["batch_dims"] = list(found.batch_dims)
+        self._found["samples_without_label"] = missing
+
+    def audited(self, step: int) -> None:
+        """Note that a step was audited."""
+        self._found["steps"].append(step)
+
+    def guard(self, name: str, pending: Pending) -> None:
+        """Compare the sum of the shares with the gradient that arrived; warn of what came from no row."""
+        if pending.arrived is None:
+            return
+        matrices = [share.matrix().double() for share in pending.shares.values()]
+        outside = torch.linalg.matrix_norm(pending.arrived - torch.stack(matrices).sum(0))
+        scale = max(float(torch.linalg.matrix_norm(matrix)) for matrix in matrices)
+        unit = torch.finfo(pending.dtype).eps * scale * max(sum(pending.rows.values()), *pending.shape) ** 0.5
+        deviation = float(outside) / unit if unit else 0.0
+        if not np.isfinite(deviation):
+            return
+        if deviation <= GUARD_TOLERANCE:
+            self._found["largest_guard_deviation"] = max(self._found["largest_guard_deviation"], deviation)
+            return
+        fraction = float(outside / torch.linalg.matrix_norm(pending.arrived))
+        if name not in self._found["outside"]:
+            warnings.warn(
+                f"{fraction:.2g} of the gradient of '{name}' comes from no sample's row (a penalty on the "
+                "weights, for example): the groups' shares do not contain it.",
+                stacklevel=5,
+            )
+        self._found["outside"][name] = max(self._found["outside"].get(name, 0.0), fraction)
+
+    def compare(self, pending: Pending, recorded: np.ndarray, index: np.ndarray, groups: int) -> None:
+        """Compare recorded gradient spectra with singular values of shares formed in float64.
+
+        Parameters
+        ----------
+        pending : Pending
+            Holds the shares in float64.
+        recorded : ndarray, shape (groups, singular values)
+            What was recorded.
+        index : ndarray of int, shape (singular values,)
+            Their numbers, from 1.
+        groups : int
+            Number of groups.
+        """
+        batch: float | None = None
+        for group in range(groups):
+            keys = [key for key in pending.exact if np.frombuffer(key, dtype=bool)[group]]
+            if not keys:
+                continue
+            total = torch.stack([pending.exact[key] for key in keys]).sum(0)
+            if not torch.isfinite(total).all():
+                continue
+            exact = torch.linalg.svdvals(total).cpu().numpy()
+            batch = float(exact[0]) if batch is None else batch
+            scale = exact[0] if exact[0] >= 1e-3 * batch else batch
+            usable = index <= len(exact)
+            if not scale or not usable.any():
+                continue
+            error = float(np.abs(recorded[group, usable] - exact[index[usable] - 1]).max() / scale)
+            self._found["largest_error"] = max(self._found["largest_error"], error)

@@ -1,0 +1,100 @@
+"""Which parameters of a model are watched, by name."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+from torch import nn
+
+from .errors import WatchError
+from .layers import rule_for
+
+
+class WatchedParameter:
+    """A weight matrix of the model.
+
+    Attributes
+    ----------
+    name : str
+        Qualified name, such as ``encoder.0.weight``.
+    also : list of str
+        Its other names, where weights are tied.
+    places : list of (str, str)
+        Module and parameter name of every module that holds it.
+    shape : (int, int)
+        Shape of ``p.reshape(p.shape[0], -1)``.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.also: list[str] = []
+        self.places: list[tuple[str, str]] = []
+        self.shape: tuple[int, int] = (parameter.shape[0], parameter[0].numel())
+
+
+def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: str) -> list[WatchedParameter]:
+    """List the matrices of a model that have a rule.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    selected : sequence of str, optional
+        Names or patterns; every matrix by default.
+    unknown : {"refuse", "skip"}
+        What to do with matrices that have no rule.
+
+    Raises
+    ------
+    WatchError
+        If a matrix without a rule is not to be skipped, a name fits nothing, or nothing remains.
+    """
+    if isinstance(selected, str):
+        raise WatchError(f"layers={selected!r}: give a list of parameter names.")
+    found: dict[int, WatchedParameter] = {}
+    without_rule: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules():
+        rule = rule_for(module)
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2:
+                continue
+            name = f"{module_name}.{key}" if module_name else key
+            if rule is None or key not in rule.parameters:
+                without_rule.setdefault(id(parameter), []).append(f"'{name}' ({type(module).__name__})")
+            if id(parameter) in found:
+                found[id(parameter)].also.append(name)
+            else:
+                found[id(parameter)] = WatchedParameter(name, parameter)
+            found[id(parameter)].places.append((module_name, key))
+    if selected is not None:
+        found = _selected(found, selected)
+    refused = [name for key in found for name in without_rule.get(key, [])]
+    if refused and unknown == "refuse":
+        raise WatchError(
+            f"there is no rule for {', '.join(refused)}: select other layers with layers=, or leave what is "
+            "unknown out with unknown='skip'."
+        )
+    watched = [parameter for key, parameter in found.items() if key not in without_rule]
+    for parameter in watched:
+        if parameter.parameter.is_complex():
+            raise WatchError(f"'{parameter.name}' is complex; only real parameters can be watched.")
+    if not watched:
+        raise WatchError(
+            f"{type(model).__name__} has no matrix parameter that can be watched: "
+            "a model needs at least one layer with a weight matrix."
+        )
+    return watched
+
+
+def _selected(found: dict[int, WatchedParameter], selected: Sequence[str]) -> dict[int, WatchedParameter]:
+    names = [name for parameter in found.values() for name in (parameter.name, *parameter.also)]
+    for pattern in selected:
+        if not fnmatch.filter(names, pattern):
+            raise WatchError(f"layers= names '{pattern}', but the model has no such matrix parameter.")
+    return {
+        key: parameter
+        for key, parameter in found.items()
+        if any(fnmatch.filter((parameter.name, *parameter.also), pattern) for pattern in selected)
+    }
