@@ -1,5 +1,4 @@
 # The workflow: rules are in workflow/rules, one file a stage; what they call is `python -m autospec STAGE`.
-import os
 import sys
 from pathlib import Path
 
@@ -10,15 +9,14 @@ min_version("9.13")
 
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
-# Jobs run with Snakemake's own Python, activated or not (a conda environment goes before it), and import the package
-# beside this Snakefile.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
-from autospec import specs
+from autospec import inputs, specs
 from autospec.config import json_safe, parse_config
 from autospec.errors import UserError
+from autospec.machine import gpu_here, use_this_python
 from autospec.paths import EXTENSIONS, result
+
+use_this_python(ROOT)
 
 
 configfile: "config.yaml"
@@ -26,6 +24,7 @@ configfile: "config.yaml"
 
 try:
     CONFIG = parse_config(config, ", ".join(map(str, workflow.configfiles)) or "the config")
+    inputs.require_files(CONFIG)
 except UserError as error:
     raise WorkflowError(str(error)) from None
 validate(json_safe(config), str(ROOT / "workflow/schemas/config.schema.json"), set_default=False)
@@ -52,14 +51,5 @@ rule all:
     default_target: True
     input:
         result("report"),
-        [
-            result("figure", figure=experiment.figure, extension=extension)
-            for experiment in CONFIG.experiments.values()
-            for extension in EXTENSIONS
-        ],
-        [
-            result("panel", experiment=name, panel=specs.panel_name(panel), extension=extension)
-            for name, experiment in CONFIG.experiments.items()
-            for panel in experiment.panels
-            for extension in EXTENSIONS
-        ],
+        inputs.pages(CONFIG),
+        [inputs.panels(CONFIG, name) for name in CONFIG.experiments],

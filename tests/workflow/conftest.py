@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from tests.conftest import ROOT, run_command
 
 CODE = ("autospec", "workflow", "profiles", "envs", "Snakefile")
@@ -101,7 +102,7 @@ def finished(tmp_path_factory) -> Analysis:
     return analysis
 
 
-@pytest.fixture()
+@pytest.fixture
 def analysis(finished, tmp_path) -> Analysis:
     """A copy of the finished analysis that a test may change."""
     shutil.copytree(finished.code.parent, tmp_path / "copy")

@@ -68,7 +68,9 @@ def test_another_level_of_significance_retrains_nothing(analysis):
     assert analysis.planned() == DRAWN
 
 
-@pytest.mark.parametrize("file", ["autospec/introspection/spectra.py", "autospec/figures/style.py", "autospec/config.py"])
+@pytest.mark.parametrize(
+    "file", ["autospec/introspection/spectra.py", "autospec/figures/style.py", "autospec/config.py"]
+)
 def test_a_comment_reruns_nothing(analysis, file):
     analysis.edit(file, '"""', '"""Reworded: ')
     (analysis.code / file).write_text((analysis.code / file).read_text() + "\n# a remark\n")
@@ -86,9 +88,7 @@ def test_an_edit_of_the_introspection_retrains(analysis):
 
 
 def test_an_edit_of_the_tests_code_retrains_nothing(analysis):
-    analysis.edit(
-        "autospec/statistics/paper.py", ".sum(1) >= 2", ".sum(1) >= 3"
-    )
+    analysis.edit("autospec/statistics/paper.py", ".sum(1) >= 2", ".sum(1) >= 3")
     assert not any(name.startswith(("Training", "Building")) for name in analysis.planned())
     assert {"Testing groups in small/autoencoder", "Testing groups in small/classifier"} <= analysis.planned()
 

@@ -8,14 +8,14 @@ rule dataset:
     output:
         store=result("dataset"),
         resources=result("dataset_resources"),
-    params:
-        spec=lambda wildcards: specs.spec("dataset", specs.dataset_settings(CONFIG, wildcards.dataset)),
     log:
         result("log", stage="dataset", job="{dataset}"),
-    message:
-        "Building the data set {wildcards.dataset}"
     conda:
         "../../envs/autospec.yaml"
+    params:
+        spec=lambda wildcards: specs.spec("dataset", specs.dataset_settings(CONFIG, wildcards.dataset)),
+    message:
+        "Building the data set {wildcards.dataset}"
     shell:
         "python -m autospec dataset --spec {params.spec:q} --files {input.files:q}"
         " --output {output.store:q} --resources {output.resources:q} 2>&1 | tee {log:q}"

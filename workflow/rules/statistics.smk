@@ -8,14 +8,14 @@ rule test:
     output:
         table=result("paper_tests"),
         resources=result("paper_tests_resources"),
-    params:
-        spec=lambda wildcards: specs.spec("test", specs.test_settings(CONFIG, wildcards.experiment, wildcards.run)),
     log:
         result("log", stage="test", job="{experiment}-{run}"),
-    message:
-        "Testing groups in {wildcards.experiment}/{wildcards.run}"
     conda:
         "../../envs/autospec.yaml"
+    params:
+        spec=lambda wildcards: specs.spec("test", specs.test_settings(CONFIG, wildcards.experiment, wildcards.run)),
+    message:
+        "Testing groups in {wildcards.experiment}/{wildcards.run}"
     shell:
         "python -m autospec test --spec {params.spec:q} --run {input.run:q}"
         " --output {output.table:q} --resources {output.resources:q} 2>&1 | tee {log:q}"

@@ -2,33 +2,27 @@
 
 # Where a GPU is, trainings take turns on it (the profile allows gpu=1); elsewhere they share the cores.  A cluster's
 # profile asks for one with set-resources, since its login node may have none.
-GPU_HERE = int(any(Path("/dev").glob("nvidia[0-9]*")))
-
-
-def dataset_of(wildcards):
-    """The labelled data set that an experiment trains on."""
-    return result("dataset", dataset=CONFIG.experiments[wildcards.experiment].dataset)
 
 
 rule train:
     """Train one network, watched, and pack its trajectories."""
     input:
-        dataset=dataset_of,
+        dataset=lambda wildcards: inputs.dataset_of(CONFIG, wildcards.experiment),
     output:
         store=result("run"),
         resources=result("run_resources"),
-    params:
-        spec=lambda wildcards: specs.spec("train", specs.run_settings(CONFIG, wildcards.experiment, wildcards.run)),
     log:
         result("log", stage="train", job="{experiment}-{run}"),
-    message:
-        "Training {wildcards.experiment}/{wildcards.run}"
-    threads: 1
-    resources:
-        gpu=GPU_HERE,
-        device="auto",
     conda:
         "../../envs/autospec.yaml"
+    threads: 1
+    resources:
+        gpu=gpu_here(),
+        device="auto",
+    params:
+        spec=lambda wildcards: specs.spec("train", specs.run_settings(CONFIG, wildcards.experiment, wildcards.run)),
+    message:
+        "Training {wildcards.experiment}/{wildcards.run}"
     shell:
         "OMP_NUM_THREADS={threads} MKL_NUM_THREADS={threads}"
         " python -m autospec train --spec {params.spec:q} --dataset {input.dataset:q}"

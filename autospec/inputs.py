@@ -1,0 +1,83 @@
+"""Which results each rule reads, where a wildcard alone does not say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from autospec import specs
+from autospec.config import Config
+from autospec.errors import UserError
+from autospec.paths import EXTENSIONS, result
+
+
+def require_files(config: Config) -> None:
+    """Check that every file of the user's that the config names is there.
+
+    Raises
+    ------
+    UserError
+        If one is missing; relative paths are relative to the current folder, the analysis.
+    """
+    for name in config.datasets:
+        for path in specs.dataset_files(config, name):
+            if not Path(path).is_file():
+                raise UserError(
+                    f"the data set '{name}' needs the file {path}, which does not exist (looked in {Path.cwd()}): "
+                    "correct the path in the config; relative paths start at the analysis folder."
+                )
+
+
+def dataset_of(config: Config, experiment: str) -> str:
+    """The labelled data set that an experiment trains on."""
+    return result("dataset", dataset=config.experiments[experiment].dataset)
+
+
+def of_panel(config: Config, kind: str, experiment: str, panel: str) -> str:
+    """Trajectories, or tests, of the run that a panel draws."""
+    return result(kind, experiment=experiment, run=specs.find_panel(config, experiment, panel).run)
+
+
+def of_figure(config: Config, kind: str, figure: int | str) -> list[str]:
+    """Trajectories, or tests, of every run that a figure's panels draw."""
+    name = experiment_of_figure(config, figure)
+    runs = dict.fromkeys(panel.run for panel in config.experiments[name].panels)
+    return [result(kind, experiment=name, run=run) for run in runs]
+
+
+def experiment_of_figure(config: Config, figure: int | str) -> str:
+    """The experiment that a figure shows; a KeyError where there is none becomes Snakemake's missing input."""
+    return {str(experiment.figure): name for name, experiment in config.experiments.items()}[str(figure)]
+
+
+def pages(config: Config) -> list[str]:
+    """Every composed page, in every format."""
+    numbers = [experiment.figure for experiment in config.experiments.values()]
+    return [result("figure", figure=number, extension=extension) for number in numbers for extension in EXTENSIONS]
+
+
+def panels(config: Config, experiment: str) -> list[str]:
+    """Every panel of an experiment on its own, in every format."""
+    names = [specs.panel_name(panel) for panel in config.experiments[experiment].panels]
+    return [result("panel", experiment=experiment, panel=name, extension=kind) for name in names for kind in EXTENSIONS]
+
+
+def of_experiment(config: Config, experiment: str) -> list[str]:
+    """Everything that belongs to an experiment: its page, its panels and every run's tests."""
+    settings = config.experiments[experiment]
+    return [
+        *(result("figure", figure=settings.figure, extension=extension) for extension in EXTENSIONS),
+        *panels(config, experiment),
+        *(result("paper_tests", experiment=experiment, run=run) for run in settings.runs),
+    ]
+
+
+def of_report(config: Config) -> list[str]:
+    """Everything that the report shows."""
+    paths = []
+    for name, experiment in config.experiments.items():
+        paths.append(result("dataset", dataset=experiment.dataset))
+        paths.append(result("figure", figure=experiment.figure, extension="png"))
+        paths += [path for path in panels(config, name) if path.endswith(".png")]
+        for run in experiment.runs:
+            paths += [result(kind, experiment=name, run=run) for kind in ("run", "run_resources", "paper_tests")]
+    return list(dict.fromkeys(paths))

@@ -1,0 +1,43 @@
+"""Examples in the pages run, links lead somewhere, and what pages promise is there."""
+
+import re
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
+
+
+def test_the_ten_line_example_runs(capsys):
+    text = (ROOT / "docs/watch.md").read_text()
+    example = re.search(r"```python\n(import torch.*?)```", text, re.DOTALL).group(1)
+    names: dict = {}
+    exec(compile(example, "docs/watch.md", "exec"), names)
+    assert names["tree"]["layers/0.weight/gradient"].sizes == {"step": 50, "group": 3, "index": 8}
+    printed = [float(number) for number in capsys.readouterr().out.split()]
+    assert len(printed) == 2
+    assert np.isfinite(printed).all()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_architecture_names_every_module():
+    text = (ROOT / "docs/architecture.md").read_text()
+    for file in (ROOT / "autospec").iterdir():
+        if file.suffix == ".py" and file.name not in ("__init__.py", "__main__.py"):
+            assert f"`{file.name}`" in text or f"{file.name}`" in text, file.name
+    for file in (ROOT / "autospec/introspection").glob("*.py"):
+        if file.name not in ("__init__.py", "errors.py", "schedule.py", "hooks.py"):
+            assert f"`{file.name}`" in text, file.name
+
+
+def test_no_page_is_left_with_a_blank_to_fill_in():
+    for page in PAGES:
+        assert not re.search(r"@[A-Z]+@|TODO|FIXME", page.read_text()), page
