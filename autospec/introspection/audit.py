@@ -13,6 +13,7 @@ import torch
 
 from .pending import Pending
 from .rows import RowMap
+from .spectra import float64
 
 # The shares' sum and the gradient that arrived are two float32 sums of the same products in another order.
 GUARD_TOLERANCE = 8.0
@@ -71,7 +72,7 @@ class Audit:
         """Compare the sum of the shares with the gradient that arrived; warn of what came from no row."""
         if pending.arrived is None:
             return
-        matrices = [share.matrix().double() for share in pending.shares.values()]
+        matrices = [float64(share.matrix()) for share in pending.shares.values()]
         outside = torch.linalg.matrix_norm(pending.arrived - torch.stack(matrices).sum(0))
         scale = max(float(torch.linalg.matrix_norm(matrix)) for matrix in matrices)
         unit = torch.finfo(pending.dtype).eps * scale * max(sum(pending.rows.values()), *pending.shape) ** 0.5

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .spectra import lower_gram, reduced_factor
+from .spectra import float64, lower_gram, reduced_factor
 
 # Below this many rows, as a fraction of the matrix's smaller side, the factors are kept instead of the share.
 FEW_ROWS = 0.75
@@ -140,7 +140,7 @@ class RowStack:
         """Gram matrix of the columns (lower triangle), shape (width, width), float64."""
         total = self._columns
         for rows in self.rows:
-            wide = rows.double().mT
+            wide = float64(rows).mT
             added = lower_gram(wide) if len(rows) >= self.width else wide @ wide.mT
             total = added if total is None else total + added
         if total is None:
@@ -219,5 +219,5 @@ class Pending:
     def add_exact(self, activation: Tensor, adjoint: Tensor, counts: list[int], keys: list[bytes]) -> None:
         """Add the same in float64, for the audit."""
         for key, a, d in zip(keys, activation.split(counts), adjoint.split(counts), strict=True):
-            exact = d.double().T @ a.double()
+            exact = float64(d).T @ float64(a)
             self.exact[key] = self.exact[key] + exact if key in self.exact else exact

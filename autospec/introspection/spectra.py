@@ -25,6 +25,11 @@ BLOCKS = 4
 SMALLEST_IN_BLOCKS = 96
 
 
+def float64(matrix: Tensor) -> Tensor:
+    """Convert to float64, on the CPU where the device has no such type (Apple's)."""
+    return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
+
+
 def lower_gram(matrix: Tensor) -> Tensor:
     """Lower triangle of the Gram matrix on the smaller side, in float64.
 
@@ -39,7 +44,7 @@ def lower_gram(matrix: Tensor) -> Tensor:
         Shape (..., s, s) with s = min(m, n), float64.  The diagonal and what is below it are valid, which is all that
         `singular_values` reads; what is above may hold anything.
     """
-    wide = matrix.double()
+    wide = float64(matrix)
     if wide.shape[-2] > wide.shape[-1]:
         wide = wide.mT
     size = wide.shape[-2]
@@ -73,9 +78,10 @@ def reduced_factor(activation: Tensor, adjoint: Tensor) -> Tensor:
         Shape (..., N, max(inputs, outputs)), float64.
     """
     narrow, wide = sorted((activation, adjoint), key=lambda factor: factor.shape[-1])
-    if not torch.isfinite(narrow).all():  # LAPACK may not return from NaN
-        return torch.full_like(wide, math.nan, dtype=torch.float64)
-    return torch.linalg.qr(narrow.double().mT, mode="r").R @ wide.double()
+    finite = torch.isfinite(narrow).flatten(-2).all(-1)[..., None, None]
+    solvable = torch.where(finite, narrow, 0.0)  # LAPACK may not return from NaN
+    reduced = torch.linalg.qr(float64(solvable).mT, mode="r").R @ float64(wide)
+    return torch.where(finite, reduced, math.nan)
 
 
 def singular_values(grams: Sequence[Tensor]) -> list[Tensor]:

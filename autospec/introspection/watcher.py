@@ -26,7 +26,7 @@ from .parameters import WatchedParameter, find_parameters
 from .pending import Pending, RowStack, share_grams
 from .rows import RowMap, map_rows
 from .schedule import Schedule, make_schedule
-from .spectra import noise_floor, singular_values
+from .spectra import float64, noise_floor, singular_values
 from .tree import LayerLayout, Record, build_tree
 
 STATISTICS = ("gradient", "activation", "adjoint")
@@ -490,7 +490,7 @@ class Watcher:
             if audited and layer.name == self._audited_name():
                 pending.add_exact(activation, adjoint, counts, keys)
         if audited:
-            flat = gradient.reshape(layer.shape).double()
+            flat = float64(gradient.reshape(layer.shape))
             pending.arrived = flat.clone() if pending.arrived is None else pending.arrived + flat
 
     def _discard_zeroed(self) -> None:

@@ -308,3 +308,15 @@ def test_any_labels_and_widths_are_exact(labels, widths, seed):
     tree = record(problem, batch_dim=0)
     assert_exact(tree, problem, members(labels, len(labels)))
     assert tree.attrs["audit"]["outside"] == {}
+
+
+def test_a_diverged_group_spares_another_of_the_same_size():
+    torch.manual_seed(0)
+    shares = [Share((20, 30)) for _ in range(2)]
+    for share in shares:
+        share.add(torch.randn(5, 30), torch.randn(5, 20))
+    shares[0].factors[0][1][2, 3] = float("nan")
+    diverged, fine = singular_values(share_grams([[share] for share in shares]))
+    assert diverged.isnan().all()
+    exact = torch.linalg.svdvals(shares[1].matrix().double())[:5]
+    assert torch.allclose(fine, exact, rtol=0, atol=1e-6 * float(exact[0]))
