@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started, cpu_started = time.monotonic(), time.process_time()
     try:
         message, host = options.run(options)
+        if getattr(options, "resources", None):
+            write_resources(options.resources, time.monotonic() - started, time.process_time() - cpu_started, host)
     except (UserError, OSError) as error:
         print(f"autospec: {error}", file=sys.stderr)
         return 1
@@ -43,8 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"autospec: {error}", file=sys.stderr)
         return 1
-    if getattr(options, "resources", None):
-        write_resources(options.resources, time.monotonic() - started, time.process_time() - cpu_started, host)
     print(message, file=sys.stderr if getattr(options, "spec", None) else sys.stdout)
     return 0
 
@@ -131,50 +131,55 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settings(options: Any) -> tuple[Any, str]:
+def _spec(options: Any, wanted: type) -> tuple[Any, str]:
+    """Settings and code of ``--spec``; ``wanted`` is the stage's TypedDict of settings."""
     try:
         spec = json.loads(options.spec)
-        return spec["settings"], spec["code"]
+        settings, code = spec["settings"], spec["code"]
+        missing = [key for key in wanted.__annotations__ if key not in settings]
     except (ValueError, KeyError, TypeError):
         raise UserError("--spec is no JSON text with 'settings' and 'code', as the Snakefile writes it.") from None
+    if missing:
+        raise UserError(f"--spec lacks the settings {', '.join(missing)}, which the Snakefile would write.")
+    return settings, code
 
 
 def _dataset(options: Any) -> tuple[str, dict[str, Any]]:
-    from autospec.datasets.build import build_dataset
+    from autospec.datasets.build import DatasetSettings, build_dataset
 
-    return build_dataset(_settings(options)[0], options.files, options.output), {}
+    return build_dataset(_spec(options, DatasetSettings)[0], options.files, options.output), {}
 
 
 def _train(options: Any) -> tuple[str, dict[str, Any]]:
-    from autospec.training import host, train_run
+    from autospec.training import RunSettings, host, train_run
 
-    settings, code = _settings(options)
+    settings, code = _spec(options, RunSettings)
     return train_run(settings, code, options.dataset, options.output, options.work, options.device), host()
 
 
 def _test(options: Any) -> tuple[str, dict[str, Any]]:
-    from autospec.statistics.build import build_tests
+    from autospec.statistics.build import TestSettings, build_tests
 
-    return build_tests(_settings(options)[0], options.trajectories, options.output), {}
+    return build_tests(_spec(options, TestSettings)[0], options.trajectories, options.output), {}
 
 
 def _panel(options: Any) -> tuple[str, dict[str, Any]]:
-    from autospec.figures.panel import build_panel
+    from autospec.figures.panel import PanelSettings, build_panel
 
-    return build_panel(_settings(options)[0], options.trajectories, options.tests, options.output), {}
+    return build_panel(_spec(options, PanelSettings)[0], options.trajectories, options.tests, options.output), {}
 
 
 def _figure(options: Any) -> tuple[str, dict[str, Any]]:
-    from autospec.figures.page import build_page
+    from autospec.figures.page import PageSettings, build_page
 
     runs, tests = ({_run_name(path): path for path in paths} for paths in (options.runs, options.tests))
-    return build_page(_settings(options)[0], runs, tests, options.output), {}
+    return build_page(_spec(options, PageSettings)[0], runs, tests, options.output), {}
 
 
 def _report(options: Any) -> tuple[str, dict[str, Any]]:
-    from autospec.report.build import build_report
+    from autospec.report.build import ReportSettings, build_report
 
-    return build_report(_settings(options)[0], options.inputs, options.output), {}
+    return build_report(_spec(options, ReportSettings)[0], options.inputs, options.output), {}
 
 
 def _init(options: Any) -> tuple[str, dict[str, Any]]:

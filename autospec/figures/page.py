@@ -7,12 +7,13 @@ from typing import Any, TypedDict
 
 import matplotlib.pyplot as plt
 
-from autospec.figures.panel import difference_key, draw_panel, read_tests
-from autospec.figures.spectra import legend
+from autospec.figures.panel import difference_key, draw_panel
+from autospec.figures.spectra import LEGEND_COLUMNS, legend
 from autospec.figures.style import MM, STYLE, save
+from autospec.statistics.table import read_tests
 from autospec.trajectories import open_trajectories
 
-HEAD_MM, FOOT_MM = 8.0, 13.0
+HEAD_MM, FOOT_MM, LEGEND_ROW_MM = 8.0, 9.5, 3.5
 
 
 class PageSettings(TypedDict):
@@ -53,15 +54,17 @@ def build_page(settings: PageSettings, runs: dict[str, str], tests: dict[str, st
     with plt.rc_context({**STYLE, "font.size": 6, "axes.labelsize": 5.5, "xtick.labelsize": 5, "ytick.labelsize": 5}):
         width, height = settings["width_mm"] * MM, settings["height_mm"] * MM
         figure = plt.figure(figsize=(width, height), layout="constrained")
+        first = trees[panels[0]["run"]]
+        foot_mm = FOOT_MM + LEGEND_ROW_MM * math.ceil((first.sizes["group"] + 1) / LEGEND_COLUMNS)
         head, body, foot = figure.subfigures(
-            3, 1, height_ratios=[HEAD_MM, settings["height_mm"] - HEAD_MM - FOOT_MM, FOOT_MM]
+            3, 1, height_ratios=[HEAD_MM, settings["height_mm"] - HEAD_MM - foot_mm, foot_mm]
         )
         head.text(0.01, 0.4, f"Figure {settings['number']}.  {settings['title']}", fontsize=10, fontweight="bold")
         rows = math.ceil(len(panels) / 2)
         places = body.subfigures(rows, 2, squeeze=False, wspace=0.02, hspace=0.02).flat
         for place, panel in zip(places, panels, strict=False):
             draw_panel(place, panel, trees[panel["run"]], tables[panel["run"]], settings)
-        legend(foot, trees[panels[0]["run"]], loc="upper center", bbox_to_anchor=(0.5, 1.0))
+        legend(foot, first, loc="upper center", bbox_to_anchor=(0.5, 1.0))
         if any(panel["compare"] for panel in panels):
             foot.text(0.5, 0.12, difference_key(settings), ha="center", va="bottom", fontsize=6)
         save(figure, outputs, settings["dots_per_inch"])

@@ -14,6 +14,7 @@ from autospec.describe import content
 from autospec.figures.differences import draw_differences
 from autospec.figures.spectra import draw_spectra, legend
 from autospec.figures.style import MM, STYLE, save
+from autospec.statistics.table import read_tests
 from autospec.trajectories import open_trajectories
 
 ROW_HEIGHT_MM = 38.0
@@ -58,11 +59,6 @@ def draw_panel(
     if panel["compare"] is None:
         return draw_spectra(figure, tree, settings["singular_values"])
     return draw_differences(figure, tree, tests, panel["compare"], settings["variance"], settings["alpha"])
-
-
-def read_tests(path: str) -> pd.DataFrame:
-    """Read a table of tests; labels stay text."""
-    return pd.read_csv(path, sep="\t", dtype={"group_a": str, "group_b": str}, keep_default_na=False, na_values=[""])
 
 
 def build_panel(settings: PanelSettings, run: str, tests: str, outputs: list[str]) -> str:

@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from autospec.figures.style import colours
+from autospec.figures.style import colours, dashes
 
 STATISTICS = ("gradient", "activation", "adjoint")
+LEGEND_COLUMNS = 7
 
 
 def recorded_statistics(tree: xr.DataTree) -> list[str]:
@@ -63,7 +64,7 @@ def draw_trajectories(axes: Axes, tree: xr.DataTree, layer: str, statistic: str,
                 np.where(values[position, number] > 0, values[position, number], np.nan),
                 color=colours(groups)[group],
                 linewidth=max(0.35, 1.1 - 0.2 * number),
-                linestyle=(0, (4, 2)) if whole else "-",
+                linestyle=dashes(groups)[group],
                 zorder=1 if whole else 2,
                 label=group if number == 0 else "_nolegend_",
             )
@@ -127,10 +128,17 @@ def legend(figure: Any, tree: xr.DataTree, **where: Any) -> None:
             [],
             color=colours(groups)[group],
             linewidth=1.2,
-            linestyle=(0, (3, 1.5)) if i == 0 else "-",
+            linestyle=dashes(groups)[group],
             label=f"{'whole batch' if i == 0 else group} (N = {sizes[i]})",
         )
         for i, group in enumerate(groups)
     ]
     handles.append(Patch(color="#999999", alpha=0.35, linewidth=0, label="below the noise floor"))
-    figure.legend(handles=handles, frameon=False, ncols=len(handles), handlelength=1.8, columnspacing=1.4, **where)
+    figure.legend(
+        handles=handles,
+        frameon=False,
+        ncols=min(len(handles), LEGEND_COLUMNS),
+        handlelength=1.8,
+        columnspacing=1.4,
+        **where,
+    )

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from matplotlib.figure import Figure
+import numpy as np
+from matplotlib.figure import Figure, FigureBase
 
 from autospec.storage import written_whole
 
@@ -46,12 +47,32 @@ def colours(groups: list[str]) -> dict[str, str]:
     return {groups[0]: BATCH_COLOUR, **named}
 
 
+def dashes(groups: list[str]) -> dict[str, Any]:
+    """Line style of each group: the whole batch dashed, and dotted where a colour comes for the second time."""
+    named = {group: "-" if i < len(GROUP_COLOURS) else (0, (1, 1)) for i, group in enumerate(groups[1:])}
+    return {groups[0]: (0, (4, 2)), **named}
+
+
 def save(figure: Figure, outputs: list[str], dots_per_inch: int) -> None:
     """Save a figure in the format of each output's extension, each file whole or not at all."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the layout is found once, not again for each format
+    _settle(figure)
     metadata: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
     for output in outputs:
         kind = Path(output).suffix.lstrip(".")
         with written_whole(output) as temporary:
             figure.savefig(temporary, format=kind, dpi=dots_per_inch, metadata=metadata[kind])
+
+
+def _settle(figure: FigureBase) -> None:
+    """Round the layout: its solver's last digits depend on addresses in memory, and files' bytes on its last digits."""
+    if isinstance(figure, Figure):
+        for axes in figure.axes:
+            axes.set_position(np.round(axes.get_position(original=True).bounds, 6))
+    for part in figure.subfigs:
+        part.bbox_relative.p0, part.bbox_relative.p1 = np.round(part.bbox_relative.get_points(), 6)
+        _settle(part)
+    for text in figure.texts:
+        x, y = text.get_position()
+        text.set_position((round(x, 6), round(y, 6)))

@@ -10,7 +10,6 @@ from typing import Any, TypedDict
 
 import jinja2
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from autospec.datasets.labelled import open_labelled
@@ -19,6 +18,7 @@ from autospec.paths import result
 from autospec.report.template import PAGE
 from autospec.report.words import difference_caption, page_caption, spectra_caption
 from autospec.statistics.paper import WHAT_IT_IS_NOT
+from autospec.statistics.table import read_tests
 from autospec.storage import written_whole
 from autospec.trajectories import open_trajectories
 
@@ -85,9 +85,7 @@ def _experiment(experiment: dict[str, Any], settings: ReportSettings) -> dict[st
     panels = []
     for panel in experiment["panels"]:
         tree = open_trajectories(result("run", experiment=name, run=panel["run"]))
-        tests = pd.read_csv(
-            result("paper_tests", experiment=name, run=panel["run"]), sep="\t", dtype={"group_a": str, "group_b": str}
-        )
+        tests = read_tests(result("paper_tests", experiment=name, run=panel["run"]))
         if panel["compare"] is None:
             caption = spectra_caption(tree)
         else:
@@ -136,8 +134,7 @@ def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
     p, alpha = f"p_{settings['variance']}", settings["alpha"]
     rows = []
     for experiment, run, _ in _trees(settings):
-        path = result("paper_tests", experiment=experiment["name"], run=run)
-        tests = pd.read_csv(path, sep="\t", dtype={"group_a": str, "group_b": str})
+        tests = read_tests(result("paper_tests", experiment=experiment["name"], run=run))
         tests["significant"] = tests["resolved"] & (tests[p] < alpha)
         for keys, part in tests.groupby(["layer", "statistic", "group_a", "group_b"], sort=False):
             values, steps = (part[part["test"] == test] for test in ("singular_value", "step"))
@@ -147,7 +144,7 @@ def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
                     "run": run,
                     **dict(zip(("layer", "statistic", "group", "against"), map(str, keys), strict=True)),
                     "singular values": len(values),
-                    "above the noise": int(values["resolved"].sum()),
+                    "resolved": int(values["resolved"].sum()),
                     "significant values": int(values["significant"].sum()),
                     "steps": len(steps),
                     "significant steps": int(steps["significant"].sum()),
@@ -156,7 +153,9 @@ def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
     test = {"student": "Student's", "welch": "Welch's"}[settings["variance"]]
     scale = "singular values" if settings["scale"] == "raw" else "logarithms of singular values"
     caption = (
-        f"{test} two-tailed t-test of {scale}, p < {alpha:g}, uncorrected, above the noise floor. {WHAT_IT_IS_NOT}"
+        f"{test} two-tailed t-test of {scale}, p < {alpha:g}, uncorrected, of resolved values alone: those that lie "
+        "above the noise floor in both groups at every step and change over training (the input of the first layer "
+        f"does not). {WHAT_IT_IS_NOT}"
     )
     return caption, rows
 

@@ -11,7 +11,7 @@ PAGE = """\
 <style>
 :root { color-scheme: light; --ink: #1b1b1b; --soft: #555; --line: #d5d5d5; --accent: #0b5c94; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1.25rem 4rem; color: var(--ink); background: #fff;
+body { margin: 0 auto; max-width: 73rem; padding: 1.5rem 1.25rem 4rem; color: var(--ink); background: #fff;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.8rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.35rem; margin: 2.75rem 0 .75rem; padding-top: .75rem; border-top: 2px solid var(--ink); }
@@ -24,11 +24,12 @@ figure { margin: 1.25rem 0 2.25rem; }
 figure img { width: 100%; height: auto; border: 1px solid var(--line); }
 figure.page img { max-width: 52rem; display: block; }
 figcaption { color: var(--soft); max-width: 46rem; margin-top: .5rem; font-size: .95rem; }
+p.caption { color: var(--soft); font-size: .95rem; }
 .scroll { overflow-x: auto; max-height: 32rem; overflow-y: auto; border: 1px solid var(--line); }
 table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .5rem; color: var(--soft); }
-th, td { padding: .3rem .6rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .3rem .5rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
 td.number { text-align: right; }
+thead th { white-space: normal; min-width: 3.75rem; vertical-align: bottom; }
 thead th { position: sticky; top: 0; background: #f3f3f3; }
 thead button { all: unset; cursor: pointer; font-weight: 600; }
 thead button:focus-visible { outline: 2px solid var(--accent); }
@@ -74,9 +75,9 @@ and group differences for {{ experiment.title }}">
 trajectories in <code>results/runs</code>; <code>autospec.open_trajectories(path)</code> opens them.</p>
 {% for table in tables %}
 <h3 id="{{ table.id }}">{{ table.title }}</h3>
+<p class="caption" id="{{ table.id }}-caption">{{ table.caption }}</p>
 <div class="scroll" tabindex="0" role="region" aria-labelledby="{{ table.id }}">
-<table class="sortable">
-<caption>{{ table.caption }}</caption>
+<table class="sortable" aria-labelledby="{{ table.id }}" aria-describedby="{{ table.id }}-caption">
 <thead><tr>{% for column in table.columns %}<th scope="col" aria-sort="none"><button type="button">{{ column }}</button></th>
 {% endfor %}</tr></thead>
 <tbody>
@@ -97,6 +98,9 @@ column those of the derivatives of the loss at its output. Under full-batch trai
 never changes, so its lines are flat.</li>
 <li>&sigma;<sub>1</sub> is the largest singular value. Lines get thinner with the number of the singular value; the
 dashed grey line is the whole batch.</li>
+<li>Panels that compare two groups colour the ratio of their singular values: one row of cells for each singular
+value, one column for each recorded step. Orange means that the first group's is larger, purple that the second's
+is.</li>
 <li>Grey areas lie below the noise floor: there a value is rounding, and nothing is called significant.</li>
 <li>Groups of different size differ by size alone; look at the numbers of samples before you read a difference.</li>
 </ul>
@@ -111,7 +115,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       return cell.dataset.key === undefined ? cell.textContent : Number(cell.dataset.key); };
     const rows = [...table.tBodies[0].rows].map((row) => [key(row), row]);
     rows.sort(([a], [b]) => {
-      const order = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
+      const order = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", {numeric: true});
       return rising ? order : -order; });
     for (const other of heads) other.setAttribute("aria-sort", "none");
     head.setAttribute("aria-sort", rising ? "ascending" : "descending");

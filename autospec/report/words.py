@@ -40,15 +40,18 @@ def spectra_caption(tree: xr.DataTree) -> str:
         words += (
             f", and the accuracy on the training samples reached {100 * tree['training/accuracy'].values[-1]:.1f} %"
         )
-    strongest = []
+    strongest: dict[str, list[str]] = {}
     for name, node in tree["layers"].children.items():
         if "gradient" not in node:
             continue
         last = node["gradient"].isel(step=-1, index=0).values[1:]
         group = str(tree["group"].values[1:][last.argmax()])
-        strongest.append(f"{group} in {name}")
+        strongest.setdefault(group, []).append(name)
     if strongest:
-        words += f". At the last step the largest share of the gradient is that of {' and '.join(strongest)}"
+        parts = [f"of group {group} in {' and '.join(names)}" for group, names in strongest.items()]
+        words += (
+            f". At the last step the share of the gradient with the largest singular value is that {', '.join(parts)}"
+        )
     return words + "."
 
 
@@ -64,7 +67,8 @@ def difference_caption(tree: xr.DataTree, tests: pd.DataFrame, pair: list[str], 
     return (
         f"Colour: the logarithm (base 2) of the ratio of the singular values of {pair[0]} to those of {pair[1]}, at each "
         f"recorded step; grey below the noise floor. Dots to the right mark singular values that the paper's t-test "
-        f"over steps calls significant (p < {alpha:g}): {'; '.join(counts)}, counting those above the noise floor. "
+        f"over steps calls significant (p < {alpha:g}): {'; '.join(counts)}, counting those that lie above the noise "
+        "floor at every step and change over training. "
         f"Squares above mark steps that its t-test over singular values calls significant: {significant} of {len(steps)}, "
         "over all layers and statistics. Both tests treat dependent samples as independent."
     )

@@ -9,7 +9,7 @@ import pandas as pd
 import xarray as xr
 
 from autospec.statistics.paper import compare_spectra
-from autospec.storage import written_whole
+from autospec.statistics.table import write_tests
 from autospec.trajectories import open_trajectories
 
 STATISTICS = ("gradient", "activation", "adjoint")
@@ -40,8 +40,7 @@ def build_tests(settings: TestSettings, run: str, output: str) -> str:
     """
     tree = open_trajectories(run)
     table = paper_tests(tree, settings["scale"])
-    with written_whole(output) as temporary:
-        table.to_csv(temporary, sep="\t", index=False, float_format="%.8g")
+    write_tests(table, output)
     pairs = table[["group_a", "group_b"]].drop_duplicates()
     return f"{len(table)} tests of {len(pairs)} pairs of groups"
 

@@ -394,3 +394,9 @@ def test_training_curves_stand_beside_the_layers_and_can_be_replaced(tmp_path):
         assert tree["training/loss"].values.tolist() == loss
         assert tree["training/update"].values.tolist() == [0, 1, 2]
         assert tree["layers/0.weight/gradient"].shape == (3, 4, 4)
+
+
+def test_a_store_of_something_else_is_refused(tmp_path):
+    xr.Dataset({"x": ("sample", [1.0, 2.0])}).to_zarr(tmp_path / "other.zarr", consolidated=False)
+    with pytest.warns(RuntimeWarning, match="consolidated"), pytest.raises(ValueError, match="not one of trajectories"):
+        autospec.open_trajectories(tmp_path / "other.zarr")

@@ -59,6 +59,14 @@ class Analysis:
     def __init__(self, base: Path) -> None:
         self.code, self.folder = base / "code", base / "study"
 
+    def copy_code(self) -> None:
+        """Copy what the Snakefile needs out of the repository."""
+        self.code.mkdir()
+        for name in CODE:
+            source = ROOT / name
+            copy = shutil.copytree if source.is_dir() else shutil.copy2
+            copy(source, self.code / name)
+
     def write(self, config: dict) -> None:
         """Write the config."""
         self.folder.mkdir(exist_ok=True)
@@ -90,11 +98,7 @@ class Analysis:
 def finished(tmp_path_factory) -> Analysis:
     """The analysis after one complete run; not to be changed."""
     analysis = Analysis(tmp_path_factory.mktemp("finished"))
-    analysis.code.mkdir()
-    for name in CODE:
-        source = ROOT / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy2
-        copy(source, analysis.code / name)
+    analysis.copy_code()
     analysis.write(STUDY)
     done = analysis.snakemake()
     assert done.returncode == 0, done.stdout

