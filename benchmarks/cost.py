@@ -114,11 +114,11 @@ def check(job: dict) -> dict:
     return {"error": largest}
 
 
-def measure(job: dict) -> dict:
-    """Time a contestant against the plain step, block by block in turn."""
+def serve(job: dict) -> dict:
+    """Time a contestant alone in its process, a block of steps each time the parent asks for one."""
     import torch
 
-    from autospec import watch  # noqa: F401  (in every child, so that imports count in nobody's extra memory)
+    from autospec import watch  # noqa: F401  (in every child, so that all processes are alike)
 
     cuda = job["device"] != "cpu"
     torch.set_num_threads(torch.get_num_threads() if cuda else 1)
@@ -142,27 +142,17 @@ def measure(job: dict) -> dict:
     steps(warm_up, WARM_UP_STEPS)
     warm_up.close()
     del warm_up
-    plain, contestant = start(job, "plain"), start(job, job["contestant"])
-    steps(plain, WARM_UP_STEPS)
-    rounds, block = job["rounds"], job["block"]
-    total = rounds * block
-    # The first step is apart: it is where a row map is probed and where index tables are built.
-    once = timed(lambda: (contestant.open(), contestant.step()))
-    plain_blocks, contestant_blocks = [], []
-    for _ in range(rounds):
-        plain_blocks.append(timed(lambda: steps(plain, block)))
-        contestant_blocks.append(timed(lambda: steps(contestant, block)))
-    once += timed(contestant.close)
-    ratios = []
-    for base, own in zip(plain_blocks, contestant_blocks, strict=True):
-        later = own / block
-        ratios.append((once + (total - 1) * later) / total / (base / block))
-    return {
-        "ratios": ratios,
-        "plain_ms": 1e3 * statistics.median(plain_blocks) / block,
-        "once_ms": 1e3 * (once - statistics.median(contestant_blocks) / block),
-        "device_name": torch.cuda.get_device_name() if cuda else "",
+    contestant = start(job, job["contestant"])
+    work = {
+        # The first step is apart: it is where a row map is probed and where index tables are built.
+        "open": lambda: (contestant.open(), contestant.step()),
+        "block": lambda: steps(contestant, job["block"]),
+        "close": contestant.close,
     }
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(timed(work[line.strip()]), flush=True)
+    return {"device_name": torch.cuda.get_device_name() if cuda else ""}
 
 
 def measure_memory(job: dict) -> dict:
@@ -182,25 +172,65 @@ def measure_memory(job: dict) -> dict:
     return {"memory": peak if sys.platform == "darwin" else peak * 1024}
 
 
-JOBS = {"data": make_data, "check": check, "measure": measure, "memory": measure_memory}
+JOBS = {"data": make_data, "check": check, "serve": serve, "memory": measure_memory}
 
 
 # ---------------------------------------------------------------------- in the parent process
 
 
-def run_child(job: dict) -> dict:
-    """Run one job in a fresh process with one thread."""
+def child(job: dict, **pipes) -> subprocess.Popen:
+    """Start one job in a fresh process with one thread."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment.update(dict.fromkeys(THREAD_VARIABLES, "1"))
     if job["job"] == "memory":
         environment.update(PROMPT_RELEASE)
     command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(job)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **pipes
+    )
+
+
+def run_child(job: dict) -> dict:
+    """Run one job and return what it printed last."""
+    process = child(job)
+    out, errors = process.communicate()
+    if process.returncode:
+        last = (errors.strip().splitlines() or ["no message"])[-1]
         raise SystemExit(f"{job['job']} of {job['contestant']} on {job['model']} failed: {last}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def measure(job: dict) -> dict:
+    """Time a contestant and the plain step, each in its own process, block by block in turn."""
+    processes = {
+        name: child(job | {"job": "serve", "contestant": who}, stdin=subprocess.PIPE)
+        for name, who in (("plain", "plain"), ("own", job["contestant"]))
+    }
+
+    def ask(name: str, what: str) -> float:
+        process = processes[name]
+        process.stdin.write(what + "\n")
+        process.stdin.flush()
+        return float(process.stdout.readline())
+
+    for process in processes.values():
+        if process.stdout.readline().strip() != "ready":
+            raise SystemExit(f"{job['contestant']} on {job['model']} failed: {process.communicate()[1][-300:]}")
+    rounds, block = job["rounds"], job["block"]
+    total = rounds * block
+    ask("plain", "open")
+    once = ask("own", "open")
+    blocks = [(ask("plain", "block"), ask("own", "block")) for _ in range(rounds)]
+    once += ask("own", "close")
+    # The last line, once standard input is closed, says which device it was.
+    ended = [json.loads(process.communicate()[0].strip().splitlines()[-1]) for process in processes.values()]
+    return {
+        "ratios": [(once + (total - 1) * own / block) / total / (base / block) for base, own in blocks],
+        "plain_ms": 1e3 * statistics.median(base for base, _ in blocks) / block,
+        "once_ms": 1e3 * (once - statistics.median(own for _, own in blocks) / block),
+        **ended[0],
+    }
 
 
 def measure_all(options: argparse.Namespace) -> list[dict]:
@@ -220,7 +250,7 @@ def measure_all(options: argparse.Namespace) -> list[dict]:
                     job |= {"statistics": name, "contestant": contestant}
                     print(f"{model}, {name}: {contestant}", file=sys.stderr, flush=True)
                     checked = run_child(job | {"job": "check"}) if contestant != "plain" else {"error": 0.0}
-                    measured = run_child(job | {"job": "measure"}) | run_child(job | {"job": "memory"})
+                    measured = measure(job) | run_child(job | {"job": "memory"})
                     results.append(job | checked | measured)
     return results
 

@@ -1,11 +1,12 @@
 """Examples in the pages run, links lead somewhere, and what pages promise is there."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
 
@@ -41,3 +42,9 @@ def test_the_architecture_names_every_module():
 def test_no_page_is_left_with_a_blank_to_fill_in():
     for page in PAGES:
         assert not re.search(r"@[A-Z]+@|TODO|FIXME", page.read_text()), page
+
+
+def test_the_benchmark_runs():
+    done = run_command(sys.executable, "benchmarks/cost.py", "--quick", "--statistics", "gradient", folder=ROOT)
+    assert done.returncode == 0, done.stdout
+    assert "| **autospec.watch** |" in done.stdout
