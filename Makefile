@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := envs/constraints.txt
 
-.PHONY: demo test bench lint setup setup-test schema constraints clean
+.PHONY: demo test bench lint setup setup-test setup-slurm schema constraints clean
 
 demo: $(VENV)/.ready
 	$(BIN)/snakemake
@@ -12,7 +12,7 @@ demo: $(VENV)/.ready
 	@echo "Open results/report.html; the composed page is results/figures/figure-1.pdf."
 	@echo "From now on:  . $(BIN)/activate && snakemake"
 
-test: $(VENV)/.ready-test
+test: $(VENV)/.ready-test $(VENV)/.ready-slurm
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile workflow
@@ -37,6 +37,7 @@ constraints:
 
 setup: $(VENV)/.ready
 setup-test: $(VENV)/.ready-test
+setup-slurm: $(VENV)/.ready-slurm
 
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -48,6 +49,15 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/.ready-test: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
+	touch $@
+
+# Snakemake's executor for Slurm, for the test of it: in a folder of its own, since where it is installed every start of
+# Snakemake asks Slurm's controller, and waits up to ten seconds for one that does not answer.
+$(VENV)/.ready-slurm: $(VENV)/.ready
+	sed '1,/^# needed for Slurm as well/d' $(CONSTRAINTS) > $(VENV)/slurm-plugin.txt
+	rm -rf $(VENV)/slurm-plugin
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --target $(VENV)/slurm-plugin -r $(VENV)/slurm-plugin.txt
 	touch $@
 
 clean:

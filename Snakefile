@@ -19,7 +19,11 @@ from autospec.paths import EXTENSIONS, result
 use_this_python(ROOT)
 
 
-configfile: "config.yaml"
+# A config given with --configfile stands alone.  A job on a cluster reads this file again and reads no profile, so the
+# profile's replace-workflow-config would not keep config.yaml from being merged into it there.
+if not workflow.overwrite_configfiles:
+
+    configfile: "config.yaml"
 
 
 try:

@@ -17,15 +17,17 @@ TORCH = "torch==2.13.0"
 HEAD = """\
 # Pins of everything that `make` installs, written by `make constraints` (envs/pin.py); Python 3.11 and newer.
 """
-RUNTIME, TESTS = "# needed to run", "# needed to test as well"
+RUNTIME, TESTS, SLURM = "# needed to run", "# needed to test as well", "# needed for Slurm as well"
 
 
-def resolved(extras: str) -> list[str]:
-    """Install the project into a fresh environment and list what pip chose."""
+def resolved(extras: str, pins: tuple[str, ...] | list[str] = ()) -> list[str]:
+    """Install the project into a fresh environment and list what pip chose, keeping to the pins that there are."""
     with tempfile.TemporaryDirectory() as folder:
-        python = Path(folder) / "bin" / "python"
+        python, kept = Path(folder) / "bin" / "python", Path(folder) / "kept.txt"
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", TORCH, f"{ENVS.parent}{extras}"], check=True)
+        kept.write_text("\n".join(pins))
+        project = f"{ENVS.parent}{extras}"
+        subprocess.run([python, "-m", "pip", "install", "-q", "-c", kept, TORCH, project], check=True)
         listed = subprocess.run(
             [python, "-m", "pip", "list", "--format=freeze"], check=True, capture_output=True, text=True
         ).stdout
@@ -55,6 +57,8 @@ if __name__ == "__main__":
     parser.add_argument("--conda", action="store_true", help="only write the conda file again")
     if not parser.parse_args().conda:
         needed = resolved("")
-        more = [pin for pin in resolved("[test]") if pin not in needed]
-        CONSTRAINTS.write_text("\n".join([HEAD, RUNTIME, *needed, "", TESTS, *more, ""]))
+        lines = [HEAD, RUNTIME, *needed]
+        for section, extras in ((TESTS, "[test]"), (SLURM, "[slurm]")):
+            lines += ["", section, *(pin for pin in resolved(extras, needed) if pin not in needed)]
+        CONSTRAINTS.write_text("\n".join([*lines, ""]))
     CONDA.write_text(conda_file(CONSTRAINTS.read_text()))
