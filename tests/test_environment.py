@@ -4,6 +4,7 @@ import importlib.util
 import re
 import tomllib
 from importlib import metadata
+from itertools import chain
 
 import pytest
 import yaml
@@ -41,7 +42,7 @@ def test_the_conda_file_holds_what_running_needs_and_not_what_testing_needs(pin)
     assert not {"pytest", "mypy", "playwright", "ruff"} & names
 
 
-@pytest.mark.parametrize("line", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]])
+@pytest.mark.parametrize("line", [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())])
 def test_every_dependency_is_pinned_to_a_release_that_the_project_allows(line):
     needed = Requirement(line)
     name = canonicalize_name(needed.name)
