@@ -11,7 +11,7 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 
 from autospec import inputs, specs
-from autospec.config import json_safe, parse_config
+from autospec.config import json_safe, load_config, parse_config
 from autospec.errors import UserError
 from autospec.machine import gpu_here, use_this_python
 from autospec.paths import EXTENSIONS, result
@@ -22,6 +22,10 @@ use_this_python(ROOT)
 # A config given with --configfile stands alone.  A job on a cluster reads this file again and reads no profile, so the
 # profile's replace-workflow-config would not keep config.yaml from being merged into it there.
 if not workflow.overwrite_configfiles:
+    try:
+        load_config("config.yaml")  # says in one sentence, with its line, what cannot be read
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
 
     configfile: "config.yaml"
 

@@ -80,4 +80,5 @@ def start_analysis(folder: str) -> str:
         raise UserError(f"{config} exists already: edit it, or choose another folder.")
     with written_whole(config) as temporary:
         temporary.write_text(NEW_CONFIG.format(folder=folder), encoding="utf-8")
-    return f"wrote {config}\nnext: edit it, then run   snakemake --directory {folder}"
+    snakefile = "" if Path("Snakefile").exists() else f"--snakefile {ROOT / 'Snakefile'} "
+    return f"wrote {config}\nnext: edit it, then run   snakemake {snakefile}--directory {folder}"

@@ -141,6 +141,14 @@ def open_trajectories(path: str | os.PathLike[str]) -> xr.DataTree:
     >>> tree = open_trajectories("results/runs/mnist_mlp/autoencoder_32_relu.zarr.zip")  # doctest: +SKIP
     >>> tree["layers/encoder.0.weight/gradient"].sel(group="3", index=1)  # doctest: +SKIP
     """
+    partial = Path(f"{path}.partial")
+    if not Path(path).exists() and partial.exists():
+        raise UserError(f"there are no trajectories at {path} yet, but unfinished ones at {partial}: open those.")
+    if not Path(path).exists():
+        raise UserError(
+            f"there are no trajectories at {path}: check the name; a store that grows appears with its first "
+            f"{STEPS_PER_CHUNK} recorded steps."
+        )
     tree = open_store(path, "trajectories")
     if "layers" not in tree or "step" not in tree.coords:
         raise UserError(f"{path} is a store, but not one of trajectories: give one that a training wrote.")

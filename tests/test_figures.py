@@ -10,9 +10,9 @@ from matplotlib.colors import to_hex
 from autospec import specs
 from autospec.figures.differences import draw_differences, edges, log_ratio
 from autospec.figures.page import build_page
-from autospec.figures.panel import build_panel
+from autospec.figures.panel import build_panel, difference_key
 from autospec.figures.spectra import draw_spectra, legend
-from autospec.figures.style import BATCH_COLOUR, GROUP_COLOURS, colours, dashes
+from autospec.figures.style import BATCH_COLOUR, GROUP_COLOURS, STYLE, colours, dashes
 from autospec.statistics.build import paper_tests
 
 GROUPS = ["all", "0", "1", "3"]
@@ -63,7 +63,7 @@ def tests(tree):
 def test_there_are_axes_for_every_layer_and_statistic_in_the_models_order(tree):
     axes = draw_spectra(plt.figure(), tree, [1, 2])
     assert axes.shape == (2, 3)
-    assert [row[0].get_ylabel() for row in axes] == ["z.weight", "a.weight"]
+    assert [row[0].get_ylabel() for row in axes] == ["z.weight\nsingular value", "a.weight\nsingular value"]
     assert [ax.get_title() for ax in axes[0]] == STATISTICS
     assert [ax.get_xlabel() for ax in axes[-1]] == ["step"] * 3
     assert all(ax.get_yscale() == "log" for ax in axes.flat)
@@ -130,9 +130,26 @@ def test_a_layer_that_has_none_of_the_singular_values_still_has_axes(tree):
 
 def test_the_legend_names_every_group_with_its_size(tree):
     figure = plt.figure()
-    legend(figure, tree)
-    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    legend(figure, tree, 180.0, [1, 4])
+    *texts, widths = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["whole batch (N = 24)", "0 (N = 8)", "1 (N = 8)", "3 (N = 8)", "below the noise floor"]
+    assert widths == r"thick to thin: $\sigma_{1}$, $\sigma_{4}$"
+
+
+@pytest.mark.parametrize("width", [80.0, 120.0, 180.0])
+@pytest.mark.parametrize("compare", [None, ["0", "3"]])
+def test_nothing_written_below_a_panel_is_cut_off(tree, width, compare):
+    settings = {"alpha": 0.05, "variance": "student"}
+    figure = plt.figure(figsize=(width / 25.4, 2))
+    with plt.rc_context(STYLE):
+        if compare is None:
+            legend(figure, tree, width, [1, 2, 4, 12], loc="center")
+            drawn = figure.legends[0]
+        else:
+            drawn = figure.text(0.5, 0.5, difference_key(settings, width), ha="center", va="center", fontsize=6)
+        box = drawn.get_window_extent(figure.canvas.get_renderer())
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
 
 
 def test_a_colour_that_comes_again_is_dotted():

@@ -165,7 +165,7 @@ def test_captions_say_what_the_data_say(page, study):
     assert re.search(rf"group {group} in [^,]*encoder\.0\.weight", captions[1])
     tests, tree = read_tests(study.tests("judge")), open_trajectories(study.run("judge"))
     assert captions[2] == difference_caption(tree, tests, ["0", "3"], "student", 0.05)
-    assert "Real data: 24 samples from images.gz and labels" in page.locator("section").first.inner_text()
+    assert "Real data: 24 samples from images.gz and labels" in page.locator("section:has(figure)").first.inner_text()
 
 
 def test_text_of_the_user_is_shown_as_text(study, report, monkeypatch, tmp_path, browser):

@@ -92,8 +92,6 @@ def draw_differences(
             _draw_ratio(ax, tree, layer, ratios[layer, statistic], limit)
             _mark(ax, tree, tests, layer, statistic, pair, variance, alpha)
             label_axes(axes, row, column, layer, statistic)
-            if column == 0:
-                ax.set_ylabel(f"{layer}\nsingular value", labelpad=2)
     bar = figure.colorbar(
         ScalarMappable(Normalize(-limit, limit), COLOURS), ax=axes, fraction=0.025, pad=0.035, aspect=30
     )

@@ -8,12 +8,12 @@ from typing import Any, TypedDict
 import matplotlib.pyplot as plt
 
 from autospec.figures.panel import difference_key, draw_panel
-from autospec.figures.spectra import LEGEND_COLUMNS, legend
+from autospec.figures.spectra import legend, legend_height_mm
 from autospec.figures.style import MM, STYLE, save
 from autospec.statistics.table import read_tests
 from autospec.trajectories import open_trajectories
 
-HEAD_MM, FOOT_MM, LEGEND_ROW_MM = 8.0, 9.5, 3.5
+HEAD_MM, FOOT_MM = 8.0, 9.5
 
 
 class PageSettings(TypedDict):
@@ -55,7 +55,7 @@ def build_page(settings: PageSettings, runs: dict[str, str], tests: dict[str, st
         width, height = settings["width_mm"] * MM, settings["height_mm"] * MM
         figure = plt.figure(figsize=(width, height), layout="constrained")
         first = trees[panels[0]["run"]]
-        foot_mm = FOOT_MM + LEGEND_ROW_MM * math.ceil((first.sizes["group"] + 1) / LEGEND_COLUMNS)
+        foot_mm = FOOT_MM + legend_height_mm(first, settings["width_mm"])
         head, body, foot = figure.subfigures(
             3, 1, height_ratios=[HEAD_MM, settings["height_mm"] - HEAD_MM - foot_mm, foot_mm]
         )
@@ -64,9 +64,17 @@ def build_page(settings: PageSettings, runs: dict[str, str], tests: dict[str, st
         places = body.subfigures(rows, 2, squeeze=False, wspace=0.02, hspace=0.02).flat
         for place, panel in zip(places, panels, strict=False):
             draw_panel(place, panel, trees[panel["run"]], tables[panel["run"]], settings)
-        legend(foot, first, loc="upper center", bbox_to_anchor=(0.5, 1.0))
+        legend(
+            foot,
+            first,
+            settings["width_mm"],
+            settings["singular_values"],
+            loc="upper center",
+            bbox_to_anchor=(0.5, 1.0),
+        )
         if any(panel["compare"] for panel in panels):
-            foot.text(0.5, 0.12, difference_key(settings), ha="center", va="bottom", fontsize=6)
+            key = difference_key(settings, settings["width_mm"])
+            foot.text(0.5, 0.08, key, ha="center", va="bottom", fontsize=6)
         save(figure, outputs, settings["dots_per_inch"])
         plt.close(figure)
     return f"figure {settings['number']}: {len(panels)} panels"

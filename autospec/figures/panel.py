@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any, TypedDict
 
 import matplotlib.pyplot as plt
@@ -12,13 +13,15 @@ from matplotlib.figure import SubFigure
 
 from autospec.describe import content
 from autospec.figures.differences import draw_differences
-from autospec.figures.spectra import draw_spectra, legend
+from autospec.figures.spectra import draw_spectra, legend, legend_height_mm
 from autospec.figures.style import MM, STYLE, save
 from autospec.statistics.table import read_tests
 from autospec.trajectories import open_trajectories
 
 ROW_HEIGHT_MM = 38.0
-MARGIN_MM = 24.0
+MARGIN_MM = 17.0
+# Of the 6 point type of the key, with room to spare.
+CHARACTERS_A_MM = 0.8
 
 
 class PanelSettings(TypedDict):
@@ -81,24 +84,31 @@ def build_panel(settings: PanelSettings, run: str, tests: str, outputs: list[str
     tree = open_trajectories(run)
     layers = len(tree["layers"].children)
     with plt.rc_context(STYLE):
-        size = (settings["width_mm"] * MM, (MARGIN_MM + ROW_HEIGHT_MM * layers) * MM)
-        figure = plt.figure(figsize=size, layout="constrained")
-        body, foot = figure.subfigures(2, 1, height_ratios=[size[1] - 7 * MM, 7 * MM])
+        width_mm = settings["width_mm"]
+        key = difference_key(settings, width_mm)
+        if settings["panel"]["compare"] is None:
+            foot_mm = 3 + legend_height_mm(tree, width_mm)
+        else:
+            foot_mm = 3 + 3 * len(key.splitlines())
+        body_mm = MARGIN_MM + ROW_HEIGHT_MM * layers
+        figure = plt.figure(figsize=(width_mm * MM, (body_mm + foot_mm) * MM), layout="constrained")
+        body, foot = figure.subfigures(2, 1, height_ratios=[body_mm, foot_mm])
         draw_panel(body, settings["panel"], tree, read_tests(tests), settings)
         if settings["panel"]["compare"] is None:
-            legend(foot, tree, loc="center")
+            legend(foot, tree, width_mm, settings["singular_values"], loc="center")
         else:
-            foot.text(0.5, 0.5, difference_key(settings), ha="center", va="center", fontsize=6)
+            foot.text(0.5, 0.5, key, ha="center", va="center", fontsize=6)
         save(figure, outputs, settings["dots_per_inch"])
         plt.close(figure)
     return f"panel {settings['panel']['letter']}: {content(settings['panel'])}"
 
 
-def difference_key(settings: Any) -> str:
-    """What the marks of a panel of differences mean."""
+def difference_key(settings: Any, width_mm: float) -> str:
+    """What the marks of a panel of differences mean, in lines that fit the width."""
     test = {"student": "Student's", "welch": "Welch's"}[settings["variance"]]
-    return (
-        f"Dots: singular values with p < {settings['alpha']:g} over steps. Squares: steps with p < {settings['alpha']:g} "
-        f"over singular values.\nGrey: below the noise floor. {test} t-test as in the paper, which takes dependent samples "
-        "for independent: no test of groups."
+    text = (
+        f"Dots at the right: singular values with p < {settings['alpha']:g} over steps. Squares above: steps with "
+        f"p < {settings['alpha']:g} over singular values. Grey: below the noise floor. {test} t-test as in the paper, "
+        "which takes dependent samples for independent: no test of groups."
     )
+    return textwrap.fill(text, max(20, int(CHARACTERS_A_MM * width_mm)))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from autospec.figures.style import colours, dashes
 
 STATISTICS = ("gradient", "activation", "adjoint")
-LEGEND_COLUMNS = 7
+LEGEND_COLUMN_MM, LEGEND_ROW_MM = 36.0, 4.0
 
 
 def recorded_statistics(tree: xr.DataTree) -> list[str]:
@@ -112,16 +115,13 @@ def label_axes(axes: np.ndarray, row: int, column: int, layer: str, statistic: s
     if row == len(axes) - 1:
         axes[row, column].set_xlabel("step", labelpad=1)
     if column == 0:
-        axes[row, column].set_ylabel(layer, labelpad=2)
+        axes[row, column].set_ylabel(f"{layer}\nsingular value", labelpad=2)
 
 
-def legend(figure: Any, tree: xr.DataTree, **where: Any) -> None:
-    """Name the groups, and the grey band."""
+def legend(figure: Any, tree: xr.DataTree, width_mm: float, singular_values: list[int], **where: Any) -> None:
+    """Name the groups, the grey band and the widths of lines, in as many columns as fit."""
     groups = [str(group) for group in tree["group"].values]
     sizes = tree["group_size"].values[0]
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     handles: list[Any] = [
         Line2D(
             [],
@@ -133,12 +133,23 @@ def legend(figure: Any, tree: xr.DataTree, **where: Any) -> None:
         )
         for i, group in enumerate(groups)
     ]
+    numbers = ", ".join(f"$\\sigma_{{{k}}}$" for k in singular_values)
     handles.append(Patch(color="#999999", alpha=0.35, linewidth=0, label="below the noise floor"))
+    handles.append(Line2D([], [], linestyle="none", label=f"thick to thin: {numbers}"))
     figure.legend(
         handles=handles,
         frameon=False,
-        ncols=min(len(handles), LEGEND_COLUMNS),
+        ncols=min(len(handles), _columns(width_mm)),
         handlelength=1.8,
         columnspacing=1.4,
         **where,
     )
+
+
+def legend_height_mm(tree: xr.DataTree, width_mm: float) -> float:
+    """Height that the legend needs."""
+    return LEGEND_ROW_MM * math.ceil((tree.sizes["group"] + 2) / _columns(width_mm))
+
+
+def _columns(width_mm: float) -> int:
+    return max(1, int(width_mm // LEGEND_COLUMN_MM))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 from .errors import WatchError
 
 ALL = "all"
+# With more samples than this, as many groups as samples are taken for a mistake.
+MANY = 20
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,10 @@ def _strings(values: Any) -> list[str | None]:
     """Labels as strings; None where the label is missing."""
     if hasattr(values, "tolist"):  # tensors, arrays and pandas columns
         values = values.tolist()
+    if any(isinstance(value, list | tuple) for value in values):
+        raise WatchError(
+            "groups has more than one label for a sample: give one column of labels, or a dict of several."
+        )
     return [None if _is_missing(value) else str(value) for value in values]
 
 
@@ -162,6 +169,12 @@ def _categories(name: str, values: Any) -> list[str]:
             order = sorted(present)
     if not order:
         raise WatchError(f"every label of '{name}' is missing: there is no group to watch.")
+    if len(order) == len(values) > MANY:
+        warnings.warn(
+            f"'{name}' gives each of its {len(order)} samples a group of its own: groups are meant to be categories; "
+            "cut a number such as age into a few ranges.",
+            stacklevel=6,
+        )
     if ALL in order:
         raise WatchError(f"'{ALL}' is the name of the whole batch and cannot be a group of '{name}': rename it.")
     return order

@@ -129,7 +129,7 @@ def map_rows(
     choices = [_candidate_dims(t, samples, batch_dim) for t in inputs]
     if not any(dims != (None,) for dims in choices):
         shapes = ", ".join(str(tuple(t.shape)) for t in inputs) or "no floating-point input"
-        where = "size" if batch_dim is None else f"{batch_dim} of size"
+        where = "of size" if batch_dim is None else f"{batch_dim} of size"
         raise WatchError(
             f"groups has {samples} labels, but no input of the model has a dimension {where} {samples} "
             f"(inputs: {shapes}): give one label for each sample of the batch, in the batch's order."

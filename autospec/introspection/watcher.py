@@ -179,6 +179,7 @@ class Watcher:
         self._active = False
         self._paused = False
         self._backward = -1
+        self._forwards = 0
         self._count = 0
         self._recording = self._schedule(0)
         self._buffer: list[Record] = []
@@ -222,6 +223,11 @@ class Watcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._detach()
+        if kind is None and self._forwards and not self._count:
+            warnings.warn(
+                "nothing was recorded, because watcher.step() was never called: call it after loss.backward().",
+                stacklevel=2,
+            )
         if self._sink is not None:
             self._flush()
             self._sink.finish(self._final_attributes(), complete=kind is None)
@@ -350,6 +356,7 @@ class Watcher:
         if not (torch.is_grad_enabled() and self._recording):
             self._forward = None
             return
+        self._forwards += 1
         for layer in self._layers:
             if layer.handle is None and layer.parameter.requires_grad:
                 layer.handle = layer.parameter.register_hook(self._gradient_hook(layer))

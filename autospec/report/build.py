@@ -76,7 +76,7 @@ def build_report(settings: ReportSettings, inputs: list[str], output: str) -> st
     with written_whole(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
     panels = sum(len(experiment["panels"]) for experiment in experiments)
-    return f"{output}: {len(experiments)} figures, {panels} panels, {len(tables)} tables, from {len(inputs)} files"
+    return f"{output}: {len(experiments)} figure{'s' * (len(experiments) > 1)}, {panels} panels, {len(tables)} tables, from {len(inputs)} files"
 
 
 def _experiment(experiment: dict[str, Any], settings: ReportSettings) -> dict[str, Any]:

@@ -45,12 +45,30 @@ singular values of every layer's weight gradient, of the activations that enter 
 for the whole batch and for each group of samples.</p>
 </header>
 <nav aria-label="Contents"><ul>
+<li><a href="#reading">How to read the figures</a></li>
 {% for experiment in experiments %}<li><a href="#figure-{{ experiment.number }}">Figure {{ experiment.number }}.
 {{ experiment.title }}</a></li>
 {% endfor %}<li><a href="#tables">Tables</a></li>
-<li><a href="#reading">How to read the figures</a></li>
 </ul></nav>
 <p class="note"><strong>What the significance marks are not.</strong> {{ warning }}</p>
+<section aria-labelledby="reading">
+<h2 id="reading">How to read the figures</h2>
+<ul>
+<li>A <strong>gradient</strong> column shows the singular values of each group's share of the weight's gradient: the
+part of the batch's gradient that comes from the group's samples. The shares add up to the whole.</li>
+<li>An <strong>activation</strong> column shows those of the rows that enter the layer; an <strong>adjoint</strong>
+column those of the derivatives of the loss at its output. Under full-batch training the input of the first layer
+never changes, so its lines are flat.</li>
+<li>The vertical axis is a singular value, on a logarithmic scale; one row of axes for each layer's weight.
+&sigma;<sub>1</sub> is the largest singular value; where lines crowd, not all of them are labelled. Lines get thinner with the number of the singular value; the
+dashed grey line is the whole batch.</li>
+<li>Panels that compare two groups colour the ratio of their singular values: one row of cells for each singular
+value, one column for each recorded step. Orange means that the first group's is larger, purple that the second's
+is.</li>
+<li>Grey areas lie below the noise floor, the highest of the groups': there a value is rounding, and nothing is called significant.</li>
+<li>Groups of different size differ by size alone; look at the numbers of samples before you read a difference.</li>
+</ul>
+</section>
 {% for experiment in experiments %}
 <section aria-labelledby="figure-{{ experiment.number }}">
 <h2 id="figure-{{ experiment.number }}">Figure {{ experiment.number }}. {{ experiment.title }}</h2>
@@ -87,23 +105,6 @@ trajectories in <code>results/runs</code>; <code>autospec.open_trajectories(path
 </table>
 </div>
 {% endfor %}
-</section>
-<section aria-labelledby="reading">
-<h2 id="reading">How to read the figures</h2>
-<ul>
-<li>A <strong>gradient</strong> column shows the singular values of each group's share of the weight's gradient: the
-part of the batch's gradient that comes from the group's samples. The shares add up to the whole.</li>
-<li>An <strong>activation</strong> column shows those of the rows that enter the layer; an <strong>adjoint</strong>
-column those of the derivatives of the loss at its output. Under full-batch training the input of the first layer
-never changes, so its lines are flat.</li>
-<li>&sigma;<sub>1</sub> is the largest singular value. Lines get thinner with the number of the singular value; the
-dashed grey line is the whole batch.</li>
-<li>Panels that compare two groups colour the ratio of their singular values: one row of cells for each singular
-value, one column for each recorded step. Orange means that the first group's is larger, purple that the second's
-is.</li>
-<li>Grey areas lie below the noise floor: there a value is rounding, and nothing is called significant.</li>
-<li>Groups of different size differ by size alone; look at the numbers of samples before you read a difference.</li>
-</ul>
 </section>
 <script>
 "use strict";

@@ -50,8 +50,8 @@ def compare_spectra(
         One row for each step (``test`` is ``step``: the singular values are the samples) and for each singular
         value (``singular_value``: the steps are the samples), with two-tailed Student's and Welch's t and p, and
         ``resolved``: whether rounding cannot have made the difference.  A step is resolved if two values of both
-        groups lie above the noise floor; a singular value, if it does so in both groups at every step and varies
-        over steps at all.
+        groups lie above the noise floor and any value varies over steps (one comparison is not to count once for each
+        step); a singular value, if it lies above the noise floor in both groups at every step and varies over steps.
     """
     present = np.isfinite(a).any(0) & np.isfinite(b).any(0)
     a, b, index = a[:, present].astype(float), b[:, present].astype(float), index[present]
@@ -62,7 +62,7 @@ def compare_spectra(
             a, b = np.log(a), np.log(b)
     frames = []
     for test, axis, at, resolved in (
-        ("step", 1, steps, above.sum(1) >= 2),
+        ("step", 1, steps, (above.sum(1) >= 2) & varies.any()),
         ("singular_value", 0, index, above.all(0) & varies),
     ):
         columns: dict[str, object] = {"test": test, "at": at, "samples": a.shape[axis]}

@@ -198,3 +198,19 @@ def test_a_store_in_a_folder_that_does_not_exist_is_refused(tmp_path):
 def test_a_schedule_never_says_anything_but_yes_or_no():
     assert make_schedule(steps=lambda step: step % 2)(3) is True
     assert make_schedule(every=np.int64(3))(6)
+
+
+def test_a_step_that_is_never_called_is_noticed():
+    model = nn.Linear(3, 2)
+    with pytest.warns(UserWarning, match=r"step\(\) was never called"), autospec.watch(model, ["a", "b", "a", "b"]):
+        model(torch.randn(4, 3)).sum().backward()
+
+
+def test_a_number_for_each_sample_is_no_grouping():
+    with pytest.warns(UserWarning, match="a group of its own"):
+        autospec.watch(nn.Linear(3, 2), torch.linspace(20, 60, 40))
+
+
+def test_a_table_of_labels_is_refused():
+    with pytest.raises(WatchError, match="more than one label for a sample"):
+        autospec.watch(nn.Linear(3, 2), torch.zeros(4, 2))
