@@ -109,12 +109,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = stage("panel", _panel, "draw one panel")
     sub.add_argument("--run", required=True, dest="trajectories")
-    sub.add_argument("--tests", required=True)
+    sub.add_argument("--tests", nargs="*", default=[], help="the run's tests, where the panel compares two groups")
     sub.add_argument("--output", required=True, nargs="+")
 
     sub = stage("figure", _figure, "compose a page of panels")
     sub.add_argument("--runs", required=True, nargs="+")
-    sub.add_argument("--tests", required=True, nargs="+")
+    sub.add_argument("--tests", nargs="*", default=[], help="tests of the runs in which two groups are compared")
     sub.add_argument("--output", required=True, nargs="+")
 
     sub = stage("report", _report, "write the report")
@@ -166,7 +166,8 @@ def _test(options: Any) -> tuple[str, dict[str, Any]]:
 def _panel(options: Any) -> tuple[str, dict[str, Any]]:
     from autospec.figures.panel import PanelSettings, build_panel
 
-    return build_panel(_spec(options, PanelSettings)[0], options.trajectories, options.tests, options.output), {}
+    tests = options.tests[0] if options.tests else None
+    return build_panel(_spec(options, PanelSettings)[0], options.trajectories, tests, options.output), {}
 
 
 def _figure(options: Any) -> tuple[str, dict[str, Any]]:

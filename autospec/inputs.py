@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from autospec import specs
-from autospec.config import Config
+from autospec.config import Config, Panel
 from autospec.errors import UserError
 from autospec.paths import EXTENSIONS, result
 
@@ -32,16 +32,20 @@ def dataset_of(config: Config, experiment: str) -> str:
     return result("dataset", dataset=config.experiments[experiment].dataset)
 
 
-def of_panel(config: Config, kind: str, experiment: str, panel: str) -> str:
-    """Trajectories, or tests, of the run that a panel draws."""
-    return result(kind, experiment=experiment, run=specs.find_panel(config, experiment, panel).run)
+def of_panel(config: Config, kind: str, experiment: str, panel: str) -> list[str]:
+    """Trajectories of the run that a panel draws, or its tests where the panel compares two groups."""
+    return _of_panels(kind, experiment, [specs.find_panel(config, experiment, panel)])
 
 
 def of_figure(config: Config, kind: str, figure: int | str) -> list[str]:
-    """Trajectories, or tests, of every run that a figure's panels draw."""
+    """Trajectories, or tests, of the runs that a figure's panels draw."""
     name = experiment_of_figure(config, figure)
-    runs = dict.fromkeys(panel.run for panel in config.experiments[name].panels)
-    return [result(kind, experiment=name, run=run) for run in runs]
+    return _of_panels(kind, name, config.experiments[name].panels)
+
+
+def _of_panels(kind: str, experiment: str, panels: list[Panel]) -> list[str]:
+    needed = [panel.run for panel in panels if kind == "run" or panel.compare is not None]
+    return [result(kind, experiment=experiment, run=run) for run in dict.fromkeys(needed)]
 
 
 def experiment_of_figure(config: Config, figure: int | str) -> str:

@@ -76,7 +76,7 @@ def panel_settings(config: Config, experiment: str, name: str) -> dict[str, Any]
     return {
         "panel": described_panel(config, experiment, panel),
         "width_mm": config.figures.panel_width_mm,
-        **_drawing(config),
+        **_drawing(config, [panel]),
     }
 
 
@@ -110,7 +110,7 @@ def figure_settings(config: Config, experiment: str) -> dict[str, Any]:
         "panels": [described_panel(config, experiment, panel) for panel in settings.panels],
         "width_mm": config.figures.page_width_mm,
         "height_mm": config.figures.page_height_mm,
-        **_drawing(config),
+        **_drawing(config, settings.panels),
     }
 
 
@@ -139,11 +139,13 @@ def report_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _drawing(config: Config) -> dict[str, Any]:
+def _drawing(config: Config, panels: list[Panel]) -> dict[str, Any]:
+    """Settings that some panels draw with; None for what none of them shows, so that an edit of it redraws nothing."""
+    spectra = any(panel.compare is None for panel in panels)
+    pairs = any(panel.compare is not None for panel in panels)
     return {
         "dots_per_inch": config.figures.dots_per_inch,
-        "singular_values": config.figures.singular_values,
-        "alpha": config.statistics.alpha,
-        "variance": config.statistics.variance,
-        "scale": config.statistics.scale,
+        "singular_values": config.figures.singular_values if spectra else None,
+        "alpha": config.statistics.alpha if pairs else None,
+        "variance": config.statistics.variance if pairs else None,
     }

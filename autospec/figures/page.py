@@ -25,10 +25,9 @@ class PageSettings(TypedDict):
     width_mm: float
     height_mm: float
     dots_per_inch: int
-    singular_values: list[int]
-    alpha: float
-    variance: str
-    scale: str
+    singular_values: list[int] | None
+    alpha: float | None
+    variance: str | None
 
 
 def build_page(settings: PageSettings, runs: dict[str, str], tests: dict[str, str], outputs: list[str]) -> str:
@@ -39,7 +38,7 @@ def build_page(settings: PageSettings, runs: dict[str, str], tests: dict[str, st
     settings : PageSettings
         Title, panels and size.
     runs, tests : dict of str to str
-        Trajectories and tests of each run that a panel names.
+        Trajectories of each run that a panel names, and tests of those in which two groups are compared.
     outputs : list of str
         Files to write; the extension decides the format.
 
@@ -63,12 +62,12 @@ def build_page(settings: PageSettings, runs: dict[str, str], tests: dict[str, st
         rows = math.ceil(len(panels) / 2)
         places = body.subfigures(rows, 2, squeeze=False, wspace=0.02, hspace=0.02).flat
         for place, panel in zip(places, panels, strict=False):
-            draw_panel(place, panel, trees[panel["run"]], tables[panel["run"]], settings)
+            draw_panel(place, panel, trees[panel["run"]], tables.get(panel["run"]), settings)
         legend(
             foot,
             first,
             settings["width_mm"],
-            settings["singular_values"],
+            settings["singular_values"] or [],
             loc="upper center",
             bbox_to_anchor=(0.5, 1.0),
         )

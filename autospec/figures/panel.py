@@ -30,14 +30,13 @@ class PanelSettings(TypedDict):
     panel: dict[str, Any]
     width_mm: float
     dots_per_inch: int
-    singular_values: list[int]
-    alpha: float
-    variance: str
-    scale: str
+    singular_values: list[int] | None
+    alpha: float | None
+    variance: str | None
 
 
 def draw_panel(
-    figure: SubFigure, panel: dict[str, Any], tree: xr.DataTree, tests: pd.DataFrame, settings: Any
+    figure: SubFigure, panel: dict[str, Any], tree: xr.DataTree, tests: pd.DataFrame | None, settings: Any
 ) -> np.ndarray:
     """Draw a panel: spectra, or the differences of two groups.
 
@@ -49,8 +48,8 @@ def draw_panel(
         Letter, run, and the two groups to compare or None.
     tree : xarray.DataTree
         Trajectories of the run.
-    tests : DataFrame
-        The paper's tests of the run.
+    tests : DataFrame or None
+        The paper's tests of the run, where two groups are compared.
     settings : mapping
         ``singular_values``, ``variance`` and ``alpha``.
 
@@ -61,10 +60,11 @@ def draw_panel(
     figure.suptitle(f"{panel['letter']}   {content(panel)}", x=0.01, ha="left", fontsize=7.5, fontweight="bold")
     if panel["compare"] is None:
         return draw_spectra(figure, tree, settings["singular_values"])
+    assert tests is not None
     return draw_differences(figure, tree, tests, panel["compare"], settings["variance"], settings["alpha"])
 
 
-def build_panel(settings: PanelSettings, run: str, tests: str, outputs: list[str]) -> str:
+def build_panel(settings: PanelSettings, run: str, tests: str | None, outputs: list[str]) -> str:
     """Draw one panel on its own and write it in each format.
 
     Parameters
@@ -72,7 +72,7 @@ def build_panel(settings: PanelSettings, run: str, tests: str, outputs: list[str
     settings : PanelSettings
         What to draw and how large.
     run, tests : str
-        The run's trajectories and its tests.
+        The run's trajectories, and its tests where the panel compares two groups.
     outputs : list of str
         Files to write; the extension decides the format.
 
@@ -85,17 +85,14 @@ def build_panel(settings: PanelSettings, run: str, tests: str, outputs: list[str
     layers = len(tree["layers"].children)
     with plt.rc_context(STYLE):
         width_mm = settings["width_mm"]
-        key = difference_key(settings, width_mm)
-        if settings["panel"]["compare"] is None:
-            foot_mm = 3 + legend_height_mm(tree, width_mm)
-        else:
-            foot_mm = 3 + 3 * len(key.splitlines())
+        key = None if settings["panel"]["compare"] is None else difference_key(settings, width_mm)
+        foot_mm = 3 + (legend_height_mm(tree, width_mm) if key is None else 3 * len(key.splitlines()))
         body_mm = MARGIN_MM + ROW_HEIGHT_MM * layers
         figure = plt.figure(figsize=(width_mm * MM, (body_mm + foot_mm) * MM), layout="constrained")
         body, foot = figure.subfigures(2, 1, height_ratios=[body_mm, foot_mm])
-        draw_panel(body, settings["panel"], tree, read_tests(tests), settings)
-        if settings["panel"]["compare"] is None:
-            legend(foot, tree, width_mm, settings["singular_values"], loc="center")
+        draw_panel(body, settings["panel"], tree, read_tests(tests) if tests else None, settings)
+        if key is None:
+            legend(foot, tree, width_mm, settings["singular_values"] or [], loc="center")
         else:
             foot.text(0.5, 0.5, key, ha="center", va="center", fontsize=6)
         save(figure, outputs, settings["dots_per_inch"])

@@ -135,7 +135,8 @@ def legend(figure: Any, tree: xr.DataTree, width_mm: float, singular_values: lis
     ]
     numbers = ", ".join(f"$\\sigma_{{{k}}}$" for k in singular_values)
     handles.append(Patch(color="#999999", alpha=0.35, linewidth=0, label="below the noise floor"))
-    handles.append(Line2D([], [], linestyle="none", label=f"thick to thin: {numbers}"))
+    if singular_values:
+        handles.append(Line2D([], [], linestyle="none", label=f"thick to thin: {numbers}"))
     figure.legend(
         handles=handles,
         frameon=False,

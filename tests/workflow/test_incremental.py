@@ -61,11 +61,31 @@ def test_swapped_values_of_two_settings_are_noticed(analysis):
     assert {"Training small/autoencoder", "Training small/classifier"} <= analysis.planned()
 
 
-def test_another_level_of_significance_retrains_nothing(analysis):
+def test_another_level_of_significance_redraws_what_shows_it(analysis):
     config = analysis.config()
     config["statistics"] = {"alpha": 0.01}
     analysis.write(config)
-    assert analysis.planned() == DRAWN
+    assert analysis.planned() == {"Drawing small/classifier_0_vs_3", "Composing figure 1", "Writing the report"}
+
+
+def test_other_singular_values_redraw_what_shows_them(analysis):
+    config = analysis.config()
+    config["figures"]["singular_values"] = [1, 3]
+    analysis.write(config)
+    assert analysis.planned() == DRAWN - {"Drawing small/classifier_0_vs_3"}
+
+
+def test_tests_of_logarithms_redraw_comparisons_alone(analysis):
+    config = analysis.config()
+    config["statistics"] = {"scale": "log"}
+    analysis.write(config)
+    assert analysis.planned() == {
+        "Testing groups in small/autoencoder",
+        "Testing groups in small/classifier",
+        "Drawing small/classifier_0_vs_3",
+        "Composing figure 1",
+        "Writing the report",
+    }
 
 
 @pytest.mark.parametrize(
