@@ -11,7 +11,7 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 
 from autospec import inputs, specs
-from autospec.config import json_safe, load_config, parse_config
+from autospec.config import json_safe, parse_config, read_yaml
 from autospec.errors import UserError
 from autospec.machine import gpu_here, use_this_python
 from autospec.paths import EXTENSIONS, result
@@ -23,7 +23,7 @@ use_this_python(ROOT)
 # profile's replace-workflow-config would not keep config.yaml from being merged into it there.
 if not workflow.overwrite_configfiles:
     try:
-        load_config("config.yaml")  # says in one sentence, with its line, what cannot be read
+        read_yaml("config.yaml")  # says in one sentence, with its line, what cannot be read
     except UserError as error:
         raise WorkflowError(str(error)) from None
 

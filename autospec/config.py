@@ -278,7 +278,12 @@ def parse_config(data: Mapping[str, Any], source: str = "the config") -> Config:
 
 
 def load_config(path: str | Path) -> Config:
-    """Read and validate a YAML file; raises UserError as `parse_config` does."""
+    """Read and validate a YAML file; raises UserError as `read_yaml` and `parse_config` do."""
+    return parse_config(read_yaml(path), str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read the settings in a YAML file, not validated; raises UserError, with the line, if they cannot be read."""
     path = Path(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -292,7 +297,7 @@ def load_config(path: str | Path) -> Config:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds no settings: it should be a YAML mapping, as in the repository's config.yaml.")
-    return parse_config(data, str(path))
+    return data
 
 
 def json_safe(data: Any) -> Any:

@@ -181,7 +181,7 @@ class SubBatch(_WithFactors):
         self.optimizer.step()
 
 
-class SubBatchAccumulated(_WithFactors):
+class SubBatchAccumulated(SubBatch):
     """One forward and backward pass for each group's samples, INSTEAD of the batch's pass.
 
     The sum of the groups' gradients trains the model.  This changes the training's rounding, and is wrong
@@ -190,13 +190,6 @@ class SubBatchAccumulated(_WithFactors):
 
     title = "sub-batch in place of the batch"
     training_unchanged = False
-
-    def open(self) -> None:
-        if self.wanted != ("gradient",):
-            super().open()
-        else:
-            self.handles = []
-        self.parts = [(self.batch.x[rows], self.batch.target[rows]) for rows in self.rows]
 
     def step(self) -> None:
         parameters = list(self.model.parameters())
