@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autospec.introspection import STATISTICS, Watcher
+from autospec.introspection import SPECTRA, Watcher
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,17 +16,24 @@ def watch(
     model: nn.Module,
     groups: Any = None,
     *,
-    statistics: Sequence[str] = STATISTICS,
+    statistics: Sequence[str] = SPECTRA,
     every: int = 1,
     steps: Iterable[int] | Callable[[int], bool] | None = None,
+    budget: float | None = None,
     layers: Sequence[str] | None = None,
     singular_values: int | Sequence[int] | str | None = None,
+    solver: str = "exact",
+    per_position: bool | str = False,
+    activation: str = "channels",
+    angles: int = 5,
     crossed: Sequence[Sequence[str]] = (),
+    valid: Any = None,
     batch_dim: int | None = None,
     rows: Mapping[str, Any] | None = None,
     unknown: str = "refuse",
     audit: int | None = None,
     attributes: Mapping[str, Any] | None = None,
+    quiet: bool = False,
     store: str | os.PathLike[str] | None = None,
     resume: bool = False,
 ) -> Watcher:
@@ -42,19 +49,36 @@ def watch(
         One label a sample of the batch, or several groupings by name.  Labels become strings; a missing one
         (None, NaN) belongs to no group and counts in ``all``.  With mini-batches give the labels of the whole
         data set here, and call ``watcher.set_groups(labels)`` before each forward pass.
-    statistics : sequence of {"gradient", "activation", "adjoint"}
-        What to record.
+    statistics : sequence of {"gradient", "activation", "adjoint", "contrast", "cosine", "angles"}
+        What to record: spectra of the groups, and what compares two groups of one grouping (the spectrum of the
+        difference of their shares per sample, the cosine between the shares, the principal angles between their leading
+        input directions).  With all three spectra the alignment of the factors is recorded too.
     every : int
         Record every k-th step.
     steps : iterable of int or callable, optional
         The steps to record, or a function of the step's number; replaces ``every``.
+    budget : float, optional
+        Keep the time for watching below this fraction of the training's: the first steps are timed, then every k-th step
+        is recorded, and k is noted in the attribute ``schedule``.
     layers : sequence of str, optional
         Parameter names or patterns (``"encoder.*"``); all matrices by default.
     singular_values : int, sequence of int, "all" or None
         How many leading values to keep, or which (from 1).  None keeps min(matrix), the paper's cut;
         ``"all"`` keeps every value of activations and adjoints too.
+    solver : {"exact", "tracked"}
+        How activations' and adjoints' leading values are found.  ``"tracked"`` follows them from step to step where
+        that is cheaper than a decomposition, and decomposes where its error bound exceeds 1e-6 of the largest value.
+    per_position : bool or "space"
+        Record ``gradient_by_position`` too: the spectra of the shares of each time step or token; with ``"space"`` also of
+        each position in a convolution's output.
+    activation : {"channels", "unfolded"}
+        Rows of a convolution's activation: the channels at each position, or the patches that the kernel sees.
+    angles : int
+        Dimension of the subspaces between which ``"angles"`` are measured.
     crossed : sequence of sequences of str
         Groupings to cross, such as ``[("diagnosis", "sex")]``.
+    valid : array-like of bool, shape (samples, positions), optional
+        Positions that count, where sequences are padded; rows of the others are left out everywhere.
     batch_dim : int, optional
         The dimension of the model's inputs that indexes samples, where it cannot be established.
     rows : dict of str to array-like of int, optional
@@ -65,6 +89,8 @@ def watch(
         Compare with float64 and with the gradient that arrived every k-th recorded step; always at the first.
     attributes : mapping, optional
         Attributes for the root of the tree.
+    quiet : bool
+        Do not print, on leaving the block, what watching has cost.
     store : path-like, optional
         ``x.zarr`` grows and can be read meanwhile; ``x.zarr.zip`` is packed on leaving the block.
     resume : bool
@@ -105,14 +131,21 @@ def watch(
         statistics=statistics,
         every=every,
         steps=steps,
+        budget=budget,
         layers=layers,
         singular_values=singular_values,
+        solver=solver,
+        per_position=per_position,
+        activation=activation,
+        angles=angles,
         crossed=crossed,
+        valid=valid,
         batch_dim=batch_dim,
         rows=rows,
         unknown=unknown,
         audit=audit,
         attributes=attributes,
+        quiet=quiet,
     )
     if store is not None:
         from autospec.trajectories import TrajectoryStore

@@ -1,6 +1,6 @@
 """Spectral introspection of training: hooks, spectra, groups.  Imports torch, numpy and xarray alone."""
 
 from .errors import WatchError
-from .watcher import STATISTICS, Watcher
+from .watcher import SPECTRA, STATISTICS, Watcher
 
-__all__ = ["STATISTICS", "WatchError", "Watcher"]
+__all__ = ["SPECTRA", "STATISTICS", "WatchError", "Watcher"]

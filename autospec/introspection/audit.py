@@ -75,7 +75,11 @@ class Audit:
         matrices = [float64(share.matrix()) for share in pending.shares.values()]
         outside = torch.linalg.matrix_norm(pending.arrived - torch.stack(matrices).sum(0))
         scale = max(float(torch.linalg.matrix_norm(matrix)) for matrix in matrices)
-        unit = torch.finfo(pending.dtype).eps * scale * max(sum(pending.rows.values()), *pending.shape) ** 0.5
+        unit = (
+            torch.finfo(pending.dtype or torch.float32).eps
+            * scale
+            * max(sum(pending.rows.values()), *pending.shape) ** 0.5
+        )
         deviation = float(outside) / unit if unit else 0.0
         if not np.isfinite(deviation):
             return

@@ -19,12 +19,12 @@ class Hook:
         What the hook does on the module where it was registered.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         """Do what the hook is for."""
-        self.function(*args)
+        return self.function(*args)
 
-    def __reduce__(self) -> tuple[type[Hook], tuple[Callable[..., None]]]:
+    def __reduce__(self) -> tuple[type[Hook], tuple[Callable[..., Any]]]:
         return Hook, (do_nothing,)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from .errors import WatchError
-from .layers import rule_for
+from .layers import NO_MATRIX, rule_for
 
 
 class WatchedParameter:
@@ -56,17 +56,22 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
     found: dict[int, WatchedParameter] = {}
     without_rule: dict[int, list[str]] = {}
     for module_name, module in model.named_modules():
+        if isinstance(module, NO_MATRIX):
+            continue
         rule = rule_for(module)
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim < 2:
+        known = () if rule is None else rule.parameters(module)
+        own = [key for key, _ in module.named_parameters(recurse=False)]
+        for key in dict.fromkeys((*own, *known)):
+            parameter = module.get_parameter(key)
+            if key not in known and not _may_be_a_matrix(parameter):
                 continue
             name = f"{module_name}.{key}" if module_name else key
-            if rule is None or key not in rule.parameters:
+            if key not in known:
                 without_rule.setdefault(id(parameter), []).append(f"'{name}' ({type(module).__name__})")
-            if id(parameter) in found:
-                found[id(parameter)].also.append(name)
-            else:
+            if id(parameter) not in found:
                 found[id(parameter)] = WatchedParameter(name, parameter)
+            elif name not in (found[id(parameter)].name, *found[id(parameter)].also):
+                found[id(parameter)].also.append(name)
             found[id(parameter)].places.append((module_name, key))
     if selected is not None:
         found = _selected(found, selected)
@@ -86,6 +91,11 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
             "a model needs at least one layer with a weight matrix."
         )
     return watched
+
+
+def _may_be_a_matrix(parameter: nn.Parameter) -> bool:
+    """Whether an unknown layer's parameter has at least two dimensions that are not of size 1, unlike a bias or a token."""
+    return sum(size > 1 for size in parameter.shape) >= 2
 
 
 def _selected(found: dict[int, WatchedParameter], selected: Sequence[str]) -> dict[int, WatchedParameter]:

@@ -15,7 +15,7 @@ import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,31 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import WatchError
-from .layers import rule_for
+from .layers import LayerCall, rule_for
 
 MAX_HYPOTHESES = 64
+
+Place = tuple[str, str]
+"""A module's name and the parameter's name in it."""
+
+
+@dataclass(frozen=True)
+class Along:
+    """How a lookup's output holds the samples.
+
+    Attributes
+    ----------
+    dim : int
+        The dimension of the output that indexes samples.
+    shared : bool
+        Whether all samples share one output, which is spread along that dimension.
+    new : bool
+        Whether the dimension is put in, instead of one of size 1.
+    """
+
+    dim: int
+    shared: bool = False
+    new: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,16 +58,20 @@ class RowMap:
     Attributes
     ----------
     samples : dict of (str, str) to list of ndarray
-        For each watched (module, parameter): at its first, second, ... use in one forward pass, the sample of each row.
+        For each watched (module, parameter): at its first, second, ... use in one forward pass, the sample of each
+        entry of its batch (of each row, for a linear layer).
+    shared : dict of (str, str) to Along
+        Lookups that all samples share, such as a table of positions.
     passes : int
         Forward passes that the probe took.
     batch_dims : tuple of int
         The dimension of each of the model's floating-point inputs that indexes samples.
     """
 
-    samples: dict[tuple[str, str], list[np.ndarray]]
+    samples: dict[Place, list[np.ndarray]]
     passes: int
     batch_dims: tuple[int, ...]
+    shared: Mapping[Place, Along] = field(default_factory=dict)
 
 
 def code_words(count: int) -> np.ndarray:
@@ -97,7 +123,7 @@ def map_rows(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     samples: int,
-    watched: Collection[tuple[str, str]],
+    watched: Collection[Place],
     batch_dim: int | None = None,
 ) -> RowMap:
     """Find which rows of every watched layer's input belong to which sample.
@@ -127,21 +153,12 @@ def map_rows(
     """
     inputs = [t for t in _tensors((args, kwargs)) if t.is_floating_point()]
     choices = [_candidate_dims(t, samples, batch_dim) for t in inputs]
-    if not any(dims != (None,) for dims in choices):
-        shapes = ", ".join(str(tuple(t.shape)) for t in inputs) or "no floating-point input"
-        where = "of size" if batch_dim is None else f"{batch_dim} of size"
-        raise WatchError(
-            f"groups has {samples} labels, but no input of the model has a dimension {where} {samples} "
-            f"(inputs: {shapes}): give one label for each sample of the batch, in the batch's order."
-        )
     # An input may have a dimension of that size by chance, such as one position encoding a time point.
     if batch_dim is None and any(len(dims) > 1 for dims in choices):
         choices = [dims if dims == (None,) else (*dims, None) for dims in choices]
     if batch_dim is not None:
         for position in [i for i, dims in enumerate(choices) if dims != (None,)][1:]:
             choices[position] = (*choices[position], None)
-    if math.prod(len(dims) for dims in choices) > MAX_HYPOTHESES:
-        raise WatchError("too many dimensions of the inputs could index samples: say which with batch_dim=.")
     try:
         twin = copy.deepcopy(model)
     except Exception as error:
@@ -153,31 +170,141 @@ def map_rows(
         for tensor in itertools.chain(twin.parameters(), twin.buffers()):
             tensor.copy_(_finite(tensor))  # a diverged model's rows can be traced all the same
     words = code_words(samples)
-    accepted: list[tuple[tuple[int | None, ...], dict[tuple[str, str], list[np.ndarray]]]] = []
+    accepted: list[tuple[Reading, dict[Place, list[np.ndarray]]]] = []
     reason = ""
-    with _generators_kept(inputs), torch.no_grad():
-        _refuse_functional_uses(twin, args, kwargs, watched)
+    # In evaluation without gradients attention takes a short cut that no hook sees.
+    attention = any(isinstance(module, nn.MultiheadAttention) for module in twin.modules())
+    with _generators_kept(inputs), torch.set_grad_enabled(attention):
+        lookups = _lookups(twin, args, kwargs, watched)
+        lookup_choices = [_candidate_lookups(shape, samples, batch_dim) for shape in lookups.values()]
+        if not any(dims != (None,) for dims in choices) and not any(
+            not along.shared for options in lookup_choices for along in options
+        ):
+            every = [t for t in _tensors((args, kwargs)) if not t.is_floating_point()] + inputs
+            shapes = ", ".join(str(tuple(t.shape)) for t in every) or "no tensor"
+            where = "of size" if batch_dim is None else f"{batch_dim} of size"
+            raise WatchError(
+                f"groups has {samples} labels, but no input of the model has a dimension {where} {samples} "
+                f"(inputs: {shapes}): give one label for each sample of the batch, in the batch's order. Whole numbers are "
+                "traced through nn.Embedding alone; elsewhere give the model floating-point input, or rows=."
+            )
+        # Lookups of one shape are read in one way.
+        by_shape: dict[Any, tuple[Along, ...]] = dict(zip(lookups.values(), lookup_choices, strict=True))
+        if math.prod(map(len, choices)) * math.prod(map(len, by_shape.values())) > MAX_HYPOTHESES:
+            raise WatchError("too many dimensions of the inputs could index samples: say which with batch_dim=.")
         for dims in itertools.product(*choices):
-            if all(dim is None for dim in dims):
-                continue
-            try:
-                found = _probe(twin, args, kwargs, inputs, dims, words, watched)
-                accepted.append((dims, found))
-            except WatchError as error:
-                reason = reason or str(error)
-                continue
-            if batch_dim is not None:
+            for chosen in itertools.product(*by_shape.values()):
+                along_of_shape = dict(zip(by_shape, chosen, strict=True))
+                alongs = {place: along_of_shape[shape] for place, shape in lookups.items()}
+                if all(dim is None for dim in dims) and all(along.shared for along in alongs.values()):
+                    continue
+                reading = Reading(dims, alongs)
+                try:
+                    found = _probe(twin, args, kwargs, inputs, reading, words, watched)
+                    _same_result(twin, args, kwargs, reading, samples)
+                    accepted.append((reading, found))
+                except WatchError as error:
+                    reason = reason or str(error)
+                    continue
+            if batch_dim is not None and accepted:
                 break
     if not accepted:
         raise WatchError(f"{reason} Say where the samples are with batch_dim= or rows=.")
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
-        readings = " or ".join(str(tuple(d for d in dims if d is not None)) for dims, _ in accepted)
+        readings = " or ".join(str(reading.batch_dims) for reading, _ in accepted)
         raise WatchError(
             f"the samples could lie along more than one dimension of the model's inputs ({readings}): "
             "say which with batch_dim=."
         )
-    dims, found = accepted[0]
-    return RowMap(found, len(words), tuple(dim for dim in dims if dim is not None))
+    reading, found = accepted[0]
+    shared = {place: along for place, along in reading.lookups.items() if along.shared}
+    return RowMap(found, len(words), reading.batch_dims, shared)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read the inputs: the dimension of each that indexes samples, and how lookups hold them."""
+
+    dims: tuple[int | None, ...]
+    lookups: Mapping[Place, Along]
+
+    @property
+    def batch_dims(self) -> tuple[int, ...]:
+        """The dimensions, of inputs and then of lookups."""
+        of_lookups = dict.fromkeys(along.dim for along in self.lookups.values() if not along.shared)
+        return (*(dim for dim in self.dims if dim is not None), *of_lookups)
+
+
+def _lookups(
+    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Collection[Place]
+) -> dict[Place, tuple[int, ...]]:
+    """Shape of the indices of every lookup in one forward pass; weights used outside their layer are refused."""
+    shapes: dict[Place, tuple[int, ...]] = {}
+    handles = []
+    for name, module in twin.named_modules():
+        rule = rule_for(module)
+        if rule is not None and isinstance(module, nn.Embedding):
+
+            def on_call(call: LayerCall, name: str = name) -> None:
+                shapes[name, "weight"] = tuple(call.inputs[0].shape)
+
+            handles += rule.attach(module, on_call)
+    try:
+        _refuse_functional_uses(twin, args, kwargs, watched)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
+def _candidate_lookups(shape: tuple[int, ...], samples: int, batch_dim: int | None) -> tuple[Along, ...]:
+    """Ways in which a lookup may hold samples: along a dimension of that size, else shared by all."""
+    own = [Along(d) for d, size in enumerate(shape) if size == samples]
+    if batch_dim is not None and own:
+        own = [along for along in own if along.dim == batch_dim % len(shape)] or own
+    spread = [Along(d, shared=True) for d, size in enumerate(shape) if size == 1 and samples > 1]
+    spread = spread or [Along(0, shared=True, new=True)]
+    return tuple(own + (spread if len(own) != 1 or 1 in shape else []))
+
+
+def _same_result(
+    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reading: Reading, samples: int
+) -> None:
+    """Refuse a reading in which spreading a shared lookup changes what the model computes."""
+    if not any(along.shared for along in reading.lookups.values()):
+        return
+    results = []
+    for spread in (False, True):
+        with _lookups_marked(twin, reading if spread else Reading(reading.dims, {}), samples, None):
+            results.append(list(_tensors(twin(*args, **kwargs))))
+    for before, after in zip(*results, strict=True):
+        if before.shape != after.shape or not torch.equal(before.nan_to_num(), after.nan_to_num()):
+            raise WatchError("A lookup that all samples share cannot be followed to each of them.")
+
+
+@contextmanager
+def _lookups_marked(twin: nn.Module, reading: Reading, samples: int, word: np.ndarray | None) -> Iterator[None]:
+    """Spread lookups that samples share, and make NaN what belongs to the samples of a word."""
+    handles = []
+    for (name, _), along in reading.lookups.items():
+        module = twin.get_submodule(name)
+
+        def hook(_: nn.Module, args: Any, output: Tensor, along: Along = along) -> Tensor:
+            if along.shared:
+                output = output.unsqueeze(along.dim) if along.new else output
+                shape = [samples if axis == along.dim else size for axis, size in enumerate(output.shape)]
+                output = output.expand(shape)
+            if word is None:
+                return output
+            chosen = torch.from_numpy(np.flatnonzero(word)).to(output.device)
+            return output.detach().clone().index_fill_(along.dim, chosen, math.nan)
+
+        handles.append(module.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _candidate_dims(tensor: Tensor, samples: int, batch_dim: int | None) -> tuple[int | None, ...]:
@@ -193,21 +320,21 @@ def _probe(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     inputs: Sequence[Tensor],
-    dims: tuple[int | None, ...],
+    reading: Reading,
     words: np.ndarray,
-    watched: Collection[tuple[str, str]],
-) -> dict[tuple[str, str], list[np.ndarray]]:
+    watched: Collection[Place],
+) -> dict[Place, list[np.ndarray]]:
     """Run one reading of the inputs; raise WatchError if a row is not one sample's."""
-    passes: list[dict[tuple[str, str], list[np.ndarray]]] = []
+    passes: list[dict[Place, list[np.ndarray]]] = []
     for word in words:
         marked: dict[int, Tensor] = {}
-        for tensor, dim in zip(inputs, dims, strict=True):
+        for tensor, dim in zip(inputs, reading.dims, strict=True):
             if dim is not None:
                 chosen = torch.from_numpy(np.flatnonzero(word)).to(tensor.device)
                 marked[id(tensor)] = _finite(tensor.detach()).index_fill_(dim, chosen, math.nan)
             else:
                 marked[id(tensor)] = _finite(tensor.detach())
-        with _nan_rows(twin, watched) as seen:
+        with _lookups_marked(twin, reading, len(word), word), _nan_rows(twin, watched) as seen:
             try:
                 twin(*_replaced(args, marked), **_replaced(kwargs, marked))
             except Exception as error:
@@ -216,7 +343,7 @@ def _probe(
                     "so the rows of its layers could not be traced to samples."
                 ) from error
         passes.append(seen)
-    found: dict[tuple[str, str], list[np.ndarray]] = {}
+    found: dict[Place, list[np.ndarray]] = {}
     for key, calls in passes[0].items():
         found[key] = []
         for call in range(len(calls)):
@@ -230,24 +357,21 @@ def _probe(
 
 
 @contextmanager
-def _nan_rows(
-    twin: nn.Module, watched: Collection[tuple[str, str]]
-) -> Iterator[dict[tuple[str, str], list[np.ndarray]]]:
-    """Collect, for each use of each watched parameter, which rows of the activation hold a NaN."""
-    seen: dict[tuple[str, str], list[np.ndarray]] = {}
+def _nan_rows(twin: nn.Module, watched: Collection[Place]) -> Iterator[dict[Place, list[np.ndarray]]]:
+    """Collect, for each use of each watched parameter, which entries of its batch hold a NaN."""
+    seen: dict[Place, list[np.ndarray]] = {}
     handles = []
     for name, module in twin.named_modules():
         rule = rule_for(module)
         if rule is None:
             continue
 
-        def on_use(parameter: str, activation: Tensor, _: Tensor, name: str = name) -> None:
-            if (name, parameter) not in watched:
-                return
-            rows = activation.reshape(-1, activation.shape[-1])
-            seen.setdefault((name, parameter), []).append(rows.isnan().any(1).cpu().numpy())
+        def on_call(call: LayerCall, name: str = name) -> None:
+            for parameter in call.parameters:
+                if (name, parameter) in watched:
+                    seen.setdefault((name, parameter), []).append(call.marks(parameter).cpu().numpy())
 
-        handles += rule.attach(module, on_use)
+        handles += rule.attach(module, on_call)
     try:
         yield seen
     finally:
@@ -258,10 +382,10 @@ def _nan_rows(
 class _FunctionalUses(TorchFunctionMode):
     """Notices a watched matrix that meets other data outside its layer, as in ``x @ layer.weight``."""
 
-    def __init__(self, twin: nn.Module, watched: Collection[tuple[str, str]]) -> None:
+    def __init__(self, twin: nn.Module, watched: Collection[Place]) -> None:
         super().__init__()
         modules = dict(twin.named_modules())
-        self.names = {id(getattr(modules[name], key)): f"{name}.{key}" if name else key for name, key in watched}
+        self.names = {id(modules[name].get_parameter(key)): f"{name}.{key}" if name else key for name, key in watched}
         self.views: list[Tensor] = []
         self.inside = 0
         self.found: tuple[str, str] | None = None
@@ -287,7 +411,7 @@ class _FunctionalUses(TorchFunctionMode):
 
 
 def _refuse_functional_uses(
-    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Collection[tuple[str, str]]
+    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Collection[Place]
 ) -> None:
     mode = _FunctionalUses(twin, watched)
 
@@ -333,9 +457,7 @@ def _finite(tensor: Tensor) -> Tensor:
     return torch.where(torch.isfinite(tensor), tensor, 0) if tensor.is_floating_point() else tensor.clone()
 
 
-def _same(
-    first: Mapping[tuple[str, str], list[np.ndarray]], second: Mapping[tuple[str, str], list[np.ndarray]]
-) -> bool:
+def _same(first: Mapping[Place, list[np.ndarray]], second: Mapping[Place, list[np.ndarray]]) -> bool:
     """Whether two readings give every row to the same sample, as in a batch of one."""
     return all(np.array_equal(a, b) for key in first for a, b in zip(first[key], second[key], strict=True))
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
+from typing import Any
 
 from .errors import WatchError
 
 Schedule = Callable[[int], bool]
+
+# Steps of the calibration: the first (with the row map) and two more are recorded, three between them are not.
+CALIBRATION = (True, False, False, False, True, True)
 
 
 def make_schedule(every: int = 1, steps: Iterable[int] | Schedule | None = None) -> Schedule:
@@ -43,3 +48,63 @@ def make_schedule(every: int = 1, steps: Iterable[int] | Schedule | None = None)
     if not listed or min(listed) < 0:
         raise WatchError("steps= needs at least one step, none of them negative; the first step is 0.")
     return lambda step: step in listed
+
+
+class Budget:
+    """A schedule that keeps the time spent on watching below a fraction of the training's.
+
+    The first steps are timed, some recorded and some not; then ``every`` is chosen once, frozen and noted.
+
+    Parameters
+    ----------
+    fraction : float
+        Overhead allowed, such as 0.1.
+    every, steps
+        As given to `autospec.watch`, which a budget excludes.
+
+    Raises
+    ------
+    WatchError
+        If the fraction is not positive, or ``every`` or ``steps`` is given too.
+    """
+
+    def __init__(self, fraction: float, every: int, steps: Iterable[int] | Schedule | None) -> None:
+        if every != 1 or steps is not None:
+            raise WatchError("budget= chooses the steps: do not give every= or steps= as well.")
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not fraction > 0:
+            raise WatchError(f"budget={fraction!r} is not a positive fraction of the training's time, such as 0.1.")
+        self.fraction = float(fraction)
+        self.every: int | None = None
+        self._last: float | None = None
+        self._times: dict[bool, list[float]] = {True: [], False: []}
+
+    def __call__(self, step: int) -> bool:
+        """Whether a step is recorded."""
+        if step < len(CALIBRATION):
+            return CALIBRATION[step]
+        return self.every is not None and step % self.every == 0
+
+    def took(self, step: int, now: float, recorded: bool) -> None:
+        """Note the time at the end of a step; after the calibration, choose."""
+        if self.every is not None:
+            return
+        if self._last is not None and step > 1:  # the first steps warm caches up
+            self._times[recorded].append(now - self._last)
+        self._last = now
+        if step >= len(CALIBRATION) - 1 and all(self._times.values()):
+            plain = min(self._times[False])
+            extra = max(min(self._times[True]) - plain, 0.0)
+            self.every = max(1, math.ceil(extra / (self.fraction * plain))) if plain > 0 else 1
+
+    def summary(self) -> dict[str, Any]:
+        """What was chosen, for the attributes of the trajectories."""
+        recorded = [step for step, chosen in enumerate(CALIBRATION) if chosen]
+        return {"budget": self.fraction, "calibration_steps": recorded, "every": self.every}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"every": self.every}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
+        self.every = state["every"]

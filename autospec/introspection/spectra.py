@@ -119,6 +119,50 @@ def singular_values(grams: Sequence[Tensor]) -> list[Tensor]:
     return [result for result in results if result is not None]
 
 
+def leading_directions(matrix: Tensor, count: int) -> Tensor:
+    """Leading right singular vectors: the directions of the layer's input along which a share is largest.
+
+    Parameters
+    ----------
+    matrix : Tensor
+        Shape (m, n), float64.
+    count : int
+        How many, at most min(m, n).
+
+    Returns
+    -------
+    Tensor
+        Shape (n, count), orthonormal; NaN where the matrix is not finite or its rank is lower.
+    """
+    if not torch.isfinite(matrix).all():
+        return matrix.new_full((matrix.shape[1], count), math.nan)
+    _, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    if not values[count - 1] > values[0] * torch.finfo(torch.float32).eps:
+        return matrix.new_full((matrix.shape[1], count), math.nan)
+    return right[:count].mT
+
+
+def principal_angles(first: Tensor, second: Tensor) -> Tensor:
+    """Angles between two subspaces, ascending, in radians (Bjorck and Golub 1973).
+
+    Parameters
+    ----------
+    first, second : Tensor
+        Shape (n, count), orthonormal columns.
+
+    Returns
+    -------
+    Tensor
+        Shape (count,).  Small angles come from the sine, which the cosine would lose to rounding.
+    """
+    if torch.isnan(first).any() or torch.isnan(second).any():
+        return first.new_full((first.shape[1],), math.nan)
+    product = first.mT @ second
+    cosines = torch.linalg.svdvals(product).clamp(max=1)
+    sines = torch.linalg.svdvals(second - first @ product).flip(0).clamp(max=1)
+    return torch.where(cosines**2 < 0.5, torch.arccos(cosines), torch.arcsin(sines))
+
+
 def noise_floor(
     sigma_1: np.ndarray, shape: tuple[int, int], rows: np.ndarray, dtype: torch.dtype, statistic: str
 ) -> np.ndarray:

@@ -34,6 +34,12 @@ class Record:
         Largest singular values, and noise floors.
     rows : dict of layer to ndarray, shape (groups,)
         Rows that each group contributed.
+    alignment : dict of layer to ndarray, shape (groups,)
+        Nuclear norm of the share over the sum of products of its factors' singular values.
+    by_position : dict of layer to ndarray, shape (groups, positions, index)
+        Singular values of the shares of each position.
+    contrasts : dict of (pair, layer, variable) to ndarray
+        What compares two groups: spectrum of the contrast and its noise floor, cosine, angles.
     """
 
     step: int
@@ -42,25 +48,30 @@ class Record:
     sigma_1: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     floors: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     rows: dict[str, np.ndarray] = field(default_factory=dict)
+    alignment: dict[str, np.ndarray] = field(default_factory=dict)
+    by_position: dict[str, np.ndarray] = field(default_factory=dict)
+    contrasts: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
         """Plain lists and dicts, which a checkpoint can hold with ``weights_only=True``."""
-        return {
-            "step": self.step,
-            "group_size": self.group_size.tolist(),
-            "spectra": [(*key, value.tolist()) for key, value in self.spectra.items()],
-            "floors": [(*key, value.tolist()) for key, value in self.floors.items()],
-        }
+        state: dict[str, Any] = {"step": self.step, "group_size": self.group_size.tolist()}
+        for name in _ARRAYS:
+            # Keys are one or several names.
+            items = getattr(self, name).items()
+            state[name] = [([key] if isinstance(key, str) else list(key), value.tolist()) for key, value in items]
+        return state
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Record:
         """Make a record from `state`."""
-        return cls(
-            state["step"],
-            np.array(state["group_size"]),
-            {(a, b): np.array(v, dtype=np.float32) for a, b, v in state["spectra"]},
-            floors={(a, b): np.array(v, dtype=np.float32) for a, b, v in state["floors"]},
-        )
+        record = cls(state["step"], np.array(state["group_size"]))
+        for name in _ARRAYS:
+            for key, value in state[name]:
+                getattr(record, name)[key[0] if len(key) == 1 else tuple(key)] = np.array(value, dtype=np.float32)
+        return record
+
+
+_ARRAYS = ("spectra", "floors", "alignment", "by_position", "contrasts")
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,7 @@ def build_tree(
     groupings: Sequence[str],
     statistics: Sequence[str],
     attributes: Mapping[str, Any],
+    pairs: Sequence[str] = (),
 ) -> xr.DataTree:
     """Arrange records as a tree.
 
@@ -118,12 +130,15 @@ def build_tree(
     nodes = {"/": root}
     for layout in layouts:
         nodes[f"layers/{layout.name}"] = _layer_node(records, layout, len(groups), statistics)
+    for pair in pairs:
+        for layout in layouts:
+            nodes[f"contrasts/{pair}/{layout.name}"] = _contrast_node(records, pair, layout, statistics)
     return xr.DataTree.from_dict(nodes)
 
 
 def _layer_node(records: Sequence[Record], layout: LayerLayout, groups: int, statistics: Sequence[str]) -> xr.Dataset:
     variables: dict[str, Any] = {}
-    for statistic in statistics:
+    for statistic in [name for name in statistics if name in DESCRIPTIONS]:
         key = (layout.name, statistic)
         empty = np.full((groups, len(layout.index)), np.nan, dtype=np.float32)
         values = [record.spectra.get(key, empty) for record in records]
@@ -147,11 +162,58 @@ def _layer_node(records: Sequence[Record], layout: LayerLayout, groups: int, sta
         np.asarray(limit, dtype=np.int64),
         {"description": "largest rank that the group's rows allow the gradient"},
     )
+    if any(layout.name in record.alignment for record in records):
+        missing = np.full(groups, np.nan, dtype=np.float32)
+        variables["alignment"] = (
+            ("step", "group"),
+            np.array([record.alignment.get(layout.name, missing) for record in records], dtype=np.float32),
+            {"description": "nuclear norm of the gradient over the sum of products of its factors' singular values"},
+        )
+    coords: dict[str, Any] = {"index": ("index", layout.index, {"description": "number of the singular value, from 1"})}
+    found = [record.by_position[layout.name] for record in records if layout.name in record.by_position]
+    if found:
+        positions = max(each.shape[1] for each in found)
+        whole = np.full((len(records), groups, positions, len(layout.index)), np.nan, dtype=np.float32)
+        for row, record in zip(whole, records, strict=True):
+            if layout.name in record.by_position:
+                row[:, : record.by_position[layout.name].shape[1]] = record.by_position[layout.name]
+        variables["gradient_by_position"] = (
+            ("step", "group", "position", "index"),
+            whole,
+            {"description": "singular values of the shares of each position along the tying dimension"},
+        )
+        coords["position"] = ("position", np.arange(positions), {"description": "position, from 0"})
     attributes: dict[str, Any] = {"shape": list(layout.shape)}
     if layout.also:
         attributes["also"] = list(layout.also)
     return xr.Dataset(
         variables,
-        coords={"index": ("index", layout.index, {"description": "number of the singular value, from 1"})},
+        coords=coords,
         attrs=attributes,
     )
+
+
+CONTRAST_VARIABLES = {
+    "contrast": (
+        ("gradient", "singular values of the difference of the groups' shares, each divided by its number of samples"),
+        ("gradient_noise_floor", "level below which a singular value of the contrast is rounding"),
+    ),
+    "cosine": (("cosine", "cosine between the groups' shares"),),
+    "angles": (
+        ("angles", "principal angles between the leading right singular subspaces of the groups' shares, radians"),
+    ),
+}
+
+
+def _contrast_node(records: Sequence[Record], pair: str, layout: LayerLayout, statistics: Sequence[str]) -> xr.Dataset:
+    """What compares two groups in one layer."""
+    variables: dict[str, Any] = {}
+    for statistic in [name for name in statistics if name in CONTRAST_VARIABLES]:
+        for name, description in CONTRAST_VARIABLES[statistic]:
+            dims = ("step",) if name in ("cosine", "gradient_noise_floor") else ("step", "index")
+            missing = np.full((len(layout.index),)[: len(dims) - 1], np.nan, dtype=np.float32)
+            compared = [record.contrasts.get((pair, layout.name, name), missing) for record in records]
+            stacked = np.array(compared, dtype=np.float32).reshape(len(records), *missing.shape)
+            variables[name] = (dims, stacked, {"description": description})
+    index = ("index", layout.index, {"description": "number of the singular value, from 1"})
+    return xr.Dataset(variables, coords={"index": index}, attrs={"shape": list(layout.shape)})

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import autospec
+from autospec.introspection.factors import Product
 from autospec.introspection.pending import Share, share_grams
 from autospec.introspection.spectra import singular_values
 
@@ -284,7 +285,7 @@ def test_shares_of_disjoint_groups_sum_to_the_gradient(sizes, width, positions, 
     shares = [Share(weight.shape) for _ in counts]
     for _ in range(2):  # as two micro-batches of the same samples would
         for share, a, d in zip(shares, activation.detach().split(counts), adjoint.split(counts), strict=True):
-            share.add(a, d)
+            share.add(Product(a, d))
     matrices = [share.matrix() for share in shares]
     largest = max(float(matrix.abs().max()) for matrix in matrices)
     assert torch.allclose(torch.stack(matrices).sum(0), 2 * gradient, rtol=0, atol=1e-5 * largest)
@@ -314,8 +315,8 @@ def test_a_diverged_group_spares_another_of_the_same_size():
     torch.manual_seed(0)
     shares = [Share((20, 30)) for _ in range(2)]
     for share in shares:
-        share.add(torch.randn(5, 30), torch.randn(5, 20))
-    shares[0].factors[0][1][2, 3] = float("nan")
+        share.add(Product(torch.randn(5, 30), torch.randn(5, 20)))
+    shares[0].products[0].adjoint[2, 3] = float("nan")
     diverged, fine = singular_values(share_grams([[share] for share in shares]))
     assert diverged.isnan().all()
     exact = torch.linalg.svdvals(shares[1].matrix().double())[:5]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import autospec
 from autospec.introspection import WatchError
-from autospec.introspection import watcher as watcher_module
+from autospec.introspection import measure as measure_module
 
 from .oracle import Problem, assert_exact, error, members, record, share_by_copies, spectrum, svdvals
 
@@ -532,13 +532,13 @@ def test_an_unchanged_full_batch_has_the_same_spectrum_whether_or_not_it_was_kep
 
 
 def test_an_unchanged_full_batch_is_decomposed_once(monkeypatch):
-    counts, solve = [], watcher_module.singular_values
+    counts, solve = [], measure_module.singular_values
 
     def counting(grams):
         counts.append(len(grams))
         return solve(grams)
 
-    monkeypatch.setattr(watcher_module, "singular_values", counting)
+    monkeypatch.setattr(measure_module, "singular_values", counting)
     model, x = nn.Linear(7, 5), batch()
     with autospec.watch(model, LABELS, statistics=["activation"], steps=[1, 2, 3]) as watcher:
         for step in range(4):
@@ -568,7 +568,7 @@ def columns_exchanged_within_two_rows(x):
 @pytest.mark.parametrize("width", [7, 40])
 def test_an_input_changed_in_place_is_noticed(change, width, monkeypatch):
     if change is by_torch:  # as on a GPU, where no checksum is taken
-        monkeypatch.setattr("autospec.introspection.watcher._checksum", lambda tensor: None)
+        monkeypatch.setattr("autospec.introspection.capture._checksum", lambda tensor: None)
     model, x = nn.Linear(width, 5), torch.randn(N, width)
     with autospec.watch(model, LABELS) as watcher:
         for step in range(2):

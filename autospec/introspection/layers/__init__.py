@@ -1,38 +1,53 @@
-"""One rule a layer family: which parameters are matrices, and where their two factors appear.
+"""One file a layer family: which parameters are matrices, and what each forward pass through a layer does with them.
 
-A rule is an object with ``matches(module)``, ``parameters`` (names of the matrix parameters) and
-``attach(module, on_use)``, which registers hooks that call ``on_use(parameter, activation, output)`` at each
-forward pass.  The watcher does the rest.
+A rule says which modules it is for, names their matrix parameters and registers the hooks that report each
+forward pass as a `LayerCall`.  The watcher does the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .attention import AttentionRule
+from .call import LayerCall, OnCall
+from .convolution import ConvolutionRule
+from .embedding import EmbeddingRule, LookupCall
 from .linear import LinearRule
+from .recurrent import CellRule, RecurrentRule
 
-OnUse = Callable[[str, Tensor, Tensor], None]
+__all__ = ["NO_MATRIX", "LayerCall", "LayerRule", "LookupCall", "OnCall", "rule_for"]
 
 
 class LayerRule(Protocol):
     """What a layer family provides."""
 
-    parameters: tuple[str, ...]
-
     def matches(self, module: nn.Module) -> bool:
         """Whether the rule holds for this module."""
         ...
 
-    def attach(self, module: nn.Module, on_use: OnUse) -> list[RemovableHandle]:
-        """Register the hooks that report each use of the module's matrix parameters."""
+    def parameters(self, module: nn.Module) -> tuple[str, ...]:
+        """Names of the matrix parameters, in the module."""
+        ...
+
+    def attach(self, module: nn.Module, on_call: OnCall) -> list[RemovableHandle]:
+        """Register the hooks that report each forward pass."""
         ...
 
 
-RULES: tuple[LayerRule, ...] = (LinearRule(),)
+RULES: tuple[LayerRule, ...] = (
+    LinearRule(),
+    ConvolutionRule(),
+    EmbeddingRule(),
+    AttentionRule(),
+    RecurrentRule(),
+    CellRule(),
+)
+
+# Their weights scale features one by one, whatever their shape: no matrices.
+NO_MATRIX = (nn.LayerNorm, nn.RMSNorm)
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:

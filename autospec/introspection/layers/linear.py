@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..factors import Product
 from ..hooks import Hook
+from .call import LayerCall, OnCall
+
+
+class LinearCall(LayerCall):
+    """One product of rows with a weight, or with some of its rows."""
+
+    def __init__(
+        self, parameter: str, activation: Tensor, output: Tensor, outputs: tuple[int, int] | None = None
+    ) -> None:
+        self.parameters = (parameter,)
+        self.inputs, self.outputs = (activation,), (output,)
+        self.part = outputs
+
+    def marks(self, parameter: str) -> Tensor:
+        """Whether each row holds a NaN."""
+        activation = self.inputs[0]
+        return activation.reshape(-1, activation.shape[-1]).isnan().any(1)
+
+    def factors(self, parameter: str, adjoints: Sequence[Tensor | None]) -> Product:
+        """Rows of the input and of the derivative at the output."""
+        activation, adjoint = self.inputs[0], adjoints[0]
+        assert adjoint is not None
+        adjoint = adjoint.reshape(-1, adjoint.shape[-1])
+        return Product(activation.reshape(-1, activation.shape[-1]).to(adjoint.dtype), adjoint, self.part)
 
 
 class LinearRule:
     """nn.Linear with inputs of any number of dimensions, and subclasses that keep its forward pass."""
 
-    parameters: tuple[str, ...] = ("weight",)
-
     def matches(self, module: nn.Module) -> bool:
         """Whether the module computes nn.Linear's own forward pass."""
         return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
-    def attach(self, module: nn.Module, on_use: Callable[[str, Tensor, Tensor], None]) -> list[RemovableHandle]:
+    def parameters(self, module: nn.Module) -> tuple[str, ...]:
+        """The weight."""
+        return ("weight",)
+
+    def attach(self, module: nn.Module, on_call: OnCall) -> list[RemovableHandle]:
         """Report the input and the output of each forward pass."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            on_use("weight", args[0] if args else kwargs["input"], output)
+            on_call(LinearCall("weight", args[0] if args else kwargs["input"], output))
 
         return [module.register_forward_hook(Hook(hook), with_kwargs=True)]

@@ -1,0 +1,465 @@
+"""What hooks see of a training step, gathered for each parameter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .audit import Audit
+from .errors import WatchError
+from .factors import Convolution, Product, shares_by_position, single
+from .groups import Assignment, Groups
+from .hooks import Hook
+from .layers import LayerCall, LookupCall, rule_for
+from .parameters import WatchedParameter
+from .pending import Pending, Sorting
+from .rows import Place, RowMap, map_rows
+from .scaling import LossScale
+from .spectra import float64
+
+
+@dataclass
+class ConstantInput:
+    """Identifies a layer input that is data, so that an unchanged one is sorted and decomposed once."""
+
+    tensor: Tensor
+    version: int
+    checksum: float | None
+    assignment: Assignment | None
+
+    def same(self, other: ConstantInput) -> bool:
+        """Whether the other is the same data, of the same groups."""
+        return (
+            self.tensor.data_ptr() == other.tensor.data_ptr()
+            and self.tensor.shape == other.tensor.shape
+            and self.tensor.stride() == other.tensor.stride()
+            and self.version == other.version
+            and self.checksum == other.checksum
+            and self.assignment is other.assignment
+        )
+
+
+@dataclass
+class Forward:
+    """One forward pass of the model: whose rows are whose, and how often each layer was called."""
+
+    assignment: Assignment | None
+    row_map: RowMap | None
+    valid: np.ndarray | None = None
+    error: WatchError | None = None
+    calls: dict[Place, int] = field(default_factory=dict)
+
+
+@dataclass
+class Use:
+    """One use of a parameter in a forward pass, of which an adjoint has arrived."""
+
+    call: LayerCall
+    parameter: str
+    place: Place
+    number: int
+    adjoints: list[Tensor | None]
+    forward: Forward
+    constant: ConstantInput | None
+    backward: int
+
+
+class WatchedLayer(WatchedParameter):
+    """A watched parameter with what its hooks have seen."""
+
+    def __init__(self, found: WatchedParameter) -> None:
+        super().__init__(found.name, found.parameter)
+        self.also, self.places = found.also, found.places
+        self.uses: list[Use] = []
+        self.pending: Pending | None = None
+        self.handle: RemovableHandle | None = None
+        self.inputs: list[ConstantInput | None] = []
+        self.sorted_input: tuple[ConstantInput, Sorting, Tensor] | None = None
+        self.rank_limit: np.ndarray | None = None
+        self.true_factor = True
+        self.position = 0
+        self.widths = {"activation": self.shape[1], "adjoint": self.shape[0]}
+
+    def clear(self) -> None:
+        """Forget what is pending."""
+        self.uses, self.inputs, self.pending = [], [], None
+
+
+class Capture:
+    """Hooks on a model; what they see is gathered in the layers' `Pending` until the step is closed.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    layers : sequence of WatchedLayer
+        Its watched parameters.
+    statistics : sequence of str
+        What will be computed of what is gathered.
+    rows : mapping of str to ndarray of int
+        Rows given by the user, by parameter.
+    batch_dim : int or None
+        The dimension that indexes samples, where the user gave it.
+    unfolded : bool
+        Whether rows of a convolution's activation are patches.
+    per_position, spatial : bool
+        Whether shares are kept for each position in time or of a token, and in space.
+    audit : Audit
+        Decides which steps are audited.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[WatchedLayer],
+        statistics: Sequence[str],
+        rows: Mapping[str, np.ndarray],
+        batch_dim: int | None,
+        unfolded: bool,
+        per_position: bool,
+        spatial: bool,
+        audit: Audit,
+    ) -> None:
+        self.model, self.layers, self.statistics, self.audit = model, layers, statistics, audit
+        self.unfolded, self.per_position, self.spatial = unfolded, per_position, spatial
+        self.factor_statistics = [s for s in ("activation", "adjoint") if s in statistics]
+        self.shares = set(statistics) != set(self.factor_statistics)
+        self.groups: Groups | None = None
+        self.assignment: Assignment | None = None
+        self.valid: np.ndarray | None = None
+        self.recording = False
+        self.audited: str | None = None
+        self.forwards = 0
+        self._rows, self._batch_dim = rows, batch_dim
+        self._row_maps: dict[Any, RowMap] = {}
+        self._sortings: tuple[Assignment | None, dict[Any, Sorting]] = (None, {})
+        self._forward: Forward | None = None
+        self._handles: list[RemovableHandle] = []
+        self._calls: list[tuple[LayerCall, list[Tensor | None]]] = []
+        self._loss_scale = LossScale()
+        self._active = self._paused = False
+        self.seconds = 0.0
+        self._backward = -1
+
+    # ------------------------------------------------------------------ hooks on and off
+
+    def attach(self) -> None:
+        """Register every hook."""
+        self._active = True
+        modules = dict(self.model.named_modules())
+        by_place = {place: layer for layer in self.layers for place in layer.places}
+        for module_name in dict.fromkeys(name for name, _ in by_place):
+            module = modules[module_name]
+            rule = rule_for(module)
+            assert rule is not None
+            wanted = {key: by_place[module_name, key] for name, key in by_place if name == module_name}
+            self._handles += rule.attach(module, self._on_call(module_name, wanted))
+        self._handles.append(self.model.register_forward_pre_hook(Hook(self._forward_begins), with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(Hook(self._forward_ends), always_call=True))
+        self._loss_scale.listen()
+
+    def detach(self) -> None:
+        """Remove every hook, and what is pending."""
+        self._loss_scale.stop()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for layer in self.layers:
+            if layer.handle is not None:
+                layer.handle.remove()
+            layer.handle = layer.sorted_input = None
+        self.clear()
+        self._forward = None
+        self._active = False
+
+    def clear(self) -> None:
+        """Forget what is pending, and let go of what the graph's hooks hold."""
+        for layer in self.layers:
+            layer.clear()
+        for call, adjoints in self._calls:
+            call.forget()
+            adjoints.clear()
+        self._calls = []
+
+    # ------------------------------------------------------------------ the forward pass
+
+    def _forward_begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._paused or not self._active:
+            return
+        self.forwards += 1
+        if not (torch.is_grad_enabled() and self.recording):
+            self._forward = None
+            return
+        for layer in self.layers:
+            if layer.handle is None and layer.parameter.requires_grad:
+                layer.handle = layer.parameter.register_hook(self._gradient_hook(layer))
+        try:
+            self._forward = Forward(self.assignment, self._row_map(args, kwargs), self.valid)
+        except WatchError as error:
+            if model.training:
+                raise
+            # A validation pass may have another batch; it matters only if a gradient comes back from it.
+            self._forward = Forward(self.assignment, None, error=error)
+
+    def _forward_ends(self, *_: Any) -> None:
+        if not self._paused:
+            self._forward = None
+
+    def _row_map(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RowMap | None:
+        if self.assignment is None:
+            return None
+        watched = {place for layer in self.layers if layer.name not in self._rows for place in layer.places}
+        samples = len(self.assignment.cells)
+        if not watched:
+            return RowMap({}, 0, ())
+        signature = (samples, _signature((args, kwargs)))
+        if signature not in self._row_maps:
+            self._paused, begin = True, time.perf_counter()
+            try:
+                found = map_rows(self.model, args, kwargs, samples, watched, self._batch_dim)
+            finally:
+                self._paused = False
+                self.seconds += time.perf_counter() - begin
+            self._row_maps[signature] = found
+            assert self.groups is not None
+            self.audit.probed(found, self.groups.missing)
+        return self._row_maps[signature]
+
+    def _on_call(self, module_name: str, wanted: Mapping[str, WatchedLayer]) -> Callable[[LayerCall], Tensor | None]:
+        def on_call(call: LayerCall) -> Tensor | None:
+            if self._paused or not self._active or not self.recording or not torch.is_grad_enabled():
+                return None
+            parameters = [key for key in call.parameters if key in wanted]
+            if not parameters:
+                return None
+            forward = self._forward
+            if forward is None:
+                if self.assignment is None:
+                    forward = Forward(None, None)
+                else:
+                    message = (
+                        f"'{wanted[parameters[0]].name}' was used outside of a call of the watched model: "
+                        "call the model itself."
+                    )
+                    forward = Forward(self.assignment, None, error=WatchError(message))
+            return self._watch_call(call, module_name, {key: wanted[key] for key in parameters}, forward)
+
+        return on_call
+
+    def _watch_call(
+        self, call: LayerCall, module_name: str, wanted: Mapping[str, WatchedLayer], forward: Forward
+    ) -> Tensor | None:
+        """Hook the outputs of one call, which may be replaced by an equal one that samples do not share."""
+        numbers = {}
+        for key in wanted:
+            numbers[key] = forward.calls.get((module_name, key), 0)
+            forward.calls[module_name, key] = numbers[key] + 1
+        learned = {key: layer for key, layer in wanted.items() if layer.parameter.requires_grad}
+        outputs = [output for output in call.outputs if output.requires_grad]
+        if not outputs or not learned:
+            return None
+        replacement = None
+        if isinstance(call, LookupCall) and forward.row_map is not None:
+            along = forward.row_map.shared.get((module_name, "weight"))
+            if along is not None:
+                assert forward.assignment is not None
+                call = call.for_each_sample(len(forward.assignment.cells), along.dim, along.new)
+                replacement = call.outputs[0]
+        # The first module that a tensor enters sees data; what it computes of them depends on weights.
+        constants = {key: self._constant(call.constant(key), forward.assignment) for key in learned}
+        versions = [tensor._version for tensor in call.inputs]
+        latest: list[tuple[int, list[Tensor | None]]] = []
+
+        def arrives(position: int, adjoint: Tensor) -> None:
+            if not self._active:
+                return
+            if forward.error is not None:
+                raise forward.error
+            backward = _backward_pass()
+            if not latest or latest[-1][0] != backward:
+                if any(tensor._version != version for tensor, version in zip(call.inputs, versions, strict=True)):
+                    name = next(iter(learned.values())).name
+                    raise WatchError(f"the input of '{name}' was modified in place before the backward pass.")
+                adjoints: list[Tensor | None] = [None] * len(call.outputs)
+                latest[:] = [(backward, adjoints)]
+                self._calls.append((call, adjoints))
+                for key, layer in learned.items():
+                    place = (module_name, key)
+                    layer.uses.append(Use(call, key, place, numbers[key], adjoints, forward, constants[key], backward))
+            latest[-1][1][position] = adjoint.detach()
+
+        for position, output in enumerate(call.outputs):
+            if output.requires_grad:
+                output.register_hook(_at(position, arrives))
+        return replacement
+
+    def _constant(self, tensor: Tensor | None, assignment: Assignment | None) -> ConstantInput | None:
+        if tensor is None or tensor.requires_grad:
+            return None
+        return ConstantInput(tensor, tensor._version, _checksum(tensor), assignment)
+
+    # ------------------------------------------------------------------ the backward pass
+
+    def _gradient_hook(self, layer: WatchedLayer) -> Callable[[Tensor], None]:
+        def gradient_arrives(gradient: Tensor) -> None:
+            if self._active and self.recording:
+                begin = time.perf_counter()
+                self._gather(layer, gradient.detach())
+                self.seconds += time.perf_counter() - begin
+
+        return gradient_arrives
+
+    def _gather(self, layer: WatchedLayer, gradient: Tensor) -> None:
+        """Add one backward pass to what is pending for a parameter."""
+        # Another backward pass, for the inputs' gradient say, may have crossed the layer without reaching here.
+        uses, layer.uses = [use for use in layer.uses if use.backward == _backward_pass()], []
+        if not uses:
+            raise WatchError(
+                f"a gradient reached '{layer.name}' that did not come through its layer's forward pass: the "
+                "parameter is used outside its layer, which cannot be watched; leave it out with layers=."
+            )
+        if self._backward < _backward_pass():
+            self._backward = _backward_pass()
+            self._discard_zeroed()
+        pending = layer.pending = layer.pending or Pending(layer.shape)
+        batches = {id(use.forward.assignment): use.forward.assignment for use in uses}
+        for assignment in batches.values():
+            if assignment is not None:
+                pending.sizes = assignment.sizes if pending.sizes is None else pending.sizes + assignment.sizes
+        exact = layer.name == self.audited
+        scale = self._loss_scale.of(_backward_pass())
+        # Positions count from the first use of a forward pass, but adjoints arrive from the last one on.
+        layer.position = 0
+        for use in sorted(uses, key=lambda use: (use.place, use.number)):
+            self._gather_use(layer, pending, use, scale, exact)
+        if self.audited is not None:
+            flat = float64(gradient.to_dense() if gradient.is_sparse else gradient).reshape(layer.shape) / scale
+            pending.arrived = flat if pending.arrived is None else pending.arrived + flat
+
+    def _gather_use(self, layer: WatchedLayer, pending: Pending, use: Use, scale: float, exact: bool) -> None:
+        factors = use.call.factors(use.parameter, use.adjoints)
+        pending.dtype = factors.adjoint.dtype if pending.dtype is None else pending.dtype
+        if isinstance(use.call.outputs[0], Tensor) and use.call.outputs[0].dtype != factors.adjoint.dtype:
+            pending.dtype = use.call.outputs[0].dtype
+        layer.inputs.append(use.constant)
+        sorting = self._sorting(layer, use, len(factors.activation))
+        kept = layer.sorted_input
+        if use.constant is not None and kept is not None and kept[1] is sorting and kept[0].same(use.constant):
+            activation = kept[2]
+        else:
+            activation = sorting.sort(single(factors.activation))
+            if use.constant is not None and isinstance(factors, Product):
+                layer.sorted_input = (use.constant, sorting, activation)
+        adjoint = sorting.sort(single(factors.adjoint))
+        if scale != 1:
+            adjoint = adjoint / scale
+        factors = factors.with_(activation, adjoint)
+        if isinstance(factors, Convolution) and self.unfolded:
+            factors = replace(factors, unfolded=True)
+        constant = use.constant is not None and len(layer.inputs) == 1
+        pending.add(factors, sorting, self.shares or self.audited is not None, self.factor_statistics, constant)
+        layer.widths = pending.widths()
+        layer.true_factor = not isinstance(factors, Convolution) or (factors.unfolded and factors.groups == 1)
+        if self.per_position and (isinstance(factors, Product) or (self.spatial and isinstance(factors, Convolution))):
+            # A convolution's items are whole images, whose positions the factors know.
+            layer.position = pending.add_by_position(factors, sorting, layer.position, shares_by_position)
+        if exact:
+            pending.add_exact(factors, sorting)
+
+    def _discard_zeroed(self) -> None:
+        """Forget, at the first gradient of a backward pass, what zero_grad() has discarded since the last one."""
+        for layer in self.layers:
+            if layer.pending is not None:
+                before = layer.parameter.grad
+                if before is None or not (before.coalesce().values() if before.is_sparse else before).any():
+                    layer.pending, layer.inputs = None, []
+
+    # ------------------------------------------------------------------ rows
+
+    def _sorting(self, layer: WatchedLayer, use: Use, items: int) -> Sorting:
+        """How to sort the items of one use by cell; computed once for each assignment of groups."""
+        forward = use.forward
+        if forward.assignment is None or forward.row_map is None:
+            return Sorting.without_groups(items)
+        # While the labels and the row map stay, so does the order; packed sequences bring another layout each time.
+        if self._sortings[0] is not forward.assignment:
+            self._sortings = (forward.assignment, {})
+        cache = self._sortings[1]
+        lengths = getattr(getattr(use.call, "sequences", None), "lengths", None)
+        form = None if lengths is None else tuple(lengths.tolist())
+        key = (use.place, use.number, id(forward.row_map), id(forward.valid), items, form)
+        if key not in cache or isinstance(use.call, LookupCall):
+            cache[key] = Sorting.by_cell(
+                self._samples_of_items(layer, use, items), forward.assignment, forward.valid, layer.parameter.device
+            )
+        return cache[key]
+
+    def _samples_of_items(self, layer: WatchedLayer, use: Use, items: int) -> np.ndarray:
+        forward = use.forward
+        assert forward.assignment is not None
+        assert forward.row_map is not None
+        if layer.name in self._rows:
+            samples = self._rows[layer.name]
+            if len(samples) and (samples.min() < 0 or samples.max() >= len(forward.assignment.cells)):
+                raise WatchError(f"rows= names a sample that the batch does not have, for '{layer.name}'.")
+        else:
+            calls = forward.row_map.samples.get(use.place, [])
+            if use.number >= len(calls):
+                raise WatchError(
+                    f"'{layer.name}' was used more often in training than in evaluation mode, so the rows of that use "
+                    "are not known: give rows=."
+                )
+            samples = use.call.samples_of_items(use.parameter, calls[use.number])
+        if len(samples) != items:
+            raise WatchError(
+                f"'{layer.name}' received {items} rows, but {len(samples)} are known: "
+                "give rows= with the sample of each row."
+            )
+        return samples
+
+
+def _at(position: int, function: Callable[[int, Tensor], None]) -> Callable[[Tensor], None]:
+    return lambda adjoint: function(position, adjoint)
+
+
+def _checksum(tensor: Tensor) -> float | None:
+    """Notice changes that bypass torch, which only memory shared with numpy can have."""
+    if tensor.device.type != "cpu" or not tensor.is_floating_point():
+        return None
+    flat = tensor.reshape(-1)
+    # Weights without regularity notice rows or columns that change places, which a plain sum would not.
+    return float(flat @ _irregular(len(flat), tensor.dtype))
+
+
+_irregular_weights: dict[torch.dtype, Tensor] = {}
+
+
+def _irregular(count: int, dtype: torch.dtype) -> Tensor:
+    weights = _irregular_weights.get(dtype)
+    if weights is None or len(weights) < count:
+        weights = torch.arange(count, dtype=torch.float64).mul_(0.6180339887498949).frac_().sub_(0.5).to(dtype)
+        _irregular_weights[dtype] = weights
+    return weights[:count]
+
+
+def _signature(value: Any) -> Any:
+    """Shapes of all tensors in the arguments, and options: with the same ones the rows lie in the same order."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, Mapping):
+        return tuple((key, _signature(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_signature(item) for item in value)
+    return value if isinstance(value, bool | int | str) else type(value).__name__
+
+
+def _backward_pass() -> int:
+    """Return the number of the backward pass that is running; later ones have larger numbers."""
+    return torch._C._current_graph_task_id()

@@ -1,0 +1,296 @@
+"""The ways in which a matrix enters a network, and its share of the gradient for some of the samples.
+
+Every family of layers comes down to three: a product with rows (linear and recurrent layers, attention), a convolution,
+and a lookup.  Each holds the activation and the adjoint of one use of the parameter, cut into items that belong to
+one sample each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Factors(Protocol):
+    """Activation and adjoint of one use of a parameter."""
+
+    @property
+    def activation(self) -> Tensor:
+        """What enters the layer, item by item."""
+        ...
+
+    @property
+    def adjoint(self) -> Tensor:
+        """Derivative of the loss at the output of the layer's affine map, item by item."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Rank that the items allow their share at most, as far as their number goes."""
+        ...
+
+    def with_(self, activation: Tensor, adjoint: Tensor) -> Factors:
+        """The same use with other items."""
+        ...
+
+    def split(self, counts: Sequence[int]) -> list[Factors]:
+        """Cut into runs of items."""
+        ...
+
+    def share(self) -> Tensor:
+        """The items' share of the gradient as a matrix, as torch stores the parameter."""
+        ...
+
+    def activation_rows(self) -> Tensor:
+        """Rows of the activation, shape (rows, inputs)."""
+        ...
+
+    def adjoint_rows(self) -> Tensor:
+        """Rows of the adjoint, shape (rows, outputs)."""
+        ...
+
+
+def single(tensor: Tensor) -> Tensor:
+    """Half precision, in which training may compute but nothing should be summed, as float32."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of rows with the parameter, ``x @ p.T``; an item is a row.
+
+    Attributes
+    ----------
+    activation : Tensor
+        Shape (rows, inputs).
+    adjoint : Tensor
+        Shape (rows, outputs).
+    outputs : (int, int) or None
+        First output and number of outputs of the whole parameter, where only a part of it was used, such as the part
+        of an attention's packed weight that makes the queries.
+    """
+
+    activation: Tensor
+    adjoint: Tensor
+    outputs: tuple[int, int] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.activation)
+
+    def with_(self, activation: Tensor, adjoint: Tensor) -> Product:
+        """The same use with other rows."""
+        return replace(self, activation=activation, adjoint=adjoint)
+
+    def split(self, counts: Sequence[int]) -> list[Product]:
+        """Cut into runs of rows."""
+        parts = zip(self.activation.split(list(counts)), self.adjoint.split(list(counts)), strict=True)
+        return [replace(self, activation=a, adjoint=d) for a, d in parts]
+
+    def share(self) -> Tensor:
+        r"""Compute :math:`\Delta^\top A` (paper, Eq. 1), shape (outputs, inputs)."""
+        product = self.adjoint.T @ self.activation
+        if self.outputs is None:
+            return product
+        first, total = self.outputs
+        return F.pad(product, (0, 0, first, total - first - len(product)))
+
+    def activation_rows(self) -> Tensor:
+        """The activation."""
+        return self.activation
+
+    def adjoint_rows(self) -> Tensor:
+        """The adjoint, with zeros for outputs that were not used."""
+        if self.outputs is None:
+            return self.adjoint
+        first, total = self.outputs
+        return F.pad(self.adjoint, (first, total - first - self.adjoint.shape[1]))
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution, transposed or not; an item is one entry of the convolution's batch.
+
+    Attributes
+    ----------
+    activation : Tensor
+        Shape (items, inputs, *space), padded where the padding is not of zeros.
+    adjoint : Tensor
+        Shape (items, outputs, *space).
+    kernel : tuple of int
+        Shape of the parameter.
+    stride, padding, dilation : tuple of int
+        One number a dimension of space.
+    groups : int
+        Number of separate convolutions.
+    transposed : bool
+        Whether the layer is a ConvTranspose.
+    output_padding : tuple of int
+        Of a ConvTranspose.
+    unfolded : bool
+        Whether a row of the activation is a patch, the true left factor, and not the channels at one position.
+    """
+
+    activation: Tensor
+    adjoint: Tensor
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool
+    output_padding: tuple[int, ...]
+    unfolded: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Items x positions x groups."""
+        positions = (self.activation if self.transposed else self.adjoint).shape[2:]
+        return len(self.adjoint) * math.prod(positions) * self.groups
+
+    def with_(self, activation: Tensor, adjoint: Tensor) -> Convolution:
+        """The same use with other items."""
+        return replace(self, activation=activation, adjoint=adjoint)
+
+    def split(self, counts: Sequence[int]) -> list[Convolution]:
+        """Cut into runs of items."""
+        parts = zip(self.activation.split(list(counts)), self.adjoint.split(list(counts)), strict=True)
+        return [replace(self, activation=a, adjoint=d) for a, d in parts]
+
+    def share(self) -> Tensor:
+        """Compute the weight's gradient from these items alone, shape (first dimension, others)."""
+        gradient = torch.ops.aten.convolution_backward(
+            self.adjoint,
+            self.activation,
+            self.adjoint.new_empty(1).expand(self.kernel),
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+            [False, True, False],
+        )[1]
+        return gradient.reshape(self.kernel[0], -1)
+
+    def activation_rows(self) -> Tensor:
+        """Channels at each position, or patches; shape (items x positions, inputs)."""
+        if self.unfolded and not self.transposed:
+            return self.patches().flatten(0, 1)
+        return channels_last(self.activation)
+
+    def adjoint_rows(self) -> Tensor:
+        """Channels at each position, shape (items x positions, outputs)."""
+        return channels_last(self.adjoint)
+
+    def patches(self) -> Tensor:
+        """What each output position of the convolution sees, shape (items, positions, inputs x kernel).
+
+        For a transposed convolution these are the outputs that each input position reaches.
+        """
+        space = self.kernel[2:]
+        image = self.adjoint if self.transposed else self.activation
+        positions = (self.activation if self.transposed else self.adjoint).shape[2:]
+        margins = [margin for size in reversed(self.padding) for margin in (size, size)]
+        image = F.pad(image, margins)
+        for axis, (size, stride, dilation, count) in enumerate(
+            zip(space, self.stride, self.dilation, positions, strict=True), start=2
+        ):
+            starts = torch.arange(count, device=image.device) * stride
+            offsets = torch.arange(size, device=image.device) * dilation
+            wanted = starts[:, None] + offsets
+            short = int(wanted.max()) + 1 - image.shape[axis]
+            if short > 0:  # an output padding lengthens a transposed convolution
+                image = F.pad(image, [0, 0] * (image.ndim - 1 - axis) + [0, short])
+            # (…, positions, …) and the kernel's offsets at the end
+            image = image.index_select(axis, wanted.flatten()).unflatten(axis, wanted.shape).movedim(axis + 1, -1)
+        dimensions = len(space)
+        image = image.movedim(1, 1 + dimensions)  # (items, *positions, channels, *kernel)
+        return image.flatten(1, dimensions).flatten(2)
+
+    def shares_by_position(self) -> Tensor:
+        """One share for each output position, shape (positions, first dimension, others)."""
+        patches = self.patches()
+        rows = (self.activation if self.transposed else self.adjoint).flatten(2).movedim(2, 1)
+        if self.groups == 1:
+            return torch.einsum("npo,npi->poi", rows, patches)
+        rows = rows.unflatten(2, (self.groups, -1))
+        patches = patches.unflatten(2, (self.groups, -1))
+        return torch.einsum("npgo,npgi->pgoi", rows, patches).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A lookup of the parameter's rows; an item is an index.
+
+    Attributes
+    ----------
+    activation : Tensor of int
+        Shape (items,): which row was looked up.
+    adjoint : Tensor
+        Shape (items, width).
+    size : int
+        Number of rows of the parameter.
+    """
+
+    activation: Tensor
+    adjoint: Tensor
+    size: int
+
+    @property
+    def rows(self) -> int:
+        """Number of items."""
+        return len(self.activation)
+
+    def with_(self, activation: Tensor, adjoint: Tensor) -> Lookup:
+        """The same use with other items."""
+        return replace(self, activation=activation, adjoint=adjoint)
+
+    def split(self, counts: Sequence[int]) -> list[Lookup]:
+        """Cut into runs of items."""
+        parts = zip(self.activation.split(list(counts)), self.adjoint.split(list(counts)), strict=True)
+        return [replace(self, activation=a, adjoint=d) for a, d in parts]
+
+    def share(self) -> Tensor:
+        """Sum the adjoints of each row, shape (size, width)."""
+        return self.adjoint.new_zeros(self.size, self.adjoint.shape[1]).index_add_(0, self.activation, self.adjoint)
+
+    def activation_rows(self) -> Tensor:
+        """Rows with a one where they point, shape (items, size)."""
+        return F.one_hot(self.activation, self.size).to(self.adjoint.dtype)
+
+    def adjoint_rows(self) -> Tensor:
+        """The adjoint."""
+        return self.adjoint
+
+
+def shares_by_position(factors: Factors, table: Tensor) -> Tensor:
+    """Shares of each position along the tying dimension, shape (positions, *shape of the matrix).
+
+    Parameters
+    ----------
+    factors : Product or Convolution
+        Rows of one cell; for a convolution each position in space.
+    table : Tensor of int, shape (positions, most rows)
+        Rows at each position; -1 where there are fewer.
+    """
+    if isinstance(factors, Convolution):
+        return factors.shares_by_position()
+    assert isinstance(factors, Product)
+    rows = []
+    for side in (factors.adjoint_rows(), factors.activation_rows()):
+        rows.append(torch.cat([side, side.new_zeros(1, side.shape[1])])[table])
+    return rows[0].mT @ rows[1]
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """Reshape (items, channels, *space) into (items x positions, channels)."""
+    return tensor.flatten(2).movedim(1, 2).flatten(0, 1)

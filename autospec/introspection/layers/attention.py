@@ -1,0 +1,91 @@
+"""nn.MultiheadAttention: its products are seen as torch's own function carries them out.
+
+The module calls one function that projects, attends and projects again.  While it runs, a TorchFunctionMode looks on
+at its calls of `torch.nn.functional.linear` and reports those with the module's weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from ..hooks import Hook
+from .call import OnCall
+from .linear import LinearCall
+
+WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@functools.cache
+def _looked_through() -> Callable[..., Any]:
+    """Torch's attention function, which under a mode goes on with its own body instead of asking the mode again."""
+    function = F.multi_head_attention_forward
+    names = {**function.__globals__, "has_torch_function": lambda _: False}
+    body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
+class _Products(TorchFunctionMode):
+    """Reports products with the module's weights."""
+
+    def __init__(self, weights: Mapping[str, Tensor], on_call: OnCall) -> None:
+        super().__init__()
+        self.weights, self.on_call = weights, on_call
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _looked_through()(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if func is F.linear:
+            activation = args[0] if args else kwargs["input"]
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            for name, whole in self.weights.items():
+                if weight.data_ptr() == whole.data_ptr() and len(weight) == len(whole):
+                    self.on_call(LinearCall(name, activation, output))
+                elif weight.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+                    first = (weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
+                    self.on_call(LinearCall(name, activation, output, (first, len(whole))))
+        return output
+
+
+class AttentionRule:
+    """nn.MultiheadAttention in all its forms: the packed or separate projections, and the output's."""
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the module computes nn.MultiheadAttention's own forward pass."""
+        return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+
+    def parameters(self, module: nn.Module) -> tuple[str, ...]:
+        """The projections' weights."""
+        return (*(name for name in WEIGHTS if getattr(module, name, None) is not None), "out_proj.weight")
+
+    def attach(self, module: nn.Module, on_call: OnCall) -> list[RemovableHandle]:
+        """Look on from before each forward pass until after it."""
+        running: list[_Products] = []
+
+        def begin(_: nn.Module, args: tuple[Any, ...]) -> None:
+            weights = {name: module.get_parameter(name) for name in self.parameters(module)}
+            mode = _Products(weights, on_call)
+            mode.__enter__()
+            running.append(mode)
+
+        def end(*_: Any) -> None:
+            if running:
+                running.pop().__exit__(None, None, None)
+
+        return [
+            module.register_forward_pre_hook(Hook(begin)),
+            module.register_forward_hook(Hook(end), always_call=True),
+        ]

@@ -1,0 +1,52 @@
+"""What a rule reports of one forward pass through a layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ..factors import Factors
+
+
+class LayerCall(ABC):
+    """One forward pass through a layer.
+
+    Attributes
+    ----------
+    inputs : tuple of Tensor
+        What the factors are made of; it may not change before the backward pass.
+    outputs : tuple of Tensor
+        The tensors whose derivatives the adjoint is made of.
+    parameters : tuple of str
+        The matrix parameters that were used, by their names in the module.
+    """
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    parameters: tuple[str, ...]
+
+    @abstractmethod
+    def marks(self, parameter: str) -> Tensor:
+        """Whether each entry of the batch holds a NaN, shape (entries,): how entries are traced to samples."""
+
+    @abstractmethod
+    def factors(self, parameter: str, adjoints: Sequence[Tensor | None]) -> Factors:
+        """Activation and adjoint, given the derivatives at the outputs (None: not used by the loss)."""
+
+    def samples_of_items(self, parameter: str, samples: np.ndarray) -> np.ndarray:
+        """Sample of each item of the factors, given the sample of each entry; by default items are entries."""
+        return samples
+
+    def constant(self, parameter: str) -> Tensor | None:
+        """The tensor that alone makes the activation: where it is data and stays the same, so does the activation."""
+        return self.inputs[0]
+
+    def forget(self) -> None:  # noqa: B027 (most keep nothing)
+        """Let go of what was computed in `factors`."""
+
+
+OnCall = Callable[[LayerCall], Tensor | None]
+"""Takes a call; may return what shall stand in for the layer's output (see `LookupCall.for_each_sample`)."""

@@ -1,0 +1,78 @@
+"""nn.Conv1d to 3d and nn.ConvTranspose1d to 3d: rows are the channels at each position in space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from ..factors import Convolution
+from ..hooks import Hook
+from .call import LayerCall, OnCall
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class ConvolutionCall(LayerCall):
+    """One forward pass through a convolution."""
+
+    parameters = ("weight",)
+
+    def __init__(self, module: Any, activation: Tensor, output: Tensor) -> None:
+        self.module = module
+        self.inputs, self.outputs = (activation,), (output,)
+        self.dimensions = module.weight.ndim - 2
+
+    def _batched(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.ndim == self.dimensions + 2 else tensor.unsqueeze(0)
+
+    def marks(self, parameter: str) -> Tensor:
+        """Whether each entry of the batch holds a NaN."""
+        return self._batched(self.inputs[0]).isnan().flatten(1).any(1)
+
+    def factors(self, parameter: str, adjoints: Sequence[Tensor | None]) -> Convolution:
+        """The input, padded where the padding is not of zeros on both sides, and the derivative at the output."""
+        module, adjoint = self.module, adjoints[0]
+        assert adjoint is not None
+        activation = self._batched(self.inputs[0]).to(adjoint.dtype)
+        padding = module.padding
+        if module.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            activation = F.pad(activation, module._reversed_padding_repeated_twice, mode=mode)
+            padding = (0,) * self.dimensions
+        return Convolution(
+            activation,
+            self._batched(adjoint),
+            tuple(module.weight.shape),
+            module.stride,
+            padding,
+            module.dilation,
+            module.groups,
+            isinstance(module, TRANSPOSED),
+            module.output_padding,
+        )
+
+
+class ConvolutionRule:
+    """Convolutions in one to three dimensions, with any stride, padding, dilation and groups."""
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the module computes the forward pass of one of torch's convolutions."""
+        families = CONVOLUTIONS + TRANSPOSED
+        return any(isinstance(module, family) and type(module).forward is family.forward for family in families)
+
+    def parameters(self, module: nn.Module) -> tuple[str, ...]:
+        """The kernels."""
+        return ("weight",)
+
+    def attach(self, module: nn.Module, on_call: OnCall) -> list[RemovableHandle]:
+        """Report the input and the output of each forward pass."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            on_call(ConvolutionCall(module, args[0] if args else kwargs["input"], output))
+
+        return [module.register_forward_hook(Hook(hook), with_kwargs=True)]

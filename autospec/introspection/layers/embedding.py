@@ -1,0 +1,98 @@
+"""nn.Embedding: the activation is the index as a row with a single one, the adjoint the derivative at the output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import WatchError
+from ..factors import Lookup
+from ..hooks import Hook
+from .call import LayerCall, OnCall
+
+
+class LookupCall(LayerCall):
+    """One lookup."""
+
+    parameters = ("weight",)
+
+    def __init__(self, module: nn.Embedding, index: Tensor, output: Tensor) -> None:
+        self.module = module
+        self.inputs, self.outputs = (index,), (output,)
+        self.kept = None if module.padding_idx is None else (index != module.padding_idx).flatten()
+
+    def marks(self, parameter: str) -> Tensor:
+        """Whether each vector that was looked up holds a NaN."""
+        output = self.outputs[0]
+        return output.reshape(-1, output.shape[-1]).isnan().any(1)
+
+    def samples_of_items(self, parameter: str, samples: np.ndarray) -> np.ndarray:
+        """Items are indices; padding has no share in the weight."""
+        return samples if self.kept is None else samples[self.kept.cpu().numpy()]
+
+    def factors(self, parameter: str, adjoints: Sequence[Tensor | None]) -> Lookup:
+        """The indices and the derivative at the output, without padding."""
+        adjoint = adjoints[0]
+        assert adjoint is not None
+        index, adjoint = self.inputs[0].flatten().long(), adjoint.reshape(-1, adjoint.shape[-1])
+        if self.kept is not None:
+            index, adjoint = index[self.kept], adjoint[self.kept]
+        return Lookup(index, adjoint, self.module.num_embeddings)
+
+    def for_each_sample(self, count: int, dim: int, new: bool) -> LookupCall:
+        """The same lookup, once for every sample: a table of positions, say, that the whole batch shares.
+
+        Parameters
+        ----------
+        count : int
+            Samples.
+        dim : int
+            Dimension of the output along which they lie.
+        new : bool
+            Whether the dimension is put in; otherwise it has size 1.
+
+        Returns
+        -------
+        LookupCall
+            Its output is an expanded view with the same values, to be used instead of the shared output; the sum that
+            autograd then forms over the samples is the one that broadcasting would have formed.
+        """
+        index, output = self.inputs[0], self.outputs[0]
+        if new:
+            index, output = index.unsqueeze(dim), output.unsqueeze(dim)
+        shape = [count if axis == dim else size for axis, size in enumerate(output.shape)]
+        return LookupCall(self.module, index.expand(shape[:-1]), output.expand(shape))
+
+    def constant(self, parameter: str) -> Tensor | None:
+        """Nothing: the spectrum of indices is a count."""
+        return None
+
+
+class EmbeddingRule:
+    """nn.Embedding, and subclasses that keep its forward pass."""
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the module computes nn.Embedding's own forward pass."""
+        return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+
+    def parameters(self, module: nn.Module) -> tuple[str, ...]:
+        """The table."""
+        return ("weight",)
+
+    def attach(self, module: nn.Module, on_call: OnCall) -> list[RemovableHandle]:
+        """Report the indices and the output of each forward pass."""
+        assert isinstance(module, nn.Embedding)
+        if module.scale_grad_by_freq:
+            raise WatchError(
+                "an nn.Embedding with scale_grad_by_freq=True divides its gradient by counts of the batch, so it has no "
+                "group shares: leave it out with layers=."
+            )
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            return on_call(LookupCall(module, args[0] if args else kwargs["input"], output))
+
+        return [module.register_forward_hook(Hook(hook), with_kwargs=True)]
