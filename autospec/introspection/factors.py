@@ -39,7 +39,7 @@ class Factors(Protocol):
         """The same use with other items."""
         ...
 
-    def split(self, counts: Sequence[int]) -> list[Factors]:
+    def split(self, counts: Sequence[int]) -> Sequence[Factors]:
         """Cut into runs of items."""
         ...
 
