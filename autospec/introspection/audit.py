@@ -72,7 +72,7 @@ class Audit:
         """Compare the sum of the shares with the gradient that arrived; warn of what came from no row."""
         if pending.arrived is None:
             return
-        matrices = [float64(share.matrix()) for share in pending.shares.values()]
+        matrices = [float64(pending.shares.matrix([key])) for key in pending.shares.counts]
         outside = torch.linalg.matrix_norm(pending.arrived - torch.stack(matrices).sum(0))
         scale = max(float(torch.linalg.matrix_norm(matrix)) for matrix in matrices)
         unit = (

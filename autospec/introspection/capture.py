@@ -23,6 +23,7 @@ from .pending import Pending, Sorting
 from .rows import Place, RowMap, map_rows
 from .scaling import LossScale
 from .spectra import float64
+from .workspace import Workspace
 
 
 @dataclass
@@ -144,6 +145,7 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         self._calls: list[tuple[LayerCall, list[Tensor | None]]] = []
         self._loss_scale = LossScale()
+        self.workspace = Workspace()
         self._active = self._paused = False
         self.seconds = 0.0
         self._backward = -1
@@ -176,6 +178,7 @@ class Capture:
                 layer.handle.remove()
             layer.handle = layer.sorted_input = None
         self.clear()
+        self.workspace.release()
         self._forward = None
         self._active = False
 
@@ -187,6 +190,7 @@ class Capture:
             call.forget()
             adjoints.clear()
         self._calls = []
+        self.workspace.take_back()
 
     # ------------------------------------------------------------------ the forward pass
 
@@ -277,8 +281,8 @@ class Capture:
         versions = [tensor._version for tensor in call.inputs]
         latest: list[tuple[int, list[Tensor | None]]] = []
 
-        def arrives(position: int, adjoint: Tensor) -> None:
-            if not self._active:
+        def arrives(position: int, adjoint: Tensor | None) -> None:
+            if not self._active or adjoint is None:  # compiled code calls for outputs that the loss does not use
                 return
             if forward.error is not None:
                 raise forward.error
@@ -298,6 +302,7 @@ class Capture:
         for position, output in enumerate(call.outputs):
             if output.requires_grad:
                 output.register_hook(_at(position, arrives))
+        call.leave_graph()
         return replacement
 
     def _constant(self, tensor: Tensor | None, assignment: Assignment | None) -> ConstantInput | None:
@@ -328,7 +333,7 @@ class Capture:
         if self._backward < _backward_pass():
             self._backward = _backward_pass()
             self._discard_zeroed()
-        pending = layer.pending = layer.pending or Pending(layer.shape)
+        pending = layer.pending = layer.pending or Pending(layer.shape, self.workspace)
         batches = {id(use.forward.assignment): use.forward.assignment for use in uses}
         for assignment in batches.values():
             if assignment is not None:
@@ -354,10 +359,11 @@ class Capture:
         if use.constant is not None and kept is not None and kept[1] is sorting and kept[0].same(use.constant):
             activation = kept[2]
         else:
-            activation = sorting.sort(single(factors.activation))
-            if use.constant is not None and isinstance(factors, Product):
+            lasting = use.constant is not None
+            activation = sorting.sort(single(factors.activation), None if lasting else self.workspace)
+            if use.constant is not None:
                 layer.sorted_input = (use.constant, sorting, activation)
-        adjoint = sorting.sort(single(factors.adjoint))
+        adjoint = sorting.sort(single(factors.adjoint), self.workspace)
         if scale != 1:
             adjoint = adjoint / scale
         factors = factors.with_(activation, adjoint)
@@ -425,7 +431,7 @@ class Capture:
         return samples
 
 
-def _at(position: int, function: Callable[[int, Tensor], None]) -> Callable[[Tensor], None]:
+def _at(position: int, function: Callable[[int, Tensor | None], None]) -> Callable[[Tensor], None]:
     return lambda adjoint: function(position, adjoint)
 
 

@@ -47,6 +47,10 @@ class Factors(Protocol):
         """The items' share of the gradient as a matrix, as torch stores the parameter."""
         ...
 
+    def share_into(self, total: Tensor, first: bool) -> None:
+        """Write the share into a matrix, or add it to what is there."""
+        ...
+
     def activation_rows(self) -> Tensor:
         """Rows of the activation, shape (rows, inputs)."""
         ...
@@ -101,6 +105,16 @@ class Product:
             return product
         first, total = self.outputs
         return F.pad(product, (0, 0, first, total - first - len(product)))
+
+    def share_into(self, total: Tensor, first: bool) -> None:
+        """Write the share into a matrix, or add it to what is there."""
+        if self.outputs is None:
+            total.addmm_(self.adjoint.T, self.activation, beta=0 if first else 1)
+            return
+        if first:
+            total.zero_()
+        start = self.outputs[0]
+        total[start : start + self.adjoint.shape[1]].addmm_(self.adjoint.T, self.activation)
 
     def activation_rows(self) -> Tensor:
         """The activation."""
@@ -180,6 +194,13 @@ class Convolution:
             [False, True, False],
         )[1]
         return gradient.reshape(self.kernel[0], -1)
+
+    def share_into(self, total: Tensor, first: bool) -> None:
+        """Write the share into a matrix, or add it to what is there."""
+        if first:
+            total.copy_(self.share())
+        else:
+            total += self.share()
 
     def activation_rows(self) -> Tensor:
         """Channels at each position, or patches; shape (items x positions, inputs)."""
@@ -262,6 +283,12 @@ class Lookup:
     def share(self) -> Tensor:
         """Sum the adjoints of each row, shape (size, width)."""
         return self.adjoint.new_zeros(self.size, self.adjoint.shape[1]).index_add_(0, self.activation, self.adjoint)
+
+    def share_into(self, total: Tensor, first: bool) -> None:
+        """Write the share into a matrix, or add it to what is there."""
+        if first:
+            total.zero_()
+        total.index_add_(0, self.activation, self.adjoint)
 
     def activation_rows(self) -> Tensor:
         """Rows with a one where they point, shape (items, size)."""

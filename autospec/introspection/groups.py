@@ -122,7 +122,8 @@ class Groups:
             for grouping, label in test.items():
                 table[:, column] &= arrays[grouping] == label
         members, cells = np.unique(table, axis=0, return_inverse=True)
-        return Assignment(cells.reshape(-1), members)
+        # The first group's cell comes first.
+        return Assignment(len(members) - 1 - cells.reshape(-1), members[::-1])
 
     @staticmethod
     def _columns(labels: Any) -> dict[str, Any]:

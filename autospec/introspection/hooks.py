@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 def do_nothing(*_: Any) -> None:
     """Stand for a hook in a copy."""
@@ -22,6 +24,7 @@ class Hook:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
+    @torch._disable_dynamo  # compiled code leaves the graph here and calls the hook as it is
     def __call__(self, *args: Any) -> Any:
         """Do what the hook is for."""
         return self.function(*args)

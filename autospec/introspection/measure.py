@@ -13,22 +13,34 @@ from torch import Tensor
 
 from .capture import ConstantInput, WatchedLayer
 from .errors import WatchError
-from .pending import IndexStack, Pending, RowStack, cells_of_groups, share_grams, share_matrices
+from .pending import IndexStack, Pending, RowStack, cells_of_groups
 from .spectra import float64, leading_directions, lower_gram, noise_floor, principal_angles, singular_values
 from .tree import Record
 
 CONTRASTS = ("contrast", "cosine", "angles")
+# Decompositions are put off until there are this many steps, or this much memory of Gram matrices, to solve together.
+STEPS_TOGETHER = 16
+BYTES_TOGETHER = 2**23
 
 
 @dataclass
 class _Job:
-    """One spectrum to be computed: a Gram matrix, or the values where they are known already."""
+    """Spectra of one layer for some groups: Gram matrices, or the values where they are known already."""
 
     layer: WatchedLayer
     statistic: str
-    group: int
-    gram: Tensor | None
+    groups: list[int]
+    grams: Tensor | None
     values: Tensor | None = None
+
+
+@dataclass
+class _Open:
+    """A record whose decompositions have not been carried out."""
+
+    record: Record
+    jobs: list[_Job]
+    dtypes: dict[str, torch.dtype]
 
 
 class Measurement:
@@ -61,7 +73,9 @@ class Measurement:
         self.groups: tuple[str, ...] = ("all",)
         self.pairs: list[tuple[int, int]] = []
         self._cells: tuple[tuple[bytes, ...], list[list[bytes]]] = ((), [])
-        self._constants: dict[str, tuple[ConstantInput, np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._constants: dict[str, tuple[ConstantInput, list[_Job]]] = {}
+        self._open: list[_Open] = []
+        self._open_bytes = 0
 
     def name_groups(self, names: Sequence[str], groupings: Sequence[str]) -> None:
         """Take the groups: pairs are compared within a grouping."""
@@ -99,11 +113,9 @@ class Measurement:
         return index
 
     def record(self, step: int) -> Record:
-        """Spectra of everything pending, all decompositions of equal size in one call."""
+        """Take everything pending; the spectra are in the record after `finish`."""
         record = Record(step, self._group_sizes())
-        jobs: list[_Job] = []
-        computed: list[tuple[WatchedLayer, ConstantInput]] = []
-        complete: dict[tuple[str, str], np.ndarray] = {}
+        opened = _Open(record, [], {})
         for layer in self.layers:
             pending = layer.pending
             if pending is None:
@@ -113,47 +125,62 @@ class Measurement:
             limit = np.minimum(min(layer.shape), rows)
             layer.rank_limit = limit if layer.rank_limit is None else np.maximum(layer.rank_limit, limit)
             record.rows[layer.name] = rows
+            opened.dtypes[layer.name] = pending.dtype or torch.float32
             present = [group for group, cells in enumerate(cells_of) if cells]
             if "gradient" in self.statistics:
-                grams = share_grams([[pending.shares[key] for key in cells_of[group]] for group in present])
-                jobs += [_Job(layer, "gradient", group, gram) for group, gram in zip(present, grams, strict=True)]
+                for positions, grams in pending.shares.grams([cells_of[group] for group in present]):
+                    opened.jobs.append(_Job(layer, "gradient", [present[i] for i in positions], grams))
             for statistic in ("activation", "adjoint"):
-                if statistic not in self.statistics:
-                    continue
-                constant = layer.inputs[0] if statistic == "activation" and len(layer.inputs) == 1 else None
-                if constant is not None:
-                    known = self._constants.get(layer.name)
-                    if known is not None and known[0].same(constant):
-                        key = (layer.name, statistic)
-                        record.spectra[key], record.sigma_1[key], complete[key] = known[1:]
-                        continue
-                    computed.append((layer, constant))
-                for group in present:
-                    jobs += self._factor_jobs(layer, pending, statistic, group, cells_of[group])
-        self._store(record, jobs, complete)
-        for layer, constant in computed:
-            key = (layer.name, "activation")
-            self._constants[layer.name] = (constant, record.spectra[key], record.sigma_1[key], complete[key])
+                if statistic in self.statistics:
+                    self._factor_jobs(opened, layer, pending, statistic, present, cells_of)
+        self._open.append(opened)
+        self._open_bytes += sum(job.grams.nbytes for job in opened.jobs if job.grams is not None)
         for layer in self.layers:
             if layer.pending is not None:
-                self._floors(record, layer, layer.pending)
-                self._more(record, layer, layer.pending, complete)
+                self._more(record, layer, layer.pending)
         return record
 
+    @property
+    def due(self) -> bool:
+        """Whether enough has been put off for `finish`."""
+        return len(self._open) >= STEPS_TOGETHER or self._open_bytes >= BYTES_TOGETHER
+
     def _factor_jobs(
-        self, layer: WatchedLayer, pending: Pending, statistic: str, group: int, cells: Sequence[bytes]
-    ) -> list[_Job]:
+        self,
+        opened: _Open,
+        layer: WatchedLayer,
+        pending: Pending,
+        statistic: str,
+        present: Sequence[int],
+        cells_of: Sequence[Sequence[bytes]],
+    ) -> None:
+        constant = layer.inputs[0] if statistic == "activation" and len(layer.inputs) == 1 else None
+        if constant is not None:
+            known = self._constants.get(layer.name)
+            if known is not None and known[0].same(constant):
+                opened.jobs += known[1]
+                return
         jobs = []
         for stacks in pending.stacks[statistic].values():
-            there = [stacks[key] for key in cells if key in stacks]
-            if there:
-                jobs.append(_Job(layer, statistic, group, RowStack.merged_gram(there)))
+            by_size: dict[int, tuple[list[int], list[Tensor]]] = {}
+            for group in present:
+                there = [stacks[key] for key in cells_of[group] if key in stacks]
+                if there:
+                    gram = RowStack.merged_gram(there)
+                    groups, grams = by_size.setdefault(len(gram), ([], []))
+                    groups.append(group)
+                    grams.append(gram)
+            jobs += [_Job(layer, statistic, groups, torch.stack(grams)) for groups, grams in by_size.values()]
         if statistic == "activation":
             for indices in pending.indices.values():
-                found = [indices[key] for key in cells if key in indices]
-                if found:
-                    jobs.append(_Job(layer, statistic, group, None, IndexStack.merged_spectrum(found)))
-        return jobs
+                for group in present:
+                    found = [indices[key] for key in cells_of[group] if key in indices]
+                    if found:
+                        values = IndexStack.merged_spectrum(found).unsqueeze(0)
+                        jobs.append(_Job(layer, statistic, [group], None, values))
+        if constant is not None:
+            self._constants[layer.name] = (constant, jobs)
+        opened.jobs += jobs
 
     def _cells_of(self, keys: tuple[bytes, ...]) -> list[list[bytes]]:
         """Cells of each group; the same every step, as a rule."""
@@ -161,69 +188,114 @@ class Measurement:
             self._cells = (keys, cells_of_groups(keys, len(self.groups)))
         return self._cells[1]
 
-    def _store(self, record: Record, jobs: list[_Job], complete: dict[tuple[str, str], np.ndarray]) -> None:
-        groups = len(self.groups)
-        open_jobs = [job for job in jobs if job.values is None]
-        for job, values in zip(
-            open_jobs, singular_values([job.gram for job in open_jobs if job.gram is not None]), strict=True
-        ):
-            job.values = values
-        merged: dict[tuple[str, str, int], tuple[WatchedLayer, np.ndarray]] = {}
-        for job in jobs:
-            assert job.values is not None
-            key = (job.layer.name, job.statistic, job.group)
-            found = job.values.cpu().numpy()
-            if key in merged:  # rows from different spaces: the spectra of both
-                found = np.sort(np.concatenate([merged[key][1], found]))[::-1]
-            merged[key] = (job.layer, found)
-        for (name, statistic, group), (layer, found) in merged.items():
-            spectrum = (name, statistic)
-            index = self.index(layer)
-            limit = min(layer.shape)
-            if spectrum not in record.spectra:
-                record.spectra[spectrum] = np.full((groups, len(index)), np.nan, dtype=np.float32)
-                record.sigma_1[spectrum] = np.full(groups, np.nan)
-                complete[spectrum] = np.full((groups, limit), np.nan)
-            # A share of few rows was reduced to as many values: the others are zero, not missing.
-            width = limit if statistic == "gradient" else len(found)
-            usable = np.flatnonzero(index <= min(width, layer.widths.get(statistic, width)))
-            padded = _padded(found, max(width, limit))
-            record.spectra[spectrum][group, usable] = padded[index[usable] - 1]
-            record.sigma_1[spectrum][group] = found[0]
-            complete[spectrum][group] = padded[:limit]
-
-    def _floors(self, record: Record, layer: WatchedLayer, pending: Pending) -> None:
-        rows = record.rows[layer.name]
-        shapes = {"gradient": layer.shape}
-        for statistic, width in layer.widths.items():
-            shapes[statistic] = (width, 1)
-        for statistic in ("gradient", "activation", "adjoint"):
-            key = (layer.name, statistic)
-            if key in record.sigma_1:
-                dtype = pending.dtype or torch.float32
-                floor = noise_floor(record.sigma_1[key], shapes[statistic], rows, dtype, statistic)
-                record.floors[key] = floor.astype(np.float32)
-
     def _group_sizes(self) -> np.ndarray:
         """Count the samples in each group, over all micro-batches of the step."""
         sizes = [layer.pending.sizes for layer in self.layers if layer.pending and layer.pending.sizes is not None]
         return np.max(sizes, axis=0) if sizes else np.zeros(len(self.groups), dtype=np.int64)
 
-    # ------------------------------------------------------------------ what goes beyond one spectrum a group
+    # ------------------------------------------------------------------ decompositions
 
-    def _more(
-        self, record: Record, layer: WatchedLayer, pending: Pending, complete: dict[tuple[str, str], np.ndarray]
-    ) -> None:
-        parts = [complete.get((layer.name, statistic)) for statistic in ("gradient", "activation", "adjoint")]
-        forms = len(pending.stacks["activation"]) + len(pending.indices)
-        if layer.true_factor and forms <= 1 and all(part is not None for part in parts):
+    def finish(self) -> list[Record]:
+        """Carry out what was put off, all decompositions of equal size in one call; return the records."""
+        opened, self._open, self._open_bytes = self._open, [], 0
+        unsolved = list({id(job): job for each in opened for job in each.jobs if job.values is None}.values())
+        grams = [job.grams for job in unsolved if job.grams is not None]
+        for job, values in zip(unsolved, singular_values(grams), strict=True):
+            job.values, job.grams = values, None
+        # Steps whose jobs are alike are stored together.
+        alike: dict[tuple[tuple[str, str, tuple[int, ...], int], ...], list[_Open]] = {}
+        for each in opened:
+            form = tuple(
+                (job.layer.name, job.statistic, tuple(job.groups), job.values.shape[-1])
+                for job in each.jobs
+                if job.values is not None
+            )
+            alike.setdefault(form, []).append(each)
+        for same in alike.values():
+            self._store(same)
+        if "contrast" in self.statistics and "gradient" in self.statistics:
+            for each in opened:
+                self._contrast_floors(each.record)
+        return [each.record for each in opened]
+
+    def _contrast_floors(self, record: Record) -> None:
+        """The noise of a difference of shares is at most the sum of theirs."""
+        for name, rows in record.rows.items():
+            floors = record.floors[name, "gradient"]
+            for a, b in self.pairs:
+                if rows[a] and rows[b]:
+                    floor = floors[a] / record.group_size[a] + floors[b] / record.group_size[b]
+                    record.contrasts[self._pair(a, b), name, "gradient_noise_floor"] = np.asarray(floor, np.float32)
+
+    def _store(self, opened: list[_Open]) -> None:
+        """Spectra, largest values, noise floors and alignment of steps that have the same jobs."""
+        steps, groups = len(opened), len(self.groups)
+        jobs_of: dict[tuple[str, str], list[int]] = {}
+        for number, job in enumerate(opened[0].jobs):
+            jobs_of.setdefault((job.layer.name, job.statistic), []).append(number)
+        complete: dict[tuple[str, str], np.ndarray] = {}
+        mixed: set[str] = set()
+        for key, numbers in jobs_of.items():
+            layer = opened[0].jobs[numbers[0]].layer
+            statistic, limit, index = key[1], min(layer.shape), self.index(layer)
+            widths = np.zeros(groups, dtype=np.int64)
+            for number in numbers:
+                job = opened[0].jobs[number]
+                assert job.values is not None
+                widths[job.groups] += job.values.shape[-1]
+            values = np.full((steps, groups, max(int(widths.max()), limit)), np.nan)
+            filled, parts = np.zeros(groups, dtype=np.int64), np.zeros(groups, dtype=np.int64)
+            for number in numbers:
+                found = torch.stack([_values(each.jobs[number]) for each in opened]).cpu().numpy()
+                for group, row in zip(opened[0].jobs[number].groups, found.swapaxes(0, 1), strict=True):
+                    values[:, group, filled[group] : filled[group] + row.shape[1]] = row
+                    filled[group] += row.shape[1]
+                    parts[group] += 1
+            if parts.max() > 1:
+                values = -np.sort(-values, axis=-1)  # rows from different spaces: the spectra of both
+                mixed.add(key[0])
+            # A share of few rows was reduced to as many values: the others are zero (NaN where it is not finite).
+            for group in np.flatnonzero(filled).tolist():
+                values[:, group, filled[group] :] = values[:, group, :1] * 0
+            sigma_1 = values[:, :, 0].copy()
+            complete[key] = values[:, :, :limit]
+            kept = np.full((steps, groups, len(index)), np.nan, dtype=np.float32)
+            for group in np.flatnonzero(filled).tolist():
+                width = limit if statistic == "gradient" else int(filled[group])
+                usable = np.flatnonzero(index <= min(width, layer.widths.get(statistic, width)))
+                kept[:, group, usable] = values[:, group, index[usable] - 1]
+            floors = self._floors(opened, layer, statistic, sigma_1)
+            for step, each in enumerate(opened):
+                each.record.spectra[key] = kept[step]
+                each.record.sigma_1[key] = sigma_1[step]
+                each.record.floors[key] = floors[step]
+        self._align(opened, {key: values for key, values in complete.items() if key[0] not in mixed})
+
+    def _floors(self, opened: list[_Open], layer: WatchedLayer, statistic: str, sigma_1: np.ndarray) -> np.ndarray:
+        shape = layer.shape if statistic == "gradient" else (layer.widths[statistic], 1)
+        rows = np.array([each.record.rows[layer.name] for each in opened])
+        dtype = opened[0].dtypes[layer.name]
+        return noise_floor(sigma_1, shape, rows, dtype, statistic).astype(np.float32)
+
+    def _align(self, opened: list[_Open], complete: dict[tuple[str, str], np.ndarray]) -> None:
+        """Alignment, where the factors' whole spectra are known."""
+        for name in {key[0] for key in complete}:
+            parts = [complete.get((name, statistic)) for statistic in ("gradient", "activation", "adjoint")]
+            layer = next(job.layer for job in opened[0].jobs if job.layer.name == name)
+            if not layer.true_factor or any(part is None for part in parts):
+                continue
             gradient, activation, adjoint = parts
             assert gradient is not None
             assert activation is not None
             assert adjoint is not None
-            largest = (activation * adjoint).sum(1)
             with np.errstate(invalid="ignore", divide="ignore"):
-                record.alignment[layer.name] = (gradient.sum(1) / largest).astype(np.float32)
+                alignment = (gradient.sum(2) / (activation * adjoint).sum(2)).astype(np.float32)
+            for step, each in enumerate(opened):
+                each.record.alignment[name] = alignment[step]
+
+    # ------------------------------------------------------------------ what goes beyond one spectrum a group
+
+    def _more(self, record: Record, layer: WatchedLayer, pending: Pending) -> None:
         if max((len(total) for total in pending.by_position.values()), default=0) > 1:
             record.by_position[layer.name] = self._by_position(layer, pending)
         if any(statistic in self.statistics for statistic in CONTRASTS):
@@ -251,12 +323,11 @@ class Measurement:
         present = sorted({group for pair in self.pairs for group in pair if cells_of[group]})
         if not present:
             return
-        shares = [[pending.shares[key] for key in cells_of[group]] for group in present]
-        matrices = dict(zip(present, float64(share_matrices(shares)), strict=True))
+        shares = float64(pending.shares.matrices([cells_of[group] for group in present]))
+        matrices = dict(zip(present, shares, strict=True))
         index = self.index(layer)
         usable = index <= min(layer.shape)
         bases: dict[int, Tensor] = {}
-        floors = record.floors.get((layer.name, "gradient"))
         pairs = [(a, b) for a, b in self.pairs if a in matrices and b in matrices]
         sizes = record.group_size
         if "contrast" in self.statistics:
@@ -265,9 +336,6 @@ class Measurement:
                 spectrum = np.full(len(index), np.nan, dtype=np.float32)
                 spectrum[usable] = values.cpu().numpy()[index[usable] - 1]
                 record.contrasts[self._pair(a, b), layer.name, "gradient"] = spectrum
-                if floors is not None:
-                    floor = np.float32(floors[a] / sizes[a] + floors[b] / sizes[b])
-                    record.contrasts[self._pair(a, b), layer.name, "gradient_noise_floor"] = np.asarray(floor)
         if "cosine" in self.statistics:
             norms = {group: torch.linalg.vector_norm(matrix) for group, matrix in matrices.items()}
             for a, b in pairs:
@@ -291,8 +359,6 @@ class Measurement:
         return f"{self.groups[a]} - {self.groups[b]}"
 
 
-def _padded(values: np.ndarray, width: int) -> np.ndarray:
-    """Fill up with zeros, or with NaN where the values are not finite."""
-    if len(values) >= width:
-        return values
-    return np.concatenate([values, np.full(width - len(values), values[0] * 0)])
+def _values(job: _Job) -> Tensor:
+    assert job.values is not None
+    return job.values

@@ -16,6 +16,7 @@ from torch import Tensor
 from .factors import Factors, Lookup, Product
 from .groups import Assignment
 from .spectra import float64, lower_gram, reduced_factor
+from .workspace import Workspace
 
 # Below this many rows, as a fraction of the matrix's smaller side, the factors are kept instead of the share.
 FEW_ROWS = 0.75
@@ -82,9 +83,14 @@ class Sorting:
             positions[order],
         )
 
-    def sort(self, items: Tensor) -> Tensor:
+    def sort(self, items: Tensor, workspace: Workspace | None = None) -> Tensor:
         """Bring items into the order of their cells."""
-        return items if self.order is None else items.index_select(0, self.order)
+        if self.order is None:
+            return items
+        if workspace is None:
+            return items.index_select(0, self.order)
+        room = workspace.take((len(self.order), *items.shape[1:]), items.dtype, items.device)
+        return torch.index_select(items, 0, self.order, out=room)
 
     def by_position(self, cell: int, device: torch.device) -> Tensor:
         """Table of a cell's items by position: shape (positions, most items), -1 where there are fewer."""
@@ -108,127 +114,151 @@ def _places(labels: np.ndarray, count: int) -> np.ndarray:
     return places
 
 
-class Share:
-    """One cell's share of a weight's gradient: its factors while there are few rows, then a matrix.
+class Shares:
+    """The cells' shares of one weight's gradient: factors while there are few rows, then one matrix a cell.
 
     Parameters
     ----------
     shape : (int, int)
         Shape of the parameter's matrix.
+    workspace : Workspace
+        Memory for the matrices.
     """
 
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape = shape
-        self.count = 0
-        self.products: list[Product] = []
-        self.lookups: list[Lookup] = []
-        self._matrix: Tensor | None = None
+    def __init__(self, shape: tuple[int, int], workspace: Workspace) -> None:
+        self.shape, self.workspace = shape, workspace
+        self.counts: dict[bytes, int] = {}
+        self.slots: dict[bytes, int] = {}
+        self.products: dict[bytes, list[tuple[Tensor, Tensor]]] = {}
+        self.lookups: dict[bytes, list[Lookup]] = {}
+        self.room: Tensor | None = None
+        self.formed = False
+        self._matrices: tuple[Tensor, ...] = ()
 
-    def add(self, factors: Factors) -> None:
-        """Add some rows; their tensors may not be modified afterwards."""
-        self.count += factors.rows
-        if isinstance(factors, Lookup):
-            self.lookups.append(factors)
-        elif isinstance(factors, Product) and factors.outputs is None and self._matrix is None:
-            self.products.append(factors)
-            if self.count >= FEW_ROWS * min(self.shape):
-                self.form()
+    def add(self, factors: Factors, sorting: Sorting) -> None:
+        """Add the items of one use, sorted by cell; their tensors may not be modified afterwards."""
+        counts = self.counts
+        if isinstance(factors, Product) and factors.outputs is None:
+            for key, count in zip(sorting.keys, sorting.counts, strict=True):
+                counts[key] = counts.get(key, 0) + count
+            parts = zip(
+                sorting.keys,
+                factors.adjoint.split(sorting.counts),
+                factors.activation.split(sorting.counts),
+                strict=True,
+            )
+            if not self.formed and max(counts.values()) < FEW_ROWS * min(self.shape):
+                for key, adjoint, activation in parts:
+                    self.products.setdefault(key, []).append((adjoint, activation))
+                return
+            self._form()
+            for key, adjoint, activation in parts:
+                self._add_product(key, adjoint, activation)
+            return
+        for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
+            counts[key] = counts.get(key, 0) + part.rows
+            if isinstance(part, Lookup):
+                self.lookups.setdefault(key, []).append(part)
+                continue
+            self._form()
+            matrix, first = self._place(key, part.adjoint)
+            part.share_into(matrix, first)
+
+    def _form(self) -> None:
+        """Form the matrices of the products that were kept; from now on shares are matrices."""
+        self.formed = True
+        for key, products in self.products.items():
+            for adjoint, activation in products:
+                self._add_product(key, adjoint, activation)
+        self.products = {}
+
+    def _add_product(self, key: bytes, adjoint: Tensor, activation: Tensor) -> None:
+        r"""Add :math:`\Delta^\top A` of some rows (paper, Eq. 1)."""
+        matrix, first = self._place(key, adjoint)
+        if first:
+            torch.mm(adjoint.T, activation, out=matrix)
         else:
-            self.form()
-            share = factors.share()
-            self._matrix = share if self._matrix is None else self._matrix.add_(share)
+            matrix.addmm_(adjoint.T, activation)
 
-    def form(self) -> None:
-        """Form the matrix of the products that were kept."""
-        for product in self.products:
-            if self._matrix is None:
-                self._matrix = product.share()
-            else:
-                self._matrix.addmm_(product.adjoint.T, product.activation)
-        self.products = []
+    def _place(self, key: bytes, like: Tensor) -> tuple[Tensor, bool]:
+        """Where the matrix of a cell lies, and whether nothing is there yet."""
+        slot = self.slots.get(key)
+        if slot is not None:
+            return self._matrices[slot], False
+        slot = self.slots[key] = len(self.slots) + 1  # the first place is for the sum
+        if self.room is None or len(self.room) <= slot:
+            room = self.workspace.take((max(slot, len(self.counts)) + 1, *self.shape), like.dtype, like.device)
+            if self.room is not None:
+                room[:slot] = self.room[:slot]
+            self.room, self._matrices = room, room.unbind(0)
+        return self._matrices[slot], True
 
-    def matrix(self) -> Tensor:
-        """The share, shape of the parameter's matrix."""
-        self.form()
-        total = self._matrix
-        for lookup in self.lookups:
-            total = lookup.share() if total is None else total + lookup.share()
+    def matrix(self, cells: Sequence[bytes]) -> Tensor:
+        """The share of some cells together, shape of the parameter's matrix."""
+        total: Tensor | None = None
+        slots = [self.slots[key] for key in cells if key in self.slots]
+        if slots:
+            assert self.room is not None
+            total = self.room[slots[0]] if len(slots) == 1 else self.room[slots].sum(0)
+        pairs = [pair for key in cells for pair in self.products.get(key, ())]
+        if pairs:
+            adjoint, activation = (torch.cat(side) for side in zip(*pairs, strict=True))
+            total = adjoint.T @ activation if total is None else total.addmm(adjoint.T, activation)
+        for key in cells:
+            for lookup in self.lookups.get(key, ()):
+                total = lookup.share() if total is None else total + lookup.share()
         if total is None:
             raise RuntimeError("a share without rows has no matrix")
         return total
 
-    @property
-    def is_products(self) -> bool:
-        """Whether there is nothing but products of few rows."""
-        return self._matrix is None and not self.lookups
+    def matrices(self, groups: Sequence[Sequence[bytes]]) -> Tensor:
+        """Shares of groups of cells, shape (groups, *shape of the parameter's matrix); valid until the next step."""
+        every = list(self.slots)
+        if self.formed and not self.lookups and list(groups) == [every, *([key] for key in every)]:
+            assert self.room is not None  # all, then each cell: as they lie
+            if len(every) == 1:
+                self.room[0].copy_(self.room[1])
+            else:
+                torch.add(self.room[1], self.room[2], out=self.room[0])
+            for slot in range(3, len(every) + 1):
+                self.room[0].add_(self.room[slot])
+            return self.room[: len(every) + 1]
+        return torch.stack([self.matrix(cells) for cells in groups])
 
-    @property
-    def is_lookups(self) -> bool:
-        """Whether there is nothing but lookups."""
-        return self._matrix is None and not self.products
+    def grams(self, groups: Sequence[Sequence[bytes]]) -> list[tuple[list[int], Tensor]]:
+        """Gram matrices (lower triangles) of the shares of groups of cells.
 
+        Returns
+        -------
+        list of (list of int, Tensor)
+            Positions of groups, and their Gram matrices (groups, s, s), float64: together where sizes are equal.
+        """
+        if self.lookups and not self.slots and not self.products:
+            return [([i], lower_gram(self._looked_up(cells)).unsqueeze(0)) for i, cells in enumerate(groups)]
+        if self.formed:
+            return [(list(range(len(groups))), lower_gram(self.matrices(groups), self.workspace))]
+        sizes = [sum(self.counts[key] for key in cells) for cells in groups]
+        few = [i for i, size in enumerate(sizes) if size < FEW_ROWS * min(self.shape)]
+        full = [i for i in range(len(groups)) if i not in few]
+        results = []
+        if full:
+            results.append((full, lower_gram(self.matrices([groups[i] for i in full]), self.workspace)))
+        for count in sorted({sizes[i] for i in few}):
+            same = [i for i in few if sizes[i] == count]
+            pairs = [[pair for key in groups[i] for pair in self.products[key]] for i in same]
+            adjoint, activation = (
+                torch.stack([torch.cat([pair[side] for pair in group]) for group in pairs]) for side in (0, 1)
+            )
+            results.append((same, lower_gram(reduced_factor(activation, adjoint))))
+        return results
 
-def share_grams(groups: Sequence[Sequence[Share]]) -> list[Tensor]:
-    """Gram matrices (lower triangles) of the shares of groups.
-
-    Parameters
-    ----------
-    groups : sequence of sequences of Share
-        The cells of each group.
-
-    Returns
-    -------
-    list of Tensor
-        One (s, s) matrix a group, float64.
-    """
-    results: dict[int, Tensor] = {}
-    full, few = [], {}
-    for i, cells in enumerate(groups):
-        if all(cell.is_lookups for cell in cells):
-            results[i] = lower_gram(_looked_up(cells))
-        elif all(cell.is_products for cell in cells) and sum(cell.count for cell in cells) < FEW_ROWS * min(
-            cells[0].shape
-        ):
-            pairs = [(p.activation, p.adjoint) for cell in cells for p in cell.products]
-            few[i] = tuple(torch.cat(parts) for parts in zip(*pairs, strict=True))
-        else:
-            full.append(i)
-    if full:
-        for i, gram in zip(full, lower_gram(share_matrices([groups[i] for i in full])), strict=True):
-            results[i] = gram
-    for count in {len(factors[0]) for factors in few.values()}:
-        same = [i for i, factors in few.items() if len(factors[0]) == count]
-        stacked = (torch.stack([few[i][side] for i in same]) for side in (0, 1))
-        for i, gram in zip(same, lower_gram(reduced_factor(*stacked)), strict=True):
-            results[i] = gram
-    return [results[i] for i in range(len(groups))]
-
-
-def _looked_up(cells: Sequence[Share]) -> Tensor:
-    """Rows of a table's share that are not zero, shape (rows, width), float64."""
-    lookups = [lookup for cell in cells for lookup in cell.lookups]
-    index = torch.cat([lookup.activation for lookup in lookups])
-    adjoint = torch.cat([float64(lookup.adjoint) for lookup in lookups])
-    there, which = torch.unique(index.to(adjoint.device), return_inverse=True)
-    return adjoint.new_zeros(len(there), adjoint.shape[1]).index_add_(0, which, adjoint)
-
-
-def share_matrices(groups: Sequence[Sequence[Share]]) -> Tensor:
-    """Matrices of the shares of groups, shape (groups, *shape of the parameter's matrix)."""
-    result: Tensor | None = None
-    for i, cells in enumerate(groups):
-        first, *others = cells
-        matrix = first.matrix()
-        if result is None:
-            result = matrix.new_empty(len(groups), *first.shape)
-        if not others:
-            result[i] = matrix
-            continue
-        torch.add(matrix, others[0].matrix(), out=result[i])
-        for other in others[1:]:
-            result[i] += other.matrix()
-    assert result is not None
-    return result
+    def _looked_up(self, cells: Sequence[bytes]) -> Tensor:
+        """Rows of a table's share that are not zero, shape (rows, width), float64."""
+        lookups = [lookup for key in cells for lookup in self.lookups[key]]
+        index = torch.cat([lookup.activation for lookup in lookups])
+        adjoint = torch.cat([float64(lookup.adjoint) for lookup in lookups])
+        there, which = torch.unique(index.to(adjoint.device), return_inverse=True)
+        return adjoint.new_zeros(len(there), adjoint.shape[1]).index_add_(0, which, adjoint)
 
 
 class RowStack:
@@ -314,11 +344,13 @@ class Pending:
     ----------
     shape : (int, int)
         Shape of the parameter's matrix.
+    workspace : Workspace
+        Memory for what lasts until the step is closed.
     """
 
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape = shape
-        self.shares: dict[bytes, Share] = {}
+    def __init__(self, shape: tuple[int, int], workspace: Workspace) -> None:
+        self.shape, self.workspace = shape, workspace
+        self.shares = Shares(shape, workspace)
         self.stacks: dict[str, dict[int, dict[bytes, RowStack]]] = {"activation": {}, "adjoint": {}}
         self.indices: dict[int, dict[bytes, IndexStack]] = {}
         self.by_position: dict[bytes, Tensor] = {}
@@ -349,25 +381,35 @@ class Pending:
         constant : bool
             Whether the activation is data that may be the same as in the last step.
         """
-        for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
+        if isinstance(factors, Product):
+            factors = self._kept(factors, sorting, constant)
+        if shares:
+            self.shares.add(factors, sorting)
+        parts = factors.split(sorting.counts)
+        for key, part in zip(sorting.keys, parts, strict=True):
             self.rows[key] = self.rows.get(key, 0) + part.rows
-            part = _kept(part, sorting, constant) if isinstance(part, Product) else part
-            if shares:
-                self.shares.setdefault(key, Share(self.shape)).add(part)
-            for statistic in ("activation", "adjoint"):
-                if statistic == "activation" and isinstance(part, Lookup):
-                    self._widths[statistic][part.size] = part.size
-                    if statistic in statistics:
-                        stacks = self.indices.setdefault(part.size, {})
-                        stacks.setdefault(key, IndexStack(part.size)).add(part.activation)
-                    continue
-                if statistic not in statistics:
-                    continue
+        for statistic in statistics:
+            if statistic == "activation" and isinstance(factors, Lookup):
+                self._widths[statistic][factors.size] = factors.size
+                stacks = self.indices.setdefault(factors.size, {})
+                for key, part in zip(sorting.keys, parts, strict=True):
+                    stacks.setdefault(key, IndexStack(factors.size)).add(part.activation)
+                continue
+            for key, part in zip(sorting.keys, parts, strict=True):
                 rows = part.activation_rows() if statistic == "activation" else part.adjoint_rows()
                 width = rows.shape[1]
                 self._widths[statistic][width] = width
                 stack = self.stacks[statistic].setdefault(width, {}).setdefault(key, RowStack(width))
                 stack.add(rows, keep=constant and statistic == "activation")
+
+    def _kept(self, factors: Product, sorting: Sorting, constant: bool) -> Product:
+        """What is kept until the step is closed must not change with the user's tensors."""
+        if sorting.order is not None:
+            return factors
+        few = len(factors.activation) < max(factors.activation.shape[1], factors.adjoint.shape[1], *self.shape)
+        if constant or few:
+            return factors.with_(factors.activation.clone(), factors.adjoint.clone())
+        return factors
 
     def add_by_position(
         self, factors: Factors, sorting: Sorting, first: int, shares_by_position: Callable[[Factors, Tensor], Tensor]
@@ -391,16 +433,6 @@ class Pending:
             activation = part.activation if isinstance(part, Lookup) else float64(part.activation)
             exact = part.with_(activation, float64(part.adjoint)).share()
             self.exact[key] = self.exact[key] + exact if key in self.exact else exact
-
-
-def _kept(part: Product, sorting: Sorting, constant: bool) -> Product:
-    """What is kept until the step is closed must not change with the user's tensors."""
-    if sorting.order is not None:
-        return part
-    activation, adjoint = part.activation, part.adjoint
-    if constant or len(activation) < max(activation.shape[1], adjoint.shape[1]):
-        return part.with_(activation.clone(), adjoint.clone())
-    return part
 
 
 def cells_of_groups(keys: Mapping[bytes, object] | Sequence[bytes], groups: int) -> list[list[bytes]]:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .workspace import Workspace
+
 # Constants c of the noise floor, one per statistic.  `benchmarks/noise_floor.py` measures them: the largest
 # deviation of a float32 training step's spectra from those of the same step in float64, in units of
 # eps * sigma_1 * sqrt(max(m, n, rows)), doubled and rounded up to one digit.  The training's own rounding is in
@@ -25,18 +27,23 @@ BLOCKS = 4
 SMALLEST_IN_BLOCKS = 96
 
 
-def float64(matrix: Tensor) -> Tensor:
+def float64(matrix: Tensor, workspace: Workspace | None = None) -> Tensor:
     """Convert to float64, on the CPU where the device has no such type (Apple's)."""
-    return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
+    matrix = matrix.cpu() if matrix.device.type == "mps" else matrix
+    if workspace is None or matrix.dtype == torch.float64:
+        return matrix.double()
+    return workspace.take(tuple(matrix.shape), torch.float64, matrix.device).copy_(matrix)
 
 
-def lower_gram(matrix: Tensor) -> Tensor:
+def lower_gram(matrix: Tensor, workspace: Workspace | None = None) -> Tensor:
     """Lower triangle of the Gram matrix on the smaller side, in float64.
 
     Parameters
     ----------
     matrix : Tensor
         Shape (..., m, n), real.
+    workspace : Workspace, optional
+        Memory for the conversion.
 
     Returns
     -------
@@ -44,7 +51,7 @@ def lower_gram(matrix: Tensor) -> Tensor:
         Shape (..., s, s) with s = min(m, n), float64.  The diagonal and what is below it are valid, which is all that
         `singular_values` reads; what is above may hold anything.
     """
-    wide = float64(matrix)
+    wide = float64(matrix, workspace)
     if wide.shape[-2] > wide.shape[-1]:
         wide = wide.mT
     size = wide.shape[-2]

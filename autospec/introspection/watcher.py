@@ -178,6 +178,7 @@ class Watcher:
             print(self._cost_in_words(), file=sys.stderr)
 
     def _detach(self) -> None:
+        self._finish()
         self._capture.detach()
         self._measurement.forget()
         self._active = False
@@ -232,10 +233,11 @@ class Watcher:
             if all(layer.pending is None for layer in self._layers):
                 raise WatchError(self._why_nothing_arrived())
             record = self._measurement.record(self._count)
-            self._prove(record)
-            self._warn_if_not_finite(record)
             self._recorded += 1
             (self._records if self._sink is None else self._buffer).append(record)
+            if self._measurement.due or self._capture.audited is not None:
+                self._finish()
+            self._prove(record)
             if self._sink is not None and len(self._buffer) >= self._sink.steps_per_chunk:
                 self._flush()
         self._capture.clear()
@@ -249,6 +251,8 @@ class Watcher:
     @property
     def trajectories(self) -> xr.DataTree:
         """Everything recorded so far, as a labelled tree (see `autospec.open_trajectories`)."""
+        if self._active:
+            self._finish()
         if self._sink is not None:
             if self._active:
                 self._flush()
@@ -264,6 +268,7 @@ class Watcher:
             Load it with `load_state_dict` into a watcher made in the same way.  With a store, the records stay
             there and only their number is kept.
         """
+        self._finish()
         if self._sink is not None:
             self._flush()
         return {
@@ -336,6 +341,11 @@ class Watcher:
             "since the last step: call it after loss.backward()."
         )
 
+    def _finish(self) -> None:
+        """Carry out the decompositions that were put off."""
+        for record in self._measurement.finish():
+            self._warn_if_not_finite(record)
+
     def _prove(self, record: Record) -> None:
         """Audit the record, if it is due."""
         if self._capture.audited is None:
@@ -359,7 +369,7 @@ class Watcher:
                 warnings.warn(
                     f"the {statistic} of '{name}' holds values that are not finite at step {record.step}: its spectrum "
                     "is recorded as NaN (said once).",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
                 return
 
@@ -381,6 +391,7 @@ class Watcher:
         return attributes
 
     def _flush(self) -> None:
+        self._finish()
         if self._buffer and self._sink is not None:
             self._sink.append(self._tree(self._buffer, self._final_attributes()))
             self._buffer = []

@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -40,6 +41,7 @@ class _Products(TorchFunctionMode):
         super().__init__()
         self.weights, self.on_call = weights, on_call
 
+    @torch._disable_dynamo  # compiled code runs the attention as it is while somebody looks on
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -44,6 +44,11 @@ class LayerCall(ABC):
         """The tensor that alone makes the activation: where it is data and stays the same, so does the activation."""
         return self.inputs[0]
 
+    def leave_graph(self) -> None:
+        """Hold values alone: what hooks on the graph hold must not hold the graph, or it would never be freed."""
+        self.inputs = tuple(tensor.detach() for tensor in self.inputs)
+        self.outputs = tuple(tensor.detach() for tensor in self.outputs)
+
     def forget(self) -> None:  # noqa: B027 (most keep nothing)
         """Let go of what was computed in `factors`."""
 

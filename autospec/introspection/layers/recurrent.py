@@ -99,12 +99,12 @@ class RecurrentCall(LayerCall):
     ) -> None:
         self.module, self.generator = module, generator
         self.sequences = _Sequences(module, given)
-        self.data = given.data if isinstance(given, PackedSequence) else given
+        data = given.data if isinstance(given, PackedSequence) else given
         out, last = output
         out = out.data if isinstance(out, PackedSequence) else out
-        self.states: tuple[Tensor, ...] = () if state is None else state if isinstance(state, tuple) else (state,)
+        states: tuple[Tensor, ...] = () if state is None else state if isinstance(state, tuple) else (state,)
         self.outputs = (out, *(last if isinstance(last, tuple) else (last,)))
-        self.inputs = (self.data, *self.states)
+        self.inputs = (data, *states)
         self.parameters = _matrices(module)
         self.output_version = out._version
         self._weights = {name: (weight, weight._version) for name, weight in module.named_parameters(recurse=False)}
@@ -112,25 +112,25 @@ class RecurrentCall(LayerCall):
 
     def marks(self, parameter: str) -> Tensor:
         """Whether each sequence holds a NaN."""
-        marked = self.sequences.apart(self.data).isnan().any(-1).any(0)
-        for state in self.states:
+        marked = self.sequences.apart(self.inputs[0]).isnan().any(-1).any(0)
+        for state in self.inputs[1:]:
             marked = marked | self.sequences.state(state).isnan().any(-1).any(0)
         return marked
 
     def samples_of_items(self, parameter: str, samples: np.ndarray) -> np.ndarray:
         """Items are valid steps of sequences, time first."""
-        return self.sequences.samples_of_rows(samples, len(self.sequences.apart(self.data)))
+        return self.sequences.samples_of_rows(samples, len(self.sequences.apart(self.inputs[0])))
 
     def factors(self, parameter: str, adjoints: Sequence[Tensor | None]) -> Product:
         """Rows of what enters the weight and of the derivative at the gates; computed once for all weights."""
         if not _identical(self._found[0], adjoints):
-            with torch.no_grad(), torch.autocast(self.data.device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(self.inputs[0].device.type, enabled=False):
                 self._found = (tuple(adjoints), self._compute(adjoints))
         return self._found[1][parameter]
 
     def constant(self, parameter: str) -> Tensor | None:
         """The data, for the first layer."""
-        return self.data if parameter.startswith("weight_ih_l0") and not self.sequences.packed else None
+        return self.inputs[0] if parameter.startswith("weight_ih_l0") and not self.sequences.packed else None
 
     def forget(self) -> None:
         """Let go of what was computed."""
@@ -154,8 +154,8 @@ class RecurrentCall(LayerCall):
             return single(tensor.detach().to(low)) if cast else tensor.detach()
 
         parameters = {name: computed(weight) for name, (weight, _) in self._weights.items()}
-        x = sequences.apart(computed(self.data))
-        states = [sequences.state(computed(state)) for state in self.states]
+        x = sequences.apart(computed(self.inputs[0]))
+        states = [sequences.state(computed(state)) for state in self.inputs[1:]]
         width = module.proj_size or module.hidden_size
         if not states:
             sizes = (width, module.hidden_size)[: 2 if module.mode == "LSTM" else 1]
@@ -337,6 +337,8 @@ class CellCall(LayerCall):
         self.inputs = (x, *states)
         self.outputs = output if isinstance(output, tuple) else (output,)
         self._found: tuple[tuple[Tensor | None, ...], Adjoints | None, Tensor | None] = ((), None, None)
+        # Where the cell is made of several operations, c is a step on the way to h and its derivative holds that of h.
+        self._whole_cell = len(self.outputs) > 1 and self.outputs[0].grad_fn is not self.outputs[1].grad_fn
         self._versions = [(parameter, parameter._version) for parameter in module.parameters()]
 
     def marks(self, parameter: str) -> Tensor:
@@ -394,9 +396,7 @@ class CellCall(LayerCall):
         ends = [None if a is None else single(a).reshape(1, -1, module.hidden_size) for a in at]
         at_hidden = scanned.hidden.new_zeros(scanned.hidden.shape) if ends[0] is None else ends[0]
         at_cell = ends[1] if len(ends) > 1 else None
-        # Where the cell is made of several operations, c is a step on the way to h and its derivative holds that of h.
-        whole_cell = len(self.outputs) > 1 and self.outputs[0].grad_fn is not self.outputs[1].grad_fn
-        return adjoints(self.mode, weights, scanned, at_hidden, at_cell, whole_cell), states[0]
+        return adjoints(self.mode, weights, scanned, at_hidden, at_cell, self._whole_cell), states[0]
 
 
 class CellRule:

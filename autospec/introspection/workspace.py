@@ -1,0 +1,33 @@
+"""Memory that is used again at every step: a large fresh tensor costs more than what is computed in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Workspace:
+    """Tensors handed out during a step and taken back at its end."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[tuple[int, ...], torch.dtype, torch.device], list[Tensor]] = {}
+        self._taken: dict[tuple[tuple[int, ...], torch.dtype, torch.device], int] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor with any content, not handed out before in this step."""
+        key = (shape, dtype, device)
+        position = self._taken.get(key, 0)
+        self._taken[key] = position + 1
+        tensors = self._tensors.setdefault(key, [])
+        if position == len(tensors):
+            tensors.append(torch.empty(shape, dtype=dtype, device=device))
+        return tensors[position]
+
+    def take_back(self) -> None:
+        """Everything may be handed out again; shapes that were not needed in this step are given up."""
+        self._tensors = {key: self._tensors[key][:count] for key, count in self._taken.items()}
+        self._taken = {}
+
+    def release(self) -> None:
+        """Give everything up."""
+        self._tensors, self._taken = {}, {}
