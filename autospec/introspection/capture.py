@@ -136,6 +136,7 @@ class Capture:
         self.assignment: Assignment | None = None
         self.valid: np.ndarray | None = None
         self.recording = False
+        self.kept_from: Callable[[WatchedLayer], int] | None = None
         self.audited: str | None = None
         self.forwards = 0
         self._rows, self._batch_dim = rows, batch_dim
@@ -148,6 +149,7 @@ class Capture:
         self.workspace = Workspace()
         self._active = self._paused = False
         self.seconds = 0.0
+        self._latest_adjoint: tuple[Tensor, Sorting, Tensor] | None = None
         self._backward = -1
 
     # ------------------------------------------------------------------ hooks on and off
@@ -190,6 +192,7 @@ class Capture:
             call.forget()
             adjoints.clear()
         self._calls = []
+        self._latest_adjoint = None
         self.workspace.take_back()
 
     # ------------------------------------------------------------------ the forward pass
@@ -349,7 +352,7 @@ class Capture:
             pending.arrived = flat if pending.arrived is None else pending.arrived + flat
 
     def _gather_use(self, layer: WatchedLayer, pending: Pending, use: Use, scale: float, exact: bool) -> None:
-        factors = use.call.factors(use.parameter, use.adjoints)
+        factors = use.call.factors(use.parameter, use.adjoints, self.workspace)
         pending.dtype = factors.adjoint.dtype if pending.dtype is None else pending.dtype
         if isinstance(use.call.outputs[0], Tensor) and use.call.outputs[0].dtype != factors.adjoint.dtype:
             pending.dtype = use.call.outputs[0].dtype
@@ -363,14 +366,21 @@ class Capture:
             activation = sorting.sort(single(factors.activation), None if lasting else self.workspace)
             if use.constant is not None:
                 layer.sorted_input = (use.constant, sorting, activation)
-        adjoint = sorting.sort(single(factors.adjoint), self.workspace)
-        if scale != 1:
-            adjoint = adjoint / scale
+        # Input-to-hidden and hidden-to-hidden weights of a layer have one adjoint: sorted once.
+        latest = self._latest_adjoint
+        if latest is not None and latest[0] is factors.adjoint and latest[1] is sorting:
+            adjoint = latest[2]
+        else:
+            adjoint = sorting.sort(single(factors.adjoint), self.workspace)
+            adjoint = adjoint if scale == 1 else adjoint / scale
+            self._latest_adjoint = (factors.adjoint, sorting, adjoint)
         factors = factors.with_(activation, adjoint)
         if isinstance(factors, Convolution) and self.unfolded:
             factors = replace(factors, unfolded=True)
         constant = use.constant is not None and len(layer.inputs) == 1
-        pending.add(factors, sorting, self.shares or self.audited is not None, self.factor_statistics, constant)
+        shares = self.shares or self.audited is not None
+        kept_from = None if self.kept_from is None else self.kept_from(layer)
+        pending.add(factors, sorting, shares, self.factor_statistics, constant, kept_from)
         layer.widths = pending.widths()
         layer.true_factor = not isinstance(factors, Convolution) or (factors.unfolded and factors.groups == 1)
         if self.per_position and (isinstance(factors, Product) or (self.spatial and isinstance(factors, Convolution))):
@@ -400,7 +410,7 @@ class Capture:
         cache = self._sortings[1]
         lengths = getattr(getattr(use.call, "sequences", None), "lengths", None)
         form = None if lengths is None else tuple(lengths.tolist())
-        key = (use.place, use.number, id(forward.row_map), id(forward.valid), items, form)
+        key = (*use.call.order_key(use.place), use.number, id(forward.row_map), id(forward.valid), items, form)
         if key not in cache or isinstance(use.call, LookupCall):
             cache[key] = Sorting.by_cell(
                 self._samples_of_items(layer, use, items), forward.assignment, forward.valid, layer.parameter.device

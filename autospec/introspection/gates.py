@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .workspace import Workspace
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -67,7 +69,13 @@ def previous_of(hidden: Tensor, first: Tensor) -> Tensor:
 
 
 def scan(
-    mode: str, weights: Weights, x: Tensor, first: Tensor, first_cell: Tensor | None, hidden: Tensor | None
+    mode: str,
+    weights: Weights,
+    x: Tensor,
+    first: Tensor,
+    first_cell: Tensor | None,
+    hidden: Tensor | None,
+    workspace: Workspace,
 ) -> Scan:
     """Compute one direction of one layer.
 
@@ -85,11 +93,13 @@ def scan(
         c before the first step, for the LSTM.
     hidden : Tensor or None
         h at each step where it is known; without it the steps are computed one after the other.
+    workspace : Workspace
+        Memory.
     """
-    of_input = F.linear(x, weights.ih, weights.bias_ih)
     if mode == "LSTM":
         assert first_cell is not None
-        return _scan_lstm(weights, of_input, first, first_cell, hidden)
+        return _scan_lstm(weights, x, first, first_cell, hidden, workspace)
+    of_input = F.linear(x, weights.ih, weights.bias_ih)
     if mode == "GRU":
         return _scan_gru(weights, of_input, first, hidden)
     activation = torch.tanh if mode == "RNN_TANH" else torch.relu
@@ -103,42 +113,69 @@ def scan(
     return Scan(previous_of(hidden, first), hidden, (slope,))
 
 
-def _scan_lstm(weights: Weights, of_input: Tensor, first: Tensor, first_cell: Tensor, hidden: Tensor | None) -> Scan:
-    if hidden is not None:
-        previous = previous_of(hidden, first)
-        gates = of_input + F.linear(previous, weights.hh, weights.bias_hh)
-        i, f, g, o = _lstm_gates(gates)
-        cells = torch.empty_like(g)
-        gained, c = i * g, first_cell
-        for step in range(len(cells)):
-            c = torch.addcmul(gained[step], f[step], c, out=cells[step])
+def _scan_lstm(
+    weights: Weights,
+    x: Tensor,
+    first: Tensor,
+    first_cell: Tensor,
+    hidden: Tensor | None,
+    workspace: Workspace,
+) -> Scan:
+    steps, sequences, width = len(x), x.shape[1], first_cell.shape[-1]
+
+    def room(*shape: int) -> Tensor:
+        return workspace.take(shape, x.dtype, x.device)
+
+    rows = room(steps * sequences, 4 * width)
+    bias = None if weights.bias_ih is None or weights.bias_hh is None else weights.bias_ih + weights.bias_hh
+    flat = x.reshape(steps * sequences, -1)
+    if bias is None:
+        torch.mm(flat, weights.ih.T, out=rows)
     else:
+        torch.addmm(bias, flat, weights.ih.T, out=rows)
+    gates = rows.view(steps, sequences, 4, width)
+    cells = room(steps + 1, sequences, width)
+    cells[0] = first_cell
+    g = room(steps, sequences, width)
+    bounded = room(steps, sequences, width)
+    previous = room(steps, sequences, first.shape[-1])
+    previous[0] = first
+    i, f, _, o = gates.unbind(2)
+    if hidden is not None:
+        previous[1:] = hidden[:-1]
+        rows.addmm_(previous.flatten(0, 1), weights.hh.T)
+        gates[:, :, :2].sigmoid_()
+        o.sigmoid_()
+        g.copy_(gates[:, :, 2]).tanh_()
+        gained = torch.mul(i, g, out=bounded)
+        c = first_cell
+        for gained_now, f_now, cell in zip(gained.unbind(0), f.unbind(0), cells[1:].unbind(0), strict=True):
+            c = torch.addcmul(gained_now, f_now, c, out=cell)
+    else:
+        hidden = room(steps, sequences, first.shape[-1])
         h, c = first, first_cell
-        steps: list[tuple[Tensor, ...]] = []
-        for step_input in of_input:
-            step_gates = _lstm_gates(step_input + F.linear(h, weights.hh, weights.bias_hh))
-            i, f, g, o = step_gates
-            c = torch.addcmul(i * g, f, c)
-            h = o * torch.tanh(c)
+        for t in range(steps):
+            now = gates[t]
+            rows.view(steps, sequences, -1)[t].addmm_(h, weights.hh.T)
+            now[:, :2].sigmoid_()
+            now[:, 3].sigmoid_()
+            torch.tanh(now[:, 2], out=g[t])
+            c = torch.addcmul(now[:, 0] * g[t], now[:, 1], c, out=cells[t + 1])
+            h = now[:, 3] * torch.tanh(c)
             h = h if weights.hr is None else F.linear(h, weights.hr)
-            steps.append((*step_gates, c, h))
-        i, f, g, o, cells, hidden = (torch.stack(parts) for parts in zip(*steps, strict=True))
-        previous = previous_of(hidden, first)
-    bounded = torch.tanh(cells)
-    before = previous_of(cells, first_cell)
-    of_cell = torch.stack([g * i * (1 - i), before * f * (1 - f), i * (1 - g * g)], 2)
-    of_output = bounded * o * (1 - o)
-    return Scan(
-        previous,
-        hidden,
-        (of_cell, of_output, o * (1 - bounded * bounded), f),
-        None if weights.hr is None else o * bounded,
-    )
-
-
-def _lstm_gates(gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    i, f, g, o = gates.chunk(4, -1)
-    return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+            hidden[t] = h
+        previous[1:] = hidden[:-1]
+    torch.tanh(cells[1:], out=bounded)
+    # The derivative at each gate is one of these slopes times the derivative at c, or at h for the output gate.
+    slopes = room(steps, sequences, 4, width)
+    backward = torch.ops.aten
+    backward.sigmoid_backward.grad_input(g, i, grad_input=slopes[:, :, 0])
+    backward.sigmoid_backward.grad_input(cells[:-1], f, grad_input=slopes[:, :, 1])
+    backward.tanh_backward.grad_input(i, g, grad_input=slopes[:, :, 2])
+    backward.sigmoid_backward.grad_input(bounded, o, grad_input=slopes[:, :, 3])
+    slope = backward.tanh_backward.grad_input(o, bounded, grad_input=g)  # of h over c
+    projected = None if weights.hr is None else o * bounded
+    return Scan(previous, hidden, (slopes, slope, f), projected)
 
 
 def _scan_gru(weights: Weights, of_input: Tensor, first: Tensor, hidden: Tensor | None) -> Scan:
@@ -169,13 +206,14 @@ def adjoints(
     scanned: Scan,
     at_output: Tensor,
     at_cell: Tensor | None,
+    workspace: Workspace,
     whole_cell: bool = False,
 ) -> Adjoints:
     """Scan back.
 
     Parameters
     ----------
-    mode, weights
+    mode, weights, workspace
         As for `scan`.
     scanned : Scan
         Its result.
@@ -187,7 +225,7 @@ def adjoints(
         Whether ``at_cell`` holds what comes by way of the same step's h as well.
     """
     if mode == "LSTM":
-        return _adjoints_lstm(weights, scanned, at_output, at_cell, whole_cell)
+        return _adjoints_lstm(weights, scanned, at_output, at_cell, workspace, whole_cell)
     if mode == "GRU":
         slopes, of_new, z = scanned.kept
         delta = torch.empty_like(slopes)
@@ -209,24 +247,35 @@ def adjoints(
 
 
 def _adjoints_lstm(
-    weights: Weights, scanned: Scan, at_output: Tensor, at_cell: Tensor | None, whole_cell: bool
+    weights: Weights,
+    scanned: Scan,
+    at_output: Tensor,
+    at_cell: Tensor | None,
+    workspace: Workspace,
+    whole_cell: bool,
 ) -> Adjoints:
-    of_cell, of_output, slope, f = scanned.kept
-    steps, sequences, _, width = of_cell.shape
-    delta = of_cell.new_empty(steps, sequences, 4, width)
+    slopes, slope, f = scanned.kept
+    steps, sequences, _, width = slopes.shape
+    delta = workspace.take(tuple(slopes.shape), slopes.dtype, slopes.device)
     at_hidden = torch.empty_like(at_output) if weights.hr is not None else None
     carried: Tensor | None = None
+    # Taken apart once: an index at each step would cost as much as the arithmetic.
+    rows = delta.view(steps, sequences, 4 * width).unbind(0)
+    of_cell, of_output = delta[:, :, :3].unbind(0), delta[:, :, 3].unbind(0)
+    slopes_of_cell, slopes_of_output = slopes[:, :, :3].unbind(0), slopes[:, :, 3].unbind(0)
+    outputs, slope_now, f_now = at_output.unbind(0), slope.unbind(0), f.unbind(0)
     for t in range(steps - 1, -1, -1):
-        h = at_output[t] if t + 1 == steps else torch.addmm(at_output[t], delta[t + 1].flatten(1), weights.hh)
+        h = outputs[t] if t + 1 == steps else torch.addmm(outputs[t], rows[t + 1], weights.hh)
         if weights.hr is not None and at_hidden is not None:
             at_hidden[t] = h
             h = h @ weights.hr
         if whole_cell and at_cell is not None:
             c = at_cell[t]
         else:
-            c = h * slope[t] if carried is None else torch.addcmul(carried, h, slope[t])
+            c = h * slope_now[t] if carried is None else carried.addcmul_(h, slope_now[t])
             c = c if at_cell is None else c + at_cell[t]
-        torch.mul(of_cell[t], c.unsqueeze(1), out=delta[t, :, :3])
-        torch.mul(of_output[t], h, out=delta[t, :, 3])
-        carried = c * f[t]
-    return Adjoints(delta.flatten(2), delta.flatten(2), at_hidden)
+        torch.mul(slopes_of_cell[t], c.unsqueeze(1), out=of_cell[t])
+        torch.mul(slopes_of_output[t], h, out=of_output[t])
+        carried = c * f_now[t]
+    whole = delta.flatten(2)
+    return Adjoints(whole, whole, at_hidden)

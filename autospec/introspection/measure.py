@@ -15,6 +15,7 @@ from .capture import ConstantInput, WatchedLayer
 from .errors import WatchError
 from .pending import IndexStack, Pending, RowStack, cells_of_groups
 from .spectra import float64, leading_directions, lower_gram, noise_floor, principal_angles, singular_values
+from .tracked import alike, leading_values, worthwhile
 from .tree import Record
 
 CONTRASTS = ("contrast", "cosine", "angles")
@@ -76,6 +77,8 @@ class Measurement:
         self._constants: dict[str, tuple[ConstantInput, list[_Job]]] = {}
         self._open: list[_Open] = []
         self._open_bytes = 0
+        self._blocks: dict[str, Tensor] = {}
+        self.iterations: dict[int, int] = {}
 
     def name_groups(self, names: Sequence[str], groupings: Sequence[str]) -> None:
         """Take the groups: pairs are compared within a grouping."""
@@ -91,10 +94,11 @@ class Measurement:
 
     def solver_state(self) -> dict[str, Any]:
         """What the tracked solver must keep in a checkpoint."""
-        return {}
+        return {key: block.clone() for key, block in self._blocks.items()}
 
     def restore_solver(self, state: Mapping[str, Any]) -> None:
         """Continue from `solver_state`."""
+        self._blocks = {key: block.clone() for key, block in state.items()}
 
     def index(self, layer: WatchedLayer) -> np.ndarray:
         """Which singular values the layer's node holds, counted from 1."""
@@ -161,26 +165,53 @@ class Measurement:
                 opened.jobs += known[1]
                 return
         jobs = []
-        for stacks in pending.stacks[statistic].values():
+        for width, stacks in pending.stacks[statistic].items():
+            there = {group: [stacks[key] for key in cells_of[group] if key in stacks] for group in present}
+            there = {group: found for group, found in there.items() if found}
+            if self.solver == "tracked":
+                jobs += self._follow(layer, statistic, width, there)
             by_size: dict[int, tuple[list[int], list[Tensor]]] = {}
-            for group in present:
-                there = [stacks[key] for key in cells_of[group] if key in stacks]
-                if there:
-                    gram = RowStack.merged_gram(there)
-                    groups, grams = by_size.setdefault(len(gram), ([], []))
-                    groups.append(group)
-                    grams.append(gram)
+            for group, found in there.items():
+                gram = RowStack.merged_gram(found)
+                groups, grams = by_size.setdefault(len(gram), ([], []))
+                groups.append(group)
+                grams.append(gram)
             jobs += [_Job(layer, statistic, groups, torch.stack(grams)) for groups, grams in by_size.values()]
         if statistic == "activation":
             for indices in pending.indices.values():
                 for group in present:
-                    found = [indices[key] for key in cells_of[group] if key in indices]
-                    if found:
-                        values = IndexStack.merged_spectrum(found).unsqueeze(0)
+                    index_stacks = [indices[key] for key in cells_of[group] if key in indices]
+                    if index_stacks:
+                        values = IndexStack.merged_spectrum(index_stacks).unsqueeze(0)
                         jobs.append(_Job(layer, statistic, [group], None, values))
         if constant is not None:
             self._constants[layer.name] = (constant, jobs)
         opened.jobs += jobs
+
+    def _follow(self, layer: WatchedLayer, statistic: str, width: int, there: dict[int, list[RowStack]]) -> list[_Job]:
+        """Leading values by the tracked solver, of the groups for which it is worthwhile; these leave the table."""
+        count = self.wanted_count(layer)
+        sizes = {group: sum(stack.count for stack in stacks) for group, stacks in there.items()}
+        followed = [group for group, size in sizes.items() if worthwhile(size, width, count)]
+        jobs = []
+        for groups in alike(followed, sizes):
+            rows = [[part for stack in there.pop(group) for part in stack.rows] for group in groups]
+            if len(rows) == 1:
+                matrices = (rows[0][0] if len(rows[0]) == 1 else torch.cat(rows[0])).unsqueeze(0)
+            else:
+                matrices = rows[0][0].new_zeros(len(groups), max(sizes[group] for group in groups), width)
+                for matrix, group, parts in zip(matrices, groups, rows, strict=True):
+                    torch.cat(parts, out=matrix[: sizes[group]])
+            key = f"{layer.name}/{statistic}/{width}/{', '.join(self.groups[group] for group in groups)}"
+            found = leading_values(matrices, count, self._blocks.get(key))
+            self._blocks[key] = found.blocks
+            self.iterations[found.iterations] = self.iterations.get(found.iterations, 0) + 1
+            jobs.append(_Job(layer, statistic, list(groups), None, found.values))
+        return jobs
+
+    def wanted_count(self, layer: WatchedLayer) -> int:
+        """How many leading values of the factors are needed."""
+        return int(self.index(layer).max())
 
     def _cells_of(self, keys: tuple[bytes, ...]) -> list[list[bytes]]:
         """Cells of each group; the same every step, as a rule."""
@@ -203,15 +234,15 @@ class Measurement:
         for job, values in zip(unsolved, singular_values(grams), strict=True):
             job.values, job.grams = values, None
         # Steps whose jobs are alike are stored together.
-        alike: dict[tuple[tuple[str, str, tuple[int, ...], int], ...], list[_Open]] = {}
+        by_form: dict[tuple[tuple[str, str, tuple[int, ...], int], ...], list[_Open]] = {}
         for each in opened:
             form = tuple(
                 (job.layer.name, job.statistic, tuple(job.groups), job.values.shape[-1])
                 for job in each.jobs
                 if job.values is not None
             )
-            alike.setdefault(form, []).append(each)
-        for same in alike.values():
+            by_form.setdefault(form, []).append(each)
+        for same in by_form.values():
             self._store(same)
         if "contrast" in self.statistics and "gradient" in self.statistics:
             for each in opened:
@@ -234,7 +265,7 @@ class Measurement:
         for number, job in enumerate(opened[0].jobs):
             jobs_of.setdefault((job.layer.name, job.statistic), []).append(number)
         complete: dict[tuple[str, str], np.ndarray] = {}
-        mixed: set[str] = set()
+        incomplete: set[str] = set()
         for key, numbers in jobs_of.items():
             layer = opened[0].jobs[numbers[0]].layer
             statistic, limit, index = key[1], min(layer.shape), self.index(layer)
@@ -251,9 +282,13 @@ class Measurement:
                     values[:, group, filled[group] : filled[group] + row.shape[1]] = row
                     filled[group] += row.shape[1]
                     parts[group] += 1
+            if filled.max() < min(
+                limit, layer.widths.get(statistic, limit), int(opened[0].record.rows[layer.name].max())
+            ):
+                incomplete.add(key[0])  # the tracked solver found the leading ones alone
             if parts.max() > 1:
                 values = -np.sort(-values, axis=-1)  # rows from different spaces: the spectra of both
-                mixed.add(key[0])
+                incomplete.add(key[0])
             # A share of few rows was reduced to as many values: the others are zero (NaN where it is not finite).
             for group in np.flatnonzero(filled).tolist():
                 values[:, group, filled[group] :] = values[:, group, :1] * 0
@@ -269,7 +304,7 @@ class Measurement:
                 each.record.spectra[key] = kept[step]
                 each.record.sigma_1[key] = sigma_1[step]
                 each.record.floors[key] = floors[step]
-        self._align(opened, {key: values for key, values in complete.items() if key[0] not in mixed})
+        self._align(opened, {key: values for key, values in complete.items() if key[0] not in incomplete})
 
     def _floors(self, opened: list[_Open], layer: WatchedLayer, statistic: str, sigma_1: np.ndarray) -> np.ndarray:
         shape = layer.shape if statistic == "gradient" else (layer.widths[statistic], 1)

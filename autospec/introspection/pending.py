@@ -282,7 +282,7 @@ class RowStack:
     def add(self, rows: Tensor, keep: bool = False) -> None:
         """Append rows, shape (count, width), which may not be modified afterwards.
 
-        ``keep`` puts the Gram matrix off until it is asked for, where it may turn out to be known already.
+        ``keep`` puts the Gram matrix off until it is asked for, where it may turn out not to be needed.
         """
         self.count += len(rows)
         self.rows.append(rows)
@@ -365,7 +365,15 @@ class Pending:
         """How many singular values the activation and the adjoint can have."""
         return {statistic: sum(forms) for statistic, forms in self._widths.items()}
 
-    def add(self, factors: Factors, sorting: Sorting, shares: bool, statistics: Sequence[str], constant: bool) -> None:
+    def add(
+        self,
+        factors: Factors,
+        sorting: Sorting,
+        shares: bool,
+        statistics: Sequence[str],
+        constant: bool,
+        kept_from: int | None = None,
+    ) -> None:
         """Add one use of the parameter in one backward pass.
 
         Parameters
@@ -380,9 +388,11 @@ class Pending:
             Which of the factors' spectra are recorded.
         constant : bool
             Whether the activation is data that may be the same as in the last step.
+        kept_from : int, optional
+            Keep rows of at least this width as they are, for the tracked solver.
         """
         if isinstance(factors, Product):
-            factors = self._kept(factors, sorting, constant)
+            factors = self._kept(factors, sorting, constant or kept_from is not None)
         if shares:
             self.shares.add(factors, sorting)
         parts = factors.split(sorting.counts)
@@ -400,7 +410,8 @@ class Pending:
                 width = rows.shape[1]
                 self._widths[statistic][width] = width
                 stack = self.stacks[statistic].setdefault(width, {}).setdefault(key, RowStack(width))
-                stack.add(rows, keep=constant and statistic == "activation")
+                follow = kept_from is not None and width >= kept_from
+                stack.add(rows, keep=follow or (constant and statistic == "activation"))
 
     def _kept(self, factors: Product, sorting: Sorting, constant: bool) -> Product:
         """What is kept until the step is closed must not change with the user's tensors."""

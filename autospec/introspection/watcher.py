@@ -24,6 +24,7 @@ from .groups import Groups
 from .measure import CONTRASTS, Measurement
 from .parameters import find_parameters
 from .schedule import Budget, Schedule, make_schedule
+from .tracked import MORE
 from .tree import LayerLayout, Record, build_tree
 
 SPECTRA = ("gradient", "activation", "adjoint")
@@ -122,6 +123,8 @@ class Watcher:
             spatial=per_position == "space",
             audit=self._audit,
         )
+        if solver == "tracked":
+            self._capture.kept_from = lambda layer: 2 * (self._measurement.wanted_count(layer) + MORE)
         self._attributes = dict(attributes or {})
         self._quiet = quiet
         self._recorded = 0

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..factors import Factors
+from ..workspace import Workspace
 
 
 class LayerCall(ABC):
@@ -33,12 +34,16 @@ class LayerCall(ABC):
         """Whether each entry of the batch holds a NaN, shape (entries,): how entries are traced to samples."""
 
     @abstractmethod
-    def factors(self, parameter: str, adjoints: Sequence[Tensor | None]) -> Factors:
+    def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Factors:
         """Activation and adjoint, given the derivatives at the outputs (None: not used by the loss)."""
 
     def samples_of_items(self, parameter: str, samples: np.ndarray) -> np.ndarray:
         """Sample of each item of the factors, given the sample of each entry; by default items are entries."""
         return samples
+
+    def order_key(self, place: tuple[str, str]) -> tuple[str, ...]:
+        """What has the same items in the same order: a place is a module's and a parameter's name."""
+        return place
 
     def constant(self, parameter: str) -> Tensor | None:
         """The tensor that alone makes the activation: where it is data and stays the same, so does the activation."""

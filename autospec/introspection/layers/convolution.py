@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..factors import Convolution
 from ..hooks import Hook
+from ..workspace import Workspace
 from .call import LayerCall, OnCall
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -34,7 +35,7 @@ class ConvolutionCall(LayerCall):
         """Whether each entry of the batch holds a NaN."""
         return self._batched(self.inputs[0]).isnan().flatten(1).any(1)
 
-    def factors(self, parameter: str, adjoints: Sequence[Tensor | None]) -> Convolution:
+    def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Convolution:
         """The input, padded where the padding is not of zeros on both sides, and the derivative at the output."""
         module, adjoint = self.module, adjoints[0]
         assert adjoint is not None

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import WatchError
 from ..factors import Lookup
 from ..hooks import Hook
+from ..workspace import Workspace
 from .call import LayerCall, OnCall
 
 
@@ -34,7 +35,7 @@ class LookupCall(LayerCall):
         """Items are indices; padding has no share in the weight."""
         return samples if self.kept is None else samples[self.kept.cpu().numpy()]
 
-    def factors(self, parameter: str, adjoints: Sequence[Tensor | None]) -> Lookup:
+    def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Lookup:
         """The indices and the derivative at the output, without padding."""
         adjoint = adjoints[0]
         assert adjoint is not None

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..factors import Product
 from ..hooks import Hook
+from ..workspace import Workspace
 from .call import LayerCall, OnCall
 
 
@@ -28,7 +29,7 @@ class LinearCall(LayerCall):
         activation = self.inputs[0]
         return activation.reshape(-1, activation.shape[-1]).isnan().any(1)
 
-    def factors(self, parameter: str, adjoints: Sequence[Tensor | None]) -> Product:
+    def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Product:
         """Rows of the input and of the derivative at the output."""
         activation, adjoint = self.inputs[0], adjoints[0]
         assert adjoint is not None

@@ -16,6 +16,7 @@ from ..errors import WatchError
 from ..factors import Product, single
 from ..gates import Adjoints, Scan, Weights, adjoints, scan
 from ..hooks import Hook
+from ..workspace import Workspace
 from .call import LayerCall, OnCall
 
 # Deviation of the layer's output, computed again, that only another dropout mask explains.
@@ -121,12 +122,16 @@ class RecurrentCall(LayerCall):
         """Items are valid steps of sequences, time first."""
         return self.sequences.samples_of_rows(samples, len(self.sequences.apart(self.inputs[0])))
 
-    def factors(self, parameter: str, adjoints: Sequence[Tensor | None]) -> Product:
+    def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Product:
         """Rows of what enters the weight and of the derivative at the gates; computed once for all weights."""
         if not _identical(self._found[0], adjoints):
             with torch.no_grad(), torch.autocast(self.inputs[0].device.type, enabled=False):
-                self._found = (tuple(adjoints), self._compute(adjoints))
+                self._found = (tuple(adjoints), self._compute(adjoints, workspace))
         return self._found[1][parameter]
+
+    def order_key(self, place: tuple[str, str]) -> tuple[str, ...]:
+        """All weights of the module have the same rows."""
+        return (place[0],)
 
     def constant(self, parameter: str) -> Tensor | None:
         """The data, for the first layer."""
@@ -138,7 +143,7 @@ class RecurrentCall(LayerCall):
 
     # ------------------------------------------------------------------ the scan over layers and directions
 
-    def _compute(self, at: Sequence[Tensor | None]) -> dict[str, Product]:
+    def _compute(self, at: Sequence[Tensor | None], workspace: Workspace) -> dict[str, Product]:
         module, sequences = self.module, self.sequences
         for name, (weight, version) in self._weights.items():
             if weight._version != version:
@@ -183,6 +188,7 @@ class RecurrentCall(LayerCall):
                         states[0][number],
                         states[1][number] if len(states) > 1 else None,
                         None if hidden is None else around(hidden),
+                        workspace,
                     )
                 )
             outputs = [
@@ -193,7 +199,7 @@ class RecurrentCall(LayerCall):
                 layer_input = layer_input * masks[layer]
         if masks and known is not None:
             self._same_output(layer_input, known)
-        return self._scan_back(parameters, inputs, scans, masks, at, width)
+        return self._scan_back(parameters, inputs, scans, masks, at, width, workspace)
 
     def _scan_back(
         self,
@@ -203,6 +209,7 @@ class RecurrentCall(LayerCall):
         masks: list[Tensor],
         at: Sequence[Tensor | None],
         width: int,
+        workspace: Workspace,
     ) -> dict[str, Product]:
         module, sequences = self.module, self.sequences
         directions = len(scans[0])
@@ -223,7 +230,7 @@ class RecurrentCall(LayerCall):
                 if len(finals) > 1 and finals[1] is not None:
                     at_cell = at_hidden.new_zeros(*at_hidden.shape[:2], module.hidden_size)
                     sequences.at_end(at_cell, finals[1][number])
-                delta = adjoints(module.mode, weights, scanned, at_hidden, at_cell)
+                delta = adjoints(module.mode, weights, scanned, at_hidden, at_cell, workspace)
                 self._keep(found, layer, direction, around(inputs[layer]), scanned, delta, around)
                 if layer:
                     through = around(delta.ih @ weights.ih)
@@ -247,9 +254,11 @@ class RecurrentCall(LayerCall):
         pairs = {"weight_ih": (x, delta.ih), "weight_hh": (scanned.previous, delta.hh)}
         if scanned.projected is not None and delta.hr is not None:
             pairs["weight_hr"] = (scanned.projected, delta.hr)
-        for name, pair in pairs.items():
-            activation, adjoint = (self.sequences.rows(around(tensor)) for tensor in pair)
-            found[f"{name}_{suffix}"] = Product(activation, adjoint)
+        rows: dict[int, Tensor] = {}  # ih and hh of most layers have one adjoint
+        for name, (activation, adjoint) in pairs.items():
+            if id(adjoint) not in rows:
+                rows[id(adjoint)] = self.sequences.rows(around(adjoint))
+            found[f"{name}_{suffix}"] = Product(self.sequences.rows(around(activation)), rows[id(adjoint)])
 
     def _weights_of(self, parameters: dict[str, Tensor], layer: int, direction: int) -> Weights:
         suffix = f"l{layer}{'_reverse' if direction else ''}"
@@ -348,11 +357,11 @@ class CellCall(LayerCall):
             marked = marked | tensor.reshape(-1, tensor.shape[-1]).isnan().any(1)
         return marked
 
-    def factors(self, parameter: str, adjoints: Sequence[Tensor | None]) -> Product:
+    def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Product:
         """Rows of what enters the weight and of the derivative at the gates."""
         if not _identical(self._found[0], adjoints):
             with torch.no_grad(), torch.autocast(self.inputs[0].device.type, enabled=False):
-                self._found = (tuple(adjoints), *self._compute(adjoints))
+                self._found = (tuple(adjoints), *self._compute(adjoints, workspace))
         _, delta, previous = self._found
         assert delta is not None
         assert previous is not None
@@ -369,7 +378,7 @@ class CellCall(LayerCall):
         """Let go of what was computed."""
         self._found = ((), None, None)
 
-    def _compute(self, at: Sequence[Tensor | None]) -> tuple[Adjoints, Tensor]:
+    def _compute(self, at: Sequence[Tensor | None], workspace: Workspace) -> tuple[Adjoints, Tensor]:
         if any(parameter._version != version for parameter, version in self._versions):
             raise WatchError(
                 f"a weight of a {type(self.module).__name__} was modified between its forward and its backward pass: its "
@@ -392,11 +401,11 @@ class CellCall(LayerCall):
         if not states:
             states = [x.new_zeros(len(x), module.hidden_size)] * 2
         cell = states[1] if self.mode == "LSTM" else None
-        scanned = scan(self.mode, weights, x.unsqueeze(0), states[0], cell, None)
+        scanned = scan(self.mode, weights, x.unsqueeze(0), states[0], cell, None, workspace)
         ends = [None if a is None else single(a).reshape(1, -1, module.hidden_size) for a in at]
         at_hidden = scanned.hidden.new_zeros(scanned.hidden.shape) if ends[0] is None else ends[0]
         at_cell = ends[1] if len(ends) > 1 else None
-        return adjoints(self.mode, weights, scanned, at_hidden, at_cell, self._whole_cell), states[0]
+        return adjoints(self.mode, weights, scanned, at_hidden, at_cell, workspace, self._whole_cell), states[0]
 
 
 class CellRule:
