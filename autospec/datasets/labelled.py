@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
+import zarr
 
 from autospec.errors import UserError
 from autospec.storage import open_store, pack, without_consolidation_warning
@@ -44,24 +47,98 @@ def labelled(
     xarray.Dataset
         ``x (sample, *dims)``, ``target (sample)`` and one variable for each grouping, with ``id`` as coordinate.
     """
+    dataset = _labels(ids, target, groupings, attributes)
+    return dataset.assign(x=(("sample", *dims), np.ascontiguousarray(x, dtype=np.float32)))
+
+
+def _labels(
+    ids: list[str], target: list[str], groupings: Mapping[str, list[str]], attributes: dict[str, Any]
+) -> xr.Dataset:
+    """Everything of a labelled data set but ``x``."""
     text = np.dtypes.StringDType()
-    variables: dict[str, Any] = {
-        "x": (("sample", *dims), np.ascontiguousarray(x, dtype=np.float32)),
-        "target": ("sample", np.array(target, dtype=text)),
-    }
+    variables: dict[str, Any] = {"target": ("sample", np.array(target, dtype=text))}
     for name, labels in groupings.items():
         variables[f"grouping_{name}"] = ("sample", np.array(labels, dtype=text))
     return xr.Dataset(variables, coords={"id": ("sample", np.array(ids, dtype=text))}, attrs=attributes)
 
 
-def write_labelled(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
-    """Write a labelled data set as one zip file, reproducibly."""
-    target = Path(path)
+@contextmanager
+def _packed(target: Path) -> Iterator[Path]:
+    """Give a place for a directory store; pack it into the target if the block succeeds."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".packing-") as folder:
+        store = Path(folder) / "store"
+        yield store
+        pack(store, target)
+
+
+def write_labelled(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
+    """Write a labelled data set as one zip file, reproducibly."""
+    with _packed(Path(path)) as store, without_consolidation_warning():
+        dataset.to_zarr(store, zarr_format=3, consolidated=True)
+
+
+def write_samples(
+    samples: Iterable[np.ndarray],
+    shape: tuple[int, ...],
+    dims: tuple[str, ...],
+    ids: list[str],
+    target: list[str],
+    groupings: Mapping[str, list[str]],
+    attributes: dict[str, Any],
+    coordinates: Mapping[str, tuple[str, list[str] | np.ndarray]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Write a labelled data set sample by sample, so that memory does not grow with their number.
+
+    Parameters
+    ----------
+    samples : iterable of ndarray, each of the given shape
+        In the order of ``ids``; one is held at a time.
+    shape : tuple of int
+        Shape of one sample.
+    dims : tuple of str
+        Names of a sample's dimensions.
+    ids, target, groupings, attributes
+        As for `labelled`.
+    coordinates : mapping of str to (dimension, values)
+        Further coordinates, such as ``{"network": ("network", names)}``.
+    path : path-like
+        The zip file; it appears whole or not at all.
+
+    Raises
+    ------
+    ValueError
+        If a sample has another shape, or there are more or fewer than ids.
+    """
+    text = np.dtypes.StringDType()
+    dataset = _labels(ids, target, groupings, attributes).assign_coords(
+        {
+            name: (dim, values if isinstance(values, np.ndarray) else np.array(values, dtype=text))
+            for name, (dim, values) in coordinates.items()
+        }
+    )
+    with _packed(Path(path)) as store:
         with without_consolidation_warning():
-            dataset.to_zarr(Path(folder) / "store", zarr_format=3, consolidated=True)
-        pack(Path(folder) / "store", target)
+            dataset.to_zarr(store, zarr_format=3, consolidated=False)
+            x = zarr.open_group(store, mode="a").create_array(
+                "x",
+                shape=(len(ids), *shape),
+                chunks=(1, *shape),
+                dtype="float32",
+                fill_value=np.nan,
+                dimension_names=("sample", *dims),
+            )
+        written = 0
+        for sample in samples:
+            if sample.shape != shape or written == len(ids):
+                raise ValueError(f"sample {written} has the shape {sample.shape}; {len(ids)} of {shape} are expected")
+            x[written] = sample
+            written += 1
+        if written < len(ids):
+            raise ValueError(f"{written} samples were given, but {len(ids)} ids")
+        with without_consolidation_warning():
+            zarr.consolidate_metadata(store)
 
 
 def open_labelled(path: str | os.PathLike[str]) -> xr.Dataset:

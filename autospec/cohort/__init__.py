@@ -1,0 +1,1 @@
+"""Cohorts: the layouts in which people hold their data become one table of participants."""

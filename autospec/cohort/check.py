@@ -1,0 +1,239 @@
+"""What a cohort would give, before any job: from names of files, tables and headers of images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from autospec.cohort.files import listed
+from autospec.cohort.images import Header, read_header, require_mni, time_between_volumes
+from autospec.cohort.motion import motion_of, motion_problem
+from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates
+from autospec.cohort.subjects import CohortSettings, Scan
+from autospec.errors import UserError
+
+# One subject of COBRE's size (60,304 voxels of 3 mm in the brain, 150 volumes, 53 networks) takes two CPU seconds, and
+# reading a gzipped image a second for each 80 million bytes.
+BRAIN_MM3 = 60_304 * 27.0
+SECONDS_PER_VALUE = 2.0 / (60_304 * 150)
+BYTES_PER_SECOND = 80e6
+# What a number takes on the disk: four bytes of a map, hardly smaller when gzipped, and text of time courses, twice.
+BYTES_PER_MAP_VALUE = 3.6
+BYTES_PER_COURSE_VALUE = 22.0
+SAME_AFFINE_MM = 1e-3
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a cohort would give."""
+
+    layout: str
+    kind: str
+    groups: dict[str, int]
+    """Participants of each diagnosis."""
+    sexes: dict[str, int]
+    """Participants of each diagnosis and sex."""
+    functional: int
+    structural: int
+    exclusions: list[Exclusion]
+    grids: dict[str, int]
+    """Images on each grid, in words."""
+    repetition_times: dict[str, int]
+    """Images with each repetition time, in seconds."""
+    volumes: tuple[int, int] | None
+    """Fewest and most volumes of an image."""
+    seconds: float
+    """CPU time that spatially constrained ICA will take, about."""
+    bytes: float
+    """Disk that its results will take, about."""
+    warnings: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report, for a person to read."""
+        text = [
+            f"layout: {self.layout} ({self.kind} data)",
+            f"participants: {_counted(self.groups)} ({_counted(self.sexes)})",
+            f"functional: {self.functional}, structural: {self.structural}",
+        ]
+        if self.grids:
+            text.append(f"grid: {'; '.join(f'{grid} ({count} images)' for grid, count in self.grids.items())}")
+            times = "; ".join(f"{time} ({count} images)" for time, count in self.repetition_times.items())
+            text.append(f"repetition time: {times}")
+        if self.volumes is not None:
+            fewest, most = self.volumes
+            same = (
+                f"{fewest} in every image" if fewest == most else f"{fewest} to {most}; data sets are cut to the fewest"
+            )
+            text.append(f"volumes: {same}")
+            text.append(f"time and disk: about {_duration(self.seconds)} of one core, {self.bytes / 1e6:,.0f} MB")
+        text += [f"left out: sub-{each.id} ({each.part}): {each.reason}" for each in self.exclusions]
+        if not self.exclusions:
+            text.append("left out: nobody")
+        return text + [f"warning: {warning}" for warning in self.warnings]
+
+
+def check_cohort(settings: CohortSettings, networks: int = 53, voxel_mm: float | None = 3.0) -> Report:
+    """Say what a cohort would give.
+
+    Parameters
+    ----------
+    settings : CohortSettings
+        Where the data are, and who is wanted.
+    networks : int
+        How many networks the template has.
+    voxel_mm : float or None
+        Voxels in which networks will be sought; None stands for the images' own.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    UserError
+        If the cohort cannot be used at all, or, with ``on_bad_subject: fail``, someone's data are at fault.
+    """
+    cohort = candidates(settings)
+    exclusions = list(cohort.exclusions)
+    images: list[tuple[Header, float]] = []
+    taking_part: list[Participant] = []
+    functional = 0
+    for each in cohort.participants:
+        found: list[tuple[Header, float]] = []
+        exclusion = None
+        if each.scans:
+            found, exclusion = _examine(each, networks, settings)
+        if exclusion is not None:
+            if exclusion.bad and settings["on_bad_subject"] == "fail":
+                raise UserError(
+                    f"sub-{each.id} cannot be used: {exclusion.reason}; correct the data, or set on_bad_subject: exclude."
+                )
+            exclusions.append(exclusion)
+            if not each.freesurfer:
+                continue
+        else:
+            functional += bool(each.scans)
+            images += found
+        taking_part.append(each)
+    return _report(cohort, taking_part, functional, images, exclusions, networks, voxel_mm)
+
+
+def _examine(
+    participant: Participant, networks: int, settings: CohortSettings
+) -> tuple[list[tuple[Header, float]], Exclusion | None]:
+    """Headers and repetition times of a participant's images, or why these cannot be used."""
+    name = participant.id
+    try:
+        usual = participant.done.repetition_time
+        found = [_header(scan, networks, usual) for scan in participant.scans if scan.bold]
+        motion = motion_of([scan.confounds for scan in participant.scans if scan.confounds], participant.phenotype)
+    except UserError as error:
+        return [], Exclusion(name, "functional", str(error).rstrip("."), bad=True)
+    problem = motion_problem(motion, settings["max_mean_fd"], settings["min_volumes"])
+    wanted = settings["min_volumes"]
+    for header, _ in found:
+        if not problem and wanted is not None and motion.usable_volumes is None and header.volumes < wanted:
+            problem = f"{header.volumes} volumes, fewer than min_volumes ({wanted})"
+    return found, Exclusion(name, "functional", problem) if problem else None
+
+
+def _header(scan: Scan, networks: int, usual_time: float | None) -> tuple[Header, float]:
+    """Header and repetition time of an image that can be used; raises UserError otherwise."""
+    header = read_header(scan.bold)
+    require_mni(header)
+    time = time_between_volumes(scan.bold, scan.sidecar, usual_time)
+    if header.volumes < networks:
+        raise UserError(f"{scan.bold} has {header.volumes} volumes, too few for {networks} networks.")
+    return header, time
+
+
+def _report(
+    cohort: Cohort,
+    taking_part: list[Participant],
+    functional: int,
+    images: list[tuple[Header, float]],
+    exclusions: list[Exclusion],
+    networks: int,
+    voxel_mm: float | None,
+) -> Report:
+    headers = [header for header, _ in images]
+    times = Counter(f"{time:g} s" for _, time in images)
+    volumes = [header.volumes for header in headers]
+    return Report(
+        layout=cohort.layout,
+        kind=cohort.kind,
+        groups=_sorted(Counter(each.person.diagnosis for each in taking_part)),
+        sexes=_sorted(Counter(f"{each.person.diagnosis} {each.person.sex}" for each in taking_part)),
+        functional=functional,
+        structural=sum(bool(each.freesurfer) for each in taking_part),
+        exclusions=exclusions,
+        grids=_grids(headers),
+        repetition_times=dict(times),
+        volumes=(min(volumes), max(volumes)) if volumes else None,
+        seconds=sum(predicted_seconds(header, voxel_mm) for header in headers),
+        bytes=sum(predicted_bytes(header, networks, voxel_mm) for header in headers),
+        warnings=_warnings(headers, times, cohort),
+    )
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items()))
+
+
+def _grids(headers: list[Header]) -> dict[str, int]:
+    """Images on each grid; grids whose affines differ are counted apart."""
+    kinds: list[tuple[Header, int]] = []
+    for header in headers:
+        for i, (known, count) in enumerate(kinds):
+            if known.grid == header.grid and np.abs(known.affine - header.affine).max() < SAME_AFFINE_MM:
+                kinds[i] = (known, count + 1)
+                break
+        else:
+            kinds.append((header, 1))
+    words: dict[str, int] = {}
+    for header, count in kinds:
+        origin = ", ".join(f"{value:g}" for value in header.affine[:3, 3])
+        words[f"{header.grid} from ({origin}) mm"] = count
+    return words
+
+
+def _warnings(headers: list[Header], times: Counter[str], cohort: Cohort) -> list[str]:
+    warnings = []
+    if len(_grids(headers)) > 1:
+        warnings.append(
+            "images lie on several grids; set ica.grid to template or to a voxel size for data sets of maps"
+        )
+    if len(times) > 1:
+        warnings.append(f"repetition times differ ({listed(list(times))}), so time points of participants do not match")
+    said = [warning for header in headers for warning in header.warnings]
+    if said:
+        warnings.append(said[0] + (f" ({len(said) - 1} more say so, too)" if len(said) > 1 else ""))
+    if cohort.kind == "real" and any(header.simulated for header in headers):
+        warnings.append("some images say that they are simulated, but their data set does not")
+    return warnings
+
+
+def predicted_seconds(header: Header, voxel_mm: float | None) -> float:
+    """CPU seconds that spatially constrained ICA of an image takes, reading included, about."""
+    read = 2.0 * float(np.prod(header.shape)) * header.volumes / BYTES_PER_SECOND
+    return _brain_voxels(header, voxel_mm) * header.volumes * SECONDS_PER_VALUE + read
+
+
+def predicted_bytes(header: Header, networks: int, voxel_mm: float | None) -> float:
+    """Bytes that its maps and time courses take, about."""
+    return networks * (_brain_voxels(header, voxel_mm) * BYTES_PER_MAP_VALUE + header.volumes * BYTES_PER_COURSE_VALUE)
+
+
+def _brain_voxels(header: Header, voxel_mm: float | None) -> float:
+    size = float(np.prod(header.voxel_mm)) if voxel_mm is None else voxel_mm**3
+    return BRAIN_MM3 / size
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{label}: {count}" for label, count in counts.items())
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"

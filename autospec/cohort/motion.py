@@ -1,0 +1,102 @@
+"""How much a participant moved, from tables of confounds."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autospec.cohort.files import TextTable, read_table
+from autospec.errors import UserError
+
+DISPLACEMENT = ("framewise_displacement", "FD", "fd")
+# fMRIPrep marks each volume to leave out with a column of its own; NIAK marks all of them in one.
+MARKS = re.compile(r"(motion_outlier|non_steady_state_outlier)\d+|scrub")
+OF_PHENOTYPES = {"mean_fd": ("FD", "fd", "mean_fd"), "usable_volumes": ("Frames OK",)}
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What is known of motion; None where it is not."""
+
+    mean_fd: float | None = None
+    """Mean framewise displacement, mm."""
+    volumes: int | None = None
+    usable_volumes: int | None = None
+    """Volumes that no column marks as an outlier."""
+
+
+def motion_of_table(table: TextTable) -> Motion:
+    """Sum up a table of confounds.
+
+    Parameters
+    ----------
+    table : TextTable
+        One row a volume, as fMRIPrep or NIAK writes them.
+
+    Raises
+    ------
+    UserError
+        If a displacement or a mark is no number.
+    """
+    place = next((table.columns.index(name) for name in DISPLACEMENT if name in table.columns), None)
+    try:
+        cells = [] if place is None else [row[place] for row in table.rows]
+        displacement = [float(cell) for cell in cells if cell.lower() not in ("n/a", "nan", "")]
+        marks = [i for i, name in enumerate(table.columns) if MARKS.fullmatch(name)]
+        usable = sum(not any(float(row[i]) for i in marks) for row in table.rows)
+    except ValueError as error:
+        raise UserError(f"the table of confounds {table.path} holds a cell that is no number ({error}).") from None
+    return Motion(
+        mean_fd=sum(displacement) / len(displacement) if displacement else None,
+        volumes=len(table.rows),
+        usable_volumes=usable,
+    )
+
+
+def motion_of(confounds: list[str], phenotype: Mapping[str, str] | None) -> Motion:
+    """Motion over a participant's runs: from tables of confounds, else from the table of participants.
+
+    Parameters
+    ----------
+    confounds : list of str
+        Tables, one a run.
+    phenotype : mapping or None
+        The participant's row, whose ``FD`` and ``Frames OK`` are taken where there are no tables.
+    """
+    tables = [motion_of_table(read_table(path)) for path in confounds]
+    if not tables:
+        return _of_phenotype(phenotype or {})
+    known = [(each.mean_fd, each.volumes or 0) for each in tables if each.mean_fd is not None]
+    total = sum(volumes for _, volumes in known)
+    return Motion(
+        mean_fd=sum(mean * volumes for mean, volumes in known) / total if total else None,
+        volumes=sum(each.volumes or 0 for each in tables),
+        usable_volumes=sum(each.usable_volumes or 0 for each in tables),
+    )
+
+
+def _of_phenotype(phenotype: Mapping[str, str]) -> Motion:
+    values: dict[str, float | None] = {}
+    for what, columns in OF_PHENOTYPES.items():
+        text = next((phenotype[column] for column in columns if column in phenotype), "")
+        try:
+            values[what] = float(text)
+        except ValueError:
+            values[what] = None
+        if values[what] is not None and math.isnan(values[what] or 0.0):
+            values[what] = None
+    usable = values["usable_volumes"]
+    return Motion(mean_fd=values["mean_fd"], usable_volumes=None if usable is None else int(usable))
+
+
+def motion_problem(motion: Motion, max_mean_fd: float | None, min_volumes: int | None) -> str:
+    """Say why a participant moved too much, or nothing; with a limit, somebody's motion must be known."""
+    if max_mean_fd is not None and motion.mean_fd is None:
+        return "nothing says how much it moved (there is no table of confounds), and max_mean_fd is set"
+    if max_mean_fd is not None and motion.mean_fd is not None and motion.mean_fd > max_mean_fd:
+        return f"mean framewise displacement of {motion.mean_fd:.3f} mm, more than max_mean_fd ({max_mean_fd:g} mm)"
+    if min_volumes is not None and motion.usable_volumes is not None and motion.usable_volumes < min_volumes:
+        return f"{motion.usable_volumes} usable volumes, fewer than min_volumes ({min_volumes})"
+    return ""

@@ -1,0 +1,301 @@
+"""Tables of participants: one vocabulary for ids, diagnoses, sexes and ages, whatever a cohort calls them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from autospec.cohort.files import listed, read_table
+from autospec.cohort.subjects import MISSING, CohortSettings, checked_id
+from autospec.errors import UserError
+
+# Names of columns, in small letters; the first that a table has is taken.
+ID_COLUMNS = ("participant_id", "subject_id", "subjectid", "subject", "id", "subjid", "src_subject_id", "")
+LABEL_COLUMNS = ("subject type", "dx", "group", "sz", "diagnosis")
+CODE_COLUMNS = ("diagnosis",)
+SEX_COLUMNS = ("sex", "gender")
+AGE_COLUMNS = ("age", "current age")
+SITE_COLUMNS = ("site", "site_id", "siteid")
+
+CONTROL, PATIENT, STRICT, RELATED, OTHER = "control", "patient", "strict", "related", "other"
+# What a word in the column of diagnoses means, in small letters.
+WORDS = {
+    **dict.fromkeys(("control", "controls", "healthy control", "healthy", "hc", "ctrl", "con"), CONTROL),
+    **dict.fromkeys(("no_known_disorder", "no known disorder"), CONTROL),
+    **dict.fromkeys(("patient", "patients"), PATIENT),
+    **dict.fromkeys(("schizophrenia", "schizophrenia_strict", "sz", "scz", "schz"), STRICT),
+    **dict.fromkeys(("schizophrenia_broad", "schizoaffective", "schizoaffective disorder"), RELATED),
+    **dict.fromkeys(("bipolar", "bipolar_disorder", "bipolar disorder", "adhd"), OTHER),
+}
+SZ_COLUMN = {"1": PATIENT, "1.0": PATIENT, "0": CONTROL, "0.0": CONTROL}
+# Codes of DSM-IV: 295.1, .2, .3, .6 and .9 are the types of schizophrenia; .4 is the schizophreniform disorder and .7
+# the schizoaffective one.
+STRICT_CODE = re.compile(r"295\.[12369]")
+CODE = re.compile(r"\d{3}(\.\d+)?")
+
+SEXES = {"m": "M", "male": "M", "man": "M", "f": "F", "female": "F", "woman": "F", "o": "O", "other": "O"}
+NOT_KNOWN = ("", "n/a", "na", "nan", "unknown")
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Phenotypes:
+    """A table of participants, all text."""
+
+    path: str
+    columns: list[str]
+    rows: dict[str, dict[str, str]]
+    """Rows by id, in the table's order."""
+
+
+@dataclass(frozen=True)
+class Person:
+    """What the table says of one participant, in one vocabulary."""
+
+    diagnosis: str
+    sex: str
+    age: str
+    site: str
+    groupings: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a participant's diagnosis cannot be used."""
+
+    reason: str
+    bad: bool
+    """Whether the table is at fault, not the choice of who takes part."""
+
+
+def read_phenotypes(path: str, id_column: str | None = None) -> Phenotypes:
+    """Read a table of participants.
+
+    Parameters
+    ----------
+    path : str
+        A table of text, gzipped or not.
+    id_column : str or None
+        The column of ids where it has no usual name; a first column without a name is one, too.
+
+    Raises
+    ------
+    UserError
+        If there is no column of ids, an id stands twice, or an id could not name a folder.
+    """
+    table = read_table(path)
+    place = _id_place(path, table.columns, id_column)
+    rows: dict[str, dict[str, str]] = {}
+    twice: list[str] = []
+    for cells in table.rows:
+        name = checked_id(cells[place], path)
+        if name in rows:
+            twice.append(name)
+        rows[name] = {
+            column: cell for i, (column, cell) in enumerate(zip(table.columns, cells, strict=True)) if i != place
+        }
+    if twice:
+        raise UserError(f"{path} has several rows for {listed(twice)}: keep one row for each participant.")
+    columns = [column for i, column in enumerate(table.columns) if i != place]
+    return Phenotypes(path, columns, rows)
+
+
+def _id_place(path: str, columns: list[str], id_column: str | None) -> int:
+    if id_column is not None:
+        if id_column not in columns:
+            raise UserError(f"{path} has no column '{id_column}': its columns are {listed(columns, 12)}.")
+        return columns.index(id_column)
+    small = [column.lower() for column in columns]
+    for name in ID_COLUMNS:
+        if name in small and (name or small[0] == ""):
+            return small.index(name)
+    raise UserError(
+        f"{path} has no column of ids: call it participant_id, or name it under columns (id); "
+        f"its columns are {listed(columns, 12)}."
+    )
+
+
+def matched(ids: Iterable[str], by_id: Mapping[str, Value], source: str) -> dict[str, Value]:
+    """Give a table's entries the ids of the images where they lost their zeros.
+
+    Parameters
+    ----------
+    ids : iterable of str
+        Ids as the images spell them.
+    by_id : mapping
+        Entries by the id that the table spells, such as ``40000``.
+    source : str
+        The table, for the error message.
+
+    Returns
+    -------
+    dict
+        The entries; an id of digits that is no image's becomes the image's that differs from it by leading zeros only.
+
+    Raises
+    ------
+    UserError
+        If two entries become one, or two images differ by leading zeros only.
+    """
+    short: dict[str, list[str]] = {}
+    spelled = set(ids)
+    for name in sorted(spelled):
+        if name.isdecimal():
+            short.setdefault(name.lstrip("0"), []).append(name)
+    result: dict[str, Value] = {}
+    for name, entry in by_id.items():
+        like = short.get(name.lstrip("0"), []) if name.isdecimal() and name not in spelled else []
+        if len(like) > 1:
+            raise UserError(f"the id '{name}' in {source} could be any of {listed(like)}: write it with its zeros.")
+        full = like[0] if like else name
+        if full in result:
+            raise UserError(f"{source} has several entries for {full}: keep one row for each participant.")
+        result[full] = entry
+    return result
+
+
+def describe(row: Mapping[str, str], settings: CohortSettings, source: str) -> Person | Refusal:
+    """Put a participant's row into the common vocabulary.
+
+    Parameters
+    ----------
+    row : mapping of str to str
+        Cells by column.
+    settings : CohortSettings
+        Whose diagnosis counts, further groupings, and columns with unusual names.
+    source : str
+        The table, for error messages.
+
+    Returns
+    -------
+    Person, or Refusal
+        The latter where the participant does not belong to any group.
+
+    Raises
+    ------
+    UserError
+        If a needed column is missing, or a sex or an age cannot be understood.
+    """
+    if any(cell.lower() == "disenrolled" for cell in row.values()):
+        return Refusal("Disenrolled", bad=False)
+    diagnosis = _diagnosis(row, settings, source)
+    if isinstance(diagnosis, Refusal):
+        return diagnosis
+    for column in settings["groupings"]:
+        if column not in row:
+            raise UserError(f"{source} has no column '{column}' to group by: its columns are {listed(list(row), 12)}.")
+    return Person(
+        diagnosis=diagnosis,
+        sex=sex_of(_cell(row, settings, "sex", SEX_COLUMNS, source), settings["sex_labels"], source),
+        age=age_of(_cell(row, settings, "age", AGE_COLUMNS, source), source),
+        site=_cell(row, settings, "site", SITE_COLUMNS, source) or MISSING,
+        groupings={column: row[column] or MISSING for column in settings["groupings"]},
+    )
+
+
+def _cell(row: Mapping[str, str], settings: CohortSettings, what: str, usual: tuple[str, ...], source: str) -> str:
+    """A cell by what it says; empty where the table has no such column."""
+    column = find_column(list(row), settings, what, usual, source)
+    return "" if column is None or row[column] == MISSING else row[column]
+
+
+def find_column(
+    columns: list[str], settings: CohortSettings, what: str, usual: tuple[str, ...], source: str
+) -> str | None:
+    """Name of the column that says something, or None; raises UserError if the settings name one that is not there."""
+    named = settings["columns"].get(what)
+    if named is not None:
+        if named not in columns:
+            raise UserError(f"{source} has no column '{named}' ({what}): its columns are {listed(columns, 12)}.")
+        return named
+    small = {column.lower(): column for column in reversed(columns)}
+    return next((small[name] for name in usual if name in small), None)
+
+
+def _diagnosis(row: Mapping[str, str], settings: CohortSettings, source: str) -> str | Refusal:
+    column = find_column(list(row), settings, "diagnosis", LABEL_COLUMNS, source)
+    if column is None:
+        raise UserError(
+            f"{source} has no column of diagnoses: call it diagnosis, or name it under columns (diagnosis); "
+            f"its columns are {listed(list(row), 12)}."
+        )
+    text = row[column]
+    if settings["labels"]:
+        label = settings["labels"].get(text)
+        return label if label is not None else Refusal(_outside(text, column, list(settings["labels"])), bad=True)
+    code_column = find_column(list(row), settings, "code", CODE_COLUMNS, source)
+    code = row[code_column] if code_column not in (None, column) else ""
+    return diagnosis_of(text, code, settings["diagnosis"] == "strict schizophrenia", column)
+
+
+def _outside(text: str, column: str, known: list[str]) -> str:
+    if text in ("", MISSING):
+        return f"the column '{column}' says nothing of it"
+    return (
+        f"the diagnosis '{text}' in the column '{column}' is none of {listed(known, 12)}; give it a group under labels"
+    )
+
+
+def diagnosis_of(text: str, code: str, strict: bool, column: str) -> str | Refusal:
+    """Group of a participant: SZ or HC.
+
+    Parameters
+    ----------
+    text : str
+        The label, such as ``Patient``, ``Schizophrenia_Strict``, or a code of DSM-IV where the table has codes only.
+    code : str
+        The code beside a label, such as ``295.30`` or ``None``; empty where the table has none.
+    strict : bool
+        Whether only schizophrenia itself counts, and only controls without any diagnosis; otherwise labels are believed.
+    column : str
+        The label's column, for the reasons.
+    """
+    small = text.lower()
+    meaning = SZ_COLUMN.get(small) if column.lower() == "sz" else WORDS.get(small)
+    if meaning is None and not code and (small == "none" or CODE.match(text)):
+        meaning, code = CONTROL if small == "none" else PATIENT if text.startswith("295") else OTHER, text
+    if meaning is None:
+        return Refusal(_outside(text, column, ["Patient", "Control", "SZ", "HC", "codes of DSM-IV"]), bad=True)
+    if meaning == OTHER:
+        return Refusal(f"the diagnosis '{text}' is neither schizophrenia nor control", bad=False)
+    if not strict:
+        return "HC" if meaning == CONTROL else "SZ"
+    if meaning == CONTROL:
+        healthy = code.lower() in ("", "none", MISSING)
+        return "HC" if healthy else Refusal(f"a control with the diagnosis '{code}' (strict schizophrenia)", bad=False)
+    if meaning == STRICT or (meaning == PATIENT and STRICT_CODE.match(code)):
+        return "SZ"
+    if meaning == PATIENT and code in ("", MISSING):
+        return Refusal(f"called '{text}' without a code, so strict schizophrenia cannot be established", bad=False)
+    return Refusal(f"the diagnosis '{code or text}' is not strict schizophrenia", bad=False)
+
+
+def sex_of(text: str, labels: Mapping[str, str], source: str) -> str:
+    """Sex as M, F, O or n/a; raises UserError at a code that nothing explains."""
+    if text in labels:
+        return labels[text]
+    if text.lower() in NOT_KNOWN:
+        return MISSING
+    if text.lower() not in SEXES:
+        raise UserError(
+            f"{source} has the sex '{text}', which could mean either: say what it means under sex_labels, as in '1': M."
+        )
+    return SEXES[text.lower()]
+
+
+def age_of(text: str, source: str) -> str:
+    """Age in years as it is written, or n/a; ``89+`` is 89; raises UserError where it is no number."""
+    if text.lower() in NOT_KNOWN:
+        return MISSING
+    number = text.removesuffix("+")
+    try:
+        years = float(number)
+    except ValueError:
+        years = math.nan
+    if not 0 <= years < math.inf:
+        raise UserError(f"{source} has the age '{text}', which is no number of years: correct it, or write n/a.")
+    return number

@@ -1,0 +1,195 @@
+"""Who takes part, and in words why others do not: from names of files and tables only, so that it takes no time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from autospec.cohort.files import natural_key
+from autospec.cohort.layouts import is_simulated, read_layout
+from autospec.cohort.phenotypes import Person, Refusal, describe, matched
+from autospec.cohort.record import Kind
+from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject
+from autospec.errors import UserError
+from autospec.freesurfer import find_subjects_dir, subjects_of
+
+Part = Literal["all", "functional", "structural"]
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Someone who is left out, and why."""
+
+    id: str
+    part: Part
+    """Left out of everything, or of the functional or the structural half alone."""
+    reason: str
+    bad: bool = False
+    """Whether the data are at fault, so that `on_bad_subject` decides; otherwise a choice, or a half that is not there."""
+
+
+@dataclass(frozen=True)
+class Participant:
+    """Someone who takes part in one half or both."""
+
+    id: str
+    person: Person
+    scans: tuple[Scan, ...]
+    """Functional runs; none where only the structural half knows the participant."""
+    freesurfer: str
+    """Folder of FreeSurfer's results, or the table that holds them; empty where only the functional half knows the participant."""
+    done: Done = field(default_factory=Done)
+    phenotype: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A cohort as it is before any image was read."""
+
+    layout: str
+    kind: Kind
+    participants: list[Participant]
+    exclusions: list[Exclusion]
+
+    @property
+    def functional(self) -> list[Participant]:
+        """Participants with functional runs: each is a job."""
+        return [each for each in self.participants if each.scans]
+
+    @property
+    def structural(self) -> list[Participant]:
+        """Participants with volumes."""
+        return [each for each in self.participants if each.freesurfer]
+
+
+def candidates(settings: CohortSettings) -> Cohort:
+    """Say who is in a cohort, from names of files and tables only.
+
+    Parameters
+    ----------
+    settings : CohortSettings
+        Where the data are, and who is wanted.
+
+    Returns
+    -------
+    Cohort
+        Participants in the order of their ids, and everybody who is left out.
+
+    Raises
+    ------
+    UserError
+        If the folder cannot be read, the two halves are of different kinds, nobody is left, or, with
+        ``on_bad_subject: fail``, someone's data are at fault.
+    """
+    folder = settings["folder"]
+    layout, subjects = read_layout(folder, settings)
+    sources = freesurfer_sources(settings)
+    volumes, problems = subjects_of(sources) if sources else ({}, {})
+    kind = _kind(folder, sources)
+    return select(layout, kind, subjects, volumes, problems, settings)
+
+
+def freesurfer_sources(settings: CohortSettings) -> list[str]:
+    """Folder or tables of the structural half; ``["auto"]`` looks where they usually stand."""
+    if settings["freesurfer"] != ["auto"]:
+        return list(settings["freesurfer"])
+    found = find_subjects_dir(settings["folder"])
+    return [found] if found else []
+
+
+def _kind(folder: str, sources: list[str]) -> Kind:
+    kinds = {path: "simulated" if is_simulated(path) else "real" for path in (folder, *sources)}
+    if len(set(kinds.values())) > 1:
+        raise UserError(
+            f"{' and '.join(f'{path} ({kind})' for path, kind in kinds.items())} are of different kinds: "
+            "do not mix real and simulated data."
+        )
+    return "simulated" if kinds[folder] == "simulated" else "real"
+
+
+def select(
+    layout: str,
+    kind: Kind,
+    subjects: list[Subject],
+    volumes: dict[str, str],
+    problems: dict[str, str],
+    settings: CohortSettings,
+) -> Cohort:
+    """Decide who takes part.
+
+    Parameters
+    ----------
+    layout, kind : str
+        What the cohort is.
+    subjects : list of Subject
+        Whoever the layout or its table knows.
+    volumes : dict of str to str
+        Place of FreeSurfer's results by id.
+    problems : dict of str to str
+        Why someone's volumes cannot be used, by id.
+    settings : CohortSettings
+        Who is wanted.
+
+    Returns
+    -------
+    Cohort
+    """
+    by_id = {subject.id: subject for subject in subjects}
+    volumes = matched(by_id, volumes, "the FreeSurfer data")
+    problems = matched(by_id, problems, "the FreeSurfer data")
+    participants: list[Participant] = []
+    exclusions: list[Exclusion] = []
+    for name in sorted({*by_id, *volumes}, key=natural_key):
+        subject = by_id.get(name, Subject(name))
+        place = volumes.get(name, "")
+        found = _decide(subject, place, problems.get(name, ""), bool(volumes), settings)
+        exclusions += found[1]
+        if found[0] is not None:
+            participants.append(found[0])
+    bad = [each for each in exclusions if each.bad]
+    if bad and settings["on_bad_subject"] == "fail":
+        others = f" ({len(bad) - 1} more cannot be used either)" if len(bad) > 1 else ""
+        raise UserError(
+            f"sub-{bad[0].id} cannot be used: {bad[0].reason}{others}; correct the data, or set on_bad_subject: exclude."
+        )
+    if not participants:
+        first = f", the first because: {exclusions[0].reason}" if exclusions else ""
+        raise UserError(f"nobody in {settings['folder']} can take part: {len(exclusions)} are left out{first}.")
+    return Cohort(layout, kind, participants, exclusions)
+
+
+def _decide(
+    subject: Subject, place: str, volumes_problem: str, has_structural: bool, settings: CohortSettings
+) -> tuple[Participant | None, list[Exclusion]]:
+    """A participant, or None, and what it is left out of."""
+    name = subject.id
+    if subject.phenotype is None:
+        what = "an image" if subject.scans or subject.problem else "FreeSurfer volumes"
+        return None, [Exclusion(name, "all", f"has {what}, but no row in the table of participants", bad=True)]
+    table = settings["phenotypes"] or f"the table of participants in {settings['folder']}"
+    person = describe(subject.phenotype, settings, table)
+    if isinstance(person, Refusal):
+        return None, [Exclusion(name, "all", person.reason, person.bad)]
+    exclusions = []
+    scans = () if subject.problem else subject.scans
+    if subject.problem:
+        exclusions.append(Exclusion(name, "functional", subject.problem, bad=True))
+    elif not scans and place:
+        exclusions.append(Exclusion(name, "functional", "there is no functional image of it"))
+    if volumes_problem:
+        exclusions.append(Exclusion(name, "structural", volumes_problem, bad=True))
+    elif has_structural and not place:
+        exclusions.append(Exclusion(name, "structural", "there are no FreeSurfer volumes of it"))
+    place = "" if volumes_problem else place
+    if not scans and not place:
+        if not any(each.bad for each in exclusions):
+            exclusions = [Exclusion(name, "all", "is in the table of participants, but has no data", bad=True)]
+        return None, exclusions
+    return Participant(name, person, scans, place, subject.done, subject.phenotype), exclusions
+
+
+def functional_files(participant: Participant) -> list[str]:
+    """Files that a participant's own job reads, each once."""
+    kinds = ("bold", "confounds", "sidecar", "timecourses", "maps", "mask", "components")
+    files = [getattr(scan, kind) for scan in participant.scans for kind in kinds]
+    return [file for file in dict.fromkeys(files) if file]

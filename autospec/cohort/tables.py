@@ -1,0 +1,241 @@
+"""The cohort's own tables: who takes part (``participants.tsv``), who does not and why (``exclusions.tsv``)."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from autospec.cohort.files import natural_key, read_json
+from autospec.cohort.motion import Motion, motion_of, motion_problem
+from autospec.cohort.record import (
+    DICTIONARY,
+    EXCLUSIONS,
+    FIRST_COLUMNS,
+    LAST_COLUMNS,
+    RECORD,
+    TABLE,
+    require_kind,
+)
+from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, functional_files
+from autospec.cohort.subjects import MISSING, CohortSettings
+from autospec.errors import UserError
+from autospec.freesurfer import STATS
+from autospec.storage import written_whole
+
+BLOCK = 1 << 20
+
+DESCRIPTIONS: dict[str, dict[str, Any]] = {
+    "participant_id": {"Description": "Id of the participant, with its zeros"},
+    "diagnosis": {"Description": "Group by diagnosis", "Levels": {"SZ": "schizophrenia", "HC": "healthy control"}},
+    "sex": {"Description": "Sex", "Levels": {"M": "male", "F": "female", "O": "other"}},
+    "diagnosis_sex": {"Description": "Diagnosis and sex together"},
+    "age": {"Description": "Age", "Units": "years"},
+    "site": {"Description": "Where the participant was scanned"},
+    "functional": {"Description": "Whether the participant is in the functional data sets: yes or no"},
+    "structural": {"Description": "Whether the participant is in the structural data sets: yes or no"},
+    "mean_fd": {"Description": "Mean framewise displacement over all runs", "Units": "mm"},
+    "volumes": {"Description": "Volumes in the tables of confounds, all runs together"},
+    "usable_volumes": {"Description": "Volumes that no column of the tables of confounds marks as an outlier"},
+    "bold": {"Description": "Functional images, or the file of time courses computed before, separated by ;"},
+    "confounds": {"Description": "Tables of confounds, separated by ;"},
+    "freesurfer": {"Description": "Folder of FreeSurfer's results, or the table that holds them"},
+    "functional_digest": {"Description": "Beginning of the SHA-256 of the functional files"},
+    "structural_digest": {"Description": "Beginning of the SHA-256 of FreeSurfer's files"},
+}
+OWN_COLUMNS = (*FIRST_COLUMNS, *LAST_COLUMNS)
+PATHS = ("bold", "confounds", "freesurfer")
+
+
+def build_cohort(settings: CohortSettings, statuses: Mapping[str, str] | None, folder: str) -> str:
+    """Write the cohort's tables.
+
+    Parameters
+    ----------
+    settings : CohortSettings
+        Where the data are, and who is wanted.
+    statuses : mapping of str to str, or None
+        What each functional participant's own job found, as the path of its ``status.json`` by id; None where no such
+        job ran.
+    folder : str
+        Where to write, such as ``results/cohort``.
+
+    Returns
+    -------
+    str
+        One line that says who takes part.
+
+    Raises
+    ------
+    UserError
+        As `candidates` does; if a status is missing; or if the folder already holds a cohort of another kind.
+    """
+    return write_cohort(candidates(settings), settings, statuses, folder)
+
+
+def write_cohort(cohort: Cohort, settings: CohortSettings, statuses: Mapping[str, str] | None, folder: str) -> str:
+    """Write the tables of a cohort that was read already; see `build_cohort`."""
+    require_kind(folder, cohort.kind)
+    exclusions = list(cohort.exclusions)
+    rows = []
+    for each in cohort.participants:
+        status = _status(each, statuses)
+        motion = motion_of([scan.confounds for scan in each.scans if scan.confounds], each.phenotype)
+        problem = _functional_problem(status, motion, settings) if each.scans else ""
+        if problem:
+            exclusions.append(Exclusion(each.id, "functional", problem))
+        functional = bool(each.scans) and not problem
+        if functional or each.freesurfer:
+            rows.append(_row(each, motion, functional, status, settings))
+    if not rows:
+        raise UserError(
+            f"nobody is left of {len(cohort.participants)} participants: loosen max_mean_fd or min_volumes."
+        )
+    columns = [*FIRST_COLUMNS, *extra_columns(settings), *LAST_COLUMNS]
+    exclusions.sort(key=lambda each: natural_key(each.id))
+    excluded = [{"participant_id": f"sub-{each.id}", "part": each.part, "reason": each.reason} for each in exclusions]
+    record = _record(cohort, rows, exclusions, settings, columns)
+    target = Path(folder)
+    _write(target / DICTIONARY, _json(_dictionary(columns, settings)))
+    _write(target / EXCLUSIONS, _tsv(["participant_id", "part", "reason"], excluded))
+    _write(target / RECORD, _json(record))
+    _write(target / TABLE, _tsv(columns, rows))
+    groups = ", ".join(f"{label}: {count}" for label, count in record["groups"].items())
+    return (
+        f"{cohort.kind} cohort ({cohort.layout}): {len(rows)} participants ({groups}), {record['functional']} with "
+        f"functional and {record['structural']} with structural data; {len(exclusions)} exclusions"
+    )
+
+
+def extra_columns(settings: CohortSettings) -> list[str]:
+    """Further columns by which participants are grouped; raises UserError if one would hide a column of ours."""
+    names = [name for name in settings["groupings"] if name.lower() not in ("diagnosis", "sex", "site")]
+    for name in names:
+        if name in OWN_COLUMNS or name == "id":
+            raise UserError(
+                f"the grouping '{name}' has the name of a column of {TABLE}: rename the column in your table."
+            )
+    return names
+
+
+def _status(participant: Participant, statuses: Mapping[str, str] | None) -> dict[str, Any]:
+    if statuses is None or not participant.scans:
+        return {}
+    if participant.id not in statuses:
+        raise UserError(f"there is no status of sub-{participant.id}: its own job has not run.")
+    return read_json(statuses[participant.id])
+
+
+def _functional_problem(status: dict[str, Any], motion: Motion, settings: CohortSettings) -> str:
+    if status.get("status") == "excluded":
+        return str(status.get("reason", "excluded by its own job"))
+    return motion_problem(motion, settings["max_mean_fd"], settings["min_volumes"])
+
+
+def _row(
+    participant: Participant, motion: Motion, functional: bool, status: dict[str, Any], settings: CohortSettings
+) -> dict[str, str]:
+    person = participant.person
+    known = MISSING not in (person.diagnosis, person.sex)
+    scans = participant.scans if functional else ()
+    return {
+        "participant_id": f"sub-{participant.id}",
+        "diagnosis": person.diagnosis,
+        "sex": person.sex,
+        "diagnosis_sex": f"{person.diagnosis} {person.sex}" if known else MISSING,
+        "age": person.age,
+        "site": person.site,
+        **{name: person.groupings[name] for name in extra_columns(settings)},
+        "functional": "yes" if functional else "no",
+        "structural": "yes" if participant.freesurfer else "no",
+        "mean_fd": _number(motion.mean_fd),
+        "volumes": _number(motion.volumes),
+        "usable_volumes": _number(motion.usable_volumes),
+        "bold": ";".join(scan.file for scan in scans),
+        "confounds": ";".join(scan.confounds for scan in scans if scan.confounds),
+        "freesurfer": participant.freesurfer,
+        "functional_digest": (status.get("digest") or digest_of(functional_files(participant))) if scans else "",
+        "structural_digest": digest_of(_structural_files(participant.freesurfer)),
+    }
+
+
+def _number(value: float | int | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _structural_files(place: str) -> list[str]:
+    if not place or not Path(place).is_dir():
+        return [place] if place else []
+    return [str(Path(place) / "stats" / f"{name}.stats") for name in STATS]
+
+
+def digest_of(paths: Iterable[str]) -> str:
+    """Beginning of the SHA-256 of some files' content, one after the other; empty where there are no files."""
+    state, any_file = hashlib.sha256(), False
+    for path in paths:
+        any_file = True
+        try:
+            with Path(path).open("rb") as file:
+                while block := file.read(BLOCK):
+                    state.update(block)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    return state.hexdigest()[:16] if any_file else ""
+
+
+def _record(
+    cohort: Cohort,
+    rows: list[dict[str, str]],
+    exclusions: list[Exclusion],
+    settings: CohortSettings,
+    columns: list[str],
+) -> dict[str, Any]:
+    # Paths are left out: the same cohort in another folder is the same cohort.
+    content = [[row[column] for column in columns if column not in PATHS] for row in rows]
+    return {
+        "kind": cohort.kind,
+        "layout": cohort.layout,
+        "digest": hashlib.sha256(json.dumps([columns, content]).encode()).hexdigest()[:16],
+        "diagnosis": settings["diagnosis"] if not settings["labels"] else "labels of the config",
+        "participants": len(rows),
+        "groups": dict(sorted(Counter(row["diagnosis"] for row in rows).items())),
+        "functional": sum(row["functional"] == "yes" for row in rows),
+        "structural": sum(row["structural"] == "yes" for row in rows),
+        "exclusions": len(exclusions),
+    }
+
+
+def _dictionary(columns: list[str], settings: CohortSettings) -> dict[str, Any]:
+    described = {
+        name: DESCRIPTIONS.get(name, {"Description": f"The column '{name}' of the cohort's table"}) for name in columns
+    }
+    if settings["labels"]:
+        described["diagnosis"] = {
+            "Description": "Group by diagnosis",
+            "Levels": {group: f"'{text}' in the cohort's table" for text, group in settings["labels"].items()},
+        }
+    return described
+
+
+def _tsv(columns: list[str], rows: list[dict[str, str]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([re.sub(r"[\t\r\n]+", " ", row[column]) or MISSING for column in columns])
+    return text.getvalue()
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

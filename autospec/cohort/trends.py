@@ -1,0 +1,138 @@
+"""TReNDS' COBRE: time courses of 157 subjects in one HDF5 file, with one-based numbers of the components to keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autospec.cohort.bids import join
+from autospec.cohort.files import existing, file_problem, read_table
+from autospec.cohort.phenotypes import Phenotypes, read_phenotypes
+from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject
+from autospec.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DATA, LABELS, INDICES = "COBRE_AllData.h5", "labels_COBRE.csv", "correct_indices_GSP.csv"
+DATASET = "COBRE_dataset"
+COMPONENTS = 100
+WORDS = {1: "Control", 2: "Patient"}
+
+
+def read_trends(folder: str, settings: CohortSettings) -> list[Subject]:
+    """Read who is in the file.
+
+    Parameters
+    ----------
+    folder : str
+        The folder with the HDF5 file and the two tables, or these in ``IndicesAndLabels``.
+    settings : CohortSettings
+        Another table of participants if wanted, one row a subject in the file's order.
+
+    Returns
+    -------
+    list of Subject
+        Ids are their places in the file, from ``001``, unless a table brings ids.
+
+    Raises
+    ------
+    UserError
+        If a file is missing, or a label is neither 1 (control) nor 2 (patient).
+    """
+    data = str(Path(folder) / DATA)
+    labels = whole_numbers(_beside(folder, LABELS))
+    if unknown := sorted(set(labels) - set(WORDS)):
+        raise UserError(f"{_beside(folder, LABELS)} holds the labels {unknown}: 1 (control) and 2 (patient) are known.")
+    if settings["phenotypes"]:
+        table = read_phenotypes(settings["phenotypes"], settings["columns"].get("id"))
+        if len(table.rows) != len(labels):
+            raise UserError(
+                f"{table.path} has {len(table.rows)} rows, but {LABELS} has {len(labels)} labels: "
+                "give one row a subject, in the file's order."
+            )
+    else:
+        rows = {f"{i:03d}": {"Subject Type": WORDS[label]} for i, label in enumerate(labels, start=1)}
+        table = Phenotypes(_beside(folder, LABELS), ["Subject Type"], rows)
+    indices = _beside(folder, INDICES)
+    scans: dict[str, tuple[Scan, ...]] = {
+        name: (Scan(timecourses=data, components=indices, position=position),)
+        for position, name in enumerate(table.rows)
+    }
+    # The release keeps 140 of the 150 volumes and says nothing else of what was done.
+    return join(scans, dict.fromkeys(scans, file_problem(data)), table, Done(repetition_time=2.0))
+
+
+def _beside(folder: str, name: str) -> str:
+    path = existing(Path(folder) / name, Path(folder) / "IndicesAndLabels" / name)
+    if not path:
+        raise UserError(f"{folder} has no {name}: copy it beside {DATA}, from where that came from.")
+    return path
+
+
+def whole_numbers(path: str) -> list[int]:
+    """Read a table of whole numbers, in a row or a column, with or without a header; raises UserError if it is none."""
+    table = read_table(path)
+    cells = [cell for row in table.rows for cell in row]
+    first = [cell for cell in table.columns if cell]
+    if all(_is_whole(cell) for cell in first):
+        cells = first + cells
+    if not cells or not all(_is_whole(cell) for cell in cells):
+        raise UserError(f"{path} should hold whole numbers only: is it the right file?")
+    return [int(float(cell)) for cell in cells]
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        return float(text).is_integer()
+    except ValueError:
+        return False
+
+
+def read_timecourses(data: str, components: str, position: int) -> np.ndarray:
+    """Read one subject's time courses.
+
+    Parameters
+    ----------
+    data : str
+        The HDF5 file: subject x (component x time).
+    components : str
+        Table of the components to keep, counted from ONE.
+    position : int
+        The subject's place, counted from zero.
+
+    Returns
+    -------
+    ndarray, shape (time, networks)
+
+    Raises
+    ------
+    UserError
+        If the file holds no such data set, or the components do not fit it.
+    """
+    import h5py
+
+    if problem := file_problem(data):
+        raise UserError(f"{problem}.")
+    numbers = whole_numbers(components)
+    try:
+        with h5py.File(data, "r") as file:
+            names = sorted(file)
+            array = file.get(DATASET)
+            shape: tuple[int, ...] = () if array is None else array.shape
+            fits = len(shape) in (2, 3) and position < shape[0]
+            values = array[position] if fits else None
+    except OSError:
+        raise UserError(f"{data} is no HDF5 file, or is cut short: copy it again.") from None
+    if DATASET not in names:
+        raise UserError(f"{data} holds no '{DATASET}', only {names}: is it TReNDS' file?")
+    if values is None:
+        raise UserError(f"{data} holds an array of shape {shape}, which has no subject {position + 1}.")
+    if values.ndim == 1 and values.size % COMPONENTS:
+        raise UserError(f"{data} cannot be divided into {COMPONENTS} components: is it TReNDS' file?")
+    rows = values.reshape(COMPONENTS, -1) if values.ndim == 1 else values
+    if min(numbers) < 1 or max(numbers) > len(rows):
+        raise UserError(
+            f"{components} names components {min(numbers)} to {max(numbers)}, but they are counted from 1 to {len(rows)}."
+        )
+    return rows[[number - 1 for number in numbers]].T

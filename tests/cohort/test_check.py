@@ -1,0 +1,166 @@
+"""What a cohort would give, before any job."""
+
+import gzip
+import re
+import time
+
+import nibabel
+import numpy as np
+import pytest
+
+from autospec.cohort.check import check_cohort
+from autospec.cohort.images import read_header, require_mni, time_between_volumes
+from autospec.errors import UserError
+from tests.cohort.trees import AFFINE, SHAPE, fmriprep, image, participants, settings, write
+
+
+def test_a_report_of_a_sound_cohort(tmp_path):
+    people = [("1", "HC", "M", "20"), ("2", "SZ", "F", "30"), ("3", "SZ", "F", "31")]
+    participants(tmp_path / "participants.tsv", people)
+    fmriprep(tmp_path, ["1", "2"])
+    fmriprep(tmp_path, ["3"], volumes=12)
+    report = check_cohort(settings(tmp_path, on_bad_subject="fail"), networks=5)
+    assert report.groups == {"HC": 1, "SZ": 2}
+    assert report.sexes == {"HC M": 1, "SZ F": 2}
+    assert (report.functional, report.structural) == (3, 0)
+    assert report.volumes == (8, 12)
+    assert report.grids == {"10 x 12 x 10 voxels of 20 x 20 x 20 mm from (-90, -126, -72) mm": 3}
+    assert report.repetition_times == {"2 s": 3}
+    assert report.seconds > 0
+    assert report.bytes > 0
+    assert report.warnings == []
+    text = "\n".join(report.lines())
+    assert "volumes: 8 to 12; data sets are cut to the fewest" in text
+    assert "left out: nobody" in text
+
+
+def test_a_cohort_of_cobres_size_is_checked_quickly(tmp_path):
+    names = [f"{40000 + i:07d}" for i in range(157)]
+    participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in names])
+    fmriprep(tmp_path, names)
+    started = time.perf_counter()
+    report = check_cohort(settings(tmp_path), networks=5)
+    assert time.perf_counter() - started < 10
+    assert report.functional == 157
+
+
+def bad_images(folder):
+    """Images that cannot be used, and what is said of each."""
+    shifted = AFFINE.copy()
+    shifted[:3, 3] = [0, 0, 0]
+    good = "sub-{}/func/sub-{}_task-rest_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz"
+    paths = {name: folder / good.format(name, name) for name in "abcdefgh"}
+    image(paths["a"], affine=shifted)
+    image(paths["b"], volumes=4)
+    image(paths["c"], time=0.0)
+    image(paths["d"], time=3.0)
+    write(paths["d"].with_name(paths["d"].name.replace(".nii.gz", ".json")), '{"RepetitionTime": 2.0}')
+    nibabel.save(nibabel.Nifti1Image(np.zeros(SHAPE), AFFINE), paths["e"])
+    image(paths["f"])
+    paths["f"].write_bytes(paths["f"].read_bytes()[:-3000])
+    paths["g"].write_bytes(gzip.compress(b"no image" * 400))
+    image(paths["h"], volumes=5)
+    return {
+        "a": "not in MNI space",
+        "b": "has 4 volumes, too few for 5 networks",
+        "c": "repetition time .* is neither in its header",
+        "d": "header says 3 s, its JSON sidecar says 2 s",
+        "e": "10 x 12 x 10, not a series",
+        "f": "is cut short",
+        "g": "no image that can be read",
+    }
+
+
+def prepare(tmp_path):
+    for name in "abcdefgh":
+        (tmp_path / f"sub-{name}" / "func").mkdir(parents=True)
+    participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "abcdefgh"])
+    return bad_images(tmp_path)
+
+
+def test_every_bad_image_is_reported_in_one_sentence(tmp_path):
+    said = prepare(tmp_path)
+    report = check_cohort(settings(tmp_path), networks=5)
+    assert report.functional == 1
+    assert [each.id for each in report.exclusions] == sorted(said)
+    for each in report.exclusions:
+        assert re.search(said[each.id], each.reason), each.reason
+        assert f"sub-{each.id}" in each.reason
+        assert each.bad
+    assert f"left out: sub-a (functional): {report.exclusions[0].reason}" in report.lines()
+
+
+def test_a_bad_image_stops_the_check_where_that_is_wanted(tmp_path):
+    prepare(tmp_path)
+    with pytest.raises(UserError, match=r"sub-a cannot be used: .* set on_bad_subject: exclude"):
+        check_cohort(settings(tmp_path, on_bad_subject="fail"), networks=5)
+
+
+def test_motion_excludes_and_volumes_are_taken_from_headers_where_no_table_says_them(tmp_path):
+    participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "123"])
+    fmriprep(tmp_path, ["1", "2"])
+    fmriprep(tmp_path, ["2"], moved=0.8)
+    image(tmp_path / "sub-3/func/sub-3_task-rest_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz", volumes=7)
+    found = {each.id: each for each in check_cohort(settings(tmp_path, max_mean_fd=0.5), networks=5).exclusions}
+    assert "0.800 mm" in found["2"].reason
+    assert "nothing says how much it moved" in found["3"].reason
+    assert not found["2"].bad
+    found = {each.id: each.reason for each in check_cohort(settings(tmp_path, min_volumes=8), networks=5).exclusions}
+    assert found["1"] == "6 usable volumes, fewer than min_volumes (8)"
+    assert found["3"] == "7 volumes, fewer than min_volumes (8)"
+
+
+def test_images_that_differ_are_warned_of(tmp_path):
+    participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "12"])
+    fmriprep(tmp_path, ["1", "2"])
+    moved = AFFINE.copy()
+    moved[0, 3] += 2
+    other = tmp_path / "sub-2/func/sub-2_task-rest_space-MNI152NLin6Asym_desc-preproc_bold"
+    image(other.with_suffix(".nii.gz"), affine=moved, time=2.5, description=b"Simulated by hand")
+    write(other.with_suffix(".json"), "{}")
+    report = check_cohort(settings(tmp_path), networks=5)
+    assert len(report.grids) == 2
+    assert set(report.repetition_times) == {"2 s", "2.5 s"}
+    text = " ".join(report.warnings)
+    assert "several grids" in text
+    assert "repetition times differ" in text
+    assert "some images say that they are simulated" in text
+
+
+@pytest.mark.parametrize("dtype", [">i2", "<f4", "uint8"])
+def test_headers_of_unusual_images(tmp_path, dtype):
+    las = AFFINE.copy()
+    las[0] = [-20, 0, 0, 90]
+    header = nibabel.Nifti1Header(endianness=">" if dtype.startswith(">") else "<")
+    made = nibabel.Nifti1Image(np.ones((*SHAPE, 8, 1), dtype=dtype), las, header)
+    made.header.set_slope_inter(2.0, 1.0)
+    made.header.set_xyzt_units("mm", "msec")
+    made.header["pixdim"][4] = 2000.0
+    path = tmp_path / "image.nii"
+    nibabel.save(made, path)
+    found = read_header(str(path))
+    assert (found.shape, found.volumes) == (SHAPE, 8)
+    assert found.voxel_mm == (20.0, 20.0, 20.0)
+    require_mni(found)
+    assert time_between_volumes(str(path), "", None) == 2.0
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="is cut short: its header promises"):
+        read_header(str(path))
+
+
+def test_a_gzipped_image_of_several_parts_is_whole(tmp_path):
+    path = image(tmp_path / "image.nii.gz")
+    data = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(data[:5000]) + gzip.compress(data[5000:]))
+    assert read_header(str(path)).volumes == 8
+    path.write_bytes(gzip.compress(data[:5000]) + gzip.compress(data[5000:-1]))
+    with pytest.raises(UserError, match="cut short"):
+        read_header(str(path))
+
+
+def test_a_time_that_only_the_layout_knows_is_used_last(tmp_path):
+    silent = image(tmp_path / "a.nii.gz", time=0.0)
+    assert time_between_volumes(str(silent), "", 2.0) == 2.0
+    with pytest.raises(UserError, match="neither in its header"):
+        time_between_volumes(str(silent), "", None)
+    assert time_between_volumes(str(image(tmp_path / "b.nii.gz", time=2.5)), "", 2.0) == 2.5

@@ -1,0 +1,237 @@
+"""Tables as text, and the one vocabulary for what they say."""
+
+import gzip
+
+import pandas as pd
+import pytest
+
+from autospec.cohort.files import file_problem, natural_key, read_json, read_table, read_text
+from autospec.cohort.phenotypes import (
+    Person,
+    Refusal,
+    age_of,
+    describe,
+    diagnosis_of,
+    matched,
+    read_phenotypes,
+    sex_of,
+)
+from autospec.cohort.subjects import checked_id
+from autospec.errors import UserError
+from tests.cohort.trees import cobre, settings, write
+
+
+def test_nothing_in_a_table_is_guessed(tmp_path):
+    path = cobre(tmp_path / "table.csv", [("0040000", "20", "Female", "Right", "Control", "None")])
+    table = read_phenotypes(str(path))
+    assert table.columns == ["Current Age", "Gender", "Handedness", "Subject Type", "Diagnosis"]
+    assert table.rows == {
+        "0040000": dict(zip(table.columns, ["20", "Female", "Right", "Control", "None"], strict=True))
+    }
+    # What pandas would have made of it.
+    guessed = pd.read_csv(path)
+    assert guessed.iloc[0, 0] == 40000
+    assert guessed["Diagnosis"].isna().all()
+
+
+@pytest.mark.parametrize("delimiter", ["\t", ",", ";", " "])
+@pytest.mark.parametrize("packed", [False, True])
+def test_delimiter_and_compression_are_recognised(tmp_path, delimiter, packed):
+    text = delimiter.join(["id", "dx"]) + "\n" + delimiter.join(["007", "HC"]) + "\n\n"
+    path = write(tmp_path / ("table.tsv.gz" if packed else "table.tsv"), text)
+    table = read_table(path)
+    assert (table.columns, table.rows) == (["id", "dx"], [["007", "HC"]])
+
+
+def test_a_byte_order_mark_and_quoted_commas_are_read(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_bytes(b'\xef\xbb\xbfid,dx\r\n01,"295.3, paranoid"\r\n')
+    assert read_table(path).rows == [["01", "295.3, paranoid"]]
+    assert read_table(path).columns[0] == "id"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "is empty"),
+        (b"\n\n", "is empty: it should have"),
+        (b"id,dx\n01\n", "row 2 .* has 1 cells, but the header names 2"),
+        (b"\xff\xfe\x00", "no text in UTF-8"),
+        (gzip.compress(b"id\n" * 900)[:-12], "damaged or cut short"),
+        (b"/annex/objects/MD5E-s8--0\n", "git-annex pointer; its content was not fetched"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+    ],
+    ids=["empty", "blank", "ragged", "binary", "truncated", "annex", "lfs"],
+)
+def test_a_table_that_cannot_be_read_is_refused_by_name(tmp_path, data, said):
+    path = tmp_path / "table.csv"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=said) as caught:
+        read_table(path)
+    assert str(path) in str(caught.value)
+
+
+def test_dead_links_folders_and_missing_files_are_told_apart(tmp_path):
+    (tmp_path / "annexed").symlink_to("../.git/annex/objects/xx/MD5E-s8--0")
+    (tmp_path / "dead").symlink_to("nowhere")
+    assert "git-annex pointer" in file_problem(tmp_path / "annexed")
+    assert "dead link" in file_problem(tmp_path / "dead")
+    assert "is a folder" in file_problem(tmp_path)
+    assert "does not exist" in file_problem(tmp_path / "x")
+    with pytest.raises(UserError, match="does not exist"):
+        read_text(tmp_path / "x")
+
+
+def test_json_that_is_no_mapping_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_json(write(tmp_path / "a.json", "{"))
+    with pytest.raises(UserError, match="holds a list"):
+        read_json(write(tmp_path / "b.json", "[1]"))
+
+
+def test_numbers_in_names_sort_by_size():
+    assert sorted(["run-10", "run-2", "run-1"], key=natural_key) == ["run-1", "run-2", "run-10"]
+    assert sorted(["a", "10", "9"], key=natural_key) == ["9", "10", "a"]
+
+
+@pytest.mark.parametrize("text", ["../x", "", "a/b", "a b", ".", "-a", "a--b", "a.b", "é", "a\n"])
+def test_ids_that_could_leave_their_folder_are_refused(text):
+    if text == "a\n":
+        assert checked_id(text, "here") == "a"
+        return
+    with pytest.raises(UserError, match=r"the id '.*' in here cannot name a folder"):
+        checked_id(text, "here")
+
+
+def test_an_unsafe_id_in_a_table_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"the id '\.\./x' in .*table"):
+        read_phenotypes(str(write(tmp_path / "table.tsv", "participant_id\tdx\n../x\tHC\n")))
+
+
+def test_ids_keep_their_zeros_and_lose_the_mark_of_bids():
+    assert checked_id("sub-0040000", "here") == "0040000"
+    assert checked_id(" A00012_1 ", "here") == "A00012_1"
+
+
+def test_duplicate_ids_are_an_error_that_names_them(tmp_path):
+    path = write(tmp_path / "table.tsv", "participant_id\tdx\nsub-01\tHC\n01\tSZ\n02\tSZ\n")
+    with pytest.raises(UserError, match="several rows for 01: keep one"):
+        read_phenotypes(str(path))
+
+
+def test_a_table_without_ids_says_what_it_has(tmp_path):
+    path = write(tmp_path / "table.tsv", "name\tdx\nx\tHC\n")
+    with pytest.raises(UserError, match=r"no column of ids: .* its columns are name, dx"):
+        read_phenotypes(str(path))
+    assert list(read_phenotypes(str(path), "name").rows) == ["x"]
+    with pytest.raises(UserError, match="no column 'who'"):
+        read_phenotypes(str(path), "who")
+
+
+def test_lost_zeros_are_found_again():
+    images = ["0040000", "0040001", "A1"]
+    assert matched(images, {"40000": 1, "0040001": 2, "A1": 3, "77": 4}, "t") == {
+        "0040000": 1,
+        "0040001": 2,
+        "A1": 3,
+        "77": 4,
+    }
+    with pytest.raises(UserError, match="'1' in t could be any of 001, 01"):
+        matched(["001", "01"], {"1": 0}, "t")
+    with pytest.raises(UserError, match="t has several entries for 0040000"):
+        matched(images, {"40000": 1, "0040000": 2}, "t")
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "labelled", "strict"),
+    [
+        ("Patient", "295.3", "SZ", "SZ"),
+        ("Patient", "295.92", "SZ", "SZ"),
+        ("Patient", "295.70 depressed type", "SZ", None),
+        ("Patient", "295.70 bipolar type", "SZ", None),
+        ("Patient", "295.40", "SZ", None),
+        ("Patient", "290.3", "SZ", None),
+        ("Patient", "296.4", "SZ", None),
+        ("Patient", "", "SZ", None),
+        ("Control", "None", "HC", "HC"),
+        ("Control", "", "HC", "HC"),
+        ("Control", "311", "HC", None),
+        ("Control", "296.26", "HC", None),
+        ("No_Known_Disorder", "", "HC", "HC"),
+        ("Schizophrenia_Strict", "", "SZ", "SZ"),
+        ("Schizoaffective", "", "SZ", None),
+        ("Bipolar_Disorder", "", None, None),
+        ("SCHZ", "", "SZ", "SZ"),
+        ("CONTROL", "", "HC", "HC"),
+        ("None", "", "HC", "HC"),
+        ("295.3", "", "SZ", "SZ"),
+        ("295.70", "", "SZ", None),
+        ("311", "", None, None),
+    ],
+)
+def test_the_vocabulary_of_diagnoses(text, code, labelled, strict):
+    for choice, expected in ((False, labelled), (True, strict)):
+        found = diagnosis_of(text, code, choice, "Subject Type")
+        assert (None if isinstance(found, Refusal) else found) == expected
+        assert expected is not None or not found.bad
+
+
+def test_one_and_zero_mean_something_in_the_column_sz_only():
+    assert diagnosis_of("1", "", False, "sz") == "SZ"
+    assert diagnosis_of("0.0", "", False, "sz") == "HC"
+    assert diagnosis_of("1", "", False, "group").bad
+
+
+def test_a_diagnosis_outside_of_the_vocabulary_is_bad_and_says_what_to_do():
+    refusal = diagnosis_of("Alien", "", False, "dx")
+    assert refusal.bad
+    assert "'Alien' in the column 'dx' is none of" in refusal.reason
+    assert "under labels" in refusal.reason
+    assert "says nothing" in diagnosis_of("n/a", "", False, "dx").reason
+
+
+def test_a_row_becomes_a_person():
+    row = {
+        "Current Age": "18",
+        "Gender": "Female",
+        "Subject Type": "Patient",
+        "Diagnosis": "295.3",
+        "Site": "n/a",
+        "medication": "yes",
+    }
+    person = describe(row, settings("x", groupings=["medication"]), "t")
+    assert person == Person("SZ", "F", "18", "n/a", {"medication": "yes"})
+    with pytest.raises(UserError, match="no column 'dose' to group by: its columns are Current Age"):
+        describe(row, settings("x", groupings=["dose"]), "t")
+    assert describe({**row, "Gender": "Disenrolled"}, settings("x"), "t") == Refusal("Disenrolled", bad=False)
+
+
+def test_words_and_columns_can_be_named():
+    row = {"state": "ASD", "geschlecht": "2"}
+    chosen = settings(
+        "x",
+        labels={"ASD": "autism", "TD": "control"},
+        columns={"diagnosis": "state", "sex": "geschlecht"},
+        sex_labels={"2": "F"},
+    )
+    assert describe(row, chosen, "t") == Person("autism", "F", "n/a", "n/a", {})
+    refusal = describe({**row, "state": "?"}, chosen, "t")
+    assert refusal.bad
+    assert "none of ASD, TD" in refusal.reason
+    with pytest.raises(UserError, match="no column 'stat'"):
+        describe(row, {**chosen, "columns": {"diagnosis": "stat"}}, "t")
+    with pytest.raises(UserError, match="no column of diagnoses"):
+        describe({"x": "1"}, settings("x"), "t")
+
+
+def test_codes_of_sexes_are_not_guessed():
+    assert [sex_of(text, {}, "t") for text in ("Male", "f", "n/a", "", "O")] == ["M", "F", "n/a", "n/a", "O"]
+    with pytest.raises(UserError, match=r"t has the sex '1', which could mean either: .* sex_labels"):
+        sex_of("1", {}, "t")
+
+
+def test_ages_are_numbers_or_missing():
+    assert [age_of(text, "t") for text in ("18", "21.5", "89+", "n/a", "")] == ["18", "21.5", "89", "n/a", "n/a"]
+    for text in ("old", "-3", "inf"):
+        with pytest.raises(UserError, match="no number of years"):
+            age_of(text, "t")
