@@ -16,8 +16,13 @@ __all__ = ["open_trajectories", "watch"]
 _HOMES = {"watch": "autospec.watching", "open_trajectories": "autospec.trajectories"}
 
 
+_PACKAGES = ("ica", "introspection", "testing")
+
+
 def __getattr__(name: str) -> Any:
-    """Load a public name from its home when it is first asked for."""
+    """Load a public name from its home, or a part of the package, when it is first asked for."""
+    if name in _PACKAGES:
+        return import_module(f"autospec.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'autospec' has no attribute '{name}'")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,6 +1,7 @@
 """Spectral introspection of training: hooks, spectra, groups.  Imports torch, numpy and xarray alone."""
 
 from .errors import WatchError
+from .ranks import rank_bound
 from .watcher import SPECTRA, STATISTICS, Watcher
 
-__all__ = ["SPECTRA", "STATISTICS", "WatchError", "Watcher"]
+__all__ = ["SPECTRA", "STATISTICS", "WatchError", "Watcher", "rank_bound"]

@@ -144,6 +144,7 @@ class Capture:
         self._sortings: tuple[Assignment | None, dict[Any, Sorting]] = (None, {})
         self._forward: Forward | None = None
         self._handles: list[RemovableHandle] = []
+        self._owners: list[tuple[WatchedLayer, nn.Module, str, torch.device]] = []
         self._calls: list[tuple[LayerCall, list[Tensor | None]]] = []
         self._loss_scale = LossScale()
         self.workspace = Workspace()
@@ -159,6 +160,9 @@ class Capture:
         self._active = True
         modules = dict(self.model.named_modules())
         by_place = {place: layer for layer in self.layers for place in layer.places}
+        for (module_name, key), layer in by_place.items():
+            path, _, own = f"{module_name}.{key}".lstrip(".").rpartition(".")
+            self._owners.append((layer, modules[path], own, layer.parameter.device))
         for module_name in dict.fromkeys(name for name, _ in by_place):
             module = modules[module_name]
             rule = rule_for(module)
@@ -174,7 +178,7 @@ class Capture:
         self._loss_scale.stop()
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._owners = [], []
         for layer in self.layers:
             if layer.handle is not None:
                 layer.handle.remove()
@@ -201,6 +205,7 @@ class Capture:
         if self._paused or not self._active:
             return
         self.forwards += 1
+        self._same_parameters()
         if not (torch.is_grad_enabled() and self.recording):
             self._forward = None
             return
@@ -214,6 +219,19 @@ class Capture:
                 raise
             # A validation pass may have another batch; it matters only if a gradient comes back from it.
             self._forward = Forward(self.assignment, None, error=error)
+
+    def _same_parameters(self) -> None:
+        """Refuse parameters that were replaced or moved inside the block: their hooks stayed behind."""
+        for layer, owner, key, device in self._owners:
+            if owner._parameters.get(key) is not layer.parameter:
+                raise WatchError(
+                    f"'{layer.name}' was replaced by another parameter inside the watch() block: change the model before it."
+                )
+            if layer.parameter.device != device:
+                raise WatchError(
+                    f"'{layer.name}' was moved from {device} to {layer.parameter.device} inside the watch() block: "
+                    "move the model before it."
+                )
 
     def _forward_ends(self, *_: Any) -> None:
         if not self._paused:

@@ -193,6 +193,13 @@ class Shares:
             self.room, self._matrices = room, room.unbind(0)
         return self._matrices[slot], True
 
+    def put(self, key: bytes, matrix: Tensor, count: int) -> None:
+        """Take a cell's share that is known as a matrix."""
+        self.counts[key] = count
+        self.formed = True
+        place, _ = self._place(key, matrix)
+        place.copy_(matrix)
+
     def matrix(self, cells: Sequence[bytes]) -> Tensor:
         """The share of some cells together, shape of the parameter's matrix."""
         total: Tensor | None = None
@@ -302,11 +309,15 @@ class RowStack:
             self._columns, self.rows = total, []
         return total
 
+    def set_column_gram(self, gram: Tensor) -> None:
+        """Take the Gram matrix of rows that are elsewhere."""
+        self._columns, self.rows = gram, []
+
     @staticmethod
     def merged_gram(stacks: Sequence[RowStack]) -> Tensor:
         """Smaller-side Gram matrix (lower triangle), float64, of all rows of several stacks together."""
         width = stacks[0].width
-        if sum(stack.count for stack in stacks) < width:
+        if sum(stack.count for stack in stacks) < width and all(stack.rows for stack in stacks):
             return lower_gram(torch.cat([rows for stack in stacks for rows in stack.rows]))
         grams = [stack.column_gram() for stack in stacks]
         return grams[0] if len(grams) == 1 else torch.stack(grams).sum(0)
@@ -361,6 +372,10 @@ class Pending:
         self.arrived: Tensor | None = None
         self._widths: dict[str, dict[int, int]] = {"activation": {}, "adjoint": {}}
 
+    def note_width(self, statistic: str, width: int) -> None:
+        """Note that there are rows of that width."""
+        self._widths[statistic][width] = width
+
     def widths(self) -> dict[str, int]:
         """How many singular values the activation and the adjoint can have."""
         return {statistic: sum(forms) for statistic, forms in self._widths.items()}
@@ -400,7 +415,7 @@ class Pending:
             self.rows[key] = self.rows.get(key, 0) + part.rows
         for statistic in statistics:
             if statistic == "activation" and isinstance(factors, Lookup):
-                self._widths[statistic][factors.size] = factors.size
+                self.note_width(statistic, factors.size)
                 stacks = self.indices.setdefault(factors.size, {})
                 for key, part in zip(sorting.keys, parts, strict=True):
                     stacks.setdefault(key, IndexStack(factors.size)).add(part.activation)
@@ -408,7 +423,7 @@ class Pending:
             for key, part in zip(sorting.keys, parts, strict=True):
                 rows = part.activation_rows() if statistic == "activation" else part.adjoint_rows()
                 width = rows.shape[1]
-                self._widths[statistic][width] = width
+                self.note_width(statistic, width)
                 stack = self.stacks[statistic].setdefault(width, {}).setdefault(key, RowStack(width))
                 follow = kept_from is not None and width >= kept_from
                 stack.add(rows, keep=follow or (constant and statistic == "activation"))

@@ -61,6 +61,8 @@ class Budget:
         Overhead allowed, such as 0.1.
     every, steps
         As given to `autospec.watch`, which a budget excludes.
+    agree : callable, optional
+        Makes one number of those that several processes have chosen.
 
     Raises
     ------
@@ -68,12 +70,19 @@ class Budget:
         If the fraction is not positive, or ``every`` or ``steps`` is given too.
     """
 
-    def __init__(self, fraction: float, every: int, steps: Iterable[int] | Schedule | None) -> None:
+    def __init__(
+        self,
+        fraction: float,
+        every: int,
+        steps: Iterable[int] | Schedule | None,
+        agree: Callable[[int], int] | None = None,
+    ) -> None:
         if every != 1 or steps is not None:
             raise WatchError("budget= chooses the steps: do not give every= or steps= as well.")
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not fraction > 0:
             raise WatchError(f"budget={fraction!r} is not a positive fraction of the training's time, such as 0.1.")
         self.fraction = float(fraction)
+        self._agree = agree
         self.every: int | None = None
         self._last: float | None = None
         self._times: dict[bool, list[float]] = {True: [], False: []}
@@ -94,7 +103,8 @@ class Budget:
         if step >= len(CALIBRATION) - 1 and all(self._times.values()):
             plain = min(self._times[False])
             extra = max(min(self._times[True]) - plain, 0.0)
-            self.every = max(1, math.ceil(extra / (self.fraction * plain))) if plain > 0 else 1
+            every = max(1, math.ceil(extra / (self.fraction * plain))) if plain > 0 else 1
+            self.every = every if self._agree is None else self._agree(every)
 
     def summary(self) -> dict[str, Any]:
         """What was chosen, for the attributes of the trajectories."""

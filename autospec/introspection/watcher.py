@@ -19,6 +19,7 @@ from torch import nn
 
 from .audit import Audit
 from .capture import Capture, WatchedLayer
+from .distributed import Processes
 from .errors import WatchError
 from .groups import Groups
 from .measure import CONTRASTS, Measurement
@@ -29,6 +30,7 @@ from .tree import LayerLayout, Record, build_tree
 
 SPECTRA = ("gradient", "activation", "adjoint")
 STATISTICS = (*SPECTRA, *CONTRASTS)
+_DISTRIBUTED = nn.parallel.DistributedDataParallel
 _watched_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -98,9 +100,11 @@ class Watcher:
         for name, number in (("audit", audit), ("angles", angles)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):
                 raise WatchError(f"{name}={number!r} is not a whole number of at least 1.")
+        self._processes = Processes(model.process_group) if isinstance(model, _DISTRIBUTED) else None
         self._model = _inner(model)
         self._statistics = tuple(s for s in STATISTICS if s in statistics)
-        self._budget = None if budget is None else Budget(budget, every, steps)
+        agree = None if self._processes is None else self._processes.agree
+        self._budget = None if budget is None else Budget(budget, every, steps, agree)
         self._schedule = self._budget or make_schedule(every, steps)
         self._audit = Audit(audit)
         self._sink: Sink | None = None
@@ -156,6 +160,8 @@ class Watcher:
         self._active = True
         self._entered = time.perf_counter()
         try:
+            if self._processes is not None:
+                self._processes.require_same(self.groups)
             self._capture.attach()
             self._plan()
         except BaseException:
@@ -235,6 +241,8 @@ class Watcher:
         if self._capture.recording:
             if all(layer.pending is None for layer in self._layers):
                 raise WatchError(self._why_nothing_arrived())
+            if self._processes is not None:
+                self._processes.join(self._layers, self._capture.workspace)
             record = self._measurement.record(self._count)
             self._recorded += 1
             (self._records if self._sink is None else self._buffer).append(record)
@@ -421,7 +429,7 @@ def _inner(model: nn.Module) -> nn.Module:
     """The user's own module inside torch's wrappers, so that parameters keep their names."""
     wrapped: Any = model
     while True:
-        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        if isinstance(wrapped, _DISTRIBUTED):
             wrapped = wrapped.module
         elif hasattr(wrapped, "_orig_mod"):  # torch.compile's
             wrapped = wrapped._orig_mod

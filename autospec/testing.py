@@ -1,0 +1,320 @@
+"""Proof on your own model: recorded spectra against the definition, unchanged training, and what watching costs."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.rnn import PackedSequence
+
+from autospec.introspection import Watcher
+from autospec.introspection.errors import WatchError
+from autospec.introspection.groups import Groups
+from autospec.introspection.layers import rule_for
+
+STEPS = 3
+SEED = 0
+# Largest deviation in units of the share's own largest singular value, where the model computes in float32: both the
+# recorded share and autograd's are rounded.
+TOLERANCE = 2e-5
+
+
+@dataclass
+class Check:
+    """What was found.
+
+    Attributes
+    ----------
+    errors : dict of (parameter, group) to float
+        Deviation of the recorded gradient spectrum from the definition, in units of the largest singular value of the
+        share (of the batch's, where a share is a thousand times smaller).
+    not_compared : dict of str to str
+        Layers for which the definition could not be run, and why.
+    unchanged : bool
+        Whether weights, optimizer state and random numbers after some steps are bitwise those of training without the
+        watcher.
+    reproducible : bool
+        Whether two trainings without the watcher are bitwise equal; where they are not, ``unchanged`` says nothing.
+    cost : float
+        Time of a watched step over that of a plain one.
+    audit : dict
+        The watcher's own audit.
+    """
+
+    errors: dict[tuple[str, str], float] = field(default_factory=dict)
+    not_compared: dict[str, str] = field(default_factory=dict)
+    unchanged: bool = False
+    reproducible: bool = False
+    cost: float = float("nan")
+    audit: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the spectra are those of the definition and the training is unchanged."""
+        exact = bool(self.errors) and max(self.errors.values()) <= TOLERANCE
+        return exact and (self.unchanged or not self.reproducible)
+
+    def __str__(self) -> str:
+        largest: dict[str, float] = {}
+        for (name, _), error in self.errors.items():
+            largest[name] = max(largest.get(name, 0.0), error)
+        lines = ["largest deviation from the definition, in units of the largest singular value:"]
+        lines += [f"  {name:40s} {error:.1e}" for name, error in largest.items()]
+        lines += [f"  {name:40s} not compared: {reason}" for name, reason in self.not_compared.items()]
+        if self.reproducible:
+            lines.append(f"training bitwise unchanged: {'yes' if self.unchanged else 'NO'}")
+        else:
+            lines.append("training bitwise unchanged: cannot be told, two plain trainings differ already")
+        lines.append(f"a watched step takes {self.cost:.2f} times as long as a plain one")
+        lines.append("passed" if self.passed else "FAILED")
+        return "\n".join(lines)
+
+
+def check(
+    model: nn.Module,
+    batch: Any,
+    groups: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    *,
+    steps: int = STEPS,
+    quiet: bool = False,
+    **options: Any,
+) -> Check:
+    """Compare what `autospec.watch` records of a model with the definition, run literally.
+
+    For each group every watched layer is run twice, once with its own weights and once with a copy of them; the outputs of
+    the group's samples are taken from the copy, and the derivative with respect to the copy is the group's share.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model; it is copied and stays as it is.
+    batch : Tensor, tuple or dict
+        What the model is called with: ``model(x)``, ``model(*batch)`` or ``model(**batch)``.
+    groups : as for `autospec.watch`
+        One label a sample.
+    loss : callable, optional
+        ``loss(output)``; by default a weighted sum of squares of all the output's tensors.
+    steps : int
+        Steps of training with and without the watcher.
+    quiet : bool
+        Do not print the result.
+    **options
+        Passed on to the watcher, such as ``batch_dim=`` or ``rows=``.
+
+    Returns
+    -------
+    Check
+        ``check(...).passed`` says whether all is well.
+
+    Raises
+    ------
+    WatchError
+        If the model or the groups cannot be watched.
+
+    Examples
+    --------
+    >>> autospec.testing.check(model, x, labels).passed  # doctest: +SKIP
+    True
+    """
+    loss = loss or _generic_loss
+    found = Check()
+    plain, watched = _Training(model, batch, loss), _Training(model, batch, loss)
+    again = _Training(model, batch, loss)
+    seconds = plain.run(steps)
+    again.run(steps)
+    with Watcher(watched.model, groups, quiet=True, **options) as watcher:
+        watched.run(1, watcher)  # the first step finds the rows and audits
+        watched_seconds = watched.run(steps - 1, watcher)
+    found.cost = watched_seconds / max(steps - 1, 1) / (seconds / steps)
+    found.reproducible = plain.same_as(again)
+    found.unchanged = plain.same_as(watched)
+    tree = watcher.trajectories
+    found.audit = tree.attrs["audit"]
+    assignment = Groups(groups).assign(groups) if groups is not None else None
+    names = watcher.groups
+    for number, group in enumerate(names):
+        if assignment is None:
+            member = np.ones(_batch_size(batch), dtype=bool)
+        else:
+            member = assignment.members[assignment.cells][:, number]
+        shares, reasons = _shares_by_copies(model, batch, loss, member)
+        found.not_compared |= reasons
+        for name, share in shares.items():
+            if name not in tree["layers"].children:
+                continue
+            recorded = tree[f"layers/{name}/gradient"].sel(group=group).values[0].astype(np.float64)
+            exact = torch.linalg.svdvals(share.double().cpu()).numpy()
+            recorded = recorded[~np.isnan(recorded)]
+            scale = max(exact[0], 1e-3 * float(tree[f"layers/{name}/gradient"].sel(group="all").values[0][0]))
+            if len(recorded) and scale > 0:
+                found.errors[name, group] = float(np.abs(recorded - exact[: len(recorded)]).max() / scale)
+    for name in tree["layers"].children:
+        if name not in {key for key, _ in found.errors} and name not in found.not_compared:
+            found.not_compared[name] = "its gradient is zero"
+    if not quiet:
+        print(found)
+    return found
+
+
+def _generic_loss(output: Any) -> Tensor:
+    total: Tensor | None = None
+    for tensor in _tensors(output):
+        if tensor.is_floating_point() and tensor.requires_grad:
+            weights = torch.linspace(0.5, 1.5, tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+            part = (weights * (tensor.reshape(-1) - 0.3).square()).mean()
+            total = part if total is None else total + part
+    if total is None:
+        raise WatchError("the model's output holds no tensor with a gradient: give check() a loss.")
+    return total
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return model(batch)
+    return model(**batch) if isinstance(batch, Mapping) else model(*batch)
+
+
+def _batch_size(batch: Any) -> int:
+    return len(next(_tensors(batch)))
+
+
+class _Training:
+    """A few steps of a copy of the model, always with the same random numbers."""
+
+    def __init__(self, model: nn.Module, batch: Any, loss: Callable[[Any], Tensor]) -> None:
+        self.model, self.batch, self.loss = copy.deepcopy(model), batch, loss
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+        self.generator = torch.Generator().manual_seed(SEED).get_state()
+
+    def run(self, steps: int, watcher: Watcher | None = None) -> float:
+        """Train; return the processor time, or on a GPU the wall time, in seconds."""
+        device = next(self.model.parameters()).device
+        clock = time.process_time if device.type == "cpu" else time.perf_counter
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.generator)
+        begin = clock()
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            self.loss(_call(self.model, self.batch)).backward()
+            if watcher is not None:
+                watcher.step()
+            self.optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = clock() - begin
+        self.generator = torch.get_rng_state()
+        torch.set_rng_state(outside)
+        return seconds
+
+    def same_as(self, other: _Training) -> bool:
+        """Whether weights, buffers, optimizer state and random numbers are bitwise equal."""
+        mine, others = ([*_tensors(each.model.state_dict()), *_tensors(each._states())] for each in (self, other))
+        return len(mine) == len(others) and all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
+
+    def _states(self) -> list[Any]:
+        return [*self.optimizer.state_dict()["state"].values(), self.generator]
+
+
+def _shares_by_copies(
+    model: nn.Module, batch: Any, loss: Callable[[Any], Tensor], member: np.ndarray
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """dL/dW_c, where the samples of a group use their own copy W_c of each weight."""
+    twin = copy.deepcopy(model)
+    copies: dict[str, tuple[str, Tensor]] = {}
+    reasons: dict[str, str] = {}
+    first_name: dict[int, str] = {}
+    for name, module in list(twin.named_modules()):
+        rule = rule_for(module)
+        if rule is None or any(name.startswith(f"{other}.") for other in reasons):
+            continue
+        own = {}
+        for key in rule.parameters(module):
+            parameter = module.get_parameter(key)
+            if not parameter.requires_grad:
+                continue
+            qualified = first_name.setdefault(id(parameter), f"{name}.{key}" if name else key)
+            if qualified not in copies:
+                copies[qualified] = (qualified, parameter.detach().clone().requires_grad_())
+            own[key] = copies[qualified][1]
+        if own:
+            _run_twice(module, own, member)
+    outside = torch.get_rng_state()
+    torch.manual_seed(SEED)
+    try:
+        value = loss(_call(twin, batch))
+    except _Ambiguous as error:
+        return {}, {name: str(error) for name in copies}
+    finally:
+        torch.set_rng_state(outside)
+    names = list(copies)
+    gradients = torch.autograd.grad(value, [copies[name][1] for name in names], allow_unused=True)
+    shares = {
+        name: (gradient.to_dense() if gradient.is_sparse else gradient).reshape(gradient.shape[0], -1)
+        for name, gradient in zip(names, gradients, strict=True)
+        if gradient is not None
+    }
+    return shares, reasons
+
+
+class _Ambiguous(Exception):
+    """The samples of a layer's output cannot be told by its shape."""
+
+
+def _run_twice(module: nn.Module, own: dict[str, Tensor], member: np.ndarray) -> None:
+    """Let the samples of a group go through a copy of the layer's weights."""
+    inside = torch.from_numpy(member)
+    forward = type(module).forward
+    depth = [0]
+
+    def twice(*args: Any, **kwargs: Any) -> Any:
+        if depth[0]:
+            return forward(module, *args, **kwargs)
+        depth[0] += 1
+        try:
+            before = torch.get_rng_state()
+            output = forward(module, *args, **kwargs)
+            after = torch.get_rng_state()
+            torch.set_rng_state(before)  # the same dropout in both
+            other = functional_call(module, own, args, kwargs)
+            torch.set_rng_state(after)
+        finally:
+            depth[0] -= 1
+        return _mixed(output, other, inside)
+
+    module.forward = twice
+
+
+def _mixed(output: Any, other: Any, inside: Tensor) -> Any:
+    """Outputs of the group's samples from the copy, the others' from the layer."""
+    if isinstance(output, Tensor):
+        dims = [dim for dim, size in enumerate(output.shape) if size == len(inside)]
+        if len(dims) != 1:
+            raise _Ambiguous(
+                f"an output of shape {tuple(output.shape)} does not show where the {len(inside)} samples are"
+            )
+        shape = [len(inside) if dim == dims[0] else 1 for dim in range(output.ndim)]
+        return torch.where(inside.to(output.device).reshape(shape), other, output)
+    if isinstance(output, PackedSequence):
+        raise _Ambiguous("packed sequences are not taken apart here")
+    if isinstance(output, list | tuple):
+        return type(output)(_mixed(a, b, inside) for a, b in zip(output, other, strict=True))
+    return output
