@@ -1,0 +1,129 @@
+"""Cleaning of time courses against scipy, nilearn and the formulas."""
+
+import numpy as np
+import pytest
+from scipy import signal
+
+from autospec.errors import UserError
+from autospec.ica.cleaning import (
+    clean_timecourses,
+    connectivity,
+    low_pass,
+    remove_spikes,
+    remove_trends,
+    spectral_summary,
+)
+
+STEP = 2.0
+
+
+@pytest.fixture
+def courses():
+    return np.random.default_rng(8).normal(size=(150, 4)).cumsum(axis=0)
+
+
+def test_slow_trends_are_removed_and_nothing_else(courses):
+    t = np.arange(150) / 149
+    trends = [np.ones(150), 3 * t, *(f(2 * np.pi * n * t) for f in (np.sin, np.cos) for n in (1, 2))]
+    for trend in trends:
+        assert np.abs(remove_trends(trend[:, None])).max() < 1e-10
+    cleaned = remove_trends(courses)
+    assert np.abs(np.array(trends) @ cleaned).max() < 1e-8
+    assert np.allclose(remove_trends(cleaned), cleaned)
+    # What was removed is a combination of these six.
+    rest = (courses - cleaned) - np.array(trends).T @ np.linalg.lstsq(np.array(trends).T, courses - cleaned)[0]
+    assert np.abs(rest).max() < 1e-9
+    faster = np.cos(2 * np.pi * 8 * t)[:, None]
+    assert remove_trends(faster).std() > 0.9 * faster.std()
+
+
+def test_spikes_become_the_mean_of_three():
+    generator = np.random.default_rng(0)
+    quiet = np.sin(np.arange(60) / 6)[:, None] + 0.01 * generator.normal(size=(60, 1))
+    spiky = quiet.copy()
+    spiky[20] += 9
+    cleaned = remove_spikes(spiky)
+    assert cleaned[20] == pytest.approx(spiky[19:22].mean())
+    far = np.abs(np.arange(60) - 20) > 1
+    assert np.array_equal(cleaned[far], spiky[far])
+    first = quiet.copy()
+    first[0] -= 9
+    assert remove_spikes(first)[0] == pytest.approx(first[:2].mean())
+    assert np.array_equal(remove_spikes(np.zeros((10, 1))), np.zeros((10, 1)))
+
+
+def test_spikes_follow_the_formula_one_by_one(courses):
+    cleaned = remove_spikes(courses)
+    for k in range(courses.shape[1]):
+        x = courses[:, k]
+        smooth = np.array([np.mean(x[max(t - 1, 0) : t + 2]) for t in range(len(x))])
+        limit = 2.5 * np.std(x - smooth, ddof=1)
+        expected = [s if abs(v - s) > limit else v for v, s in zip(x, smooth, strict=True)]
+        assert np.allclose(cleaned[:, k], expected)
+
+
+def test_the_low_pass_filter_is_nilearns_away_from_the_ends(courses):
+    from nilearn.signal import clean
+
+    ours = low_pass(courses, STEP, 0.15)
+    theirs = clean(
+        courses, detrend=False, standardize=None, filter="butterworth", low_pass=0.15, t_r=STEP, ensure_finite=False
+    )
+    assert np.allclose(ours[30:-30], theirs[30:-30], atol=1e-6)
+    numerator, denominator = signal.butter(5, 0.15 / (0.5 / STEP))
+    assert np.allclose(ours, signal.filtfilt(numerator, denominator, courses, axis=0, padtype="odd", padlen=15))
+
+
+def test_the_low_pass_filter_keeps_slow_waves_and_stops_fast_ones():
+    t = STEP * np.arange(300)[:, None]
+    slow, fast = np.sin(2 * np.pi * 0.05 * t), np.sin(2 * np.pi * 0.22 * t)
+    filtered = low_pass(slow + fast, STEP, 0.15)
+    assert np.abs(filtered - slow)[30:-30].max() < 0.02
+    assert np.array_equal(low_pass(slow, 4.0, 0.15), slow)  # nothing that fast can be in it
+
+
+def test_cleaning_is_its_parts_in_this_order(courses):
+    motion = np.random.default_rng(1).normal(size=(150, 6))
+    cleaned = clean_timecourses(courses, STEP, motion, True, 0.15)
+    step = remove_trends(courses)
+    design = np.column_stack([np.ones(150), motion])
+    step = step - design @ np.linalg.lstsq(design, step)[0] + step.mean(axis=0)
+    assert np.allclose(cleaned, low_pass(remove_spikes(step), STEP, 0.15))
+    assert np.allclose(clean_timecourses(courses, STEP, None, False, None), remove_trends(courses))
+
+
+def test_connectivity_is_fishers_z_of_pearsons_r(courses):
+    z = connectivity(courses)
+    for i in range(4):
+        for j in range(4):
+            r = 0 if i == j else np.corrcoef(courses[:, i], courses[:, j])[0, 1]
+            assert z[i, j] == pytest.approx(0.5 * np.log((1 + r) / (1 - r)))
+    assert np.array_equal(z, z.T)
+    assert np.isfinite(connectivity(courses[:, [0, 0, 1]])).all()
+    assert connectivity(courses[:, :1]).tolist() == [[0.0]]
+
+
+def test_spectra_tell_slow_courses_from_noise():
+    generator = np.random.default_rng(0)
+    noise = generator.normal(size=(400, 1))
+    slow = low_pass(noise, STEP, 0.05)
+    summary = spectral_summary(np.hstack([slow, noise]), STEP)
+    assert summary["low_to_high_power"][0] > 100
+    assert 0.5 < summary["low_to_high_power"][1] < 2
+    assert (summary["dynamic_range"] <= 1).all()
+    wave = np.sin(2 * np.pi * 0.0625 * STEP * np.arange(400))[:, None]
+    assert spectral_summary(wave, STEP)["peak_hz"][0] == pytest.approx(0.0625, abs=1e-3)
+    assert np.isnan(spectral_summary(noise, 4.0)["low_to_high_power"][0])
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda c: remove_trends(c[:7]), "from 7 volumes"),
+        (lambda c: low_pass(c[:15], STEP, 0.15), "15 volumes are too few"),
+        (lambda c: connectivity(np.column_stack([c, np.ones(150)])), "network 5 is constant"),
+    ],
+)
+def test_time_courses_that_cannot_be_cleaned_are_refused(courses, call, sentence):
+    with pytest.raises(UserError, match=sentence):
+        call(courses)
