@@ -30,6 +30,7 @@ class Audit:
 
     def __init__(self, every: int | None) -> None:
         self._every = every
+        self._missed = False
         self._found: dict[str, Any] = {
             "steps": [],
             "largest_error": 0.0,
@@ -43,7 +44,7 @@ class Audit:
 
     def due(self, recorded: int) -> bool:
         """Whether the next record, the one with this number, is audited."""
-        return recorded == 0 if self._every is None else recorded % self._every == 0
+        return self._missed or (recorded == 0 if self._every is None else recorded % self._every == 0)
 
     @staticmethod
     def chosen(names: Sequence[str], step: int) -> str:
@@ -64,9 +65,10 @@ class Audit:
         self._found["batch_dims"] = list(found.batch_dims)
         self._found["samples_without_label"] = missing
 
-    def audited(self, step: int) -> None:
-        """Note that a step was audited."""
+    def audited(self, step: int, compared: bool) -> None:
+        """Note that a step was audited; where the layer to be compared had no gradient, the next step is audited too."""
         self._found["steps"].append(step)
+        self._missed = not compared
 
     def guard(self, name: str, pending: Pending) -> None:
         """Compare the sum of the shares with the gradient that arrived; warn of what came from no row."""

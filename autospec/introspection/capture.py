@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .audit import Audit
 from .errors import WatchError
-from .factors import Convolution, Product, shares_by_position, single
+from .factors import Convolution, Lookup, Product, shares_by_position, single
 from .groups import Assignment, Groups
 from .hooks import Hook
 from .layers import LayerCall, LookupCall, rule_for
@@ -24,6 +24,9 @@ from .rows import Place, RowMap, map_rows
 from .scaling import LossScale
 from .spectra import float64
 from .workspace import Workspace
+
+# Row maps of batches of different shapes, before all are probed anew.
+ROW_MAPS_KEPT = 64
 
 
 @dataclass
@@ -69,6 +72,7 @@ class Use:
     adjoints: list[Tensor | None]
     forward: Forward
     constant: ConstantInput | None
+    dtype: torch.dtype | None
     backward: int
 
 
@@ -141,6 +145,7 @@ class Capture:
         self.forwards = 0
         self._rows, self._batch_dim = rows, batch_dim
         self._row_maps: dict[Any, RowMap] = {}
+        self._sorts = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._sortings: tuple[Assignment | None, dict[Any, Sorting]] = (None, {})
         self._forward: Forward | None = None
         self._handles: list[RemovableHandle] = []
@@ -150,6 +155,7 @@ class Capture:
         self.workspace = Workspace()
         self._active = self._paused = False
         self.seconds = 0.0
+        self.masked = False
         self._latest_adjoint: tuple[Tensor, Sorting, Tensor] | None = None
         self._backward = -1
 
@@ -244,7 +250,9 @@ class Capture:
         samples = len(self.assignment.cells)
         if not watched:
             return RowMap({}, 0, ())
-        signature = (samples, _signature((args, kwargs)))
+        signature = (samples, _signature((args, kwargs), self._sorts))
+        if len(self._row_maps) > ROW_MAPS_KEPT:
+            self._row_maps.clear()
         if signature not in self._row_maps:
             self._paused, begin = True, time.perf_counter()
             try:
@@ -300,6 +308,8 @@ class Capture:
         # The first module that a tensor enters sees data; what it computes of them depends on weights.
         constants = {key: self._constant(call.constant(key), forward.assignment) for key in learned}
         versions = [tensor._version for tensor in call.inputs]
+        kind = call.outputs[0].device.type
+        computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         latest: list[tuple[int, list[Tensor | None]]] = []
 
         def arrives(position: int, adjoint: Tensor | None) -> None:
@@ -317,7 +327,9 @@ class Capture:
                 self._calls.append((call, adjoints))
                 for key, layer in learned.items():
                     place = (module_name, key)
-                    layer.uses.append(Use(call, key, place, numbers[key], adjoints, forward, constants[key], backward))
+                    layer.uses.append(
+                        Use(call, key, place, numbers[key], adjoints, forward, constants[key], computed, backward)
+                    )
             latest[-1][1][position] = adjoint.detach()
 
         for position, output in enumerate(call.outputs):
@@ -371,11 +383,16 @@ class Capture:
 
     def _gather_use(self, layer: WatchedLayer, pending: Pending, use: Use, scale: float, exact: bool) -> None:
         factors = use.call.factors(use.parameter, use.adjoints, self.workspace)
-        pending.dtype = factors.adjoint.dtype if pending.dtype is None else pending.dtype
-        if isinstance(use.call.outputs[0], Tensor) and use.call.outputs[0].dtype != factors.adjoint.dtype:
-            pending.dtype = use.call.outputs[0].dtype
+        pending.dtype = _coarsest(pending.dtype, use.dtype, use.call.outputs[0].dtype, factors.adjoint.dtype)
         layer.inputs.append(use.constant)
         sorting = self._sorting(layer, use, len(factors.activation))
+        self.masked = self.masked or sorting.masked
+        if sorting.left_out is not None and self.audited is not None:
+            out = sorting.left_out
+            left = factors.with_(factors.activation[out], float64(single(factors.adjoint[out])))
+            left = left if isinstance(left, Lookup) else left.with_(float64(single(left.activation)), left.adjoint)
+            share = left.share() / scale
+            pending.arrived = -share if pending.arrived is None else pending.arrived - share
         kept = layer.sorted_input
         if use.constant is not None and kept is not None and kept[1] is sorting and kept[0].same(use.constant):
             activation = kept[2]
@@ -400,7 +417,9 @@ class Capture:
         kept_from = None if self.kept_from is None else self.kept_from(layer)
         pending.add(factors, sorting, shares, self.factor_statistics, constant, kept_from)
         layer.widths = pending.widths()
-        layer.true_factor = not isinstance(factors, Convolution) or (factors.unfolded and factors.groups == 1)
+        layer.true_factor = not isinstance(factors, Convolution) or (
+            factors.unfolded and factors.groups == 1 and not factors.transposed
+        )
         if self.per_position and (isinstance(factors, Product) or (self.spatial and isinstance(factors, Convolution))):
             # A convolution's items are whole images, whose positions the factors know.
             layer.position = pending.add_by_position(factors, sorting, layer.position, shares_by_position)
@@ -459,6 +478,12 @@ class Capture:
         return samples
 
 
+def _coarsest(*dtypes: torch.dtype | None) -> torch.dtype:
+    """The type with the largest rounding."""
+    floating = [dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point]
+    return max(floating, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def _at(position: int, function: Callable[[int, Tensor | None], None]) -> Callable[[Tensor], None]:
     return lambda adjoint: function(position, adjoint)
 
@@ -483,14 +508,18 @@ def _irregular(count: int, dtype: torch.dtype) -> Tensor:
     return weights[:count]
 
 
-def _signature(value: Any) -> Any:
-    """Shapes of all tensors in the arguments, and options: with the same ones the rows lie in the same order."""
+def _signature(value: Any, sorts: bool) -> Any:
+    """Shapes of all tensors in the arguments, and options: with the same ones the rows lie in the same order.
+
+    A model that sorts its sequences by length has another order with other lengths, so there these belong to it.
+    """
     if isinstance(value, Tensor):
-        return tuple(value.shape)
+        lengths = sorts and value.ndim == 1 and not value.is_floating_point() and value.device.type == "cpu"
+        return tuple(value.tolist()) if lengths else tuple(value.shape)
     if isinstance(value, Mapping):
-        return tuple((key, _signature(item)) for key, item in value.items())
+        return tuple((key, _signature(item, sorts)) for key, item in value.items())
     if isinstance(value, list | tuple):
-        return tuple(_signature(item) for item in value)
+        return tuple(_signature(item, sorts) for item in value)
     return value if isinstance(value, bool | int | str) else type(value).__name__
 
 

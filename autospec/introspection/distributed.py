@@ -72,7 +72,9 @@ class Processes:
                 joined = total.stacks[statistic][width] = {}
                 for key in sorted({key for each in there for key in each[statistic].get(width, ())}, reverse=True):
                     counts = [each.get(statistic, {}).get(width, {}).get(key, (0, True)) for each in descriptions]
-                    joined[key] = self._joined_rows(stacks.get(key), width, counts, like, statistic == "adjoint")
+                    joined[key] = self._joined_rows(
+                        stacks.get(key), width, counts, like, statistic == "adjoint", workspace
+                    )
                 total.note_width(statistic, width)
         for width in sorted({width for each in there for width in each["indices"]}):
             table = total.indices[width] = {}
@@ -98,17 +100,23 @@ class Processes:
         return total
 
     def _joined_rows(
-        self, stack: RowStack | None, width: int, counts: Sequence[tuple[int, bool]], like: Tensor, scaled: bool
+        self,
+        stack: RowStack | None,
+        width: int,
+        counts: Sequence[tuple[int, bool]],
+        like: Tensor,
+        scaled: bool,
+        workspace: Workspace,
     ) -> RowStack:
         """Rows of every process while they are few, else their Gram matrices' sum."""
-        joined = RowStack(width)
+        joined = RowStack(width, workspace)
         factor = 1 / self.count if scaled else 1.0
         total = sum(count for count, _ in counts)
         if all(kept for count, kept in counts if count):
             most = max(count for count, _ in counts)
             rows = like.new_zeros(most, width)
             if stack is not None:
-                rows[: stack.count] = torch.cat(stack.rows)
+                rows[: stack.count] = torch.cat(stack.flat_rows())
             parts = [torch.empty_like(rows) for _ in counts]
             dist.all_gather(parts, rows, group=self.group)
             joined.rows = [torch.cat([part[:count] for part, (count, _) in zip(parts, counts, strict=True)]) * factor]

@@ -52,11 +52,11 @@ class Factors(Protocol):
         ...
 
     def activation_rows(self) -> Tensor:
-        """Rows of the activation, shape (rows, inputs)."""
+        """Rows of the activation, shape (rows, inputs), or (items, inputs, positions) for an image."""
         ...
 
     def adjoint_rows(self) -> Tensor:
-        """Rows of the adjoint, shape (rows, outputs)."""
+        """Rows of the adjoint, shape (rows, outputs), or (items, outputs, positions) for an image."""
         ...
 
 
@@ -135,7 +135,7 @@ class Convolution:
     Attributes
     ----------
     activation : Tensor
-        Shape (items, inputs, *space), padded where the padding is not of zeros.
+        Shape (items, inputs, *space).
     adjoint : Tensor
         Shape (items, outputs, *space).
     kernel : tuple of int
@@ -148,6 +148,8 @@ class Convolution:
         Whether the layer is a ConvTranspose.
     output_padding : tuple of int
         Of a ConvTranspose.
+    margins : (tuple of int, str) or None
+        Padding that is not of zeros on both sides, as `torch.nn.functional.pad` takes it; ``padding`` is 0 then.
     unfolded : bool
         Whether a row of the activation is a patch, the true left factor, and not the channels at one position.
     """
@@ -161,6 +163,7 @@ class Convolution:
     groups: int
     transposed: bool
     output_padding: tuple[int, ...]
+    margins: tuple[tuple[int, ...], str] | None = None
     unfolded: bool = False
 
     @property
@@ -182,7 +185,7 @@ class Convolution:
         """Compute the weight's gradient from these items alone, shape (first dimension, others)."""
         gradient = torch.ops.aten.convolution_backward(
             self.adjoint,
-            self.activation,
+            self._padded(),
             self.adjoint.new_empty(1).expand(self.kernel),
             None,
             self.stride,
@@ -203,14 +206,18 @@ class Convolution:
             total += self.share()
 
     def activation_rows(self) -> Tensor:
-        """Channels at each position, or patches; shape (items x positions, inputs)."""
+        """Channels at each position, shape (items, inputs, positions), or patches (items x positions, inputs)."""
         if self.unfolded and not self.transposed:
             return self.patches().flatten(0, 1)
-        return channels_last(self.activation)
+        return self.activation.flatten(2)
 
     def adjoint_rows(self) -> Tensor:
-        """Channels at each position, shape (items x positions, outputs)."""
-        return channels_last(self.adjoint)
+        """Channels at each position, shape (items, outputs, positions)."""
+        return self.adjoint.flatten(2)
+
+    def _padded(self) -> Tensor:
+        """The activation as the kernel meets it."""
+        return self.activation if self.margins is None else F.pad(self.activation, self.margins[0], self.margins[1])
 
     def patches(self) -> Tensor:
         """What each output position of the convolution sees, shape (items, positions, inputs x kernel).
@@ -218,7 +225,7 @@ class Convolution:
         For a transposed convolution these are the outputs that each input position reaches.
         """
         space = self.kernel[2:]
-        image = self.adjoint if self.transposed else self.activation
+        image = self.adjoint if self.transposed else self._padded()
         positions = (self.activation if self.transposed else self.adjoint).shape[2:]
         margins = [margin for size in reversed(self.padding) for margin in (size, size)]
         image = F.pad(image, margins)
@@ -316,8 +323,3 @@ def shares_by_position(factors: Factors, table: Tensor) -> Tensor:
     for side in (factors.adjoint_rows(), factors.activation_rows()):
         rows.append(torch.cat([side, side.new_zeros(1, side.shape[1])])[table])
     return rows[0].mT @ rows[1]
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    """Reshape (items, channels, *space) into (items x positions, channels)."""
-    return tensor.flatten(2).movedim(1, 2).flatten(0, 1)

@@ -195,7 +195,7 @@ class Measurement:
         followed = [group for group, size in sizes.items() if worthwhile(size, width, count)]
         jobs = []
         for groups in alike(followed, sizes):
-            rows = [[part for stack in there.pop(group) for part in stack.rows] for group in groups]
+            rows = [[part for stack in there.pop(group) for part in stack.flat_rows()] for group in groups]
             if len(rows) == 1:
                 matrices = (rows[0][0] if len(rows[0]) == 1 else torch.cat(rows[0])).unsqueeze(0)
             else:

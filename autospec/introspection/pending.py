@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import WatchError
 from .factors import Factors, Lookup, Product
 from .groups import Assignment
-from .spectra import float64, lower_gram, reduced_factor
+from .spectra import column_gram, float64, lower_gram, reduced_factor
 from .workspace import Workspace
 
 # Below this many rows, as a fraction of the matrix's smaller side, the factors are kept instead of the share.
@@ -36,12 +37,18 @@ class Sorting:
         The cells: which groups each belongs to.
     positions : ndarray of int, shape (items kept,)
         For each item, sorted: its place among the items of its sample, which is its position in time, say.
+    left_out : Tensor of int, or None
+        Items that do not count.
+    masked : bool
+        Whether the mask of positions that count was applied.
     """
 
     order: Tensor | None
     counts: list[int]
     keys: list[bytes]
     positions: np.ndarray = field(repr=False)
+    left_out: Tensor | None = None
+    masked: bool = False
     _tables: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -68,8 +75,11 @@ class Sorting:
         """
         positions = _places(samples, len(assignment.cells))
         kept = np.ones(len(samples), dtype=bool)
-        if valid is not None and len(positions) and positions.max() + 1 == valid.shape[1]:
+        masked = valid is not None and len(positions) > 0 and int(positions.max()) + 1 == valid.shape[1]
+        if valid is not None and masked:
             kept = valid[samples, positions]
+            if not kept.any():
+                raise WatchError("valid= leaves no row at all: mark the positions that count with True.")
         cells = assignment.cells[samples]
         order = np.argsort(cells, kind="stable")
         order = order[kept[order]]
@@ -81,6 +91,8 @@ class Sorting:
             counts[present].tolist(),
             [assignment.members[i].tobytes() for i in present],
             positions[order],
+            None if kept.all() else torch.from_numpy(np.flatnonzero(~kept)).to(device),
+            masked,
         )
 
     def sort(self, items: Tensor, workspace: Workspace | None = None) -> Tensor:
@@ -278,30 +290,41 @@ class RowStack:
     ----------
     width : int
         Number of columns.
+    workspace : Workspace
+        Memory for conversions; its memo knows Gram matrices of rows that two parameters share.
     """
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    def __init__(self, width: int, workspace: Workspace) -> None:
+        self.width, self.workspace = width, workspace
         self.count = 0
         self.rows: list[Tensor] = []
         self._columns: Tensor | None = None
 
     def add(self, rows: Tensor, keep: bool = False) -> None:
-        """Append rows, shape (count, width), which may not be modified afterwards.
+        """Append rows, which may not be modified afterwards.
 
-        ``keep`` puts the Gram matrix off until it is asked for, where it may turn out not to be needed.
+        Parameters
+        ----------
+        rows : Tensor
+            Shape (count, width), or (items, width, positions) for the channels of an image.
+        keep : bool
+            Put the Gram matrix off until it is asked for, where it may turn out not to be needed.
         """
-        self.count += len(rows)
+        image = rows.ndim == 3
+        self.count += len(rows) * (rows.shape[2] if image else 1)
         self.rows.append(rows)
         if self.count >= self.width and not keep:
             self.column_gram()
+
+    def flat_rows(self) -> list[Tensor]:
+        """The rows that are kept, each (count, width)."""
+        return [rows if rows.ndim == 2 else rows.movedim(1, 2).flatten(0, 1) for rows in self.rows]
 
     def column_gram(self) -> Tensor:
         """Gram matrix of the columns (lower triangle), shape (width, width), float64."""
         total = self._columns
         for rows in self.rows:
-            wide = float64(rows).mT
-            added = lower_gram(wide) if len(rows) >= self.width else wide @ wide.mT
+            added = self.workspace.memo(rows, column_gram)
             total = added if total is None else total + added
         if total is None:
             raise RuntimeError("a RowStack without rows has no Gram matrix")
@@ -318,7 +341,7 @@ class RowStack:
         """Smaller-side Gram matrix (lower triangle), float64, of all rows of several stacks together."""
         width = stacks[0].width
         if sum(stack.count for stack in stacks) < width and all(stack.rows for stack in stacks):
-            return lower_gram(torch.cat([rows for stack in stacks for rows in stack.rows]))
+            return lower_gram(torch.cat([rows for stack in stacks for rows in stack.flat_rows()]))
         grams = [stack.column_gram() for stack in stacks]
         return grams[0] if len(grams) == 1 else torch.stack(grams).sum(0)
 
@@ -345,7 +368,8 @@ class IndexStack:
     def merged_spectrum(stacks: Sequence[IndexStack]) -> Tensor:
         """Singular values of all rows of several stacks together, descending."""
         counts = torch.stack([stack.counts for stack in stacks if stack.counts is not None]).sum(0)
-        return float64(counts).sqrt().sort(descending=True).values
+        spectrum = float64(counts).sqrt().sort(descending=True).values
+        return spectrum[: int(counts.sum())]
 
 
 class Pending:
@@ -424,7 +448,7 @@ class Pending:
                 rows = part.activation_rows() if statistic == "activation" else part.adjoint_rows()
                 width = rows.shape[1]
                 self.note_width(statistic, width)
-                stack = self.stacks[statistic].setdefault(width, {}).setdefault(key, RowStack(width))
+                stack = self.stacks[statistic].setdefault(width, {}).setdefault(key, RowStack(width, self.workspace))
                 follow = kept_from is not None and width >= kept_from
                 stack.add(rows, keep=follow or (constant and statistic == "activation"))
 

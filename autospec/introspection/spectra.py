@@ -25,6 +25,8 @@ NOISE_CONSTANTS = {"gradient": 20.0, "activation": 0.2, "adjoint": 30.0}
 # A symmetric product needs only its lower triangle: computed in this many block rows, it costs 5/8 of the whole.
 BLOCKS = 4
 SMALLEST_IN_BLOCKS = 96
+# Numbers that are converted to float64 at a time: what fits into a core's cache.
+PIECE = 2**17
 
 
 def float64(matrix: Tensor, workspace: Workspace | None = None) -> Tensor:
@@ -63,6 +65,43 @@ def lower_gram(matrix: Tensor, workspace: Workspace | None = None) -> Tensor:
         stop = min(start + block, size)
         result[..., start:stop, :stop] = wide[..., start:stop, :] @ wide[..., :stop, :].mT
     return result
+
+
+def column_gram(rows: Tensor, workspace: Workspace) -> Tensor:
+    """Gram matrix of the columns (lower triangle) of many rows, in float64.
+
+    Parameters
+    ----------
+    rows : Tensor
+        Shape (rows, width), or (items, width, positions) for an image's channels, whose rows are items x positions.
+    workspace : Workspace
+        Memory for the conversion, which goes piece by piece.
+
+    Returns
+    -------
+    Tensor
+        Shape (width, width), float64.
+    """
+    image = rows.ndim == 3
+    width = rows.shape[1]
+    positions = rows.shape[2] if image else 1
+    device = torch.device("cpu") if rows.device.type == "mps" else rows.device
+    total = torch.zeros(width, width, dtype=torch.float64, device=device)
+    count = max(1, PIECE // (width * positions))
+    room = workspace.take((min(count, len(rows)) * positions * width,), torch.float64, device)
+    for piece in rows.split(count):
+        wide = room[: piece.numel()]
+        if image:
+            wide = wide.view(width, len(piece), positions)
+            wide.copy_(piece.permute(1, 0, 2))
+            wide = wide.flatten(1)
+        else:
+            wide = wide.view(len(piece), width).copy_(piece).mT
+        block = width if width < SMALLEST_IN_BLOCKS else -(-width // BLOCKS)
+        for start in range(0, width, block):
+            stop = min(start + block, width)
+            total[start:stop, :stop].addmm_(wide[start:stop], wide[:stop].mT)
+    return total
 
 
 def reduced_factor(activation: Tensor, adjoint: Tensor) -> Tensor:

@@ -23,6 +23,9 @@ MORE = 16
 # Largest error that is accepted, in units of the largest value; half of what every recorded spectrum keeps to.
 TOLERANCE = 5e-7
 ITERATIONS = 6
+# Rough costs in seconds, one core: of an iteration and of a Gram matrix for each product of their sizes, of eigenvalues for
+# each cube of the side, and of the many calls of an iteration.
+ITERATION_COST, GRAM_COST, EIGENVALUE_COST, CALLS_COST = 5e-11, 4e-11, 1.4e-10, 4e-4
 
 
 @dataclass
@@ -45,8 +48,11 @@ class Found:
 
 
 def worthwhile(rows: int, width: int, count: int) -> bool:
-    """Whether following that many values is cheaper than a decomposition."""
-    return 2 * (count + MORE) <= min(rows, width)
+    """Whether following that many values is cheaper than a decomposition, which does more work at a lower speed."""
+    side, block = min(rows, width), count + MORE
+    followed = 3 * ITERATION_COST * rows * width * block + CALLS_COST
+    decomposed = GRAM_COST * side * rows * width + EIGENVALUE_COST * side**3
+    return 2 * block <= side and followed < decomposed
 
 
 def alike(groups: Sequence[int], sizes: Mapping[int, int]) -> list[list[int]]:

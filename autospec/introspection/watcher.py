@@ -241,6 +241,11 @@ class Watcher:
         if self._capture.recording:
             if all(layer.pending is None for layer in self._layers):
                 raise WatchError(self._why_nothing_arrived())
+            if self._capture.valid is not None and not self._capture.masked:
+                raise WatchError(
+                    f"valid= has {self._capture.valid.shape[1]} positions, but no watched layer has as many rows a sample: give "
+                    "one column for each time step or token."
+                )
             if self._processes is not None:
                 self._processes.join(self._layers, self._capture.workspace)
             record = self._measurement.record(self._count)
@@ -252,6 +257,7 @@ class Watcher:
             if self._sink is not None and len(self._buffer) >= self._sink.steps_per_chunk:
                 self._flush()
         self._capture.clear()
+        self._capture.masked = False
         end = time.perf_counter()
         self._seconds["watching"] += end - begin
         if self._budget is not None:
@@ -316,6 +322,9 @@ class Watcher:
         """Decide whether the next step is recorded, and audited."""
         self._capture.recording = self._schedule(self._count)
         learned = [layer.name for layer in self._layers if layer.parameter.requires_grad]
+        # A layer that the loss does not reach proves nothing.
+        reached = [layer.name for layer in self._layers if layer.rank_limit is not None]
+        learned = [name for name in learned if name in reached] or learned
         due = self._capture.recording and self._audit.due(self._recorded) and learned
         self._capture.audited = self._audit.chosen(learned, self._count) if due else None
 
@@ -361,7 +370,7 @@ class Watcher:
         """Audit the record, if it is due."""
         if self._capture.audited is None:
             return
-        self._audit.audited(self._count)
+        self._audit.audited(self._count, any(layer.pending and layer.pending.exact for layer in self._layers))
         for layer in self._layers:
             if layer.pending is None:
                 continue

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,7 @@ class Workspace:
     def __init__(self) -> None:
         self._tensors: dict[tuple[tuple[int, ...], torch.dtype, torch.device], list[Tensor]] = {}
         self._taken: dict[tuple[tuple[int, ...], torch.dtype, torch.device], int] = {}
+        self._known: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor with any content, not handed out before in this step."""
@@ -23,11 +27,18 @@ class Workspace:
             tensors.append(torch.empty(shape, dtype=dtype, device=device))
         return tensors[position]
 
+    def memo(self, tensor: Tensor, function: Callable[[Tensor, Workspace], Tensor]) -> Tensor:
+        """Apply a function to a tensor that lasts until the end of the step, once."""
+        key = (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), function)
+        if key not in self._known:
+            self._known[key] = (tensor, function(tensor, self))
+        return self._known[key][1]
+
     def take_back(self) -> None:
         """Everything may be handed out again; shapes that were not needed in this step are given up."""
         self._tensors = {key: self._tensors[key][:count] for key, count in self._taken.items()}
-        self._taken = {}
+        self._taken, self._known = {}, {}
 
     def release(self) -> None:
         """Give everything up."""
-        self._tensors, self._taken = {}, {}
+        self._tensors, self._taken, self._known = {}, {}, {}

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from ..factors import Convolution
@@ -36,14 +35,14 @@ class ConvolutionCall(LayerCall):
         return self._batched(self.inputs[0]).isnan().flatten(1).any(1)
 
     def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Convolution:
-        """The input, padded where the padding is not of zeros on both sides, and the derivative at the output."""
+        """The input and the derivative at the output."""
         module, adjoint = self.module, adjoints[0]
         assert adjoint is not None
         activation = self._batched(self.inputs[0]).to(adjoint.dtype)
-        padding = module.padding
+        padding, margins = module.padding, None
         if module.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            activation = F.pad(activation, module._reversed_padding_repeated_twice, mode=mode)
+            margins = (tuple(module._reversed_padding_repeated_twice), mode)
             padding = (0,) * self.dimensions
         return Convolution(
             activation,
@@ -55,6 +54,7 @@ class ConvolutionCall(LayerCall):
             module.groups,
             isinstance(module, TRANSPOSED),
             module.output_padding,
+            margins,
         )
 
 

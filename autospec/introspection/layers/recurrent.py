@@ -81,6 +81,8 @@ class _Sequences:
 
     def samples_of_rows(self, samples: np.ndarray, steps: int) -> np.ndarray:
         """Sample of each row, given the sample of each sequence."""
+        if self.order is not None:
+            samples = samples[self.order.cpu().numpy()]
         if self.packed:
             valid = self.valid.cpu().numpy()
             return np.broadcast_to(samples, valid.shape)[valid]
@@ -112,11 +114,13 @@ class RecurrentCall(LayerCall):
         self._found: tuple[tuple[Tensor | None, ...], dict[str, Product]] = ((), {})
 
     def marks(self, parameter: str) -> Tensor:
-        """Whether each sequence holds a NaN."""
+        """Whether each sequence holds a NaN, in the caller's order."""
         marked = self.sequences.apart(self.inputs[0]).isnan().any(-1).any(0)
         for state in self.inputs[1:]:
             marked = marked | self.sequences.state(state).isnan().any(-1).any(0)
-        return marked
+        if self.sequences.order is None:
+            return marked
+        return torch.empty_like(marked).index_copy_(0, self.sequences.order, marked)
 
     def samples_of_items(self, parameter: str, samples: np.ndarray) -> np.ndarray:
         """Items are valid steps of sequences, time first."""
