@@ -14,7 +14,7 @@ from torch import Tensor
 from .capture import ConstantInput, WatchedLayer
 from .errors import WatchError
 from .pending import IndexStack, Pending, RowStack, cells_of_groups
-from .spectra import float64, leading_directions, lower_gram, noise_floor, principal_angles, singular_values
+from .spectra import leading_directions, lower_gram, noise_floor, principal_angles, singular_values
 from .tracked import alike, leading_values, worthwhile
 from .tree import Record
 
@@ -230,9 +230,7 @@ class Measurement:
         """Carry out what was put off, all decompositions of equal size in one call; return the records."""
         opened, self._open, self._open_bytes = self._open, [], 0
         unsolved = list({id(job): job for each in opened for job in each.jobs if job.values is None}.values())
-        grams = [job.grams for job in unsolved if job.grams is not None]
-        for job, values in zip(unsolved, singular_values(grams), strict=True):
-            job.values, job.grams = values, None
+        self._solve(unsolved)
         # Steps whose jobs are alike are stored together.
         by_form: dict[tuple[tuple[str, str, tuple[int, ...], int], ...], list[_Open]] = {}
         for each in opened:
@@ -248,6 +246,20 @@ class Measurement:
             for each in opened:
                 self._contrast_floors(each.record)
         return [each.record for each in opened]
+
+    @staticmethod
+    def _solve(jobs: list[_Job]) -> None:
+        """Decompose; on a GPU all matrices of equal size in one call.
+
+        On the CPU the last bit of LAPACK's results depends on where a matrix lies in memory, and a training that is
+        resumed shall record the same bits: there each job, which is alike at every step, has a call of its own.
+        """
+        together = [job for job in jobs if job.grams is not None and job.grams.is_cuda]
+        alone = [[job] for job in jobs if job.grams is not None and not job.grams.is_cuda]
+        for some in [together, *alone]:
+            grams = [job.grams for job in some if job.grams is not None]
+            for job, values in zip(some, singular_values(grams), strict=True):
+                job.values, job.grams = values, None
 
     def _contrast_floors(self, record: Record) -> None:
         """The noise of a difference of shares is at most the sum of theirs."""
@@ -358,7 +370,7 @@ class Measurement:
         present = sorted({group for pair in self.pairs for group in pair if cells_of[group]})
         if not present:
             return
-        shares = float64(pending.shares.matrices([cells_of[group] for group in present]))
+        shares = pending.shares.matrices([cells_of[group] for group in present])
         matrices = dict(zip(present, shares, strict=True))
         index = self.index(layer)
         usable = index <= min(layer.shape)

@@ -60,9 +60,15 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
             continue
         rule = rule_for(module)
         known = () if rule is None else rule.parameters(module)
+        # A weight that is computed from others, as by weight_norm, is no parameter; those others are unknown.
+        known = tuple(key for key in known if _is_parameter(module, key))
         own = [key for key, _ in module.named_parameters(recurse=False)]
         for key in dict.fromkeys((*own, *known)):
             parameter = module.get_parameter(key)
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise WatchError(
+                    f"{type(module).__name__} '{module_name}' has no weights yet: call the model once before watch()."
+                )
             if key not in known and not _may_be_a_matrix(parameter):
                 continue
             name = f"{module_name}.{key}" if module_name else key
@@ -91,6 +97,11 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
             "a model needs at least one layer with a weight matrix."
         )
     return watched
+
+
+def _is_parameter(module: nn.Module, key: str) -> bool:
+    path, _, own = key.rpartition(".")
+    return own in module.get_submodule(path)._parameters
 
 
 def _may_be_a_matrix(parameter: nn.Parameter) -> bool:

@@ -231,18 +231,29 @@ class Shares:
         return total
 
     def matrices(self, groups: Sequence[Sequence[bytes]]) -> Tensor:
-        """Shares of groups of cells, shape (groups, *shape of the parameter's matrix); valid until the next step."""
+        """Shares of groups of cells in float64, shape (groups, *shape of the matrix); valid until the step's end.
+
+        Cells may cancel each other, so they are summed in float64.
+        """
         every = list(self.slots)
-        if self.formed and not self.lookups and list(groups) == [every, *([key] for key in every)]:
-            assert self.room is not None  # all, then each cell: as they lie
-            if len(every) == 1:
-                self.room[0].copy_(self.room[1])
-            else:
-                torch.add(self.room[1], self.room[2], out=self.room[0])
-            for slot in range(3, len(every) + 1):
-                self.room[0].add_(self.room[slot])
-            return self.room[: len(every) + 1]
-        return torch.stack([self.matrix(cells) for cells in groups])
+        if not self.formed or self.lookups or any(key not in self.slots for cells in groups for key in cells):
+            return torch.stack([self._wide_sum([float64(self.matrix([key])) for key in cells]) for cells in groups])
+        assert self.room is not None
+        wide = float64(self.room[: len(every) + 1], self.workspace)
+        parts = wide.unbind(0)
+        if list(groups) == [every, *([key] for key in every)]:  # all, then each cell: as they lie
+            self._wide_sum(parts[1:], out=wide[0])
+            return wide
+        return torch.stack([self._wide_sum([parts[self.slots[key]] for key in cells]) for cells in groups])
+
+    @staticmethod
+    def _wide_sum(parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        if len(parts) == 1:
+            return parts[0] if out is None else out.copy_(parts[0])
+        total = torch.add(parts[0], parts[1], out=out)
+        for part in parts[2:]:
+            total += part
+        return total
 
     def grams(self, groups: Sequence[Sequence[bytes]]) -> list[tuple[list[int], Tensor]]:
         """Gram matrices (lower triangles) of the shares of groups of cells.

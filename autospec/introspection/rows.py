@@ -44,11 +44,19 @@ class Along:
         Whether all samples share one output, which is spread along that dimension.
     new : bool
         Whether the dimension is put in, instead of one of size 1.
+    marked : bool
+        Whether samples are followed through it: not so where it is shared and not watched.
     """
 
     dim: int
     shared: bool = False
     new: bool = False
+    marked: bool = True
+
+    @property
+    def along_samples(self) -> bool:
+        """Whether the lookup has each sample's own indices."""
+        return self.marked and not self.shared
 
 
 @dataclass(frozen=True)
@@ -176,9 +184,9 @@ def map_rows(
     attention = any(isinstance(module, nn.MultiheadAttention) for module in twin.modules())
     with _generators_kept(inputs), torch.set_grad_enabled(attention):
         lookups = _lookups(twin, args, kwargs, watched)
-        lookup_choices = [_candidate_lookups(shape, samples, batch_dim) for shape in lookups.values()]
+        likely = [_likely(shape, samples, batch_dim) for shape in lookups.values()]
         if not any(dims != (None,) for dims in choices) and not any(
-            not along.shared for options in lookup_choices for along in options
+            along.along_samples for options in likely for along in options
         ):
             every = [t for t in _tensors((args, kwargs)) if not t.is_floating_point()] + inputs
             shapes = ", ".join(str(tuple(t.shape)) for t in every) or "no tensor"
@@ -188,25 +196,33 @@ def map_rows(
                 f"(inputs: {shapes}): give one label for each sample of the batch, in the batch's order. Whole numbers are "
                 "traced through nn.Embedding alone; elsewhere give the model floating-point input, or rows=."
             )
-        # Lookups of one shape are read in one way.
-        by_shape: dict[Any, tuple[Along, ...]] = dict(zip(lookups.values(), lookup_choices, strict=True))
-        if math.prod(map(len, choices)) * math.prod(map(len, by_shape.values())) > MAX_HYPOTHESES:
-            raise WatchError("too many dimensions of the inputs could index samples: say which with batch_dim=.")
-        for dims in itertools.product(*choices):
-            for chosen in itertools.product(*by_shape.values()):
+        for round_ in (_likely, _possible):
+            options = {
+                place: (Along(0, marked=False),) if place not in watched and not _has(shape, samples) else None
+                for place, shape in lookups.items()
+            }
+            # Lookups of one shape are read in one way.
+            by_shape = {shape: round_(shape, samples, batch_dim) for shape in lookups.values()}
+            if math.prod(map(len, choices)) * math.prod(map(len, by_shape.values())) > MAX_HYPOTHESES:
+                raise WatchError("too many dimensions of the inputs could index samples: say which with batch_dim=.")
+            for dims, chosen in itertools.product(itertools.product(*choices), itertools.product(*by_shape.values())):
                 along_of_shape = dict(zip(by_shape, chosen, strict=True))
-                alongs = {place: along_of_shape[shape] for place, shape in lookups.items()}
-                if all(dim is None for dim in dims) and all(along.shared for along in alongs.values()):
+                alongs = {
+                    place: only[0] if (only := options[place]) else along_of_shape[shape]
+                    for place, shape in lookups.items()
+                }
+                if all(dim is None for dim in dims) and not any(along.along_samples for along in alongs.values()):
                     continue
+                if batch_dim is not None and accepted:
+                    break
                 reading = Reading(dims, alongs)
                 try:
                     found = _probe(twin, args, kwargs, inputs, reading, words, watched)
-                    _same_result(twin, args, kwargs, reading, samples)
+                    _same_result(model, twin, args, kwargs, reading, samples)
                     accepted.append((reading, found))
                 except WatchError as error:
                     reason = reason or str(error)
-                    continue
-            if batch_dim is not None and accepted:
+            if accepted:
                 break
     if not accepted:
         raise WatchError(f"{reason} Say where the samples are with batch_dim= or rows=.")
@@ -231,7 +247,7 @@ class Reading:
     @property
     def batch_dims(self) -> tuple[int, ...]:
         """The dimensions, of inputs and then of lookups."""
-        of_lookups = dict.fromkeys(along.dim for along in self.lookups.values() if not along.shared)
+        of_lookups = dict.fromkeys(along.dim for along in self.lookups.values() if along.along_samples)
         return (*(dim for dim in self.dims if dim is not None), *of_lookups)
 
 
@@ -257,29 +273,56 @@ def _lookups(
     return shapes
 
 
-def _candidate_lookups(shape: tuple[int, ...], samples: int, batch_dim: int | None) -> tuple[Along, ...]:
-    """Ways in which a lookup may hold samples: along a dimension of that size, else shared by all."""
+def _has(shape: tuple[int, ...], samples: int) -> bool:
+    return samples in shape
+
+
+def _possible(shape: tuple[int, ...], samples: int, batch_dim: int | None) -> tuple[Along, ...]:
+    """Ways in which a lookup may hold samples: along a dimension of that size, or shared by all."""
     own = [Along(d) for d, size in enumerate(shape) if size == samples]
-    if batch_dim is not None and own:
+    if batch_dim is not None and own and len(shape) > 1:
         own = [along for along in own if along.dim == batch_dim % len(shape)] or own
     spread = [Along(d, shared=True) for d, size in enumerate(shape) if size == 1 and samples > 1]
-    spread = spread or [Along(0, shared=True, new=True)]
-    return tuple(own + (spread if len(own) != 1 or 1 in shape else []))
+    return (*own, *(spread or [Along(0, shared=True, new=True)]))
+
+
+def _likely(shape: tuple[int, ...], samples: int, batch_dim: int | None) -> tuple[Along, ...]:
+    """The same without what is hardly ever meant: that all samples share what has a dimension of their number."""
+    options = _possible(shape, samples, batch_dim)
+    own = [along for along in options if along.along_samples]
+    return tuple(own) if len(own) == 1 and 1 not in shape else options
 
 
 def _same_result(
-    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reading: Reading, samples: int
+    model: nn.Module, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reading: Reading, samples: int
 ) -> None:
-    """Refuse a reading in which spreading a shared lookup changes what the model computes."""
-    if not any(along.shared for along in reading.lookups.values()):
+    """Refuse a reading in which spreading a shared lookup changes what the model computes or draws at random."""
+    shared = [place for place, along in reading.lookups.items() if along.shared]
+    if not shared:
         return
-    results = []
-    for spread in (False, True):
-        with _lookups_marked(twin, reading if spread else Reading(reading.dims, {}), samples, None):
-            results.append(list(_tensors(twin(*args, **kwargs))))
+    refusal = WatchError(
+        f"The table '{shared[0][0]}' is shared by all samples in a way that cannot be followed to each of them: index it "
+        "with torch.arange(positions).unsqueeze(0) and add the result to the samples' values, or leave it out with layers=."
+    )
+    buffers = [buffer.clone() for buffer in twin.buffers()]
+    twin.train(model.training)
+    try:
+        results = []
+        begin = torch.get_rng_state()
+        for spread in (False, True):
+            torch.set_rng_state(begin)
+            with _lookups_marked(twin, reading if spread else Reading(reading.dims, {}), samples, None):
+                results.append([*_tensors(twin(*args, **kwargs)), torch.get_rng_state()])
+    except Exception as error:
+        raise refusal from error
+    finally:
+        twin.eval()
+        with torch.no_grad():
+            for buffer, before in zip(twin.buffers(), buffers, strict=True):
+                buffer.copy_(before)
     for before, after in zip(*results, strict=True):
         if before.shape != after.shape or not torch.equal(before.nan_to_num(), after.nan_to_num()):
-            raise WatchError("A lookup that all samples share cannot be followed to each of them.")
+            raise refusal
 
 
 @contextmanager
@@ -290,6 +333,8 @@ def _lookups_marked(twin: nn.Module, reading: Reading, samples: int, word: np.nd
         module = twin.get_submodule(name)
 
         def hook(_: nn.Module, args: Any, output: Tensor, along: Along = along) -> Tensor:
+            if not along.marked:
+                return output
             if along.shared:
                 output = output.unsqueeze(along.dim) if along.new else output
                 shape = [samples if axis == along.dim else size for axis, size in enumerate(output.shape)]
@@ -347,13 +392,34 @@ def _probe(
     for key, calls in passes[0].items():
         found[key] = []
         for call in range(len(calls)):
-            samples = decode(np.stack([seen[key][call] for seen in passes]), words)
+            shape = calls[call].shape
+            samples = decode(np.stack([seen[key][call].reshape(-1) for seen in passes]), words)
+            samples = _filled(samples.reshape(shape), words.shape[1]).reshape(-1)
             if (samples == -2).any():
                 raise WatchError(f"Rows of the input of '{key[0] or key[1]}' mix several samples.")
             if (samples == -1).any():
                 raise WatchError(f"Rows of the input of '{key[0] or key[1]}' belong to no sample.")
             found[key].append(samples)
     return found
+
+
+def _filled(samples: np.ndarray, count: int) -> np.ndarray:
+    """Give rows that depend on no sample, such as a learned token put before each sequence, to the sample of their slice.
+
+    This needs one dimension along which slice i holds rows of sample i, at least one, and of no other sample.
+    """
+    unknown = samples == -1
+    if not unknown.any() or unknown.all():
+        return samples
+    for dim, size in enumerate(samples.shape):
+        if size != count or samples.ndim == 1:
+            continue
+        shape = [count if axis == dim else 1 for axis in range(samples.ndim)]
+        expected = np.arange(count).reshape(shape)
+        others = tuple(axis for axis in range(samples.ndim) if axis != dim)
+        if ((samples == expected) | unknown).all() and not unknown.all(axis=others).any():
+            return np.where(unknown, expected, samples)
+    return samples
 
 
 @contextmanager
@@ -369,7 +435,8 @@ def _nan_rows(twin: nn.Module, watched: Collection[Place]) -> Iterator[dict[Plac
         def on_call(call: LayerCall, name: str = name) -> None:
             for parameter in call.parameters:
                 if (name, parameter) in watched:
-                    seen.setdefault((name, parameter), []).append(call.marks(parameter).cpu().numpy())
+                    marks = call.marks(parameter).cpu().numpy()
+                    seen.setdefault((name, parameter), []).append(marks.reshape(call.shape(parameter)))
 
         handles += rule.attach(module, on_call)
     try:

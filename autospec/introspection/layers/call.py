@@ -33,6 +33,10 @@ class LayerCall(ABC):
     def marks(self, parameter: str) -> Tensor:
         """Whether each entry of the batch holds a NaN, shape (entries,): how entries are traced to samples."""
 
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """Dimensions in which the entries lie."""
+        return (len(self.marks(parameter)),)
+
     @abstractmethod
     def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Factors:
         """Activation and adjoint, given the derivatives at the outputs (None: not used by the loss)."""

@@ -21,13 +21,21 @@ class LinearCall(LayerCall):
         self, parameter: str, activation: Tensor, output: Tensor, outputs: tuple[int, int] | None = None
     ) -> None:
         self.parameters = (parameter,)
-        self.inputs, self.outputs = (activation,), (output,)
+        # With more than two dimensions the output is a view of the product's; an operation in place on the view would
+        # leave a hook on it behind, but not one on the product.
+        base = output._base
+        whole = base is not None and base.grad_fn is not None and base.numel() == output.numel()
+        self.inputs, self.outputs = (activation,), (base if base is not None and whole else output,)
         self.part = outputs
 
     def marks(self, parameter: str) -> Tensor:
         """Whether each row holds a NaN."""
         activation = self.inputs[0]
         return activation.reshape(-1, activation.shape[-1]).isnan().any(1)
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """Dimensions of the input but the last."""
+        return tuple(self.inputs[0].shape[:-1])
 
     def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Product:
         """Rows of the input and of the derivative at the output."""
