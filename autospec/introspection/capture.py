@@ -246,11 +246,12 @@ class Capture:
     def _row_map(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RowMap | None:
         if self.assignment is None:
             return None
-        watched = {place for layer in self.layers if layer.name not in self._rows for place in layer.places}
+        learned = [layer for layer in self.layers if layer.parameter.requires_grad]
+        watched = {place for layer in learned if layer.name not in self._rows for place in layer.places}
         samples = len(self.assignment.cells)
         if not watched:
             return RowMap({}, 0, ())
-        signature = (samples, _signature((args, kwargs), self._sorts))
+        signature = (samples, _signature((args, kwargs), self._sorts), frozenset(watched))
         if len(self._row_maps) > ROW_MAPS_KEPT:
             self._row_maps.clear()
         if signature not in self._row_maps:
@@ -415,7 +416,7 @@ class Capture:
         constant = use.constant is not None and len(layer.inputs) == 1
         shares = self.shares or self.audited is not None
         kept_from = None if self.kept_from is None else self.kept_from(layer)
-        pending.add(factors, sorting, shares, self.factor_statistics, constant, kept_from)
+        pending.add(factors, sorting, shares, self.factor_statistics, constant, kept_from, use.backward)
         layer.widths = pending.widths()
         layer.true_factor = not isinstance(factors, Convolution) or (
             factors.unfolded and factors.groups == 1 and not factors.transposed

@@ -65,8 +65,12 @@ class Groups:
     def __init__(self, labels: Any, crossed: Sequence[Sequence[str]] = ()) -> None:
         self._single = not isinstance(labels, Mapping)
         columns = self._columns(labels)
+        if isinstance(crossed, str) or any(isinstance(names, str) for names in crossed):
+            raise WatchError(f"crossed={crossed!r}: give a list of lists of groupings, such as [('diagnosis', 'sex')].")
         self._crossed = [tuple(names) for names in crossed]
         for names in self._crossed:
+            if len(set(names)) < max(len(names), 2):
+                raise WatchError(f"crossed names {names}: cross at least two groupings, each of them once.")
             absent = [name for name in names if name not in columns]
             if absent:
                 raise WatchError(f"crossed names the grouping '{absent[0]}', but groups has no such grouping.")

@@ -6,6 +6,7 @@ over the uses of a parameter and over micro-batches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,10 @@ from .groups import Assignment
 from .spectra import column_gram, float64, lower_gram, reduced_factor
 from .workspace import Workspace
 
+# Products of at most this many numbers are formed in float64 from the start.
+SMALL = 2**20
+# A sum of shares this much smaller than they are has lost too much to float32, and is formed again in float64.
+CANCELLED = 0.2
 # Below this many rows, as a fraction of the matrix's smaller side, the factors are kept instead of the share.
 FEW_ROWS = 0.75
 
@@ -145,10 +150,17 @@ class Shares:
         self.lookups: dict[bytes, list[Lookup]] = {}
         self.room: Tensor | None = None
         self.formed = False
+        self.held: list[tuple[Factors, Sorting]] | None = []
+        self._backward = -1
         self._matrices: tuple[Tensor, ...] = ()
 
-    def add(self, factors: Factors, sorting: Sorting) -> None:
-        """Add the items of one use, sorted by cell; their tensors may not be modified afterwards."""
+    def add(self, factors: Factors, sorting: Sorting, backward: int = -1) -> None:
+        """Add the items of one use in one backward pass, sorted by cell; they may not be modified afterwards."""
+        if self.held is not None:
+            # Over several backward passes holding everything would cost what micro-batches are to save.
+            one_pass = not self.held or backward == self._backward
+            self.held = [*self.held, (factors, sorting)] if one_pass else None
+            self._backward = backward
         counts = self.counts
         if isinstance(factors, Product) and factors.outputs is None:
             for key, count in zip(sorting.keys, sorting.counts, strict=True):
@@ -174,7 +186,7 @@ class Shares:
                 continue
             self._form()
             matrix, first = self._place(key, part.adjoint)
-            part.share_into(matrix, first)
+            part.with_(part.activation.to(matrix.dtype), part.adjoint.to(matrix.dtype)).share_into(matrix, first)
 
     def _form(self) -> None:
         """Form the matrices of the products that were kept; from now on shares are matrices."""
@@ -187,6 +199,7 @@ class Shares:
     def _add_product(self, key: bytes, adjoint: Tensor, activation: Tensor) -> None:
         r"""Add :math:`\Delta^\top A` of some rows (paper, Eq. 1)."""
         matrix, first = self._place(key, adjoint)
+        adjoint, activation = adjoint.to(matrix.dtype), activation.to(matrix.dtype)
         if first:
             torch.mm(adjoint.T, activation, out=matrix)
         else:
@@ -199,7 +212,11 @@ class Shares:
             return self._matrices[slot], False
         slot = self.slots[key] = len(self.slots) + 1  # the first place is for the sum
         if self.room is None or len(self.room) <= slot:
-            room = self.workspace.take((max(slot, len(self.counts)) + 1, *self.shape), like.dtype, like.device)
+            small = sum(self.counts.values()) * math.prod(self.shape) <= SMALL and like.device.type != "mps"
+            dtype = (
+                torch.float64 if small and self.room is None else like.dtype if self.room is None else self.room.dtype
+            )
+            room = self.workspace.take((max(slot, len(self.counts)) + 1, *self.shape), dtype, like.device)
             if self.room is not None:
                 room[:slot] = self.room[:slot]
             self.room, self._matrices = room, room.unbind(0)
@@ -266,7 +283,9 @@ class Shares:
         if self.lookups and not self.slots and not self.products:
             return [([i], lower_gram(self._looked_up(cells)).unsqueeze(0)) for i, cells in enumerate(groups)]
         if self.formed:
-            return [(list(range(len(groups))), lower_gram(self.matrices(groups), self.workspace))]
+            grams = lower_gram(self.matrices(groups), self.workspace)
+            self._repair(groups, grams)
+            return [(list(range(len(groups))), grams)]
         sizes = [sum(self.counts[key] for key in cells) for cells in groups]
         few = [i for i, size in enumerate(sizes) if size < FEW_ROWS * min(self.shape)]
         full = [i for i in range(len(groups)) if i not in few]
@@ -281,6 +300,29 @@ class Shares:
             )
             results.append((same, lower_gram(reduced_factor(activation, adjoint))))
         return results
+
+    def _repair(self, groups: Sequence[Sequence[bytes]], grams: Tensor) -> None:
+        """Form again in float64 what has nearly cancelled, as the batch's gradient does near a stationary point."""
+        if not self.held or self.room is None or self.room.dtype == torch.float64 or grams.is_cuda:
+            return
+        norms = grams.diagonal(dim1=1, dim2=2).sum(1).sqrt().tolist()
+        of_cell = {cells[0]: norm for cells, norm in zip(groups, norms, strict=True) if len(cells) == 1}
+        for i, cells in enumerate(groups):
+            parts = sum(of_cell.get(key, math.inf) for key in cells)
+            if len(cells) > 1 and math.isfinite(parts) and norms[i] < CANCELLED * parts:
+                grams[i] = lower_gram(self._wide_share(cells))
+
+    def _wide_share(self, cells: Sequence[bytes]) -> Tensor:
+        """The share of some cells from their factors, in float64."""
+        assert self.held is not None
+        total: Tensor | None = None
+        for factors, sorting in self.held:
+            for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
+                if key in cells:
+                    share = part.with_(float64(part.activation), float64(part.adjoint)).share()
+                    total = share if total is None else total.add_(share)
+        assert total is not None
+        return total
 
     def _looked_up(self, cells: Sequence[bytes]) -> Tensor:
         """Rows of a table's share that are not zero, shape (rows, width), float64."""
@@ -423,6 +465,7 @@ class Pending:
         statistics: Sequence[str],
         constant: bool,
         kept_from: int | None = None,
+        backward: int = -1,
     ) -> None:
         """Add one use of the parameter in one backward pass.
 
@@ -440,11 +483,13 @@ class Pending:
             Whether the activation is data that may be the same as in the last step.
         kept_from : int, optional
             Keep rows of at least this width as they are, for the tracked solver.
+        backward : int
+            Number of the backward pass.
         """
         if isinstance(factors, Product):
             factors = self._kept(factors, sorting, constant or kept_from is not None)
         if shares:
-            self.shares.add(factors, sorting)
+            self.shares.add(factors, sorting, backward)
         parts = factors.split(sorting.counts)
         for key, part in zip(sorting.keys, parts, strict=True):
             self.rows[key] = self.rows.get(key, 0) + part.rows
