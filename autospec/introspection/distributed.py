@@ -64,7 +64,8 @@ class Processes:
         total.rows = {key: sum(each["rows"].get(key, 0) for each in there) for key in keys}
         if any(each["shares"] for each in there):
             for key in keys:
-                matrix = own.shares.matrix([key]) if key in own.shares.counts else like.new_zeros(*layer.shape)
+                zeros = torch.zeros(*layer.shape, dtype=torch.float64, device=like.device)
+                matrix = own.shares.matrix([key]).double() if key in own.shares.counts else zeros
                 total.shares.put(key, self._mean(matrix.clone()), total.rows[key])
         for statistic in ("activation", "adjoint"):
             for width in sorted({width for each in there for width in each[statistic]}):

@@ -168,7 +168,7 @@ class Measurement:
         for width, stacks in pending.stacks[statistic].items():
             there = {group: [stacks[key] for key in cells_of[group] if key in stacks] for group in present}
             there = {group: found for group, found in there.items() if found}
-            if self.solver == "tracked":
+            if self.solver == "tracked" and constant is None:  # what stays the same is decomposed once
                 jobs += self._follow(layer, statistic, width, there)
             by_size: dict[int, tuple[list[int], list[Tensor]]] = {}
             for group, found in there.items():
@@ -389,7 +389,8 @@ class Measurement:
                 cosine = (matrices[a] * matrices[b]).sum() / (norms[a] * norms[b])
                 record.contrasts[self._pair(a, b), layer.name, "cosine"] = np.asarray(float(cosine), np.float32)
         if "angles" in self.statistics:
-            count = min(self.directions, *layer.shape)
+            # Subspaces as large as the whole space have no angle between them.
+            count = min(self.directions, layer.shape[0], max(layer.shape[1] - 1, 1))
             bases = {group: leading_directions(matrix, count) for group, matrix in matrices.items()}
             for a, b in pairs:
                 angles = np.full(len(index), np.nan, dtype=np.float32)

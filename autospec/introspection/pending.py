@@ -17,7 +17,7 @@ from torch import Tensor
 from .errors import WatchError
 from .factors import Factors, Lookup, Product
 from .groups import Assignment
-from .spectra import column_gram, float64, lower_gram, reduced_factor
+from .spectra import column_gram, float64, gram_of_few, lower_gram, row_gram
 from .workspace import Workspace
 
 # Products of at most this many numbers are formed in float64 from the start.
@@ -150,6 +150,7 @@ class Shares:
         self.lookups: dict[bytes, list[Lookup]] = {}
         self.room: Tensor | None = None
         self.formed = False
+        self.constant = False
         self.held: list[tuple[Factors, Sorting]] | None = []
         self._backward = -1
         self._matrices: tuple[Tensor, ...] = ()
@@ -292,13 +293,11 @@ class Shares:
         results = []
         if full:
             results.append((full, lower_gram(self.matrices([groups[i] for i in full]), self.workspace)))
-        for count in sorted({sizes[i] for i in few}):
-            same = [i for i in few if sizes[i] == count]
-            pairs = [[pair for key in groups[i] for pair in self.products[key]] for i in same]
-            adjoint, activation = (
-                torch.stack([torch.cat([pair[side] for pair in group]) for group in pairs]) for side in (0, 1)
-            )
-            results.append((same, lower_gram(reduced_factor(activation, adjoint))))
+        for i in few:
+            pairs = [pair for key in groups[i] for pair in self.products[key]]
+            adjoint, activation = pairs[0] if len(pairs) == 1 else tuple(map(torch.cat, zip(*pairs, strict=True)))
+            gram = gram_of_few(activation, adjoint, self.workspace, self.constant and len(pairs) == 1)
+            results.append(([i], gram.unsqueeze(0)))
         return results
 
     def _repair(self, groups: Sequence[Sequence[bytes]], grams: Tensor) -> None:
@@ -394,7 +393,9 @@ class RowStack:
         """Smaller-side Gram matrix (lower triangle), float64, of all rows of several stacks together."""
         width = stacks[0].width
         if sum(stack.count for stack in stacks) < width and all(stack.rows for stack in stacks):
-            return lower_gram(torch.cat([rows for stack in stacks for rows in stack.flat_rows()]))
+            parts = [rows for stack in stacks for rows in stack.flat_rows()]
+            workspace = stacks[0].workspace
+            return workspace.memo(parts[0], row_gram) if len(parts) == 1 else lower_gram(torch.cat(parts))
         grams = [stack.column_gram() for stack in stacks]
         return grams[0] if len(grams) == 1 else torch.stack(grams).sum(0)
 
@@ -489,6 +490,7 @@ class Pending:
         if isinstance(factors, Product):
             factors = self._kept(factors, sorting, constant or kept_from is not None)
         if shares:
+            self.shares.constant = constant
             self.shares.add(factors, sorting, backward)
         parts = factors.split(sorting.counts)
         for key, part in zip(sorting.keys, parts, strict=True):

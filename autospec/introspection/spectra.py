@@ -25,6 +25,10 @@ NOISE_CONSTANTS = {"gradient": 20.0, "activation": 0.2, "adjoint": 30.0}
 # A symmetric product needs only its lower triangle: computed in this many block rows, it costs 5/8 of the whole.
 BLOCKS = 4
 SMALLEST_IN_BLOCKS = 96
+# What a Gram matrix is shifted by before its Cholesky decomposition, relative to its trace; and how much smaller than
+# its factors a share may be, in the mean over rows, for the shift not to matter.
+SHIFT = 1e-16
+CANCELLED = 0.3
 # Numbers that are converted to float64 at a time: what fits into a core's cache.
 PIECE = 2**17
 
@@ -102,6 +106,53 @@ def column_gram(rows: Tensor, workspace: Workspace) -> Tensor:
             stop = min(start + block, width)
             total[start:stop, :stop].addmm_(wide[start:stop], wide[:stop].mT)
     return total
+
+
+def row_gram(rows: Tensor, workspace: Workspace) -> Tensor:
+    """Gram matrix of few rows, shape (rows, rows), float64; symmetric."""
+    gram = lower_gram(rows, workspace)
+    return gram.tril() + gram.tril(-1).mT
+
+
+def row_factor(rows: Tensor, workspace: Workspace) -> Tensor:
+    """Cholesky factor of the rows' Gram matrix, shifted by a little more than its rounding; NaN where there is none."""
+    gram = workspace.memo(rows, row_gram).clone()
+    gram.diagonal().add_(SHIFT * gram.trace())
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    return torch.where(failed == 0, factor, math.nan)
+
+
+def gram_of_few(activation: Tensor, adjoint: Tensor, workspace: Workspace, constant: bool) -> Tensor:
+    r"""Gram matrix with the squared singular values of a share of few rows as eigenvalues.
+
+    The share :math:`\Delta^\top A` of N rows has the same singular values, but for zeros, as the N-square
+    :math:`L^\top \Delta \Delta^\top L` has eigenvalues' roots, with :math:`A A^\top = L L^\top`.
+
+    Parameters
+    ----------
+    activation : Tensor
+        Shape (N, inputs).
+    adjoint : Tensor
+        Shape (N, outputs).
+    workspace : Workspace
+        Knows the factors' Gram matrices where their own spectra are wanted too.
+    constant : bool
+        Whether the activation is the same as in the last step.
+
+    Returns
+    -------
+    Tensor
+        Shape (N, N), float64; by a QR decomposition, which costs twice as much, where the factors nearly cancel, since the
+        error here is relative to the product of their norms.
+    """
+    if activation.is_cuda:  # the choice below would wait for the device
+        return lower_gram(reduced_factor(activation, adjoint))
+    factor = workspace.memo(activation, row_factor, lasting=constant)
+    result = factor.mT @ (workspace.memo(adjoint, row_gram) @ factor)
+    largest = factor.square().sum() * workspace.memo(adjoint, row_gram).trace()
+    if bool(result.trace() > CANCELLED**2 * largest / len(activation)):
+        return result
+    return lower_gram(reduced_factor(activation, adjoint))
 
 
 def reduced_factor(activation: Tensor, adjoint: Tensor) -> Tensor:

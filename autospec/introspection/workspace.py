@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MEMO_SIZE = 256
+
 
 class Workspace:
     """Tensors handed out during a step and taken back at its end."""
@@ -16,6 +18,7 @@ class Workspace:
         self._tensors: dict[tuple[tuple[int, ...], torch.dtype, torch.device], list[Tensor]] = {}
         self._taken: dict[tuple[tuple[int, ...], torch.dtype, torch.device], int] = {}
         self._known: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._lasting: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor with any content, not handed out before in this step."""
@@ -27,12 +30,15 @@ class Workspace:
             tensors.append(torch.empty(shape, dtype=dtype, device=device))
         return tensors[position]
 
-    def memo(self, tensor: Tensor, function: Callable[[Tensor, Workspace], Tensor]) -> Tensor:
-        """Apply a function to a tensor that lasts until the end of the step, once."""
+    def memo(self, tensor: Tensor, function: Callable[[Tensor, Workspace], Tensor], lasting: bool = False) -> Tensor:
+        """Apply a function to a tensor once a step, or, where the tensor stays the same, once for all."""
+        known = self._lasting if lasting else self._known
         key = (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), function)
-        if key not in self._known:
-            self._known[key] = (tensor, function(tensor, self))
-        return self._known[key][1]
+        if key not in known:
+            if len(known) > MEMO_SIZE:
+                known.clear()
+            known[key] = (tensor, function(tensor, self))
+        return known[key][1]
 
     def take_back(self) -> None:
         """Everything may be handed out again; shapes that were not needed in this step are given up."""
@@ -41,4 +47,4 @@ class Workspace:
 
     def release(self) -> None:
         """Give everything up."""
-        self._tensors, self._taken, self._known = {}, {}, {}
+        self._tensors, self._taken, self._known, self._lasting = {}, {}, {}, {}

@@ -1,0 +1,120 @@
+"""The tracked solver against the exact one, along whole trainings."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import autospec
+from autospec.introspection.tracked import leading_values
+
+N, WIDTH = 300, 320
+LABELS = ["a"] * 90 + ["b"] * 210
+
+
+def autoencoder():
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(WIDTH, 12), nn.Tanh(), nn.Linear(12, WIDTH))
+
+
+def data():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(N, 20, generator=generator) @ torch.randn(20, WIDTH, generator=generator) / 4
+
+
+def train(model, x, steps, watcher, optimizer):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x) - x).square().mean().backward()
+        watcher.step()
+        optimizer.step()
+
+
+def recorded(steps=60, rate=3e-3, **options):
+    model, x = autoencoder(), data()
+    with autospec.watch(model, LABELS, quiet=True, **options) as watcher:
+        train(model, x, steps, watcher, torch.optim.Adam(model.parameters(), rate))
+    return watcher
+
+
+@pytest.mark.parametrize("rate", [1e-3, 3e-2], ids=["slow", "fast"])
+def test_every_value_of_a_whole_training_is_that_of_a_decomposition(rate):
+    exact, tracked = (recorded(rate=rate, solver=solver) for solver in ("exact", "tracked"))
+    followed = tracked._measurement.iterations
+    assert sum(count for iterations, count in followed.items() if iterations) > 50, followed
+    for layer in ("0.weight", "2.weight"):
+        for statistic in ("gradient", "activation", "adjoint"):
+            one, other = (each.trajectories[f"layers/{layer}/{statistic}"].values for each in (exact, tracked))
+            assert one.shape == other.shape
+            assert (np.abs(one - other) / one[..., :1]).max() < 1e-6, (layer, statistic)
+
+
+def test_training_is_unchanged_bit_by_bit():
+    models = []
+    for solver in ("exact", "tracked"):
+        model, x = autoencoder(), data()
+        with autospec.watch(model, LABELS, quiet=True, solver=solver) as watcher:
+            train(model, x, 5, watcher, torch.optim.Adam(model.parameters(), 1e-2))
+        models.append(model)
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_a_resumed_training_goes_on_with_the_same_vectors():
+    whole = recorded(steps=20, solver="tracked").trajectories
+    model, x = autoencoder(), data()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    with autospec.watch(model, LABELS, quiet=True, solver="tracked") as watcher:
+        train(model, x, 9, watcher, optimizer)
+        state = copy.deepcopy(watcher.state_dict())
+    assert state["solver"]
+    with autospec.watch(model, LABELS, quiet=True, solver="tracked") as watcher:
+        watcher.load_state_dict(state)
+        train(model, x, 11, watcher, optimizer)
+    for layer in ("0.weight", "2.weight"):
+        for statistic in ("gradient", "activation", "adjoint"):
+            path = f"layers/{layer}/{statistic}"
+            assert np.array_equal(whole[path].values, watcher.trajectories[path].values), path
+
+
+def test_a_matrix_that_has_become_another_is_decomposed_afresh():
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 200, 260)
+    found = leading_values(first.unsqueeze(0), 8, None)
+    again = leading_values(second.unsqueeze(0), 8, found.blocks)
+    expected = torch.linalg.svdvals(second.double())[:8]
+    assert again.iterations == 0
+    assert float((again.values[0] - expected).abs().max() / expected[0]) < 1e-6
+
+
+def test_the_bound_holds_for_slowly_turning_matrices():
+    torch.manual_seed(1)
+    matrix = torch.randn(150, 12) @ torch.randn(12, 200) + 0.3 * torch.randn(150, 200)
+    found = leading_values(matrix.unsqueeze(0), 6, None)
+    for _ in range(30):
+        matrix = matrix + 0.01 * torch.randn(150, 200)
+        found = leading_values(matrix.unsqueeze(0), 6, found.blocks)
+        expected = torch.linalg.svdvals(matrix.double())[:6]
+        assert float((found.values[0] - expected).abs().max() / expected[0]) < 1e-6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_give_nan_and_the_next_step_is_fine(bad):
+    torch.manual_seed(4)
+    fine = torch.randn(2, 120, 150)
+    found = leading_values(fine, 4, None)
+    diverged = fine.clone()
+    diverged[1, 3, 4] = bad
+    found = leading_values(diverged, 4, found.blocks)
+    assert found.values[1].isnan().all()
+    assert not found.values[0].isnan().any()
+    found = leading_values(fine, 4, found.blocks)
+    expected = torch.linalg.svdvals(fine.double())[:, :4]
+    assert float((found.values - expected).abs().max()) < 1e-5
+
+
+def test_zeros_have_a_spectrum_of_zeros():
+    found = leading_values(torch.zeros(1, 100, 120), 4, None)
+    found = leading_values(torch.zeros(1, 100, 120), 4, found.blocks)
+    assert torch.equal(found.values, torch.zeros(1, 4, dtype=torch.float64))

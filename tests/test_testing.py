@@ -1,0 +1,83 @@
+"""autospec.testing.check: the proof on a user's own model."""
+
+import pytest
+import torch
+from torch import nn
+
+import autospec
+from autospec.testing import check
+
+LABELS = list("aabbbc") * 4
+N = len(LABELS)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(5, 6, 2, bidirectional=True, batch_first=True, dropout=0.3), nn.Linear(12, 3)
+
+    def forward(self, x, scale=1.0):
+        return {"scores": self.head(self.rnn(x)[0].mean(1)) * scale}
+
+
+CASES = {
+    "convolution, BatchNorm and Dropout": (
+        lambda: nn.Sequential(
+            nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(48, 5)
+        ),
+        lambda: torch.randn(N, 4, 10),
+    ),
+    "recurrent, inputs by name": (Recurrent, lambda: {"x": torch.randn(N, 7, 5), "scale": 2.0}),
+    "attention": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True),
+        lambda: (torch.randn(N, 7, 8),),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_supported_models_pass_and_stay_as_they_are(case, capsys):
+    make, batch = CASES[case]
+    torch.manual_seed(0)
+    model, given = make(), batch()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    found = check(model, given, LABELS)
+    assert found.passed, str(found)
+    assert found.unchanged
+    assert found.not_compared == {}
+    assert found.cost > 0
+    assert {group for _, group in found.errors} == {"all", "a", "b", "c"}
+    printed = capsys.readouterr().out
+    assert "bitwise unchanged: yes" in printed
+    assert printed.strip().endswith("passed")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+
+
+def test_rows_given_to_the_wrong_samples_fail():
+    torch.manual_seed(1)
+    model, x = nn.Linear(5, 4), torch.randn(N, 5)
+    wrong = {"weight": (torch.arange(N) + 1) % N}
+    assert check(model, x, LABELS, quiet=True).passed
+    assert not check(model, x, LABELS, rows=wrong, quiet=True).passed
+
+
+def test_what_cannot_be_compared_is_said():
+    found = check(nn.Linear(N, N), torch.randn(N, N), LABELS, batch_dim=0, quiet=True)
+    assert "does not show where" in found.not_compared["weight"]
+    assert not found.passed
+
+
+def test_a_loss_is_asked_for_where_the_output_has_no_gradient():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.inner(x).argmax(1)
+
+    with pytest.raises(autospec.introspection.WatchError, match="give check\\(\\) a loss"):
+        check(Counts(), torch.randn(N, 5), LABELS)
