@@ -278,9 +278,12 @@ class Capture:
                 if self.assignment is None:
                     forward = Forward(None, None)
                 else:
+                    name = wanted[parameters[0]].name
                     message = (
-                        f"'{wanted[parameters[0]].name}' was used outside of a call of the watched model: "
-                        "call the model itself."
+                        f"'{name}' was used outside of a call of the watched model: call the model itself."
+                        if _backward_pass() < 0
+                        else f"'{name}' was used in a backward pass, as reentrant activation checkpointing does: use "
+                        "checkpoint(..., use_reentrant=False)."
                     )
                     forward = Forward(self.assignment, None, error=WatchError(message))
             return self._watch_call(call, module_name, {key: wanted[key] for key in parameters}, forward)

@@ -20,6 +20,7 @@ def rank_bound(
     positions: int | tuple[int, ...] = 1,
     activation_rank: int | None = None,
     adjoint_rank: int | None = None,
+    initial_state: bool = True,
 ) -> int:
     r"""Largest rank that the gradient of a weight matrix, or of a group's share, can have.
 
@@ -37,10 +38,13 @@ def rank_bound(
     positions : int or tuple of int
         Tokens of a linear layer, time steps of a recurrent one (as many as the loss is propagated back through, where
         that is truncated), size of the input's space for a convolution, which stride, dilation and padding turn into the
-        number of rows.
+        number of rows.  For an attention's packed weight, the tokens of all its different inputs together.
     activation_rank, adjoint_rank : int, optional
         Ranks of the factors where they are known to be lower: before a bottleneck without activation function the
-        adjoint's is at most the bottleneck's width, and after it the activation's is.
+        adjoint's is at most the bottleneck's width, and after it the activation's is, with biases one more.
+    initial_state : bool
+        Whether a recurrent layer starts from a state other than zero, as it does where the state is carried from one
+        piece of a sequence to the next.  From zero, the first step gives no row to the hidden-to-hidden weight.
 
     Returns
     -------
@@ -54,8 +58,7 @@ def rank_bound(
     Notes
     -----
     Own derivation of bounds whose subject is Baker et al., "Low-rank learning by design: the role of network
-    architecture and activation linearity in gradient rank collapse" (arXiv:2402.06751).  Without an initial state the
-    first step's h is zero and gives no row to the hidden-to-hidden weight.
+    architecture and activation linearity in gradient rank collapse" (arXiv:2402.06751).
     """
     rule = rule_for(module)
     if rule is None or parameter not in rule.parameters(module):
@@ -66,7 +69,7 @@ def rank_bound(
     if isinstance(module, CONVOLUTIONS + TRANSPOSED):
         blocks = module.groups
         rows = samples * (math.prod(sizes) if isinstance(module, TRANSPOSED) else _output_positions(module, sizes))
-    elif "weight_hh" in parameter and isinstance(module, nn.RNNBase):
+    elif "weight_hh" in parameter and isinstance(module, nn.RNNBase) and not initial_state:
         rows = samples * max(sizes[0] - 1, 0)
     else:
         rows = samples * math.prod(sizes)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import xarray as xr
 from torch import nn
 
@@ -103,6 +104,12 @@ class Watcher:
         if batch_dim is not None and (isinstance(batch_dim, bool) or not isinstance(batch_dim, Integral)):
             raise WatchError(f"batch_dim={batch_dim!r} is not a whole number, the dimension that indexes samples.")
         self._processes = Processes(model.process_group) if isinstance(model, _DISTRIBUTED) else None
+        if self._processes is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                "several processes train, but the model that is watched is not the DistributedDataParallel one: each process "
+                "records the shares of its own part of the batch alone.",
+                stacklevel=3,
+            )
         self._model = _inner(model)
         self._statistics = tuple(s for s in STATISTICS if s in statistics)
         agree = None if self._processes is None else self._processes.agree

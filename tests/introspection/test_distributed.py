@@ -77,6 +77,8 @@ for node in expected.subtree:
             assert (mine == whole).all(), (node.path, name)
             continue
         assert (np.isnan(mine) == np.isnan(whole)).all(), (node.path, name)
+        if np.isnan(whole).all():  # fewer directions than asked for
+            continue
         scale = np.nanmax(np.abs(whole))
         # Angles depend on gaps between singular values, which amplify rounding.
         tolerance = 1e-3 if name == "angles" else 2e-5 * scale
