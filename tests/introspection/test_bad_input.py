@@ -33,6 +33,25 @@ class OwnForward(nn.Linear):
         return super().forward(x) * 2
 
 
+class OwnLSTM(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x)[0] * 2
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)[0] * 2
+
+
+class OwnMatrices(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(2, 3, 3))
+
+    def forward(self, x):
+        return x @ self.first @ self.second
+
+
 def one_step(network, labels, x=None, **options):
     with autospec.watch(network, labels, **options) as watcher:
         network(torch.randn(N, 4) if x is None else x).square().sum().backward()
@@ -52,15 +71,33 @@ MISTAKES = {
     "groupings of different lengths": (model, {"x": LABELS, "y": LABELS[:-1]}, {}, ["different lengths", "'y': 5"]),
     "crossing an unknown grouping": (model, {"x": LABELS}, {"crossed": [("x", "z")]}, ["'z'", "no such grouping"]),
     "no matrix": (Nothing, LABELS, {}, ["Nothing", "no matrix parameter"]),
-    "a convolution": (lambda: nn.Sequential(nn.Conv1d(1, 2, 3)), LABELS, {}, ["'0.weight' (Conv1d)", "unknown='skip'"]),
-    "only a convolution, skipped": (
-        lambda: nn.Sequential(nn.Conv1d(1, 2, 3)),
+    "a bilinear form": (
+        lambda: nn.Sequential(nn.Bilinear(4, 4, 3)),
+        LABELS,
+        {},
+        ["'0.weight' (Bilinear)", "no rule", "layers=", "unknown='skip'"],
+    ),
+    "only a bilinear form, skipped": (
+        lambda: nn.Sequential(nn.Bilinear(4, 4, 3)),
         LABELS,
         {"unknown": "skip"},
         ["no matrix parameter that can be watched"],
     ),
     "a Linear with its own forward pass": (lambda: OwnForward(4, 3), LABELS, {}, ["'weight' (OwnForward)"]),
-    "attention": (lambda: nn.MultiheadAttention(4, 2), LABELS, {}, ["'in_proj_weight' (MultiheadAttention)"]),
+    "matrices of the model's own": (OwnMatrices, LABELS, {}, ["'first' (OwnMatrices)", "'second' (OwnMatrices)"]),
+    "an LSTM with its own forward pass": (
+        lambda: OwnLSTM(4, 3),
+        LABELS,
+        {},
+        ["'weight_ih_l0'", "'weight_hh_l0' (OwnLSTM)"],
+    ),
+    "attention with its own forward pass": (
+        lambda: OwnAttention(4, 2),
+        LABELS,
+        {},
+        ["'in_proj_weight' (OwnAttention)"],
+    ),
+    "a bag of embeddings": (lambda: nn.EmbeddingBag(4, 3), LABELS, {}, ["'weight' (EmbeddingBag)"]),
     "a complex parameter": (lambda: nn.Linear(4, 3, dtype=torch.complex64), LABELS, {}, ["'weight' is complex"]),
     "a pattern without a match": (model, LABELS, {"layers": ["0.*", "5.*"]}, ["'5.*'", "no such matrix"]),
     "a bias selected": (model, LABELS, {"layers": ["0.bias"]}, ["'0.bias'", "no such matrix"]),
@@ -81,6 +118,41 @@ MISTAKES = {
     "singular values that no layer has": (model, LABELS, {"singular_values": [9]}, ["[9]", "'0.weight'", "only 3"]),
     "unknown misspelt": (model, LABELS, {"unknown": "ignore"}, ["'ignore'", "'refuse'", "'skip'"]),
     "audit zero": (model, LABELS, {"audit": 0}, ["audit=0"]),
+    "an unknown solver": (model, LABELS, {"solver": "fast"}, ["solver='fast'", "'exact'", "'tracked'"]),
+    "an unknown kind of positions": (model, LABELS, {"per_position": "time"}, ["per_position='time'", "'space'"]),
+    "an unknown activation": (model, LABELS, {"activation": "patches"}, ["'patches'", "'channels'", "'unfolded'"]),
+    "no angles": (model, LABELS, {"angles": 0}, ["angles=0", "at least 1"]),
+    "half an angle": (model, LABELS, {"angles": 2.5}, ["angles=2.5", "whole number"]),
+    "a budget of nothing": (model, LABELS, {"budget": 0}, ["budget=0", "positive", "0.1"]),
+    "a negative budget": (model, LABELS, {"budget": -0.1}, ["budget=-0.1", "positive"]),
+    "a budget in words": (model, LABELS, {"budget": "10 %"}, ["budget='10 %'"]),
+    "a budget that is no number": (model, LABELS, {"budget": float("nan")}, ["budget=nan"]),
+    "a budget that is true": (model, LABELS, {"budget": True}, ["budget=True"]),
+    "budget and every": (model, LABELS, {"budget": 0.1, "every": 2}, ["budget=", "every=", "steps="]),
+    "budget and steps": (model, LABELS, {"budget": 0.1, "steps": [1]}, ["budget=", "steps="]),
+    "valid without groups": (model, None, {"valid": np.ones((N, 2))}, ["valid=", "groups="]),
+    "valid for another batch": (model, LABELS, {"valid": np.ones((N - 1, 2))}, ["(5, 2)", "6 samples"]),
+    "valid without positions": (model, LABELS, {"valid": np.ones(N)}, ["(6,)", "each position"]),
+    "valid in three dimensions": (model, LABELS, {"valid": np.ones((N, 2, 4))}, ["(6, 2, 4)"]),
+    "valid for positions that no layer has": (model, LABELS, {"valid": np.ones((N, 3))}, ["3 positions", "no watched"]),
+    "nothing valid": (model, LABELS, {"valid": np.zeros((N, 1))}, ["valid=", "no row"]),
+    "a weight of two parts": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))),
+        LABELS,
+        {},
+        ["no rule", "'0.parametrizations.weight.original1'", "unknown='skip'"],
+    ),
+    "a weight of two parts, by hooks": (
+        lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 3))),
+        LABELS,
+        {},
+        ["no rule", "'0.weight_v'", "unknown='skip'"],
+    ),
+    "a layer without a shape yet": (lambda: nn.Sequential(nn.LazyLinear(3)), LABELS, {}, ["LazyLinear '0'", "once"]),
+    "a batch_dim that is no number": (model, LABELS, {"batch_dim": "first"}, ["batch_dim='first'"]),
+    "a batch_dim that is a fraction": (model, LABELS, {"batch_dim": 0.5}, ["batch_dim=0.5"]),
+    "crossing in one string": (model, {"x": LABELS, "y": LABELS}, {"crossed": "xy"}, ["crossed=", "list"]),
+    "crossing one with itself": (model, {"x": LABELS, "y": LABELS}, {"crossed": [("x", "x")]}, ["crossed", "'x'"]),
     "rows of an unknown layer": (model, LABELS, {"rows": {"7.weight": [0]}}, ["'7.weight'", "not a watched"]),
 }
 
@@ -106,7 +178,9 @@ def test_integer_inputs_are_refused_with_the_way_out():
         def forward(self, x):
             return self.inner(x.float())
 
-    with pytest.raises(WatchError, match="no floating-point input"):
+    with pytest.raises(
+        WatchError, match=r"Whole numbers are traced through nn\.Embedding alone.*floating-point input, or rows="
+    ):
         one_step(Counts(), LABELS, torch.ones(N, 4, dtype=torch.int64))
 
 
@@ -214,3 +288,126 @@ def test_a_number_for_each_sample_is_no_grouping():
 def test_a_table_of_labels_is_refused():
     with pytest.raises(WatchError, match="more than one label for a sample"):
         autospec.watch(nn.Linear(3, 2), torch.zeros(4, 2))
+
+
+def steps_of(network, watcher, x):
+    network.zero_grad()
+    network(x).square().sum().backward()
+    watcher.step()
+
+
+@pytest.mark.parametrize("size", [N - 1, N + 2, 2 * N])
+def test_a_batch_of_another_size_than_the_labels_is_refused_at_its_forward_pass(size):
+    network = model()
+    with autospec.watch(network, LABELS, quiet=True) as watcher:
+        steps_of(network, watcher, torch.randn(N, 4))
+        with pytest.raises(WatchError, match=rf"6 labels.*\({size}, 4\).*one label for each sample"):
+            network(torch.randn(size, 4))
+        watcher.set_groups([*LABELS, *LABELS][:size])
+        steps_of(network, watcher, torch.randn(size, 4))
+    assert watcher.trajectories.group_size.sel(group="all").values.tolist() == [N, size]
+
+
+def test_labels_of_another_length_than_the_batch_are_refused():
+    network = model()
+    with autospec.watch(network, LABELS, quiet=True) as watcher:
+        steps_of(network, watcher, torch.randn(N, 4))
+        watcher.set_groups(LABELS[:-1])
+        with pytest.raises(WatchError, match=r"5 labels.*\(6, 4\)"):
+            network(torch.randn(N, 4))
+
+
+RENEWED = {
+    "Linear": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "1.weight"),
+    "LSTM": (lambda: nn.LSTM(4, 3), "weight_hh_l0"),
+    "attention": (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), "self_attn.out_proj.weight"),
+    "Embedding": (lambda: nn.Sequential(nn.Embedding(9, 4)), "0.weight"),
+}
+
+
+def renewed_problem(case):
+    network, name = RENEWED[case][0](), RENEWED[case][1]
+    x = torch.randint(9, (5, N)) if case == "Embedding" else torch.randn(5, N, 4)
+    module, _, key = name.rpartition(".")
+    return network, x, network.get_submodule(module), name, key
+
+
+@pytest.mark.parametrize("case", RENEWED)
+def test_a_parameter_replaced_inside_the_block_is_noticed_at_the_next_forward_pass(case):
+    network, x, module, name, key = renewed_problem(case)
+    with autospec.watch(network, LABELS, quiet=True) as watcher:
+        output = network(x)
+        (output[0] if isinstance(output, tuple) else output).square().sum().backward()
+        watcher.step()
+        setattr(module, key, nn.Parameter(getattr(module, key).detach().clone()))
+        with pytest.raises(WatchError, match=rf"'{name}' was replaced by another parameter inside the watch\(\) block"):
+            network(x)
+
+
+@pytest.mark.parametrize("case", RENEWED)
+def test_a_model_moved_to_another_device_inside_the_block_is_noticed_at_the_next_forward_pass(case):
+    network, x, *_ = renewed_problem(case)
+    with autospec.watch(network, LABELS, quiet=True) as watcher:
+        output = network(x)
+        (output[0] if isinstance(output, tuple) else output).square().sum().backward()
+        watcher.step()
+        network.to("meta")
+        with pytest.raises(
+            WatchError, match=r"(moved from cpu to meta|replaced by another parameter) inside the watch"
+        ):
+            network(x.to("meta"))
+
+
+def test_a_parametrization_can_be_skipped_and_the_rest_is_watched():
+    network = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Linear(3, 2))
+    with autospec.watch(network, LABELS, unknown="skip", quiet=True) as watcher:
+        steps_of(network, watcher, torch.randn(N, 4))
+    assert list(watcher.trajectories["layers"].children) == ["1.weight"]
+
+
+@pytest.mark.parametrize("family", [nn.LSTM, nn.GRUCell])
+def test_a_weight_of_a_recurrent_layer_changed_between_forward_and_backward_is_refused(family):
+    network = family(4, 3)
+    x = torch.randn(N, 4) if family is nn.GRUCell else torch.randn(5, N, 4)
+    with autospec.watch(network, LABELS, quiet=True):
+        output = network(x)
+        weight = next(network.parameters())
+        with torch.no_grad():
+            weight.mul_(2)
+        # torch itself refuses some of these
+        with pytest.raises((WatchError, RuntimeError), match="modified"):
+            (output[0] if isinstance(output, tuple) else output).square().sum().backward()
+
+
+@pytest.mark.parametrize("layer", ["convolution", "recurrent", "attention"])
+def test_an_input_changed_in_place_before_the_backward_pass_is_refused(layer):
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = {
+                "convolution": nn.Conv1d(5, 3, 2),
+                "recurrent": nn.RNN(4, 3, batch_first=True),
+                "attention": nn.MultiheadAttention(4, 2, batch_first=True),
+            }[layer]
+
+        def forward(self, x):
+            hidden = self.first(x).detach()
+            output = self.second(*[hidden] * 3) if layer == "attention" else self.second(hidden)
+            hidden.mul_(2)
+            return output if isinstance(output, torch.Tensor) else output[0]
+
+    network = Changing()
+    with (
+        autospec.watch(network, LABELS, layers=["second.*"]),
+        pytest.raises((WatchError, RuntimeError), match="modified"),
+    ):
+        network(torch.randn(N, 5, 4)).square().sum().backward()
+
+
+def test_a_nested_model_is_called_as_a_whole_and_not_in_parts():
+    network = nn.Sequential(nn.LSTM(4, 3, batch_first=True))
+    with autospec.watch(network, LABELS):
+        loss = network[0](torch.randn(N, 5, 4))[0].sum()
+        with pytest.raises(WatchError, match=r"'0\.weight_ih_l0' was used outside of a call of the watched model"):
+            loss.backward()

@@ -13,9 +13,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import autospec
-from autospec.introspection.factors import Product
-from autospec.introspection.pending import Share, share_grams
-from autospec.introspection.spectra import singular_values
 
 from .oracle import (
     Problem,
@@ -146,6 +143,18 @@ KINKED = {
     "in-place ReLU": lambda: Problem(
         nn.Sequential(nn.Linear(9, 6), nn.ReLU(inplace=True), nn.Linear(6, 4)), normal(N, 9), mean_square, LABELS
     ),
+    "in-place ReLU, 3-D": lambda: Problem(
+        nn.Sequential(nn.Linear(9, 6), nn.ReLU(inplace=True), nn.Linear(6, 4), nn.ReLU(inplace=True)),
+        normal(N, 3, 9),
+        mean_square,
+        LABELS,
+    ),
+    "in-place dropout, 3-D": lambda: Problem(
+        nn.Sequential(nn.Linear(9, 6), nn.Dropout(0.4, inplace=True), nn.Linear(6, 4)),
+        normal(N, 3, 9),
+        mean_square,
+        LABELS,
+    ),
     "in-place dropout": lambda: Problem(
         nn.Sequential(nn.Linear(9, 6), nn.Dropout(0.4, inplace=True), nn.Linear(6, 4)),
         normal(N, 9),
@@ -268,32 +277,61 @@ def test_a_tiny_group_is_exact_relative_to_the_batch(dtype):
     assert_exact(record(problem), problem, members(problem.labels, N))
 
 
-@settings(max_examples=60, deadline=None)
+class Prescribed(nn.Module):
+    """A product whose adjoint is what the batch says: the last columns of x."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.inner = nn.Linear(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return self.inner(x[..., : self.inner.in_features])
+
+
+def prescribed_steps(model, x, labels, parts=1, **options):
+    """Record a step whose adjoint is prescribed; the batch comes in parts."""
+    with autospec.watch(model, labels, quiet=True, **options) as watcher:
+        for rows in torch.arange(len(x)).chunk(parts):
+            if parts > 1:
+                watcher.set_groups([labels[i] for i in rows])
+            (model(x[rows]) * x[rows][..., model.inner.in_features :]).sum().backward()
+        watcher.step()
+    return watcher.trajectories
+
+
+@settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
-    width=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    width=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     positions=st.integers(1, 3),
+    parts=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-def test_shares_of_disjoint_groups_sum_to_the_gradient(sizes, width, positions, seed):
+def test_few_rows_or_many_in_one_batch_or_several_are_exact(sizes, width, positions, parts, seed):
     torch.manual_seed(seed)
-    weight = torch.randn(*width, requires_grad=True)
-    activation = torch.randn(sum(sizes) * positions, width[1])
-    output = activation @ weight.T
-    adjoint, gradient = torch.autograd.grad(torch.tanh(output).square().sum(), [output, weight])
-    counts = [size * positions for size in sizes]
-    shares = [Share(weight.shape) for _ in counts]
-    for _ in range(2):  # as two micro-batches of the same samples would
-        for share, a, d in zip(shares, activation.detach().split(counts), adjoint.split(counts), strict=True):
-            share.add(Product(a, d))
-    matrices = [share.matrix() for share in shares]
-    largest = max(float(matrix.abs().max()) for matrix in matrices)
-    assert torch.allclose(torch.stack(matrices).sum(0), 2 * gradient, rtol=0, atol=1e-5 * largest)
-    groups = [[share] for share in shares] + [shares]
-    for cells, found in zip(groups, singular_values(share_grams(groups)), strict=True):
-        exact = torch.linalg.svdvals(torch.stack([cell.matrix().double() for cell in cells]).sum(0))
-        padded = torch.nn.functional.pad(found, (0, max(0, len(exact) - len(found))))
-        assert torch.allclose(padded[: len(exact)], exact, rtol=0, atol=1e-6 * float(exact[0]))
+    labels = [str(group) for group, size in enumerate(sizes) for _ in range(size)]
+    x = torch.randn(len(labels), positions, sum(width))
+    tree = prescribed_steps(Prescribed(*width), x, labels, parts, batch_dim=0)
+    for group, member in members(labels, len(labels)).items():
+        a, d = (rows.double().flatten(0, 1) for rows in x[torch.from_numpy(member)].split(width, -1))
+        for statistic, matrix in (("gradient", d.T @ a), ("activation", a), ("adjoint", d)):
+            recorded = spectrum(tree, "inner.weight", statistic, group)
+            assert len(recorded) == min(*matrix.shape, *width)
+            assert error(recorded, svdvals(matrix)) < 1e-6, (group, statistic)
+    assert tree.attrs["audit"]["outside"] == {}
+
+
+@pytest.mark.parametrize("rows", [10, 200])
+@pytest.mark.parametrize("width", [(1, 1), (12, 20)], ids=str)
+def test_shares_that_nearly_cancel_as_near_a_stationary_point_are_exact(rows, width):
+    a, d = normal(rows, width[0]), torch.randn(rows, width[1])
+    x = torch.cat([torch.cat([a, d], 1), torch.cat([a, -d + 0.05 * torch.randn_like(d)], 1)])
+    labels = ["a"] * rows + ["b"] * rows
+    tree = prescribed_steps(Prescribed(*width), x, labels)
+    a, d = x.double().split(width, -1)
+    expected = svdvals(d.T @ a)
+    assert expected[0] < 0.2 * svdvals(d[:rows].T @ a[:rows])[0]
+    assert error(spectrum(tree, "inner.weight", "gradient"), expected) < 1e-6
 
 
 @settings(max_examples=25, deadline=None)
@@ -312,12 +350,13 @@ def test_any_labels_and_widths_are_exact(labels, widths, seed):
 
 
 def test_a_diverged_group_spares_another_of_the_same_size():
-    torch.manual_seed(0)
-    shares = [Share((20, 30)) for _ in range(2)]
-    for share in shares:
-        share.add(Product(torch.randn(5, 30), torch.randn(5, 20)))
-    shares[0].products[0].adjoint[2, 3] = float("nan")
-    diverged, fine = singular_values(share_grams([[share] for share in shares]))
-    assert diverged.isnan().all()
-    exact = torch.linalg.svdvals(shares[1].matrix().double())[:5]
-    assert torch.allclose(fine, exact, rtol=0, atol=1e-6 * float(exact[0]))
+    x = normal(10, 50)
+    x[2, 33] = float("nan")
+    labels = ["diverged"] * 5 + ["fine"] * 5
+    with pytest.warns(UserWarning, match="not finite"):
+        tree = prescribed_steps(Prescribed(30, 20), x, labels)
+    assert tree["layers/inner.weight/gradient"].sel(group=["all", "diverged"]).isnull().all()
+    a, d = x[5:].double().split((30, 20), -1)
+    recorded = spectrum(tree, "inner.weight", "gradient", "fine")
+    assert len(recorded) == 20
+    assert error(recorded, svdvals(d.T @ a)) < 1e-6

@@ -1,6 +1,7 @@
 """Rows are traced to samples, or refused; they are never assumed."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -14,7 +15,18 @@ import autospec
 from autospec.introspection import WatchError
 from autospec.introspection.rows import code_words, decode
 
-from .oracle import Problem, assert_exact, error, factors, members, record, sample_second, spectrum, svdvals
+from .oracle import (
+    Problem,
+    assert_exact,
+    assert_shares,
+    error,
+    factors,
+    members,
+    record,
+    sample_second,
+    spectrum,
+    svdvals,
+)
 
 N, T = 9, 5
 LABELS = ["a", "b", "b"] * 3
@@ -297,6 +309,154 @@ def test_two_inputs_and_inputs_in_containers_are_marked_together():
         recorded = spectrum(watcher.trajectories, f"{layer}.weight", "activation", "b")
         assert error(recorded, svdvals(data[chosen])) < 1e-6
     assert watcher.trajectories.attrs["audit"]["batch_dims"] == [0, 0]
+
+
+RECURRENT = {"RNN": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
+
+
+class Sequences(nn.Module):
+    """A recurrent layer, then a Linear layer on every step."""
+
+    def __init__(self, family, batch_first, layout="whole"):
+        super().__init__()
+        self.layer, self.head = family(6, 5, batch_first=batch_first), nn.Linear(5, 3)
+        self.layout = layout
+
+    def forward(self, x):
+        hidden = self.layer(x)[0]
+        if self.layout == "flattened":
+            return torch.tanh(self.head(hidden.reshape(-1, 5)))
+        if self.layout == "turned":
+            return torch.tanh(self.head(hidden.transpose(0, 1).reshape(-1, 5)))
+        return torch.tanh(self.head(hidden))
+
+
+@pytest.mark.parametrize("layout", ["whole", "flattened", "turned"])
+@pytest.mark.parametrize("batch_first", [True, False], ids=["sample first", "time first"])
+@pytest.mark.parametrize("family", RECURRENT)
+@pytest.mark.parametrize("steps", [T, N], ids=["T", "T == N"])
+def test_a_recurrent_layer_tells_times_from_samples(family, batch_first, layout, steps):
+    x = torch.randn(N, steps, 6) if batch_first else torch.randn(steps, N, 6)
+    samples = torch.arange(N).unsqueeze(1).expand(N, steps)
+    samples = samples if batch_first else samples.T
+    of_head = {"whole": samples, "flattened": samples.flatten(), "turned": samples.T.flatten()}[layout]
+    axis = 0 if batch_first else 1
+    of_layer = (axis, (1, 1) if family == "LSTM" else 1)
+    model = Sequences(RECURRENT[family], batch_first, layout)
+    problem = Problem(model, x, mean_square, LABELS, {"layer": of_layer, "head": lambda _: of_head})
+    tree = record(problem)
+    assert tree.attrs["audit"]["batch_dims"] == [axis]
+    assert_shares({2e-5: tree}, problem, members(LABELS, N))
+    assert_exact(tree, problem, members(LABELS, N))
+
+
+class Sliced(nn.Module):
+    """Rows of a convolution are windows of a sample, of which it has as many as there are samples."""
+
+    def __init__(self, time_major):
+        super().__init__()
+        self.conv, self.head, self.time_major = nn.Conv1d(2, 3, 3), nn.Linear(3, 2), time_major
+
+    def forward(self, x):
+        x = x.transpose(0, 1) if self.time_major else x
+        hidden = torch.tanh(self.conv(x.reshape(-1, *x.shape[2:]))).mean(2).unflatten(0, x.shape[:2])
+        return self.head(hidden.mean(0 if self.time_major else 1))
+
+
+@pytest.mark.parametrize("time_major", [False, True], ids=["sample by sample", "time by time"])
+def test_windows_of_as_many_times_as_samples_are_given_to_their_samples(time_major):
+    rows = torch.arange(N).repeat(N) if time_major else torch.arange(N).repeat_interleave(N)
+    problem = Problem(Sliced(time_major), torch.randn(N, N, 2, 5), mean_square, LABELS, {"conv": lambda _: rows})
+    tree = record(problem)
+    assert tree.attrs["audit"]["batch_dims"] == [0]
+    assert_exact(tree, problem, members(LABELS, N))
+
+
+class Between(nn.Module):
+    """A layer that mixes samples, by name, before one that is watched."""
+
+    def __init__(self, layer, call):
+        super().__init__()
+        self.layer, self.call = layer, call
+
+    def forward(self, x):
+        return self.call(self.layer, x)
+
+
+MIXING = {
+    "attention between samples": lambda: Between(nn.MultiheadAttention(6, 2), lambda m, x: m(x, x, x)[0]),
+    "recurrence over samples": lambda: Between(nn.LSTM(6, 4), lambda m, x: m(x)[0]),
+    "convolution over samples": lambda: Between(nn.Conv1d(6, 4, 3), lambda m, x: m(x.permute(1, 2, 0))),
+    "samples side by side": lambda: Between(nn.Linear(6 * N, 4), lambda m, x: m(x.transpose(0, 1).flatten(1))),
+}
+
+
+@pytest.mark.parametrize("case", MIXING)
+def test_layers_whose_rows_mix_samples_are_refused_by_name(case):
+    with pytest.raises(WatchError, match=r"'layer' mix several samples.*batch_dim= or rows="):
+        record(Problem(MIXING[case](), torch.randn(N, T, 6), mean_square, LABELS))
+
+
+def valid_positions():
+    valid = torch.arange(T) < torch.tensor([5, 3, 1, 4, 2, 5, 2, 1, 3]).unsqueeze(1)
+    return valid, {group: torch.from_numpy(member).unsqueeze(1) & valid for group, member in members(LABELS, N).items()}
+
+
+@pytest.mark.parametrize("form", ["tensor", "array", "list", "numbers"])
+def test_positions_that_are_not_valid_are_left_out_of_every_spectrum(form):
+    valid, kept = valid_positions()
+    given = {"tensor": valid, "array": valid.numpy(), "list": valid.tolist(), "numbers": valid.float()}[form]
+    problem = Problem(nn.Linear(6, 4), torch.randn(N, T, 6), mean_square, LABELS)
+    tree = record(problem, valid=given)
+    a, d, _ = factors(problem)["weight"]
+    a, d = a.unflatten(0, (N, T)), d.unflatten(0, (N, T))
+    for group, rows in kept.items():
+        for statistic, matrix in (("gradient", d[rows].T @ a[rows]), ("activation", a[rows]), ("adjoint", d[rows])):
+            assert error(spectrum(tree, "weight", statistic, group), svdvals(matrix)) < 1e-6
+        assert int(tree["layers/weight"].rank_limit.sel(group=group)) == min(4, int(rows.sum()))
+
+
+@pytest.mark.parametrize("time_first", [False, True])
+def test_positions_are_those_of_the_sample_wherever_the_rows_lie(time_first):
+    valid, kept = valid_positions()
+    x = torch.randn(T, N, 6) if time_first else torch.randn(N, T, 6)
+    problem = Problem(nn.Linear(6, 4), x, mean_square, LABELS, 1 if time_first else 0)
+    tree = record(problem, valid=valid)
+    rows = kept["b"].T if time_first else kept["b"]
+    assert error(spectrum(tree, "weight", "activation", "b"), svdvals(x[rows])) < 1e-6
+
+
+def test_layers_after_the_mean_over_time_are_untouched_by_valid():
+    valid, _ = valid_positions()
+    problem = Problem(Pooled(1), torch.randn(N, T, 6), mean_square, LABELS)
+    plain, tree = record(problem), record(problem, valid=valid)
+    path = "layers/head.weight/gradient"
+    assert np.array_equal(tree[path], plain[path])
+    assert not np.allclose(tree["layers/inner.weight/gradient"], plain["layers/inner.weight/gradient"], rtol=1e-2)
+
+
+def test_valid_may_come_with_the_labels_of_each_batch():
+    valid, kept = valid_positions()
+    model, x = nn.Linear(6, 4), torch.randn(N, T, 6)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for given in (valid, None):
+            watcher.set_groups(LABELS, valid=given)
+            model.zero_grad()
+            mean_square(model(x)).backward()
+            watcher.step()
+    tree = watcher.trajectories
+    assert error(spectrum(tree, "weight", "activation", "a", step=0), svdvals(x[kept["a"]])) < 1e-6
+    whole = x[torch.from_numpy(members(LABELS, N)["a"])].flatten(0, 1)
+    assert error(spectrum(tree, "weight", "activation", "a", step=1), svdvals(whole)) < 1e-6
+
+
+def test_rows_left_out_by_valid_are_no_penalty():
+    valid, _ = valid_positions()
+    problem = Problem(nn.Linear(6, 4), torch.randn(N, T, 6), mean_square, LABELS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tree = record(problem, valid=valid)
+    assert tree.attrs["audit"]["outside"] == {}
 
 
 def test_the_probe_leaves_buffers_gradients_and_random_numbers_alone():

@@ -1,11 +1,15 @@
 """Which steps, layers, statistics and singular values are recorded."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import autospec
+from autospec.introspection.measure import Measurement
 
 from .oracle import Problem, assert_exact, error, factors, members, record, spectrum, svdvals
 
@@ -128,10 +132,23 @@ def test_values_beyond_the_rows_of_a_group_are_nan_and_no_zeros():
     assert node["gradient"].sel(group="b").notnull().all()
 
 
-def test_convolutions_are_skipped_on_request_and_the_linear_layer_is_exact():
+class OwnMatrix(nn.Module):
+    """A layer without a rule."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(outputs, inputs))
+
+    def forward(self, x):
+        return x @ self.matrix.T
+
+
+def test_layers_without_a_rule_are_skipped_on_request_and_the_linear_layer_is_exact():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 6, 4))
+    model = nn.Sequential(OwnMatrix(8, 6), nn.Tanh(), nn.Flatten(), nn.Linear(2 * 6, 4))
     chosen = Problem(model, torch.randn(N, 2, 8), loss_of, LABELS)
+    with pytest.raises(autospec.introspection.WatchError, match=r"no rule for '0\.matrix' \(OwnMatrix\)"):
+        record(chosen)
     for options in ({"unknown": "skip"}, {"layers": ["3.weight"]}):
         tree = record(chosen, **options)
         assert list(tree["layers"].children) == ["3.weight"]
@@ -142,17 +159,126 @@ def test_a_weight_shared_with_a_layer_without_a_rule_is_left_out_on_request_and_
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embedding, self.inner, self.head = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5)
-            self.head.weight = self.embedding.weight
+            self.own, self.inner, self.head = OwnMatrix(4, 5), nn.Linear(4, 4), nn.Linear(4, 5)
+            self.head.weight = self.own.matrix
 
         def forward(self, x):
-            return self.head(torch.tanh(self.inner(x + self.embedding.weight[0])))
+            return self.head(torch.tanh(self.inner(x))) + self.own(x)
 
     chosen = Problem(Tied(), torch.randn(N, 4), loss_of, LABELS)
-    with pytest.raises(autospec.introspection.WatchError, match=r"no rule for 'embedding\.weight' \(Embedding\)"):
+    with pytest.raises(autospec.introspection.WatchError, match=r"no rule for 'own\.matrix' \(OwnMatrix\)"):
         record(chosen, layers=["head.weight"])
     tree = record(chosen, unknown="skip")
     assert list(tree["layers"].children) == ["inner.weight"]
     recorded = spectrum(tree, "inner.weight", "gradient")
     a, d, _ = factors(chosen)["inner.weight"]
     assert error(recorded, svdvals(d.T @ a)) < 1e-6
+
+
+class Clock:
+    """Time that passes when it is told to; recording a step takes two seconds, training one."""
+
+    def __init__(self, monkeypatch, extra=2.0):
+        self.now, self.extra = 100.0, extra
+        record_step = Measurement.record
+
+        def slow(measurement, *args):
+            self.now += self.extra
+            return record_step(measurement, *args)
+
+        monkeypatch.setattr(Measurement, "record", slow)
+        for module in ("watcher", "capture"):
+            monkeypatch.setattr(f"autospec.introspection.{module}.time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def train(self, steps, training=1.0, **options):
+        chosen = problem()
+        with autospec.watch(chosen.model, LABELS, quiet=True, **options) as watcher:
+            for step in range(steps):
+                chosen.model.zero_grad()
+                chosen.loss().backward()
+                self.now += training(step) if callable(training) else training
+                watcher.step()
+        return watcher
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.25, 3.0])
+def test_a_budget_chooses_every_kth_step_once_and_keeps_to_it(monkeypatch, budget):
+    clock, steps = Clock(monkeypatch), 200
+    watcher = clock.train(steps, budget=budget)
+    tree = watcher.trajectories
+    schedule = tree.attrs["schedule"]
+    assert schedule["budget"] == budget
+    every, calibration = schedule["every"], schedule["calibration_steps"]
+    assert every == max(1, np.ceil(2 / budget))
+    assert calibration[0] == 0
+    end = max(calibration) + 1
+    assert end <= 10
+    assert tree.step.values.tolist() == calibration + [step for step in range(end, steps) if step % every == 0]
+    after = tree.step.values[tree.step.values >= end]
+    assert 2.0 * len(after) <= 1.05 * budget * (steps - end)
+    assert watcher.cost == {
+        "steps": steps,
+        "recorded": len(tree.step),
+        "seconds": steps + 2.0 * len(tree.step),
+        "watching_seconds": 2.0 * len(tree.step),
+    }
+
+
+def test_a_schedule_chosen_by_a_budget_is_frozen_whatever_steps_take_later(monkeypatch):
+    clock = Clock(monkeypatch)
+    watcher = clock.train(80, training=lambda step: 1.0 if step < 10 else 0.01, budget=0.1)
+    assert watcher.trajectories.attrs["schedule"]["every"] == 20
+    assert watcher.trajectories.step.values.tolist()[-3:] == [20, 40, 60]
+
+
+def test_watching_that_costs_nothing_records_every_step(monkeypatch):
+    tree = Clock(monkeypatch, extra=0.0).train(15, budget=0.1).trajectories
+    assert tree.attrs["schedule"]["every"] == 1
+    assert tree.step.values.tolist()[-9:] == list(range(6, 15))
+
+
+def test_a_schedule_chosen_by_a_budget_belongs_to_the_checkpoint(monkeypatch):
+    clock = Clock(monkeypatch)
+    state = json.loads(json.dumps(clock.train(30, budget=0.1).state_dict()))
+    chosen = problem()
+    watcher = autospec.watch(chosen.model, LABELS, quiet=True, budget=0.1)
+    watcher.load_state_dict(state)
+    with watcher:
+        for _ in range(30):
+            chosen.model.zero_grad()
+            chosen.loss().backward()
+            clock.now += 1000.0
+            watcher.step()
+    tree = watcher.trajectories
+    assert tree.attrs["schedule"]["every"] == 20
+    assert tree.step.values.tolist()[-2:] == [20, 40]
+
+
+def test_a_training_too_short_for_the_calibration_says_that_nothing_was_chosen(monkeypatch):
+    tree = Clock(monkeypatch).train(3, budget=0.1).trajectories
+    assert tree.attrs["schedule"]["every"] is None
+    assert tree.step.values.tolist() == [0]
+
+
+def test_a_budget_is_kept_by_the_real_clock():
+    chosen = problem()
+    with autospec.watch(chosen.model, LABELS, quiet=True, budget=0.5) as watcher:
+        for _ in range(60):
+            chosen.model.zero_grad()
+            chosen.loss().backward()
+            watcher.step()
+    every = watcher.trajectories.attrs["schedule"]["every"]
+    assert every > 1  # a tiny model's step takes less than recording it
+    assert len(watcher.trajectories.step) <= 6 + 60 // every
+
+
+def test_the_cost_is_told_at_the_end_of_the_block_unless_it_is_to_be_quiet(monkeypatch, capsys):
+    Clock(monkeypatch).train(4)
+    assert capsys.readouterr().err == ""
+    chosen = problem()
+    with autospec.watch(chosen.model, LABELS) as watcher:
+        chosen.loss().backward()
+        watcher.step()
+    told = capsys.readouterr().err
+    assert told.startswith("autospec: recorded 1 of 1 steps, 3 matrices, 3 groups; watching took ")
+    assert told.count("\n") == 1

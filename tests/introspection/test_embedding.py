@@ -1,0 +1,161 @@
+"""Embeddings: counts of indices, padding, tables that all samples share, and the tie to the output layer."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import autospec
+from autospec.introspection import WatchError
+
+from .families import EMBEDDINGS, LABELS, LanguageModel, N, T, Words, normal, problem, weighted, whole_numbers
+from .oracle import assert_shares, captures, error, members, record, share_by_copies, shared_by, spectrum, svdvals
+
+TABLE = members(LABELS, N)
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_the_activation_holds_the_roots_of_counts_and_padding_does_not_count(padding, sparse):
+    made = problem(nn.Embedding(8, 6, padding_idx=padding, sparse=sparse), whole_numbers(8, N, T))
+    tree = record(made, singular_values="all")
+    for group, member in TABLE.items():
+        index = made.x[torch.from_numpy(member)].flatten()
+        counts = np.bincount(index[index != (-1 if padding is None else padding)], minlength=8)
+        recorded = spectrum(tree, "weight", "activation", group)
+        np.testing.assert_allclose(recorded, np.sort(np.sqrt(counts))[::-1], rtol=1e-6)
+        rows = int(counts.sum())
+        assert int(tree["layers/weight"].rank_limit.sel(group=group)) == min(rows, 6)
+
+
+def test_a_table_shared_by_the_batch_has_a_row_for_each_sample_and_position():
+    made = EMBEDDINGS["Embedding, positions"]()
+    tree = record(made)
+    sizes = {group: member.sum() for group, member in TABLE.items()}
+    for group in TABLE:
+        recorded = spectrum(tree, "positions.weight", "activation", group)
+        expected = np.sqrt([sizes[group]] * T + [0] * (len(recorded) - T))
+        np.testing.assert_allclose(recorded, expected[: len(recorded)], rtol=1e-6)
+    assert tree.attrs["audit"]["batch_dims"] == [0]
+
+
+class Positions(nn.Module):
+    """Floating-point input, and a table of positions that is added to it."""
+
+    def __init__(self, places, dim=0):
+        super().__init__()
+        self.positions, self.inner, self.places = nn.Embedding(T + 1, 7), nn.Linear(7, 5), places
+
+    def forward(self, x):
+        return torch.tanh(self.inner(x + self.positions(self.places)))
+
+
+SHARED = {
+    "indices": (Positions(torch.arange(T)), (N, T, 7), 0),
+    "one row of indices": (Positions(torch.arange(T).unsqueeze(0)), (N, T, 7), 0),
+    "one column of indices, time first": (Positions(torch.arange(T).unsqueeze(1)), (T, N, 7), 1),
+    "one index": (Positions(torch.tensor([2])), (N, 7), 0),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_a_shared_table_added_to_data_is_followed_to_each_sample(case):
+    model, shape, dim = SHARED[case]
+    where = {"positions": shared_by(N, dim) if len(shape) == 3 else lambda y: torch.arange(N), "inner": dim}
+    made = problem(copy.deepcopy(model), normal(*shape), where)
+    tree = record(made)
+    assert tree.attrs["audit"]["outside"] == {}
+    assert_shares({2e-5: tree}, made, TABLE)
+
+
+@pytest.mark.parametrize("data", ["numbers", "indices"])
+def test_a_table_of_as_many_positions_as_there_are_samples_is_shared(data):
+    model = Positions(torch.arange(N))
+    model.positions = nn.Embedding(N, 7)
+    x = normal(N, N, 7)
+    if data == "indices":
+        model, x = nn.Sequential(nn.Embedding(20, 7), model), whole_numbers(20, N, N)
+    prefix = "1." if data == "indices" else ""
+    made = problem(model, x, {f"{prefix}positions": shared_by(N)})
+    tree = record(made, batch_dim=0)
+    assert_shares({2e-5: tree}, made, TABLE)
+
+
+@pytest.mark.parametrize("how", ["layers", "frozen", "rows"])
+def test_a_table_that_is_left_out_does_not_matter(how):
+    class TimeFirst(Positions):
+        def forward(self, x):
+            return torch.tanh(self.inner(x + self.positions(self.places).unsqueeze(1)))
+
+    made = problem(TimeFirst(torch.arange(T)), normal(T, N, 7), {"inner": 1})
+    options = {"layers": {"layers": ["inner.*"]}, "rows": {"rows": {"positions.weight": [0] * T}}}.get(how, {})
+    if how == "frozen":
+        made.model.positions.requires_grad_(False)
+    tree = record(made, **options)
+    for group, member in TABLE.items():
+        (use,) = captures(made)["inner.weight"]
+        assert error(spectrum(tree, "inner.weight", "gradient", group), svdvals(use.share(member))) < 1e-6
+
+
+def test_a_table_that_is_tied_to_the_output_has_the_share_of_both_uses_and_the_rows_of_each():
+    made = problem(LanguageModel(), whole_numbers(20, N, T))
+    tree = record(made, singular_values="all")
+    assert set(tree["layers"].children) == {"words.weight", "inner.weight"}
+    assert tree["layers/words.weight"].attrs["also"] == ["head.weight"]
+    for group, member in TABLE.items():
+        share = share_by_copies(made, member)["words.weight"]
+        assert error(spectrum(tree, "words.weight", "gradient", group), svdvals(share)) < 2e-5
+        lookup, product = captures(made)["words.weight"]
+        for statistic in ("activation", "adjoint"):
+            # one use has 20 columns and the other 6: the spectra stand side by side
+            both = np.concatenate([svdvals(getattr(use, statistic)(member)) for use in (lookup, product)])
+            recorded = spectrum(tree, "words.weight", statistic, group)
+            assert error(recorded, np.sort(both)[::-1]) < 1e-6
+
+
+def test_a_frozen_table_is_nan_and_the_rest_as_always():
+    made = problem(nn.Sequential(nn.Embedding.from_pretrained(normal(9, 6)), nn.Linear(6, 4)), whole_numbers(9, N, T))
+    tree = record(made)
+    assert tree["layers/0.weight/gradient"].isnull().all()
+    (use,) = captures(made)["1.weight"]
+    assert error(spectrum(tree, "1.weight", "gradient", "b"), svdvals(use.share(TABLE["b"]))) < 1e-6
+
+
+def test_a_table_with_a_largest_norm_is_watched_and_trains_as_without():
+    trained = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = nn.Embedding(9, 6, max_norm=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        watcher = autospec.watch(model, LABELS, quiet=True) if watched else None
+        with watcher or torch.enable_grad():
+            for _ in range(3):
+                optimizer.zero_grad()
+                weighted(model(whole_numbers(9, N, T))).backward()
+                if watcher:
+                    watcher.step()
+                optimizer.step()
+        trained.append(model.weight)
+    assert torch.equal(*trained)
+    assert watcher.trajectories.attrs["audit"]["outside"] == {}
+
+
+def test_a_table_whose_gradient_is_scaled_by_counts_is_refused():
+    with pytest.raises(WatchError, match=r"scale_grad_by_freq=True .*no group shares: leave it out with layers="):
+        record(problem(nn.Embedding(9, 6, scale_grad_by_freq=True), whole_numbers(9, N, T)))
+
+
+def test_a_batch_of_other_indices_at_every_step_is_followed():
+    model, batches = Words("row", types=True, padding_idx=0), torch.randint(0, 20, (3, N, T))
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for x in batches:
+            model.zero_grad()
+            weighted(model(x)).backward()
+            watcher.step()
+    for step, x in enumerate(batches):
+        made = problem(model, x, {"positions": shared_by(N)})
+        for name, share in share_by_copies(made, TABLE["b"]).items():
+            recorded = spectrum(watcher.trajectories, name, "gradient", "b", step)
+            assert error(recorded, svdvals(share)) < 2e-5

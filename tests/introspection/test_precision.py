@@ -1,0 +1,179 @@
+"""Mixed precision: autocast to bfloat16, and losses scaled by a GradScaler."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import autospec
+
+from .families import (
+    LABELS,
+    Bert,
+    Calls,
+    E,
+    LanguageModel,
+    N,
+    Stepwise,
+    T,
+    convolutional_network,
+    normal,
+    weighted,
+    whole_numbers,
+)
+from .oracle import error, members, spectrum, svdvals
+
+TABLE = members(LABELS, N)
+BF16 = torch.finfo(torch.bfloat16).eps
+MODELS = {
+    "Linear": lambda: (nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5)), normal(N, 7)),
+    "convolutions": lambda: (convolutional_network(2), normal(N, 2, 6, 6)),
+    "embedding": lambda: (LanguageModel(), whole_numbers(20, N, T)),
+    "BERT": lambda: (Bert(dropout=0.0), whole_numbers(20, N, T)),
+    "attention": lambda: (
+        Calls(nn.MultiheadAttention(E, 2, batch_first=True), lambda m, x: m(x, x, x)[0]),
+        normal(N, T, E),
+    ),
+    "RNN": lambda: (Calls(nn.RNN(4, 5, 2, batch_first=True, bidirectional=True)), normal(N, T, 4)),
+    "GRU": lambda: (Calls(nn.GRU(4, 5, batch_first=True)), normal(N, T, 4)),
+    "LSTM": lambda: (Calls(nn.LSTM(4, 5, 2, batch_first=True)), normal(N, T, 4)),
+    "LSTMCell": lambda: (Stepwise(nn.LSTMCell(4, 5)), normal(N, T, 4)),
+    "GRUCell": lambda: (Stepwise(nn.GRUCell(4, 5)), normal(N, T, 4)),
+}
+
+
+def make(case):
+    torch.manual_seed(0)
+    return MODELS[case]()
+
+
+def autocast_steps(model, x, labels=LABELS, scaler=None, count=1):
+    """Train some steps with autocast, watched if there are labels; return the tree and the first gradients."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watcher = None if labels is None else autospec.watch(model, labels, quiet=True)
+    first = None
+    torch.manual_seed(0)
+    with watcher or torch.enable_grad():
+        for _ in range(count):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = weighted(model(x))
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            if watcher:
+                watcher.step()
+            if first is None:
+                scale = 1.0 if scaler is None else scaler.get_scale()
+                first = {name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None}
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+    return watcher and watcher.trajectories, first
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_under_autocast_the_record_is_that_of_the_gradient_within_its_rounding(case):
+    model, x = make(case)
+    tree, gradients = autocast_steps(model, x)
+    for name in tree["layers"].children:
+        expected = svdvals(gradients[name].flatten(1))
+        recorded = spectrum(tree, name, "gradient")
+        assert len(recorded) == len(expected)
+        assert error(recorded, expected) < 4 * BF16, name
+    assert tree.attrs["audit"]["outside"] == {}
+    assert tree.attrs["audit"]["largest_error"] < 1e-6
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_under_autocast_the_record_is_near_that_of_single_precision(case):
+    model, x = make(case)
+    twin = copy.deepcopy(model)
+    tree, _ = autocast_steps(model, x)
+    with autospec.watch(twin, LABELS, quiet=True) as watcher:
+        weighted(twin(x)).backward()
+        watcher.step()
+    for name in tree["layers"].children:
+        for statistic in ("gradient", "activation", "adjoint"):
+            for group in TABLE:
+                expected = spectrum(watcher.trajectories, name, statistic, group)
+                assert error(spectrum(tree, name, statistic, group), expected) < 0.05, (name, statistic, group)
+        floors = [t[f"layers/{name}/gradient_noise_floor"].values for t in (tree, watcher.trajectories)]
+        assert (floors[0] > 1e4 * floors[1]).all()
+
+
+def test_under_autocast_a_linear_layer_is_exact_for_the_rounded_rows_of_the_step():
+    torch.manual_seed(0)
+    model, x = nn.Linear(7, 5), normal(N, 7)
+    twin, rows = copy.deepcopy(model), x.bfloat16()
+    tree, _ = autocast_steps(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = F.linear(x, twin.weight, twin.bias)
+        output.retain_grad()
+        weighted(output).backward()
+    assert output.grad.dtype == torch.bfloat16
+    for group, member in TABLE.items():
+        a, d = rows[torch.from_numpy(member)].double(), output.grad[torch.from_numpy(member)].double()
+        for statistic, matrix in (("gradient", d.T @ a), ("activation", a), ("adjoint", d)):
+            assert error(spectrum(tree, "weight", statistic, group), svdvals(matrix)) < 1e-6, (group, statistic)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_under_autocast_training_is_bitwise_unchanged(case):
+    model, x = make(case)
+    twin = copy.deepcopy(model)
+    autocast_steps(model, x, LABELS, count=3)
+    autocast_steps(twin, x, None, count=3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_scaled_loss_gives_the_spectra_of_the_unscaled_one(case):
+    model, x = make(case)
+    twin = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
+    scaled, _ = autocast_steps(model, x, scaler=scaler, count=3)
+    plain, _ = autocast_steps(twin, x, count=3)
+    assert scaler.get_scale() == 2.0**13
+    for name in plain["layers"].children:
+        for statistic in ("gradient", "activation", "adjoint"):
+            expected = plain[f"layers/{name}/{statistic}"].values
+            found = scaled[f"layers/{name}/{statistic}"].values
+            np.testing.assert_allclose(found, expected, rtol=0, atol=BF16 * np.nanmax(expected), err_msg=name)
+    assert scaled.attrs["audit"]["outside"] == {}
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_loss_that_is_scaled_is_told_from_one_that_is_not():
+    torch.manual_seed(0)
+    model, x = nn.Linear(7, 5), normal(N, 7)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for scale in (None, scaler, None):
+            model.zero_grad()
+            loss = weighted(model(x))
+            (loss if scale is None else scale.scale(loss)).backward()
+            watcher.step()
+    first, second, third = watcher.trajectories["layers/weight/gradient"].values
+    np.testing.assert_allclose(second, first, rtol=1e-6)
+    assert np.array_equal(first, third)
+    assert torch.amp.GradScaler.scale.__module__ == "torch.amp.grad_scaler"
+
+
+def test_a_step_whose_scaled_gradients_overflow_is_recorded_as_nan_and_skipped_as_without_watching():
+    torch.manual_seed(0)
+    model, x = nn.Linear(7, 5), normal(N, 7)
+    before = model.weight.detach().clone()
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1e38), torch.optim.SGD(model.parameters(), 0.1)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        scaler.scale(weighted(model(x)) * 1e4).backward()
+        with pytest.warns(UserWarning, match="not finite"):
+            watcher.step()
+        scaler.step(optimizer)
+        scaler.update()
+    assert watcher.trajectories["layers/weight/gradient"].isnull().any()
+    assert torch.equal(model.weight, before)
+    assert scaler.get_scale() < 1e38
