@@ -18,6 +18,9 @@ HEAD = """\
 # Pins of everything that `make` installs, written by `make constraints` (envs/pin.py); Python 3.11 and newer.
 """
 RUNTIME, TESTS, SLURM = "# needed to run", "# needed to test as well", "# needed for Slurm as well"
+# Of these no `make` target installs anything, so they are pinned alone, without what they need.
+EXAMPLES = "# needed for examples and rivals as well"
+EXAMPLE_EXTRAS = "[bench,lightning,transformers]"
 
 
 def resolved(extras: str, pins: tuple[str, ...] | list[str] = ()) -> list[str]:
@@ -34,6 +37,11 @@ def resolved(extras: str, pins: tuple[str, ...] | list[str] = ()) -> list[str]:
     skipped = ("pip==", "setuptools==", "wheel==", "autospec-neuro==")
     # A local version such as 2.13.0+cpu is one build of a release; the release is what is pinned.
     return sorted(line.split("+")[0] for line in listed.split() if not line.startswith(skipped))
+
+
+def named(pin: str) -> bool:
+    """Whether a pin is of a package that pyproject.toml names itself."""
+    return f'"{pin.split("==")[0].lower()}>=' in (ENVS.parent / "pyproject.toml").read_text().lower()
 
 
 def runtime_pins(constraints: str) -> list[str]:
@@ -58,7 +66,8 @@ if __name__ == "__main__":
     if not parser.parse_args().conda:
         needed = resolved("")
         lines = [HEAD, RUNTIME, *needed]
-        for section, extras in ((TESTS, "[test]"), (SLURM, "[slurm]")):
-            lines += ["", section, *(pin for pin in resolved(extras, needed) if pin not in needed)]
+        for section, extras in ((TESTS, "[test]"), (EXAMPLES, EXAMPLE_EXTRAS), (SLURM, "[slurm]")):
+            chosen = [pin for pin in resolved(extras, needed) if pin not in needed]
+            lines += ["", section, *(pin for pin in chosen if section != EXAMPLES or named(pin))]
         CONSTRAINTS.write_text("\n".join([*lines, ""]))
     CONDA.write_text(conda_file(CONSTRAINTS.read_text()))

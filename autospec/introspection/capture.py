@@ -22,7 +22,7 @@ from .parameters import WatchedParameter
 from .pending import Pending, Sorting
 from .rows import Place, RowMap, map_rows
 from .scaling import LossScale
-from .spectra import float64
+from .spectra import column_gram, float64
 from .workspace import Workspace
 
 # Row maps of batches of different shapes, before all are probed anew.
@@ -62,6 +62,14 @@ class Forward:
 
 
 @dataclass
+class Arrival:
+    """The derivatives at a call's outputs in one backward pass; given up when the last parameter has used them."""
+
+    adjoints: list[Tensor | None]
+    waiting: int
+
+
+@dataclass
 class Use:
     """One use of a parameter in a forward pass, of which an adjoint has arrived."""
 
@@ -69,7 +77,7 @@ class Use:
     parameter: str
     place: Place
     number: int
-    adjoints: list[Tensor | None]
+    arrival: Arrival
     forward: Forward
     constant: ConstantInput | None
     dtype: torch.dtype | None
@@ -150,7 +158,7 @@ class Capture:
         self._forward: Forward | None = None
         self._handles: list[RemovableHandle] = []
         self._owners: list[tuple[WatchedLayer, nn.Module, str, torch.device]] = []
-        self._calls: list[tuple[LayerCall, list[Tensor | None]]] = []
+        self._calls: list[tuple[LayerCall, Arrival]] = []
         self._loss_scale = LossScale()
         self.workspace = Workspace()
         self._active = self._paused = False
@@ -198,9 +206,9 @@ class Capture:
         """Forget what is pending, and let go of what the graph's hooks hold."""
         for layer in self.layers:
             layer.clear()
-        for call, adjoints in self._calls:
+        for call, arrival in self._calls:
             call.forget()
-            adjoints.clear()
+            arrival.adjoints = []
         self._calls = []
         self._latest_adjoint = None
         self.workspace.take_back()
@@ -314,7 +322,7 @@ class Capture:
         versions = [tensor._version for tensor in call.inputs]
         kind = call.outputs[0].device.type
         computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        latest: list[tuple[int, list[Tensor | None]]] = []
+        latest: list[tuple[int, Arrival]] = []
 
         def arrives(position: int, adjoint: Tensor | None) -> None:
             if not self._active or adjoint is None:  # compiled code calls for outputs that the loss does not use
@@ -326,15 +334,15 @@ class Capture:
                 if any(tensor._version != version for tensor, version in zip(call.inputs, versions, strict=True)):
                     name = next(iter(learned.values())).name
                     raise WatchError(f"the input of '{name}' was modified in place before the backward pass.")
-                adjoints: list[Tensor | None] = [None] * len(call.outputs)
-                latest[:] = [(backward, adjoints)]
-                self._calls.append((call, adjoints))
+                arrival = Arrival([None] * len(call.outputs), len(learned))
+                latest[:] = [(backward, arrival)]
+                self._calls.append((call, arrival))
                 for key, layer in learned.items():
                     place = (module_name, key)
                     layer.uses.append(
-                        Use(call, key, place, numbers[key], adjoints, forward, constants[key], computed, backward)
+                        Use(call, key, place, numbers[key], arrival, forward, constants[key], computed, backward)
                     )
-            latest[-1][1][position] = adjoint.detach()
+            latest[-1][1].adjoints[position] = adjoint.detach()
 
         for position, output in enumerate(call.outputs):
             if output.requires_grad:
@@ -381,12 +389,18 @@ class Capture:
         layer.position = 0
         for use in sorted(uses, key=lambda use: (use.place, use.number)):
             self._gather_use(layer, pending, use, scale, exact)
+            use.arrival.waiting -= 1
+            if not use.arrival.waiting:
+                use.arrival.adjoints = []
+                use.call.forget()
+                self._latest_adjoint = None
+                self.workspace.forget(column_gram)
         if self.audited is not None:
             flat = float64(gradient.to_dense() if gradient.is_sparse else gradient).reshape(layer.shape) / scale
             pending.arrived = flat if pending.arrived is None else pending.arrived + flat
 
     def _gather_use(self, layer: WatchedLayer, pending: Pending, use: Use, scale: float, exact: bool) -> None:
-        factors = use.call.factors(use.parameter, use.adjoints, self.workspace)
+        factors = use.call.factors(use.parameter, use.arrival.adjoints, self.workspace)
         pending.dtype = _coarsest(pending.dtype, use.dtype, use.call.outputs[0].dtype, factors.adjoint.dtype)
         layer.inputs.append(use.constant)
         sorting = self._sorting(layer, use, len(factors.activation))

@@ -18,7 +18,7 @@ from .errors import WatchError
 from .factors import Factors, Lookup, Product
 from .groups import Assignment
 from .spectra import column_gram, float64, gram_of_few, lower_gram, row_gram
-from .workspace import Workspace
+from .workspace import LARGEST_KEPT, Workspace
 
 # Products of at most this many numbers are formed in float64 from the start.
 SMALL = 2**20
@@ -158,9 +158,10 @@ class Shares:
     def add(self, factors: Factors, sorting: Sorting, backward: int = -1) -> None:
         """Add the items of one use in one backward pass, sorted by cell; they may not be modified afterwards."""
         if self.held is not None:
+            large = max(factors.activation.nbytes, factors.adjoint.nbytes) > LARGEST_KEPT
             # Over several backward passes holding everything would cost what micro-batches are to save.
             one_pass = not self.held or backward == self._backward
-            self.held = [*self.held, (factors, sorting)] if one_pass else None
+            self.held = [*self.held, (factors, sorting)] if one_pass and not large else None
             self._backward = backward
         counts = self.counts
         if isinstance(factors, Product) and factors.outputs is None:

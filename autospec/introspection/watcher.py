@@ -270,7 +270,9 @@ class Watcher:
         end = time.perf_counter()
         self._seconds["watching"] += end - begin
         if self._budget is not None:
-            self._budget.took(self._count, end, self._capture.recording)
+            # Processor time does not count what other programs do; a GPU's work takes no processor time.
+            on_cpu = self._layers[0].parameter.device.type == "cpu"
+            self._budget.took(self._count, time.process_time() if on_cpu else end, self._capture.recording)
         self._count += 1
         self._plan()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 MEMO_SIZE = 256
+# Larger tensors are made afresh and given up at once: there memory matters more than time.
+LARGEST_KEPT = 2**22
 
 
 class Workspace:
@@ -22,6 +25,8 @@ class Workspace:
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor with any content, not handed out before in this step."""
+        if math.prod(shape) * dtype.itemsize > LARGEST_KEPT:
+            return torch.empty(shape, dtype=dtype, device=device)
         key = (shape, dtype, device)
         position = self._taken.get(key, 0)
         self._taken[key] = position + 1
@@ -39,6 +44,10 @@ class Workspace:
                 known.clear()
             known[key] = (tensor, function(tensor, self))
         return known[key][1]
+
+    def forget(self, function: Callable[[Tensor, Workspace], Tensor]) -> None:
+        """Let go of what a function was applied to in this step."""
+        self._known = {key: pair for key, pair in self._known.items() if key[-1] is not function}
 
     def take_back(self) -> None:
         """Everything may be handed out again; shapes that were not needed in this step are given up."""

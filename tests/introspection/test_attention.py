@@ -164,12 +164,15 @@ class MaskToken(nn.Module):
         return torch.tanh(self.layer(hidden)) * x
 
 
-@pytest.mark.parametrize("case", ["class token", "class token, time first", "mask token"])
+@pytest.mark.parametrize(
+    "case", ["class token", "class token, time first", "class token, time first, N in all", "mask token"]
+)
 def test_the_rows_of_a_learned_token_are_those_of_the_sample_that_it_stands_with(case):
     axis = 1 if "time" in case else 0
     model = MaskToken() if case == "mask token" else ClassToken(not axis)
     where = {"layer.self_attn": (axis, 0), "layer.linear1": axis, "layer.linear2": axis}
-    made = problem(model, normal(T, N, E) if axis else normal(N, T, E), where)
+    tokens = N - 1 if "in all" in case else T
+    made = problem(model, normal(tokens, N, E) if axis else normal(N, tokens, E), where)
     tree = record(made)
     assert_shares({2e-5: tree}, made, TABLE)
     assert tree.attrs["audit"]["outside"] == {}

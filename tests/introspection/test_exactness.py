@@ -321,8 +321,9 @@ def test_few_rows_or_many_in_one_batch_or_several_are_exact(sizes, width, positi
     assert tree.attrs["audit"]["outside"] == {}
 
 
-@pytest.mark.parametrize("rows", [10, 200])
-@pytest.mark.parametrize("width", [(1, 1), (12, 20)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "width"), [(10, (1, 1)), (200, (1, 1)), (10, (12, 20)), (200, (12, 20)), (1000, (60, 50))], ids=str
+)
 def test_shares_that_nearly_cancel_as_near_a_stationary_point_are_exact(rows, width):
     a, d = normal(rows, width[0]), torch.randn(rows, width[1])
     x = torch.cat([torch.cat([a, d], 1), torch.cat([a, -d + 0.05 * torch.randn_like(d)], 1)])

@@ -176,6 +176,23 @@ def test_a_model_whose_rows_are_not_one_samples_is_refused(model, words):
         record(Problem(model(), torch.randn(N, 6), mean_square, LABELS))
 
 
+class Filled(nn.Module):
+    """A learned vector stands in for one time of each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.token = nn.Linear(6, 4), nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return self.inner(torch.where(torch.eye(*x.shape[:2], dtype=torch.bool).unsqueeze(-1), self.token, x))
+
+
+@pytest.mark.parametrize("batch_dim", [0, 1])
+def test_rows_that_depend_on_no_sample_go_to_the_sample_of_their_slice(batch_dim):
+    problem = Problem(Filled(), torch.randn(N, N, 6), mean_square, LABELS, batch_dim)
+    assert_exact(record(problem, batch_dim=batch_dim), problem, members(LABELS, N))
+
+
 def test_rows_can_be_given_where_they_cannot_be_traced():
     problem = Problem(Mixing(), torch.randn(N, 6), mean_square, LABELS)
     tree = record(problem, rows={"head.weight": np.arange(N)})

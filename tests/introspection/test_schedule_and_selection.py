@@ -188,7 +188,8 @@ class Clock:
 
         monkeypatch.setattr(Measurement, "record", slow)
         for module in ("watcher", "capture"):
-            monkeypatch.setattr(f"autospec.introspection.{module}.time", SimpleNamespace(perf_counter=lambda: self.now))
+            clocks = SimpleNamespace(perf_counter=lambda: self.now, process_time=lambda: self.now)
+            monkeypatch.setattr(f"autospec.introspection.{module}.time", clocks)
 
     def train(self, steps, training=1.0, **options):
         chosen = problem()
