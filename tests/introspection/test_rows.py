@@ -184,7 +184,8 @@ class Filled(nn.Module):
         self.inner, self.token = nn.Linear(6, 4), nn.Parameter(torch.randn(6))
 
     def forward(self, x):
-        return self.inner(torch.where(torch.eye(*x.shape[:2], dtype=torch.bool).unsqueeze(-1), self.token, x))
+        chosen = torch.eye(*x.shape[:2], dtype=torch.bool).roll(1, 0)
+        return self.inner(torch.where(chosen.unsqueeze(-1), self.token, x))
 
 
 @pytest.mark.parametrize("batch_dim", [0, 1])
