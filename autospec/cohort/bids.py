@@ -70,7 +70,7 @@ def join(scans: dict[str, tuple[Scan, ...]], problems: dict[str, str], table: Ph
     """Bring images and the table of participants together: one subject for each id of either."""
     rows = matched(scans, table.rows, table.path)
     return [
-        Subject(name, rows.get(name), scans.get(name, ()), done, problems.get(name, ""))
+        Subject(name, rows.get(name), scans.get(name, ()), done, problems.get(name, ""), table.path)
         for name in sorted({*scans, *rows}, key=natural_key)
     ]
 
