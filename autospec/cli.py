@@ -97,6 +97,61 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--files", nargs="*", default=[], help="images and labels, where they come from files")
     sub.add_argument("--output", required=True)
 
+    sub = stage("simulate", _simulate, "write the simulated cohort")
+    sub.add_argument("--output", required=True, help="its dataset_description.json; all else stands beside it")
+
+    sub = stage("subject", _subject, "find one participant's networks")
+    for name, help in {
+        "bold": "4-D image",
+        "sidecar": "JSON file of the image",
+        "confounds": "table of confounds",
+        "description": "dataset_description.json of the cohort",
+        "mask": "mask in place of the template's",
+        "template": "4-D image with a network a volume",
+        "atlas": "image of regions instead of a template",
+    }.items():
+        sub.add_argument(f"--{name}", nargs="?", const="", default="", required=name == "bold", help=help)
+    _add_bad_subject(sub)
+    sub.add_argument("--output", required=True, help="the participant's folder")
+
+    sub = stage("precomputed", _precomputed, "take one participant's networks as GIFT or TReNDS computed them")
+    for name, help in {
+        "timecourses": "file of time courses",
+        "maps": "file of maps",
+        "mask": "mask whose voxels the maps list",
+        "components": "table of the components to keep",
+        "description": "dataset_description.json of the cohort",
+    }.items():
+        sub.add_argument(f"--{name}", nargs="?", const="", default="", required=name == "timecourses", help=help)
+    _add_bad_subject(sub)
+    sub.add_argument("--output", required=True, help="the participant's folder")
+
+    sub = stage("gift-mask", _gift_mask, "make GIFT's mask of a cohort")
+    sub.add_argument("--output", required=True)
+
+    sub = stage("cohort", _cohort, "write the cohort's tables")
+    sub.add_argument("--folders", nargs="*", default=[], help="folder of each functional participant")
+    sub.add_argument("--output", required=True, help="participants.tsv; the other tables stand beside it")
+
+    sub = stage("gift-scaling", _gift_scaling, "scale maps as GIFT does, by the mean maps of a cohort")
+    _add_participants(sub)
+
+    sub = stage("timeseries", _timeseries, "build a data set of networks' time courses")
+    _add_participants(sub)
+
+    sub = stage("maps", _maps, "build a data set of aggregated maps")
+    _add_participants(sub)
+    sub.add_argument("--scaled", nargs="?", help="folder of maps in GIFT's scaling, to be used instead")
+
+    sub = stage("volumes", _volumes, "build a data set of FreeSurfer's volumes")
+    sub.add_argument("--participants", required=True, help="the cohort's participants.tsv")
+    sub.add_argument("--output", required=True)
+
+    sub = stage("view", _view, "draw one picture of the cohort's quality")
+    sub.add_argument("--participants", required=True, help="the cohort's participants.tsv")
+    sub.add_argument("--folders", nargs="*", default=[], help="folder of each functional participant")
+    sub.add_argument("--output", required=True, nargs="+")
+
     sub = stage("train", _train, "train a network and record its spectra")
     sub.add_argument("--dataset", required=True)
     sub.add_argument("--work", required=True, help="folder in which trajectories grow meanwhile")
@@ -131,6 +186,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_bad_subject(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--on-bad-subject", choices=["fail", "exclude"], default="fail", help="what to do with data that cannot be used"
+    )
+
+
+def _add_participants(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--participants", required=True, help="the cohort's participants.tsv")
+    sub.add_argument("--folders", nargs="*", default=[], help="folder of each functional participant")
+    sub.add_argument("--output", required=True)
+
+
 def _spec(options: Any, wanted: type) -> tuple[Any, str]:
     """Settings and code of ``--spec``; ``wanted`` is the stage's TypedDict of settings."""
     try:
@@ -148,6 +215,82 @@ def _dataset(options: Any) -> tuple[str, dict[str, Any]]:
     from autospec.datasets.build import DatasetSettings, build_dataset
 
     return build_dataset(_spec(options, DatasetSettings)[0], options.files, options.output), {}
+
+
+def _simulate(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.cohort.simulated import simulate_cohort
+    from autospec.cohort.simulation import SimulationSettings
+
+    return simulate_cohort(_spec(options, SimulationSettings)[0], str(Path(options.output).parent)), {}
+
+
+def _subject(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.networks.subject import NetworksSettings, build_networks
+
+    kinds = ("bold", "sidecar", "confounds", "description", "mask", "template", "atlas")
+    files: Any = {kind: getattr(options, kind) or None for kind in kinds}
+    return build_networks(_spec(options, NetworksSettings)[0], files, options.on_bad_subject, options.output), {}
+
+
+def _precomputed(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.networks.precomputed import PrecomputedSettings, build_precomputed
+
+    kinds = ("timecourses", "maps", "mask", "components", "description")
+    files: Any = {kind: getattr(options, kind) or "" for kind in kinds}
+    return build_precomputed(_spec(options, PrecomputedSettings)[0], files, options.on_bad_subject, options.output), {}
+
+
+def _gift_mask(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.networks.cohort_wide import GiftMaskSettings, build_mask
+
+    return build_mask(_spec(options, GiftMaskSettings)[0], options.output), {}
+
+
+def _gift_scaling(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.networks.cohort_wide import GiftScalingSettings, build_scaling
+
+    folders = {Path(folder).name.removeprefix("sub-"): folder for folder in options.folders}
+    return build_scaling(_spec(options, GiftScalingSettings)[0], options.participants, folders, options.output), {}
+
+
+def _cohort(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.cohort.stage import TablesSettings, build_tables
+
+    return build_tables(_spec(options, TablesSettings)[0], options.folders, str(Path(options.output).parent)), {}
+
+
+def _timeseries(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.datasets.participants import files_in
+    from autospec.datasets.timeseries import TimeseriesSettings, build_timeseries
+
+    settings = _spec(options, TimeseriesSettings)[0]
+    files = files_in(options.folders, settings["courses"])
+    return build_timeseries(settings, options.participants, files, options.output), {}
+
+
+def _maps(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.datasets.maps import MapsSettings, build_maps
+    from autospec.datasets.participants import files_in
+
+    settings = _spec(options, MapsSettings)[0]
+    files, masks = (files_in(options.folders, kind) for kind in ("maps", "mask"))
+    if options.scaled:
+        files = {name: str(Path(options.scaled) / Path(path).name) for name, path in files.items()}
+    masks = {name: path for name, path in masks.items() if Path(path).is_file()}
+    return build_maps(settings, options.participants, files, masks, options.output), {}
+
+
+def _volumes(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.datasets.freesurfer import VolumesSettings, build_volumes
+
+    settings = _spec(options, VolumesSettings)[0]
+    return build_volumes(settings, options.participants, settings["sources"], options.output), {}
+
+
+def _view(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.figures.cohort import ViewSettings, build_view
+
+    return build_view(_spec(options, ViewSettings)[0], options.participants, options.folders, options.output), {}
 
 
 def _train(options: Any) -> tuple[str, dict[str, Any]]:
