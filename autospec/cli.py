@@ -180,6 +180,39 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("init", _init, "start an analysis: a folder with a commented config.yaml")
     sub.add_argument("folder")
+    sub.add_argument("--cohort", metavar="PATH", help="a cohort's folder: write the config for it")
+
+    sub = command("check", _check, "say before any job what an analysis would use of its cohort")
+    sub.add_argument("folder", nargs="?", default=".")
+
+    sub = command("bidsify", _bidsify, "turn NITRC's layout of COBRE into a BIDS tree of links, for fMRIPrep")
+    sub.add_argument("folder")
+    sub.add_argument("target", help="the folder to make")
+
+    sub = command("fetch-template", _fetch_template, "download NeuroMark 1.0 and verify it; nothing else downloads")
+    sub.add_argument("target", help="where the file shall stand, such as Neuromark_fMRI_1.0.nii")
+    sub.add_argument("--certificates", help="PEM file of the authorities to trust instead of the system's")
+
+    sub = command("ica", _ica, "find networks in fMRIPrep's derivatives, with a BIDS App's arguments")
+    sub.add_argument("derivatives", help="fMRIPrep's output")
+    sub.add_argument("output", help="folder for the results")
+    sub.add_argument("level", choices=["participant"], help="participants are analysed one by one")
+    sub.add_argument(
+        "--participant-label", "--participant_label", nargs="+", metavar="LABEL", help="with or without sub-"
+    )
+    sub.add_argument("--template", required=True, help="4-D image with a network a volume, or stand-in")
+    for name in ("task", "session", "run"):
+        sub.add_argument(
+            f"--{name}-id", f"--{name}_id", dest=f"{name}_id", help=f"the {name} of the images, where there are several"
+        )
+    sub.add_argument("--space", help="the space of the images, where there are several")
+    sub.add_argument("--grid", help="template, data, or a voxel size in mm")
+    sub.add_argument("--confounds", help="none, motion, or one of nilearn's strategies")
+    sub.add_argument("--smoothing-fwhm-mm", type=float, help="6 by default, since fMRIPrep does not smooth")
+    sub.add_argument("--drop-volumes", type=int, help="volumes to leave out at the start")
+    sub.add_argument("--converged", action="store_true", help="iterate to convergence, not as GIFT does")
+    sub.add_argument("--gift-files", action="store_true", help="write results under GIFT's names as well")
+    _add_bad_subject(sub)
 
     sub = command("schema", _schema, "write the JSON schema and the table of settings from the typed config")
     sub.add_argument("--root", default=str(Path(__file__).resolve().parent.parent))
@@ -329,7 +362,58 @@ def _report(options: Any) -> tuple[str, dict[str, Any]]:
 def _init(options: Any) -> tuple[str, dict[str, Any]]:
     from autospec.analysis import start_analysis
 
-    return start_analysis(options.folder), {}
+    return start_analysis(options.folder, options.cohort), {}
+
+
+def _check(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.check import check_analysis
+
+    return check_analysis(options.folder), {}
+
+
+def _bidsify(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.cohort.nitrc import bidsify
+
+    return bidsify(options.folder, options.target), {}
+
+
+def _fetch_template(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.ica.fetch import fetch_template
+
+    return fetch_template(options.target, certificates=options.certificates), {}
+
+
+def _ica(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.networks.bids_app import Request, analyse_derivatives
+
+    chosen = {
+        "grid": options.grid if options.grid in ("template", "data", None) else _number(options.grid),
+        "confounds": options.confounds,
+        "smoothing_fwhm_mm": options.smoothing_fwhm_mm,
+        "drop_volumes": options.drop_volumes,
+        "converged": options.converged or None,
+        "gift_files": options.gift_files or None,
+        "template": options.template,
+    }
+    request = Request(
+        labels=options.participant_label,
+        images={
+            "task": options.task_id,
+            "session": options.session_id,
+            "run": options.run_id,
+            "space": options.space,
+        },
+        ica={name: value for name, value in chosen.items() if value is not None},
+        on_bad_subject=options.on_bad_subject,
+    )
+    return analyse_derivatives(options.derivatives, options.output, request), {}
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _schema(options: Any) -> tuple[str, dict[str, Any]]:

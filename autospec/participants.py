@@ -13,11 +13,12 @@ from autospec.cohort.record import require_kind
 from autospec.cohort.selection import Cohort, Participant, candidates, freesurfer_sources, functional_files
 from autospec.cohort.simulated import simulated_candidates
 from autospec.cohort.simulation import SimulationSettings, require_possible
-from autospec.cohort.subjects import CohortSettings, Scan
+from autospec.cohort.subjects import CohortSettings, Done, Scan
 from autospec.config import (
     Config,
     FolderCohort,
     FreesurferDataset,
+    Ica,
     MapsDataset,
     People,
     SimulatedCohort,
@@ -180,14 +181,38 @@ def subject_settings(config: Config, cohort: Cohort, subject: str) -> dict[str, 
     that a good one writes.
     """
     participant, ica = find_participant(cohort, subject), config.ica
-    done = participant.done
+    if ica.timecourses == "precomputed":
+        chosen = timecourse_settings(ica, participant.done, image=False)
+        return {"subject": subject, "position": participant.scans[0].position, "ica": chosen}
+    if ica.timecourses == "atlas":
+        return {"subject": subject, "stand_in": False, "ica": timecourse_settings(ica, participant.done)}
+    number = [each.id for each in cohort.functional].index(subject) + 1 if ica.gift_files else None
+    return {
+        "subject": subject,
+        "stand_in": not _template_file(config),
+        "ica": network_settings(ica, participant.done, number),
+    }
+
+
+def timecourse_settings(ica: Ica, done: Done, image: bool = True) -> dict[str, Any]:
+    """Settings of a participant's job, wherever the time courses come from.
+
+    Parameters
+    ----------
+    ica : Ica
+        The config's.
+    done : Done
+        What was done to the data before.
+    image : bool
+        Whether there is an image to smooth and to take confounds from.
+    """
     smoothing = ica.smoothing_fwhm_mm
     if smoothing is None:
         smoothing = UNSMOOTHED_FWHM_MM if done.smoothing_mm == 0 else 0.0
-    timecourses: dict[str, Any] = {
+    return {
         "drop_volumes": ica.drop_volumes,
-        "smoothing_fwhm_mm": smoothing if participant.scans[0].bold else 0.0,
-        "confounds": ica.confounds if participant.scans[0].bold else "none",
+        "smoothing_fwhm_mm": smoothing if image else 0.0,
+        "confounds": ica.confounds if image else "none",
         "repetition_time": ica.repetition_time or done.repetition_time,
         "min_volumes": 0,
         "max_mean_fd_mm": None,
@@ -195,26 +220,31 @@ def subject_settings(config: Config, cohort: Cohort, subject: str) -> dict[str, 
         "low_pass_hz": ica.low_pass_hz,
         "already_done": done.record,
     }
-    if ica.timecourses == "precomputed":
-        return {"subject": subject, "position": participant.scans[0].position, "ica": timecourses}
-    if ica.timecourses == "atlas":
-        return {"subject": subject, "stand_in": False, "ica": timecourses}
-    number = [each.id for each in cohort.functional].index(subject) + 1 if ica.gift_files else None
+
+
+def network_settings(ica: Ica, done: Done, number: int | None = None) -> dict[str, Any]:
+    """Settings of a participant's job that finds networks with a template.
+
+    Parameters
+    ----------
+    ica : Ica
+        The config's.
+    done : Done
+        What was done to the data before.
+    number : int or None
+        The participant's in GIFT's file names; None writes none.
+    """
     return {
-        "subject": subject,
-        "stand_in": not _template_file(config),
-        "ica": {
-            **timecourses,
-            "grid": ica.grid,
-            "confounds_on": ica.confounds_on,
-            "preprocessing": ica.preprocessing,
-            "dtype": "float32",
-            "converged": ica.converged,
-            # GIFT's scaling comes later and starts from maps that are not scaled.
-            "scaling": "z-score" if ica.scaling == "z-score" else "none",
-            "min_coverage": ica.min_coverage,
-            "gift_number": number,
-        },
+        **timecourse_settings(ica, done),
+        "grid": ica.grid,
+        "confounds_on": ica.confounds_on,
+        "preprocessing": ica.preprocessing,
+        "dtype": "float32",
+        "converged": ica.converged,
+        # GIFT's scaling comes later and starts from maps that are not scaled.
+        "scaling": "z-score" if ica.scaling == "z-score" else "none",
+        "min_coverage": ica.min_coverage,
+        "gift_number": number,
     }
 
 
