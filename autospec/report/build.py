@@ -85,7 +85,7 @@ def build_report(settings: ReportSettings, inputs: list[str], output: str) -> st
         temporary.write_text(page, encoding="utf-8")
     panels = sum(len(experiment["panels"]) for experiment in experiments)
     more = "" if cohort is None else f"a cohort with {len(cohort['pictures'])} pictures, "
-    return f"{output}: {more}{len(experiments)} figure{'s' * (len(experiments) > 1)}, {panels} panels, {len(tables)} tables, from {len(inputs)} files"
+    return f"{output}: {more}{len(experiments)} figure{'s' * (len(experiments) != 1)}, {panels} panels, {len(tables)} tables, from {len(inputs)} files"
 
 
 def _experiment(experiment: dict[str, Any], settings: ReportSettings) -> dict[str, Any]:
