@@ -191,8 +191,9 @@ def draw_connectivity(results: Results, width_mm: float) -> Figure:
     columns = min(3, len(pictures))
     lines = -(-len(pictures) // columns)
     side = width_mm / columns
+    tall = 1.17 if any(each.domain for each in results.networks) else 1.26
     figure, axes = plt.subplots(
-        lines, columns, figsize=(width_mm * MM, (lines * side * 1.17 + 8) * MM), layout="constrained", squeeze=False
+        lines, columns, figsize=(width_mm * MM, (lines * side * tall + 8) * MM), layout="constrained", squeeze=False
     )
     figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))
     limits = {
@@ -381,7 +382,7 @@ def draw_quality(results: Results, width_mm: float) -> Figure:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=title.startswith("volumes")))
     if matched:
         _draw_match(figure.add_subplot(grid[1, :]), results)
-    where = {"all": "of everything", "functional": "of the functional half", "structural": "of the structural half"}
+    where = {"all": "altogether", "functional": "from the functional half", "structural": "from the structural half"}
     left_out = ", ".join(f"{count} {where.get(part, part)}" for part, count in sorted(results.excluded.items()))
     words = f"Left out: {left_out} (reasons in exclusions.tsv)." if left_out else "Nobody is left out."
     figure.text(0.01, 0.004, words, ha="left", va="bottom", fontsize=6.5, color="#555555")
