@@ -210,7 +210,8 @@ def draw_connectivity(results: Results, width_mm: float) -> Figure:
         place.set_facecolor("#DDDDDD")
         place.set_title(title)
         _mark_domains(place, domains)
-        beyond = "both" if np.nanmax(np.abs(shown)) > limit else "neither"
+        alike = [np.abs(each).max() for _, each, which in pictures if which == difference]
+        beyond = "both" if max(alike) > limit else "neither"
         bar = figure.colorbar(image, ax=place, orientation="horizontal", shrink=0.8, aspect=30, pad=0.02, extend=beyond)
         bar.set_label("difference of mean Fisher z" if difference else "mean Fisher z", fontsize=6)
         bar.outline.set_linewidth(0.3)

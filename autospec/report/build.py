@@ -238,9 +238,7 @@ def describe_cohort(shown: dict[str, Any]) -> dict[str, Any]:
                 "data set": name,
                 "kind": samples.attrs["kind"],
                 "participants": samples.sizes["sample"],
-                "one sample": " x ".join(
-                    f"{size} {dim}" for dim, size in samples["x"].sizes.items() if dim != "sample"
-                ),
+                "one sample": f"{' x '.join(map(str, samples['x'].shape[1:]))} ({', '.join(map(str, samples['x'].dims[1:]))})",
                 "template": samples.attrs.get("template") or "–",
                 "data": "simulated" if samples.attrs.get("simulated") else "real",
             }
