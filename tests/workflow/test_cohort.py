@@ -1,6 +1,7 @@
 """A cohort in the workflow: exact plans, participants as independent jobs, exclusions, kinds."""
 
 import json
+import re
 import shutil
 
 import nibabel
@@ -231,7 +232,8 @@ def test_a_bad_image_stops_with_one_sentence_under_fail(cohort):
     path.write_bytes(path.read_bytes()[:2000])
     done = cohort.snakemake("results/ica/sub-sim0003")
     assert done.returncode != 0
-    assert f"autospec: {path.relative_to(cohort.folder)} is no image" in done.stdout
+    name = re.escape(str(path.relative_to(cohort.folder)))
+    assert len(set(re.findall(rf"^autospec: (?:the image )?{name} .*\.$", done.stdout, re.MULTILINE))) == 1
     assert "Traceback" not in done.stdout
     assert not (cohort.folder / "results/ica/sub-sim0003/status.json").exists()
 
