@@ -33,6 +33,11 @@ if not workflow.overwrite_configfiles:
 try:
     CONFIG = parse_config(config, ", ".join(map(str, workflow.configfiles)) or "the config")
     inputs.require_files(CONFIG)
+    PEOPLE = None  # who is in the cohort, from names of files and tables
+    if CONFIG.cohort is not None:
+        from autospec import participants
+
+        PEOPLE = participants.read_cohort(CONFIG)
 except UserError as error:
     raise WorkflowError(str(error)) from None
 validate(json_safe(config), str(ROOT / "workflow/schemas/config.schema.json"), set_default=False)
@@ -42,9 +47,17 @@ wildcard_constraints:
     dataset="[a-z][a-z0-9_]*",
     experiment="[a-z][a-z0-9_]*",
     run="[a-z][a-z0-9_]*",
+    subject="[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*",
+    view="[a-z]+",
     panel="[a-z][A-Za-z0-9_-]*",
     figure="[1-9][0-9]*",
     extension="pdf|png|svg",
+
+
+if PEOPLE is not None:
+
+    include: "workflow/rules/cohort.smk"
+    include: "workflow/rules/ica.smk"
 
 
 include: "workflow/rules/datasets.smk"
@@ -61,3 +74,4 @@ rule all:
         result("report"),
         inputs.pages(CONFIG),
         [inputs.panels(CONFIG, name) for name in CONFIG.experiments],
+        participants.everything(CONFIG) if PEOPLE is not None else [],

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from autospec.cohort.layouts import recognise
+from autospec.cohort.selection import Cohort, candidates
+from autospec.config import FolderCohort, parse_config
 from autospec.errors import UserError
+from autospec.participants import COMPUTED, cohort_settings
 from autospec.storage import written_whole
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,13 +59,58 @@ statistics:
 """
 
 
-def start_analysis(folder: str) -> str:
+COHORT_CONFIG = """\
+# An analysis of autospec.  Say what would be used, before anything runs:
+#     autospec check {folder}
+# Run it, from the folder that holds the Snakefile:
+#     snakemake --directory {folder}
+# Paths are relative to this folder.  Every setting, its default and its meaning: docs/configuration.md
+title: My cohort
+
+cohort:
+  kind: folder
+  folder: {cohort}
+  layout: {layout}                       # auto finds it again
+{found}
+  diagnosis: {diagnosis}   # or Patient as labelled, or strict schizophrenia
+  # phenotypes: table.tsv              # another table of participants than the one that stands there
+  # columns: {{diagnosis: dx, age: years}}   # names of its columns, where they are not the usual ones
+  # labels: {{Schizophrenia_Strict: SZ, No_Known_Disorder: HC}}   # groups of the words in the column of diagnoses
+  # groupings: [medication]            # further columns whose labels are groups
+  # task: rest                         # likewise session, run, space, where several images fit; or  scans: first
+  # freesurfer: [{cohort}/freesurfer]  # SUBJECTS_DIR, or tables of volumes; found by itself in the usual places
+  # max_mean_fd: 0.5                   # mm
+  # min_volumes: 100
+  on_bad_subject: exclude              # or fail: stop at the first data that cannot be used
+
+ica:
+{ica}
+
+datasets:
+{datasets}
+"""
+WITH_TEMPLATE = """\
+  # Get NeuroMark 1.0 once with   autospec fetch-template {folder}/Neuromark_fMRI_1.0.nii
+  # or give any 4-D image with a network a volume; stand-in is built in, to try things out, and says so in every output.
+  template: Neuromark_fMRI_1.0.nii
+  grid: template                       # or data, or a voxel size in mm
+  confounds: none                      # or motion, simple, scrubbing, compcor, ica_aroma
+  # drop_volumes: 4
+  # smoothing_fwhm_mm: 6.0             # by default 6 for fMRIPrep's images, 0 for those smoothed before"""
+WITHOUT_TEMPLATE = """\
+  timecourses: precomputed             # the cohort brings time courses
+  {time}"""
+
+
+def start_analysis(folder: str, cohort: str | None = None) -> str:
     """Write a commented config into a new analysis folder.
 
     Parameters
     ----------
     folder : str
         The folder; it is created where it does not exist.
+    cohort : str, optional
+        A cohort's folder, for which the config is written.
 
     Returns
     -------
@@ -70,7 +120,7 @@ def start_analysis(folder: str) -> str:
     Raises
     ------
     UserError
-        If the folder has a config already.
+        If the folder has a config already, or the cohort's folder has no layout that is known.
     """
     target = Path(folder)
     if target.exists() and not target.is_dir():
@@ -78,7 +128,75 @@ def start_analysis(folder: str) -> str:
     config = target / "config.yaml"
     if config.exists():
         raise UserError(f"{config} exists already: edit it, or choose another folder.")
+    text = NEW_CONFIG.format(folder=folder) if cohort is None else cohort_config(folder, cohort)
     with written_whole(config) as temporary:
-        temporary.write_text(NEW_CONFIG.format(folder=folder), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     snakefile = "" if Path("Snakefile").exists() else f"--snakefile {ROOT / 'Snakefile'} "
-    return f"wrote {config}\nnext: edit it, then run   snakemake {snakefile}--directory {folder}"
+    check = "" if cohort is None else f"autospec check {folder}\nand   "
+    return f"wrote {config}\nnext: edit it, then run   {check}snakemake {snakefile}--directory {folder}"
+
+
+def cohort_config(folder: str, cohort: str) -> str:
+    """Text of a commented config for a cohort.
+
+    Parameters
+    ----------
+    folder : str
+        The analysis.
+    cohort : str
+        The cohort's folder.
+
+    Raises
+    ------
+    UserError
+        If the folder has no layout that is known.
+    """
+    place = str(Path(cohort).resolve())
+    layout = recognise(place)
+    found, diagnosis, problem = _who(place)
+    computed = layout in COMPUTED
+    kinds = ["  courses: {kind: timeseries}"]
+    if not computed or (found and any(scan.maps for each in found.functional for scan in each.scans)):
+        kinds.append("  maps: {kind: maps}                   # aggregate: max or absmax; voxel_mm: larger voxels")
+    if found and found.structural:
+        kinds.append("  volumes: {kind: freesurfer}          # icv: none, proportional or residual")
+    if found:
+        groups = sorted({each.person.diagnosis for each in found.participants})
+        counts = ", ".join(
+            f"{group}: {sum(each.person.diagnosis == group for each in found.participants)}" for group in groups
+        )
+        words = (
+            f"  # found: {counts}; {len(found.functional)} with functional, {len(found.structural)} with structural data; "
+            f"{len(found.exclusions)} exclusions"
+        )
+    else:
+        words = f"  # Not usable yet: {problem}"
+    time = "repetition_time: 2.0                 # seconds; GIFT's files do not say it" if layout == "gift" else ""
+    ica = WITHOUT_TEMPLATE.format(time=time).rstrip() if computed else WITH_TEMPLATE.format(folder=folder)
+    # A path with a colon or a space needs quotes, and JSON's are YAML's.
+    quoted = place if place.replace("/", "").replace("_", "").replace("-", "").isalnum() else json.dumps(place)
+    return COHORT_CONFIG.format(
+        folder=folder,
+        cohort=quoted,
+        layout=layout,
+        found=words,
+        diagnosis=diagnosis,
+        ica=ica,
+        datasets="\n".join(kinds),
+    )
+
+
+def _who(cohort: str) -> tuple[Cohort | None, str, str]:
+    """Who is in a cohort, by which reading of diagnoses, or why that cannot be said yet."""
+    problem = ""
+    default = FolderCohort.model_fields["diagnosis"].default
+    for diagnosis in (default, "Patient as labelled"):
+        settings = {"kind": "folder", "folder": cohort, "diagnosis": diagnosis, "on_bad_subject": "exclude"}
+        try:
+            found = candidates(cohort_settings(parse_config({"cohort": settings, "ica": {"template": "stand-in"}})))
+        except UserError as error:
+            problem = problem or str(error)
+            continue
+        if len({each.person.diagnosis for each in found.participants}) > 1:
+            return found, diagnosis, ""
+    return None, default, problem or "nobody, or one group alone, was found"

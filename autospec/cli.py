@@ -97,6 +97,61 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--files", nargs="*", default=[], help="images and labels, where they come from files")
     sub.add_argument("--output", required=True)
 
+    sub = stage("simulate", _simulate, "write the simulated cohort")
+    sub.add_argument("--output", required=True, help="its dataset_description.json; all else stands beside it")
+
+    sub = stage("subject", _subject, "find one participant's networks")
+    for name, help in {
+        "bold": "4-D image",
+        "sidecar": "JSON file of the image",
+        "confounds": "table of confounds",
+        "description": "dataset_description.json of the cohort",
+        "mask": "mask in place of the template's",
+        "template": "4-D image with a network a volume",
+        "atlas": "image of regions instead of a template",
+    }.items():
+        sub.add_argument(f"--{name}", nargs="?", const="", default="", required=name == "bold", help=help)
+    _add_bad_subject(sub)
+    sub.add_argument("--output", required=True, help="the participant's folder")
+
+    sub = stage("precomputed", _precomputed, "take one participant's networks as GIFT or TReNDS computed them")
+    for name, help in {
+        "timecourses": "file of time courses",
+        "maps": "file of maps",
+        "mask": "mask whose voxels the maps list",
+        "components": "table of the components to keep",
+        "description": "dataset_description.json of the cohort",
+    }.items():
+        sub.add_argument(f"--{name}", nargs="?", const="", default="", required=name == "timecourses", help=help)
+    _add_bad_subject(sub)
+    sub.add_argument("--output", required=True, help="the participant's folder")
+
+    sub = stage("gift-mask", _gift_mask, "make GIFT's mask of a cohort")
+    sub.add_argument("--output", required=True)
+
+    sub = stage("cohort", _cohort, "write the cohort's tables")
+    sub.add_argument("--folders", nargs="*", default=[], help="folder of each functional participant")
+    sub.add_argument("--output", required=True, help="participants.tsv; the other tables stand beside it")
+
+    sub = stage("gift-scaling", _gift_scaling, "scale maps as GIFT does, by the mean maps of a cohort")
+    _add_participants(sub)
+
+    sub = stage("timeseries", _timeseries, "build a data set of networks' time courses")
+    _add_participants(sub)
+
+    sub = stage("maps", _maps, "build a data set of aggregated maps")
+    _add_participants(sub)
+    sub.add_argument("--scaled", nargs="?", help="folder of maps in GIFT's scaling, to be used instead")
+
+    sub = stage("volumes", _volumes, "build a data set of FreeSurfer's volumes")
+    sub.add_argument("--participants", required=True, help="the cohort's participants.tsv")
+    sub.add_argument("--output", required=True)
+
+    sub = stage("view", _view, "draw one picture of the cohort's quality")
+    sub.add_argument("--participants", required=True, help="the cohort's participants.tsv")
+    sub.add_argument("--folders", nargs="*", default=[], help="folder of each functional participant")
+    sub.add_argument("--output", required=True, nargs="+")
+
     sub = stage("train", _train, "train a network and record its spectra")
     sub.add_argument("--dataset", required=True)
     sub.add_argument("--work", required=True, help="folder in which trajectories grow meanwhile")
@@ -125,10 +180,55 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("init", _init, "start an analysis: a folder with a commented config.yaml")
     sub.add_argument("folder")
+    sub.add_argument("--cohort", metavar="PATH", help="a cohort's folder: write the config for it")
+
+    sub = command("check", _check, "say before any job what an analysis would use of its cohort")
+    sub.add_argument("folder", nargs="?", default=".")
+
+    sub = command("bidsify", _bidsify, "turn NITRC's layout of COBRE into a BIDS tree of links, for fMRIPrep")
+    sub.add_argument("folder")
+    sub.add_argument("target", help="the folder to make")
+
+    sub = command("fetch-template", _fetch_template, "download NeuroMark 1.0 and verify it; nothing else downloads")
+    sub.add_argument("target", help="where the file shall stand, such as Neuromark_fMRI_1.0.nii")
+    sub.add_argument("--certificates", help="PEM file of the authorities to trust instead of the system's")
+
+    sub = command("ica", _ica, "find networks in fMRIPrep's derivatives, with a BIDS App's arguments")
+    sub.add_argument("derivatives", help="fMRIPrep's output")
+    sub.add_argument("output", help="folder for the results")
+    sub.add_argument("level", choices=["participant"], help="participants are analysed one by one")
+    sub.add_argument(
+        "--participant-label", "--participant_label", nargs="+", metavar="LABEL", help="with or without sub-"
+    )
+    sub.add_argument("--template", required=True, help="4-D image with a network a volume, or stand-in")
+    for name in ("task", "session", "run"):
+        sub.add_argument(
+            f"--{name}-id", f"--{name}_id", dest=f"{name}_id", help=f"the {name} of the images, where there are several"
+        )
+    sub.add_argument("--space", help="the space of the images, where there are several")
+    sub.add_argument("--grid", help="template, data, or a voxel size in mm")
+    sub.add_argument("--confounds", help="none, motion, or one of nilearn's strategies")
+    sub.add_argument("--smoothing-fwhm-mm", type=float, help="6 by default, since fMRIPrep does not smooth")
+    sub.add_argument("--drop-volumes", type=int, help="volumes to leave out at the start")
+    sub.add_argument("--converged", action="store_true", help="iterate to convergence, not as GIFT does")
+    sub.add_argument("--gift-files", action="store_true", help="write results under GIFT's names as well")
+    _add_bad_subject(sub)
 
     sub = command("schema", _schema, "write the JSON schema and the table of settings from the typed config")
     sub.add_argument("--root", default=str(Path(__file__).resolve().parent.parent))
     return parser
+
+
+def _add_bad_subject(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--on-bad-subject", choices=["fail", "exclude"], default="fail", help="what to do with data that cannot be used"
+    )
+
+
+def _add_participants(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--participants", required=True, help="the cohort's participants.tsv")
+    sub.add_argument("--folders", nargs="*", default=[], help="folder of each functional participant")
+    sub.add_argument("--output", required=True)
 
 
 def _spec(options: Any, wanted: type) -> tuple[Any, str]:
@@ -148,6 +248,82 @@ def _dataset(options: Any) -> tuple[str, dict[str, Any]]:
     from autospec.datasets.build import DatasetSettings, build_dataset
 
     return build_dataset(_spec(options, DatasetSettings)[0], options.files, options.output), {}
+
+
+def _simulate(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.cohort.simulated import simulate_cohort
+    from autospec.cohort.simulation import SimulationSettings
+
+    return simulate_cohort(_spec(options, SimulationSettings)[0], str(Path(options.output).parent)), {}
+
+
+def _subject(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.networks.subject import NetworksSettings, build_networks
+
+    kinds = ("bold", "sidecar", "confounds", "description", "mask", "template", "atlas")
+    files: Any = {kind: getattr(options, kind) or None for kind in kinds}
+    return build_networks(_spec(options, NetworksSettings)[0], files, options.on_bad_subject, options.output), {}
+
+
+def _precomputed(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.networks.precomputed import PrecomputedSettings, build_precomputed
+
+    kinds = ("timecourses", "maps", "mask", "components", "description")
+    files: Any = {kind: getattr(options, kind) or "" for kind in kinds}
+    return build_precomputed(_spec(options, PrecomputedSettings)[0], files, options.on_bad_subject, options.output), {}
+
+
+def _gift_mask(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.networks.cohort_wide import GiftMaskSettings, build_mask
+
+    return build_mask(_spec(options, GiftMaskSettings)[0], options.output), {}
+
+
+def _gift_scaling(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.networks.cohort_wide import GiftScalingSettings, build_scaling
+
+    folders = {Path(folder).name.removeprefix("sub-"): folder for folder in options.folders}
+    return build_scaling(_spec(options, GiftScalingSettings)[0], options.participants, folders, options.output), {}
+
+
+def _cohort(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.cohort.stage import TablesSettings, build_tables
+
+    return build_tables(_spec(options, TablesSettings)[0], options.folders, str(Path(options.output).parent)), {}
+
+
+def _timeseries(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.datasets.participants import files_in
+    from autospec.datasets.timeseries import TimeseriesSettings, build_timeseries
+
+    settings = _spec(options, TimeseriesSettings)[0]
+    files = files_in(options.folders, settings["courses"])
+    return build_timeseries(settings, options.participants, files, options.output), {}
+
+
+def _maps(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.datasets.maps import MapsSettings, build_maps
+    from autospec.datasets.participants import files_in
+
+    settings = _spec(options, MapsSettings)[0]
+    files, masks = (files_in(options.folders, kind) for kind in ("maps", "mask"))
+    if options.scaled:
+        files = {name: str(Path(options.scaled) / Path(path).name) for name, path in files.items()}
+    masks = {name: path for name, path in masks.items() if Path(path).is_file()}
+    return build_maps(settings, options.participants, files, masks, options.output), {}
+
+
+def _volumes(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.datasets.freesurfer import VolumesSettings, build_volumes
+
+    settings = _spec(options, VolumesSettings)[0]
+    return build_volumes(settings, options.participants, settings["sources"], options.output), {}
+
+
+def _view(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.figures.cohort import ViewSettings, build_view
+
+    return build_view(_spec(options, ViewSettings)[0], options.participants, options.folders, options.output), {}
 
 
 def _train(options: Any) -> tuple[str, dict[str, Any]]:
@@ -186,7 +362,58 @@ def _report(options: Any) -> tuple[str, dict[str, Any]]:
 def _init(options: Any) -> tuple[str, dict[str, Any]]:
     from autospec.analysis import start_analysis
 
-    return start_analysis(options.folder), {}
+    return start_analysis(options.folder, options.cohort), {}
+
+
+def _check(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.check import check_analysis
+
+    return check_analysis(options.folder), {}
+
+
+def _bidsify(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.cohort.nitrc import bidsify
+
+    return bidsify(options.folder, options.target), {}
+
+
+def _fetch_template(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.ica.fetch import fetch_template
+
+    return fetch_template(options.target, certificates=options.certificates), {}
+
+
+def _ica(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.networks.bids_app import Request, analyse_derivatives
+
+    chosen = {
+        "grid": options.grid if options.grid in ("template", "data", None) else _number(options.grid),
+        "confounds": options.confounds,
+        "smoothing_fwhm_mm": options.smoothing_fwhm_mm,
+        "drop_volumes": options.drop_volumes,
+        "converged": options.converged or None,
+        "gift_files": options.gift_files or None,
+        "template": options.template,
+    }
+    request = Request(
+        labels=options.participant_label,
+        images={
+            "task": options.task_id,
+            "session": options.session_id,
+            "run": options.run_id,
+            "space": options.space,
+        },
+        ica={name: value for name, value in chosen.items() if value is not None},
+        on_bad_subject=options.on_bad_subject,
+    )
+    return analyse_derivatives(options.derivatives, options.output, request), {}
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _schema(options: Any) -> tuple[str, dict[str, Any]]:

@@ -55,6 +55,157 @@ class MnistDataset(Settings):
         return self
 
 
+class TimeseriesDataset(Settings):
+    """Time courses of the cohort's networks: one sample a participant, [time, network]."""
+
+    kind: Literal["timeseries"]
+    """The kind of data set."""
+    cleaned: bool = False
+    """Take time courses without slow trends, spikes and fast changes, as connectivity is computed from."""
+    length: int | None = Field(default=None, ge=8)
+    """Time points to keep, from the first; as many as the shortest has by default."""
+
+
+class MapsDataset(Settings):
+    """Maps of the cohort's networks, aggregated by their maximum: one sample a participant, [x, y, z]."""
+
+    kind: Literal["maps"]
+    """The kind of data set."""
+    aggregate: Literal["max", "absmax"] = "max"
+    """The signed maximum over networks, or the maximum of absolute values."""
+    voxel_mm: float | None = Field(default=None, gt=0)
+    """Edge of larger voxels to average into; the maps' own by default."""
+
+
+class FreesurferDataset(Settings):
+    """FreeSurfer's volumes of the cohort: one sample a participant, [region]."""
+
+    kind: Literal["freesurfer"]
+    """The kind of data set."""
+    icv: Literal["none", "proportional", "residual"] = "none"
+    """Nothing; each volume as a share of the intracranial volume; or less what a line predicts from that."""
+
+
+Dataset = Annotated[MnistDataset | TimeseriesDataset | MapsDataset | FreesurferDataset, Field(discriminator="kind")]
+
+
+class People(Settings):
+    """Who of a cohort takes part."""
+
+    diagnosis: Literal["strict schizophrenia", "Patient as labelled"] = "strict schizophrenia"
+    """Whether patients need a code of schizophrenia and controls must have no diagnosis, or labels are believed."""
+    groupings: list[Label] = []
+    """Further columns of the table of participants whose labels are groups, such as a site or a medication."""
+    max_mean_fd: float | None = Field(default=None, gt=0)
+    """Leave out the images of whoever moved more: mean framewise displacement in mm."""
+    min_volumes: int | None = Field(default=None, ge=1)
+    """Leave out images with fewer usable volumes."""
+    on_bad_subject: Literal["fail", "exclude"] = "fail"
+    """Stop at data that cannot be used, or leave the participant out and write down why."""
+
+
+class SimulatedCohort(People):
+    """A cohort that is simulated into `work/simulated`, with COBRE's proportions and known differences of groups."""
+
+    kind: Literal["simulated"]
+    """Where the cohort comes from."""
+    subjects: int = Field(default=32, ge=4)
+    """Participants."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything that is drawn."""
+    volumes: int = Field(default=150, ge=20)
+    """Volumes of each image, 2 s apart."""
+    voxel_mm: int = Field(default=6, ge=4, le=12)
+    """Edge of the images' voxels."""
+    connectivity_effect: float = Field(default=0.3, ge=0, le=0.35)
+    """Correlation of subcortical with sensorimotor networks that patients have and controls have not."""
+    volume_effect: float = Field(default=0.8, ge=0)
+    """Difference of the volumes that differ, in standard deviations between people."""
+    no_effect: bool = False
+    """No difference of groups at all, whatever the effects say."""
+
+
+class FolderCohort(People):
+    """A cohort on disk."""
+
+    kind: Literal["folder"]
+    """Where the cohort comes from."""
+    folder: Label
+    """Its folder."""
+    layout: Literal["auto", "bids", "niak", "nitrc", "table", "gift", "trends"] = "auto"
+    """How the folder is laid out; found by itself by default."""
+    phenotypes: Label | None = None
+    """A table of participants instead of the one that the layout brings."""
+    columns: dict[Literal["id", "diagnosis", "code", "sex", "age", "site"], Label] = {}
+    """Names of the table's columns where they are not the usual ones."""
+    labels: dict[Label, Label] = {}
+    """The group of each word in the column of diagnoses, instead of SZ and HC from the usual words."""
+    sex_labels: dict[Label, Literal["M", "F", "O", "n/a"]] = {}
+    """Sex of each code in the column of sexes, such as "1": M."""
+    task: Label | None = None
+    """Task of the images, where there are several."""
+    session: Label | None = None
+    """Session of the images, where there are several."""
+    run: Label | None = None
+    """Run of the images, where there are several."""
+    space: Label | None = None
+    """Space of the images; MNI152NLin6Asym before MNI152NLin2009cAsym by default."""
+    entities: dict[Label, Label] = {}
+    """Further parts of BIDS file names, such as acq: eyesopen."""
+    scans: Literal["one", "first"] = "one"
+    """Take the first of several images of a participant that fit, or call several a mistake."""
+    freesurfer: list[Label] = ["auto"]
+    """SUBJECTS_DIR or tables of volumes; `auto` looks in and beside the folder, an empty list leaves volumes out."""
+
+
+CohortSource = Annotated[SimulatedCohort | FolderCohort, Field(discriminator="kind")]
+
+
+class Ica(Settings):
+    """How each participant's networks are found, from that participant's files alone."""
+
+    timecourses: Literal["scica", "precomputed", "atlas"] = "scica"
+    """Spatially constrained ICA with a template; time courses that the cohort brings; or those of an atlas's regions."""
+    template: Label | None = None
+    """4-D image with a network a volume, such as NeuroMark 1.0, or `stand-in`; the simulated cohort's is `stand-in`."""
+    atlas: Label | None = None
+    """Image of regions, or 4-D image of maps; needed where `timecourses` is `atlas`."""
+    grid: Literal["template", "data"] | Annotated[float, Field(ge=1, le=20)] = "template"
+    """Voxels in which networks are sought: the template's, each image's own, or cubes of that many mm."""
+    mask: Literal["fixed", "gift"] = "fixed"
+    """The template's support within the MNI brain, or GIFT's mask over the whole cohort, for which everybody is read."""
+    scaling: Literal["z-score", "none", "gift"] = "z-score"
+    """Scale of maps and time courses; `gift` scales maps by the whole cohort's mean maps, in a job of its own."""
+    drop_volumes: int = Field(default=0, ge=0)
+    """Volumes to leave out at the start."""
+    smoothing_fwhm_mm: float | None = Field(default=None, ge=0)
+    """Width of the smoothing at half its height; by default 6 where the layout's images are not smoothed (fMRIPrep), else 0."""
+    confounds: Literal["none", "motion", "simple", "scrubbing", "compcor", "ica_aroma"] = "none"
+    """What to regress out: six parameters of motion, or one of nilearn's strategies for fMRIPrep."""
+    confounds_on: Literal["image", "timecourses"] = "image"
+    """Regress from the image, or from the time courses that connectivity is computed from."""
+    preprocessing: Annotated[int, Field(ge=1, le=4)] = 1
+    """GIFT's type of preprocessing."""
+    converged: bool = False
+    """Iterate to convergence, instead of stopping where GIFT does."""
+    repetition_time: float | None = Field(default=None, gt=0)
+    """Seconds between volumes, where neither the image nor its JSON file says it."""
+    min_coverage: float = Field(default=0.1, ge=0, le=1)
+    """Least share of each network that a participant's image must cover."""
+    despike: bool = True
+    """Replace spikes in cleaned time courses."""
+    low_pass_hz: float | None = Field(default=0.15, gt=0)
+    """Low-pass filter of cleaned time courses; null for none."""
+    gift_files: bool = False
+    """Write results under GIFT's names as well."""
+
+    @model_validator(mode="after")
+    def _atlas_fits(self) -> Ica:
+        if (self.atlas is None) == (self.timecourses == "atlas"):
+            raise ValueError("atlas names the image of an atlas exactly where timecourses is atlas")
+        return self
+
+
 class Training(Settings):
     """How a network is trained: full batch, Adam."""
 
@@ -180,18 +331,47 @@ class Config(Settings):
 
     title: str = "autospec"
     """Title of the report."""
-    datasets: dict[Name, MnistDataset] = Field(min_length=1)
+    cohort: CohortSource | None = None
+    """The people whose data are used; none by default."""
+    ica: Ica = Ica()
+    """How each participant's networks are found, from that participant's files alone."""
+    datasets: dict[Name, Dataset] = {}
     """Data sets, by name."""
     training: Training = Training()
     """Settings of every training, unless an experiment or a run differs."""
     introspection: Introspection = Introspection()
     """What every training records, unless an experiment differs."""
-    experiments: dict[Name, Experiment] = Field(min_length=1)
-    """Experiments, by name."""
+    experiments: dict[Name, Experiment] = {}
+    """Experiments, by name; needed where there is no cohort."""
     statistics: Statistics = Statistics()
     """Tests of groups."""
     figures: Figures = Figures()
     """How figures look."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Config:
+        for name, dataset in self.datasets.items():
+            if self.cohort is None and not isinstance(dataset, MnistDataset):
+                raise ValueError(f"datasets.{name} is made from a cohort: name one under cohort")
+            if isinstance(dataset, MapsDataset) and self.ica.timecourses == "atlas":
+                raise ValueError(f"datasets.{name} needs maps of networks, which ica.timecourses: atlas does not make")
+            if isinstance(dataset, MapsDataset) and self.ica.grid == "data":
+                raise ValueError(
+                    f"datasets.{name} needs one grid for all maps: set ica.grid to template, or to a voxel size"
+                )
+        if self.cohort is None:
+            for part in ("datasets", "experiments"):
+                if not getattr(self, part):
+                    raise ValueError(
+                        f"{part} is an empty mapping, but must be longer: 1 or more where there is no cohort"
+                    )
+        real = self.cohort is not None and self.cohort.kind == "folder"
+        if real and self.needs_networks and self.ica.timecourses == "scica" and self.ica.template is None:
+            raise ValueError(
+                "ica.template is missing: name a template's file (autospec fetch-template gets NeuroMark 1.0), "
+                "write stand-in, or set ica.timecourses"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_fit(self) -> Config:
@@ -207,10 +387,10 @@ class Config(Settings):
                     f"the experiments '{numbers[experiment.figure]}' and '{name}' both are figure {experiment.figure}"
                 )
             numbers[experiment.figure] = name
-            labels = self.datasets[experiment.dataset].classes
+            labels = self.groups_of(experiment.dataset)
             for panel in experiment.panels:
                 for label in panel.compare or ():
-                    if label not in labels:
+                    if labels is not None and label not in labels:
                         raise ValueError(
                             f"a panel of '{name}' compares the group '{label}', but the groups are {_listed(labels)}"
                         )
@@ -223,6 +403,22 @@ class Config(Settings):
                         f"and its {epochs} updates are numbered from 0"
                     )
         return self
+
+    def groups_of(self, dataset: str) -> list[str] | None:
+        """Labels that a data set's samples have; None where only its files say."""
+        settings = self.datasets[dataset]
+        return settings.classes if isinstance(settings, MnistDataset) else None
+
+    @property
+    def needs_networks(self) -> bool:
+        """Whether anything is made of participants' images: volumes alone need none of them."""
+        kinds = {settings.kind for settings in self.datasets.values()}
+        return self.cohort is not None and (not kinds or bool(kinds & {"timeseries", "maps"}))
+
+    @property
+    def template(self) -> str:
+        """The template's file, or stand-in."""
+        return self.ica.template or "stand-in"
 
     def training_of(self, experiment: str, run: str) -> Training:
         """Training settings of a run: the general ones, the experiment's, the run's, in this order."""
@@ -326,13 +522,17 @@ _WANTED = {
     "list_type": "a list",
     "dict_type": "a mapping from names to settings",
     "model_type": "a mapping of settings",
+    "model_attributes_type": "a mapping of settings",
+    "bool_type": "true or false",
     "literal_error": "{expected}",
     "greater_than": "more than {gt:g}",
     "greater_than_equal": "at least {ge}",
     "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
     "too_short": "longer: {min_length} or more",
     "too_long": "shorter: {max_length} or fewer",
 }
+KINDS = {"mnist", "timeseries", "maps", "freesurfer", "simulated", "folder"}
 _TEXT_LIKE_A_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -347,7 +547,9 @@ def _sentences(error: ValidationError) -> list[str]:
 def _place(location: tuple[int | str, ...]) -> str:
     """Path of a setting, without the marks of keys and of the alternatives of a union."""
     words = ""
-    for part in location:
+    for i, part in enumerate(location):
+        if i == {"cohort": 1, "datasets": 2}.get(str(location[0])) and part in KINDS:
+            continue  # the alternative that "kind" chose
         if isinstance(part, int):
             words += f" (entry {part + 1})"
         elif not re.match(r"\[key\]$|constrained-|literal\[", part):
@@ -362,11 +564,20 @@ def _sentence(where: str, errors: list[Any]) -> str:
         return f"there is no setting called '{where}'; check its spelling and its indentation"
     if kind == "missing":
         return f"the setting '{where}' is missing"
+    if kind == "union_tag_not_found":
+        return f"the setting '{where}.kind' is missing"
+    if kind == "union_tag_invalid":
+        context = errors[0]["ctx"]
+        wanted = " or ".join(context["expected_tags"].split(", "))
+        return f"{where}.kind is {_shown(value['kind'])}, but must be {wanted}"
     if kind == "value_error":
         return ": ".join(filter(None, [where, str(errors[0]["ctx"]["error"])]))
     if errors[0]["loc"][-1] == "[key]":
         place = _place(errors[0]["loc"][:-2])
-        return f"a name in {place} is {_shown(value)}, but must be {_WANTED['string_pattern_mismatch']}"
+        if kind == "literal_error":
+            return f"there is no setting called '{place}.{value}': it can be {errors[0]['ctx']['expected']}"
+        wanted = _WANTED["string_pattern_mismatch" if place in ("datasets", "experiments") or "runs" in place else kind]
+        return f"a name in {place} is {_shown(value)}, but must be {wanted}{_advice(kind, value)}"
     wanted = " or ".join(
         _WANTED[each["type"]].format_map(each.get("ctx", {})) if each["type"] in _WANTED else each["msg"]
         for each in errors

@@ -43,7 +43,7 @@ def settings_table() -> str:
             default = (
                 "required" if key in required else f"`{json.dumps(field['default'])}`" if "default" in field else ""
             )
-            if isinstance(field.get("default"), dict):
+            if field.get("default") and isinstance(field["default"], dict):
                 default = "as below"
             # A setting that is described in the words of its class has no description of its own.
             meaning = field.get("description") or schema["$defs"][_type(field)]["description"].splitlines()[0]
@@ -58,11 +58,14 @@ def _type(field: dict[str, Any]) -> str:
         return f"`{field['const']}`"
     if "enum" in field:
         return " or ".join(f"`{value}`" for value in field["enum"])
-    if "anyOf" in field:
-        return " or ".join(_type(option) for option in field["anyOf"])
+    for alternatives in ("anyOf", "oneOf"):
+        if alternatives in field:
+            return " or ".join(_type(option) for option in field[alternatives])
     if field.get("type") == "array":
         return f"list of {_type(field['items'])}"
     if field.get("type") == "object":
-        (value,) = field["patternProperties"].values()
+        value = field.get("additionalProperties") or next(iter(field["patternProperties"].values()))
         return f"{_type(value)} by name"
-    return {"null": "nothing", "integer": "whole number", "string": "text"}.get(field["type"], field["type"])
+    return {"null": "nothing", "integer": "whole number", "string": "text", "boolean": "true or false"}.get(
+        field["type"], field["type"]
+    )

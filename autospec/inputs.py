@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from autospec import specs
@@ -18,6 +19,12 @@ def require_files(config: Config) -> None:
     UserError
         If one is missing; relative paths are relative to the current folder, the analysis.
     """
+    for key, path in (("template", config.ica.template), ("atlas", config.ica.atlas)):
+        if config.needs_networks and path not in (None, "stand-in") and not Path(path).is_file():
+            raise UserError(
+                f"ica.{key} names the file {path}, which does not exist (looked in {Path.cwd()}): correct the path in "
+                "the config; relative paths start at the analysis folder."
+            )
     for name in config.datasets:
         for path in specs.dataset_files(config, name):
             if not Path(path).is_file():
@@ -25,6 +32,12 @@ def require_files(config: Config) -> None:
                     f"the data set '{name}' needs the file {path}, which does not exist (looked in {Path.cwd()}): "
                     "correct the path in the config; relative paths start at the analysis folder."
                 )
+
+
+def names_of(config: Config, kind: str) -> str:
+    """Pattern of the names of the data sets of one kind; it fits nothing where there is none."""
+    names = [re.escape(name) for name, dataset in config.datasets.items() if dataset.kind == kind]
+    return "|".join(names) or "(?!)"
 
 
 def dataset_of(config: Config, experiment: str) -> str:
@@ -78,6 +91,10 @@ def of_experiment(config: Config, experiment: str) -> list[str]:
 def of_report(config: Config) -> list[str]:
     """Everything that the report shows."""
     paths = []
+    if config.cohort is not None:
+        paths += [result(kind) for kind in ("participants", "exclusions", "cohort")]
+        paths += [result("view", view=view, extension="png") for view in specs.views(config)]
+        paths += [result("dataset", dataset=name) for name, each in config.datasets.items() if each.kind != "mnist"]
     for name, experiment in config.experiments.items():
         paths.append(result("dataset", dataset=experiment.dataset))
         paths.append(result("figure", figure=experiment.figure, extension="png"))

@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 PATHS = {
+    "simulated": "work/simulated",
+    "simulated_resources": "work/simulated.json",
+    "participants": "results/cohort/participants.tsv",
+    "participants_described": "results/cohort/participants.json",
+    "exclusions": "results/cohort/exclusions.tsv",
+    "cohort": "results/cohort/cohort.json",
+    "cohort_resources": "results/cohort/resources.json",
+    "view": "results/cohort/figures/{view}.{extension}",
+    "view_resources": "results/cohort/figures/{view}.json",
+    "ica": "results/ica/sub-{subject}",
+    "ica_resources": "results/ica/sub-{subject}.json",
+    "gift_mask": "results/ica/gift_mask.nii.gz",
+    "gift_mask_resources": "results/ica/gift_mask.json",
+    "gift_maps": "results/ica/gift_maps",
+    "gift_maps_resources": "results/ica/gift_maps.json",
     "dataset": "results/datasets/{dataset}.zarr.zip",
     "dataset_resources": "results/datasets/{dataset}.json",
     "run": "results/runs/{experiment}/{run}.zarr.zip",

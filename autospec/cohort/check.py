@@ -19,6 +19,8 @@ from autospec.errors import UserError
 BRAIN_MM3 = 60_304 * 27.0
 SECONDS_PER_VALUE = 2.0 / (60_304 * 150)
 BYTES_PER_SECOND = 80e6
+# Each participant is a process of its own, which imports its libraries first.
+SECONDS_TO_START = 3.0
 # What a number takes on the disk: four bytes of a map, hardly smaller when gzipped, and text of time courses, twice.
 BYTES_PER_MAP_VALUE = 3.6
 BYTES_PER_COURSE_VALUE = 22.0
@@ -49,6 +51,8 @@ class Report:
     bytes: float
     """Disk that its results will take, about."""
     warnings: list[str] = field(default_factory=list)
+    headers: list[Header] = field(default_factory=list)
+    """Of the images that can be used."""
 
     def lines(self) -> list[str]:
         """The report, for a person to read."""
@@ -172,9 +176,10 @@ def _report(
         grids=_grids(headers),
         repetition_times=dict(times),
         volumes=(min(volumes), max(volumes)) if volumes else None,
-        seconds=sum(predicted_seconds(header, voxel_mm) for header in headers),
+        seconds=sum(SECONDS_TO_START + predicted_seconds(header, voxel_mm) for header in headers),
         bytes=sum(predicted_bytes(header, networks, voxel_mm) for header in headers),
         warnings=_warnings(headers, times, cohort),
+        headers=headers,
     )
 
 

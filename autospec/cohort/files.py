@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import os
 import re
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from autospec.errors import UserError
 
 # A pointer that git-annex or git-lfs leaves in the place of a file is a few lines of text.
 LONGEST_POINTER = 2048
+BLOCK = 1 << 20
 DELIMITERS = ("\t", ",", ";")
 
 
@@ -121,6 +124,20 @@ def file_problem(path: str | Path) -> str:
         if beginning.startswith(b"version https://git-lfs"):
             return f"{path} is a git-lfs pointer; its content was not fetched (run  git lfs pull)"
     return ""
+
+
+def digest_of(paths: Iterable[str]) -> str:
+    """Beginning of the SHA-256 of some files' content, one after the other; empty where there are no files."""
+    state, any_file = hashlib.sha256(), False
+    for path in paths:
+        any_file = True
+        try:
+            with Path(path).open("rb") as file:
+                while block := file.read(BLOCK):
+                    state.update(block)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    return state.hexdigest()[:16] if any_file else ""
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:

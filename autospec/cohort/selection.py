@@ -50,6 +50,8 @@ class Cohort:
     kind: Kind
     participants: list[Participant]
     exclusions: list[Exclusion]
+    table: str = ""
+    """The file of the table of participants."""
 
     @property
     def functional(self) -> list[Participant]:
@@ -155,7 +157,8 @@ def select(
     if not participants:
         first = f", the first because: {exclusions[0].reason}" if exclusions else ""
         raise UserError(f"nobody in {settings['folder']} can take part: {len(exclusions)} are left out{first}.")
-    return Cohort(layout, kind, participants, exclusions)
+    tables = [subject.table for subject in subjects if subject.table]
+    return Cohort(layout, kind, participants, exclusions, tables[0] if tables else "")
 
 
 def _decide(

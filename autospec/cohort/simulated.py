@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ SPACE, TASK = "MNI152NLin6Asym", "rest"
 PARAMETERS = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
 STATS_FOLDER = "sourcedata/freesurfer"
 TRUTH = "truth"
+DESCRIPTION = "dataset_description.json"
+OWN_NAMES = re.compile(r"sub-sim\d+|sourcedata|participants\.(tsv|json)|truth|\.bidsignore|\.snakemake_timestamp")
 COLUMNS = ("Current Age", "Gender", "Handedness", "Subject Type", "Diagnosis")
 
 
@@ -128,7 +131,8 @@ def simulated_candidates(simulation: SimulationSettings, settings: CohortSetting
             task=TASK,
             space=SPACE,
         )
-        subjects.append(Subject(name, row, (scan,) if there else (), Done(smoothing_mm=0.0, confounds="none")))
+        done = Done(smoothing_mm=0.0, confounds="none")
+        subjects.append(Subject(name, row, (scan,) if there else (), done, table=str(Path(root) / "participants.tsv")))
     structural = bool(settings["freesurfer"])
     place = {
         each.id: str(Path(root) / STATS_FOLDER / f"sub-{each.id}") for each in subjects if each.scans and structural
@@ -281,7 +285,7 @@ def _describe(root: Path, settings: SimulationSettings) -> None:
         "GeneratedBy": [{"Name": "autospec", "Description": "Simulated: no person was scanned"}],
         "Simulated": True,
     }
-    _write_json(root / "dataset_description.json", description)
+    _write_json(root / DESCRIPTION, description)
     rows = _table(settings)
     lines = ["\t".join(["participant_id", *COLUMNS])]
     lines += ["\t".join([f"sub-{name}", *(row[column] for column in COLUMNS)]) for name, row in rows]
@@ -376,8 +380,11 @@ def aparc_stats(volumes: dict[str, float], intracranial: float, side: str, name:
 
 
 def _is_ours(folder: Path) -> bool:
-    description = folder / "dataset_description.json"
-    return description.is_file() and read_json(description).get("Name") == NAME
+    """Whether a folder holds a simulated cohort, or what is left of one, or nothing."""
+    description = folder / DESCRIPTION
+    if description.is_file():
+        return read_json(description).get("Name") == NAME
+    return folder.is_dir() and all(OWN_NAMES.fullmatch(name) for name in os.listdir(folder))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

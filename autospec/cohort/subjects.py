@@ -105,6 +105,8 @@ class Subject:
     done: Done = field(default_factory=Done)
     problem: str = ""
     """Why its images cannot be used, in words."""
+    table: str = ""
+    """The file of the table in which it was looked for."""
 
 
 def checked_id(text: str, source: str) -> str:

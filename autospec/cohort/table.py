@@ -41,7 +41,7 @@ def read_paths(folder: str, settings: CohortSettings) -> list[Subject]:
         problem = file_problem(bold) if bold else ""
         if confounds and not problem:
             problem = file_problem(confounds)
-        subjects.append(Subject(name, row, (scan,) if bold else (), Done(), problem))
+        subjects.append(Subject(name, row, (scan,) if bold else (), Done(), problem, path))
     return sorted(subjects, key=lambda subject: natural_key(subject.id))
 
 

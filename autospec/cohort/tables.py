@@ -8,11 +8,12 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from autospec.cohort.files import natural_key, read_json
+from autospec.cohort.files import digest_of, natural_key, read_json
 from autospec.cohort.motion import Motion, motion_of, motion_problem
 from autospec.cohort.record import (
     DICTIONARY,
@@ -28,8 +29,6 @@ from autospec.cohort.subjects import MISSING, CohortSettings
 from autospec.errors import UserError
 from autospec.freesurfer import STATS
 from autospec.storage import written_whole
-
-BLOCK = 1 << 20
 
 DESCRIPTIONS: dict[str, dict[str, Any]] = {
     "participant_id": {"Description": "Id of the participant, with its zeros"},
@@ -88,6 +87,10 @@ def write_cohort(cohort: Cohort, settings: CohortSettings, statuses: Mapping[str
         status = _status(each, statuses)
         motion = motion_of([scan.confounds for scan in each.scans if scan.confounds], each.phenotype)
         problem = _functional_problem(status, motion, settings) if each.scans else ""
+        if status.get("status") == "excluded" and settings["on_bad_subject"] == "fail":
+            raise UserError(
+                f"sub-{each.id} cannot be used: {problem.rstrip('.')}; correct the data, or set on_bad_subject: exclude."
+            )
         if problem:
             exclusions.append(Exclusion(each.id, "functional", problem))
         functional = bool(each.scans) and not problem
@@ -135,6 +138,8 @@ def _status(participant: Participant, statuses: Mapping[str, str] | None) -> dic
 def _functional_problem(status: dict[str, Any], motion: Motion, settings: CohortSettings) -> str:
     if status.get("status") == "excluded":
         return str(status.get("reason", "excluded by its own job"))
+    if motion.usable_volumes is None and status.get("volumes") is not None:
+        motion = replace(motion, usable_volumes=int(status["volumes"]))
     return motion_problem(motion, settings["max_mean_fd"], settings["min_volumes"])
 
 
@@ -173,20 +178,6 @@ def _structural_files(place: str) -> list[str]:
     if not place or not Path(place).is_dir():
         return [place] if place else []
     return [str(Path(place) / "stats" / f"{name}.stats") for name in STATS]
-
-
-def digest_of(paths: Iterable[str]) -> str:
-    """Beginning of the SHA-256 of some files' content, one after the other; empty where there are no files."""
-    state, any_file = hashlib.sha256(), False
-    for path in paths:
-        any_file = True
-        try:
-            with Path(path).open("rb") as file:
-                while block := file.read(BLOCK):
-                    state.update(block)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    return state.hexdigest()[:16] if any_file else ""
 
 
 def _record(

@@ -21,6 +21,8 @@ class VolumesSettings(TypedDict):
     """What the stage reads from the configuration."""
 
     name: str
+    sources: list[str]
+    """SUBJECTS_DIR, or tables of volumes."""
     icv: Adjustment
     """How to account for the size of the head."""
     training: list[str] | None

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from autospec.cohort.files import listed, read_json
 from autospec.cohort.record import groupings_of, read_participants, read_record
 from autospec.errors import UserError
+from autospec.ica.derivative import subject_files
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,20 @@ def read_half(participants: str, part: Literal["functional", "structural"]) -> H
         simulated=record.get("kind") == "simulated",
         cohort_digest=str(record.get("digest", "")),
     )
+
+
+def files_in(folders: list[str], kind: str) -> dict[str, str]:
+    """One file of each participant's own job, by id: ``timecourses``, ``cleaned``, ``maps`` or ``mask``.
+
+    Parameters
+    ----------
+    folders : list of str
+        ``sub-<id>``; that of an excluded participant, who is in no data set, lacks the file.
+    kind : str
+        A key of `autospec.ica.derivative.subject_files`.
+    """
+    ids = {Path(folder).name.removeprefix("sub-"): folder for folder in folders}
+    return {name: str(Path(folder) / subject_files(name)[kind]) for name, folder in ids.items()}
 
 
 def files_of(half: Half, files: Mapping[str, str], what: str) -> list[str]:

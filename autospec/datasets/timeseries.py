@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 
@@ -17,6 +17,8 @@ class TimeseriesSettings(TypedDict):
     """What the stage reads from the configuration."""
 
     name: str
+    courses: Literal["timecourses", "cleaned"]
+    """Which of each participant's tables the stage is given."""
     length: int | None
     """Time points to keep, from the first; None keeps as many as the shortest has."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -12,11 +14,13 @@ import jinja2
 import numpy as np
 import xarray as xr
 
+from autospec.cohort.files import read_table
+from autospec.cohort.record import read_participants, read_record
 from autospec.datasets.labelled import open_labelled
 from autospec.describe import content
 from autospec.paths import result
 from autospec.report.template import PAGE
-from autospec.report.words import difference_caption, page_caption, spectra_caption
+from autospec.report.words import VIEWS, difference_caption, page_caption, spectra_caption
 from autospec.statistics.paper import WHAT_IT_IS_NOT
 from autospec.statistics.table import read_tests
 from autospec.storage import written_whole
@@ -30,6 +34,8 @@ class ReportSettings(TypedDict):
     alpha: float
     variance: str
     scale: str
+    cohort: dict[str, Any] | None
+    """Names of its data sets and pictures; None where there is no cohort."""
     experiments: list[dict[str, Any]]
 
 
@@ -64,19 +70,22 @@ def build_report(settings: ReportSettings, inputs: list[str], output: str) -> st
         One line that says what the report holds.
     """
     experiments = [_experiment(experiment, settings) for experiment in settings["experiments"]]
+    cohort = None if settings["cohort"] is None else describe_cohort(settings["cohort"])
     tables = [
         _table("runs", "Runs", *_runs_table(settings)),
         _table("tests", "Group differences by the paper's t-tests", *_tests_table(settings)),
         _table("audit", "Exactness", *_audit_table(settings)),
     ]
+    tables = tables if experiments else []
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(PAGE).render(
-        title=settings["title"], warning=WHAT_IT_IS_NOT, experiments=experiments, tables=tables
+        title=settings["title"], warning=WHAT_IT_IS_NOT, experiments=experiments, tables=tables, cohort=cohort
     )
     with written_whole(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
     panels = sum(len(experiment["panels"]) for experiment in experiments)
-    return f"{output}: {len(experiments)} figure{'s' * (len(experiments) > 1)}, {panels} panels, {len(tables)} tables, from {len(inputs)} files"
+    more = "" if cohort is None else f"a cohort with {len(cohort['pictures'])} pictures, "
+    return f"{output}: {more}{len(experiments)} figure{'s' * (len(experiments) != 1)}, {panels} panels, {len(tables)} tables, from {len(inputs)} files"
 
 
 def _experiment(experiment: dict[str, Any], settings: ReportSettings) -> dict[str, Any]:
@@ -189,6 +198,71 @@ def _trees(settings: ReportSettings) -> list[tuple[dict[str, Any], str, xr.DataT
         for experiment in settings["experiments"]
         for run in experiment["runs"]
     ]
+
+
+def describe_cohort(shown: dict[str, Any]) -> dict[str, Any]:
+    """What the page says of the cohort: counts, pictures, exclusions and data sets; nobody's age, and no path.
+
+    Parameters
+    ----------
+    shown : dict
+        Names of data sets and pictures.
+    """
+    record = read_record(str(Path(result("participants")).parent))
+    people = read_participants(result("participants"))
+    simulated = record["kind"] == "simulated"
+    counts = []
+    for label in sorted({person["diagnosis"] for person in people}):
+        group = [person for person in people if person["diagnosis"] == label]
+        sexes = Counter(person["sex"] for person in group)
+        counts.append(
+            {
+                "diagnosis": label,
+                "participants": len(group),
+                **{f"sex {sex}": sexes[sex] for sex in sorted({person["sex"] for person in people})},
+                "functional": sum(person["functional"] == "yes" for person in group),
+                "structural": sum(person["structural"] == "yes" for person in group),
+            }
+        )
+    left_out = read_table(result("exclusions"))
+    exclusions = [
+        {"participant": name, "left out of": part, "reason": _without_folders(reason)}
+        for name, part, reason in left_out.rows
+    ]
+    datasets, stand_in = [], False
+    for name in shown["datasets"]:
+        samples = open_labelled(result("dataset", dataset=name))
+        stand_in |= bool(samples.attrs.get("stand_in_template"))
+        datasets.append(
+            {
+                "data set": name,
+                "kind": samples.attrs["kind"],
+                "participants": samples.sizes["sample"],
+                "one sample": f"{' x '.join(map(str, samples['x'].shape[1:]))} ({', '.join(map(str, samples['x'].dims[1:]))})",
+                "template": samples.attrs.get("template") or "–",
+                "data": "simulated" if samples.attrs.get("simulated") else "real",
+            }
+        )
+    layout = f"Layout: {record['layout']}. Diagnosis: {record['diagnosis']}. Digest of the cohort: {record['digest']}."
+    return {
+        "simulated": simulated,
+        "stand_in": stand_in,
+        "pictures": [
+            {"title": title, "image": _embedded(result("view", view=view, extension="png")), "caption": caption}
+            for view in shown["views"]
+            for title, caption in [VIEWS[view]]
+        ],
+        "tables": [
+            _table("participants", "Participants", layout, counts),
+            _table("exclusions", "Left out", "Everybody who is not in both halves, and why.", exclusions),
+            _table("datasets", "Data sets", "What networks are trained on.", datasets),
+        ],
+    }
+
+
+def _without_folders(text: str) -> str:
+    """A reason without the folders of the files that it names."""
+    return re.sub(r"(?<![\w.])[\w.~+-]*/(?:[^\s/]+/)*(?=[^\s/])", "", text)
 
 
 def _table(id: str, title: str, caption: str, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,20 @@
 """The report's page, as a Jinja template: no script, style sheet, font or picture comes from elsewhere."""
 
 PAGE = """\
+{% macro show(table) %}
+<h3 id="{{ table.id }}">{{ table.title }}</h3>
+<p class="caption" id="{{ table.id }}-caption">{{ table.caption }}</p>
+<div class="scroll" tabindex="0" role="region" aria-labelledby="{{ table.id }}">
+<table class="sortable" aria-labelledby="{{ table.id }}" aria-describedby="{{ table.id }}-caption">
+<thead><tr>{% for column in table.columns %}<th scope="col" aria-sort="none"><button type="button">{{ column }}</button></th>
+{% endfor %}</tr></thead>
+<tbody>
+{% for row in table.rows %}<tr>{% for cell in row %}<td{% if cell.number %} class="number"{% endif %}
+{%- if cell.key is not none %} data-key="{{ cell.key }}"{% endif %}>{{ cell.text }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+</table>
+</div>
+{% endmacro %}
 <!DOCTYPE html>
 <html lang="en">
 <head>
@@ -40,16 +54,34 @@ th[aria-sort="descending"] button::after { content: " \\25BC"; }
 <body>
 <header>
 <h1>{{ title }}</h1>
-<p>Spectra of the learning signal, recorded inside automatic differentiation while each network trained: the
+{% if experiments %}<p>Spectra of the learning signal, recorded inside automatic differentiation while each network trained: the
 singular values of every layer's weight gradient, of the activations that enter it and of the adjoints that leave it,
-for the whole batch and for each group of samples.</p>
+for the whole batch and for each group of samples.</p>{% endif %}
 </header>
 <nav aria-label="Contents"><ul>
-<li><a href="#reading">How to read the figures</a></li>
+{% if cohort %}<li><a href="#cohort">The cohort</a></li>{% endif %}
+{% if experiments %}<li><a href="#reading">How to read the figures</a></li>
 {% for experiment in experiments %}<li><a href="#figure-{{ experiment.number }}">Figure {{ experiment.number }}.
 {{ experiment.title }}</a></li>
-{% endfor %}<li><a href="#tables">Tables</a></li>
+{% endfor %}<li><a href="#tables">Tables</a></li>{% endif %}
 </ul></nav>
+{% if cohort %}
+<section aria-labelledby="cohort">
+<h2 id="cohort">The cohort</h2>
+{% if cohort.simulated or cohort.stand_in %}<p class="note"><strong>Not for conclusions about brains.</strong>
+{% if cohort.simulated %}The data are simulated: no person was scanned.{% endif %}
+{% if cohort.stand_in %}Networks were found with the stand-in template, not with NeuroMark 1.0.{% endif %}</p>{% endif %}
+{% for table in cohort.tables if table.rows %}{{ show(table) }}{% endfor %}
+{% for picture in cohort.pictures %}
+<h3>{{ picture.title }}</h3>
+<figure>
+<img src="{{ picture.image }}" alt="{{ picture.title }} of the cohort">
+<figcaption>{{ picture.caption }}</figcaption>
+</figure>
+{% endfor %}
+</section>
+{% endif %}
+{% if experiments %}
 <p class="note"><strong>What the significance marks are not.</strong> {{ warning }}</p>
 <section aria-labelledby="reading">
 <h2 id="reading">How to read the figures</h2>
@@ -91,21 +123,9 @@ and group differences for {{ experiment.title }}">
 <h2 id="tables">Tables</h2>
 <p>Click a column's head to sort by it. The full tables of tests are in <code>results/statistics</code>, the
 trajectories in <code>results/runs</code>; <code>autospec.open_trajectories(path)</code> opens them.</p>
-{% for table in tables %}
-<h3 id="{{ table.id }}">{{ table.title }}</h3>
-<p class="caption" id="{{ table.id }}-caption">{{ table.caption }}</p>
-<div class="scroll" tabindex="0" role="region" aria-labelledby="{{ table.id }}">
-<table class="sortable" aria-labelledby="{{ table.id }}" aria-describedby="{{ table.id }}-caption">
-<thead><tr>{% for column in table.columns %}<th scope="col" aria-sort="none"><button type="button">{{ column }}</button></th>
-{% endfor %}</tr></thead>
-<tbody>
-{% for row in table.rows %}<tr>{% for cell in row %}<td{% if cell.number %} class="number"{% endif %}
-{%- if cell.key is not none %} data-key="{{ cell.key }}"{% endif %}>{{ cell.text }}</td>{% endfor %}</tr>
-{% endfor %}</tbody>
-</table>
-</div>
-{% endfor %}
+{% for table in tables %}{{ show(table) }}{% endfor %}
 </section>
+{% endif %}
 <script>
 "use strict";
 for (const table of document.querySelectorAll("table.sortable")) {

@@ -9,6 +9,29 @@ import xarray as xr
 
 from autospec.describe import content
 
+# Title and caption of each picture of a cohort.
+VIEWS = {
+    "networks": (
+        "Networks",
+        "Mean map of each network over a group's participants, drawn where it is above half its maximum: one row a "
+        "domain, one colour a network. Networks that look alike in all groups were found alike; one without a "
+        "patch, or with scattered patches, was not found.",
+    ),
+    "connectivity": (
+        "Connectivity",
+        "Fisher's z of the correlation of every two networks' cleaned time courses, averaged over each group's "
+        "participants, and the difference of the first two groups on a scale of its own. Networks are ordered by domain. "
+        "No test was made: a difference of small groups is large by chance.",
+    ),
+    "quality": (
+        "Quality",
+        "Above, one dot a participant, with median and quartiles: motion, volumes used, the least share of any network that "
+        "the image covers, the median correlation of maps with the template, and how much slower than noise the time "
+        "courses are (power below 0.1 Hz over that from 0.15 to 0.25 Hz). Below, how well each network's map matches its "
+        "reference. Groups that differ here differ in quality before they differ in anything else.",
+    ),
+}
+
 
 def page_caption(panels: list[dict[str, Any]]) -> str:
     """Caption of a composed page: what each panel is."""

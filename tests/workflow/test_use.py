@@ -1,6 +1,7 @@
 """The workflow as people use it: folders, profiles, targets, mistakes."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def test_a_failing_job_leaves_no_output_and_says_why(analysis):
 
 def test_every_rule_has_a_docstring_a_message_and_a_log(finished):
     for file in (finished.code / "workflow/rules").glob("*.smk"):
-        rules = file.read_text().split("\nrule ")[1:]
+        rules = re.split(r"\n *rule ", file.read_text())[1:]
         assert rules, file
         for rule in rules:
             assert '"""' in rule, (file, rule[:30])

@@ -1,0 +1,121 @@
+"""``autospec check``: what an analysis would use of its cohort, said before any job."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from autospec import inputs
+from autospec.cohort.check import Report, check_cohort
+from autospec.cohort.files import listed
+from autospec.cohort.selection import Cohort
+from autospec.config import Config, load_config
+from autospec.errors import UserError
+from autospec.ica.template import Template, analysis_grid, coverage, fixed_mask, load_template, on_grid
+from autospec.participants import cohort_settings, read_cohort
+
+MUCH = 0.99
+"""Share of a network below which an image is said to cut it."""
+
+
+def check_analysis(folder: str) -> str:
+    """Say what an analysis would use of its cohort.
+
+    Parameters
+    ----------
+    folder : str
+        The analysis, with its ``config.yaml``.
+
+    Returns
+    -------
+    str
+        Lines for a person to read: who takes part and who does not, grids, times, what the template covers, predicted
+        time and disk, data sets.
+
+    Raises
+    ------
+    UserError
+        If the config, the cohort or the template cannot be used.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"there is no folder {folder}: make an analysis with autospec init.")
+    with contextlib.chdir(folder):
+        config = load_config("config.yaml")
+        if config.cohort is None:
+            raise UserError(f"{folder}/config.yaml names no cohort, so there is nothing to check: see docs/cohort.md.")
+        inputs.require_files(config)
+        cohort = read_cohort(config)
+        template = load_template(config.template) if _seeks(config) else None
+        if config.cohort.kind == "simulated" and not Path(cohort.table).is_file():
+            lines = _planned(cohort)
+            report = None
+        else:
+            report = check_cohort(cohort_settings(config), _networks(config, template), _voxel_mm(config, template))
+            lines = report.lines()
+        if template is not None:
+            lines += _template_lines(config, template, report)
+    sets = ", ".join(f"{name} ({dataset.kind})" for name, dataset in config.datasets.items())
+    return "\n".join([*lines, f"data sets: {sets or 'none'}"])
+
+
+def _seeks(config: Config) -> bool:
+    return config.needs_networks and config.ica.timecourses == "scica"
+
+
+def _networks(config: Config, template: Template | None) -> int:
+    """Least number of volumes that networks need."""
+    return 1 if template is None else len(template.networks)
+
+
+def _voxel_mm(config: Config, template: Template | None) -> float | None:
+    if template is None or config.ica.grid == "data":
+        return None
+    if config.ica.grid == "template":
+        return float(np.abs(np.linalg.det(template.affine[:3, :3])) ** (1 / 3))
+    return float(config.ica.grid)
+
+
+def _planned(cohort: Cohort) -> list[str]:
+    """What is known of a simulated cohort before it is written."""
+    groups = Counter(each.person.diagnosis for each in cohort.participants)
+    sexes = Counter(f"{each.person.diagnosis} {each.person.sex}" for each in cohort.participants)
+    counted = [", ".join(f"{label}: {count}" for label, count in sorted(counts.items())) for counts in (groups, sexes)]
+    return [
+        f"layout: {cohort.layout} (simulated data, which the workflow will write)",
+        f"participants: {counted[0]} ({counted[1]})",
+        f"functional: {len(cohort.functional)}, structural: {len(cohort.structural)}",
+        *(f"left out: sub-{each.id} ({each.part}): {each.reason}" for each in cohort.exclusions),
+    ]
+
+
+def _template_lines(config: Config, template: Template, report: Report | None) -> list[str]:
+    """What the template is, on which grid it is used, and what of it the images can show."""
+    lines = [f"template: {template.source}, {template.kind}, {len(template.networks)} networks"]
+    if config.ica.grid != "data":
+        shape, affine = analysis_grid(config.ica.grid, template, None)
+        mask = fixed_mask(template, on_grid(template, shape, affine), affine)
+        edges = " x ".join(f"{edge:g}" for edge in np.linalg.norm(affine[:3, :3], axis=0))
+        lines.append(
+            f"analysis grid: {' x '.join(map(str, shape))} voxels of {edges} mm, {int(mask.sum())} of them in the mask"
+        )
+    seen: list[tuple[tuple[int, int, int], np.ndarray]] = []
+    for header in report.headers if report is not None else []:
+        if any(shape == header.shape and np.allclose(affine, header.affine, atol=1e-3) for shape, affine in seen):
+            continue
+        seen.append((header.shape, header.affine))
+        shares = coverage(template, np.ones(header.shape, dtype=bool), header.affine)
+        worst = int(shares.argmin())
+        lines.append(
+            f"template coverage of {header.grid}: at least {100 * shares[worst]:.0f} % of each network"
+            f" ({template.labels[worst]} least)"
+        )
+        lost = [label for label, share in zip(template.labels, shares, strict=True) if share < config.ica.min_coverage]
+        if lost:
+            lines.append(f"warning: such images cover less than min_coverage of {listed(lost)}")
+        elif shares[worst] < MUCH:
+            cut = [label for label, share in zip(template.labels, shares, strict=True) if share < MUCH]
+            lines.append(f"warning: such images cut {len(cut)} networks ({listed(cut)})")
+    return lines

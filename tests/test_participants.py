@@ -1,0 +1,133 @@
+"""What the jobs on a cohort depend on: files and settings, from names of files alone."""
+
+import json
+
+import numpy as np
+import pytest
+
+from autospec import participants, specs
+from autospec.cohort.simulated import simulate_cohort
+from autospec.config import parse_config
+from autospec.errors import UserError
+from autospec.ica.derivative import read_table, subject_files
+from autospec.networks.precomputed import build_precomputed
+from tests.cohort.trees import fmriprep
+from tests.cohort.trees import participants as write_people
+
+
+def simulated(**settings):
+    return parse_config({"cohort": {"kind": "simulated", "subjects": 6, "volumes": 20, "voxel_mm": 12, **settings}})
+
+
+def test_a_simulated_cohort_is_known_before_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = simulated()
+    before = participants.read_cohort(config)
+    files = participants.simulated_files(config)
+    simulate_cohort(participants.simulation_settings(config), "work/simulated")
+    assert all((tmp_path / file).is_file() for file in files)
+    needed = [
+        file
+        for each in before.functional
+        for kind in participants.subject_files(config, before, each.id).values()
+        for file in kind
+    ]
+    assert set(needed) | set(participants.cohort_files(config, before)) <= {
+        *files,
+        participants.simulated_description(),
+    }
+    # Read again as a folder, by the readers that a lab's data go through.
+    folder = {"kind": "folder", "folder": "work/simulated"}
+    after = participants.read_cohort(parse_config({"cohort": folder, "ica": {"template": "stand-in"}}))
+    assert after.participants == before.participants
+    assert after.kind == "simulated"
+
+
+def test_what_the_simulation_leaves_may_be_replaced(tmp_path):
+    settings = participants.simulation_settings(simulated())
+    simulate_cohort(settings, str(tmp_path / "work"))
+    # Snakemake removes a job's outputs, and makes their folders, before the job runs again.
+    (tmp_path / "work/dataset_description.json").unlink()
+    simulate_cohort({**settings, "subjects": 4}, str(tmp_path / "work"))
+    assert not (tmp_path / "work/sub-sim0006").exists()
+    (tmp_path / "work/dataset_description.json").unlink()
+    (tmp_path / "work/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no simulated cohort"):
+        simulate_cohort(settings, str(tmp_path / "work"))
+
+
+def subject_spec(config, name="sim0001"):
+    cohort = participants.read_cohort(config)
+    return specs.spec("subject", participants.subject_settings(config, cohort, name))
+
+
+def test_a_participants_job_depends_on_nobody_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = subject_spec(simulated())
+    assert subject_spec(simulated(subjects=9)) == plain
+    for other in ({"max_mean_fd": 0.2}, {"min_volumes": 5}, {"on_bad_subject": "exclude"}, {"seed": 4}):
+        assert subject_spec(simulated(**other)) == plain
+    changed = parse_config({"cohort": {"kind": "simulated", "subjects": 6}, "ica": {"drop_volumes": 1}})
+    assert subject_spec(changed) != plain
+    assert json.loads(plain)["settings"]["ica"]["smoothing_fwhm_mm"] == 6.0  # fMRIPrep does not smooth
+    names = json.loads(plain)["settings"]
+    assert names["stand_in"] is True
+
+
+def test_code_that_reads_tables_is_not_in_a_participants_fingerprint():
+    from autospec.provenance import import_closure
+
+    modules, _ = import_closure((specs.STAGES["subject"],))
+    assert "autospec.ica.moo_icar" in modules
+    for name in ("cohort.phenotypes", "cohort.selection", "cohort.layouts", "cohort.tables", "config", "participants"):
+        assert f"autospec.{name}" not in modules
+
+
+def test_settings_that_do_not_fit_the_layout_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_people(tmp_path / "data/participants.tsv", [("1", "HC", "M", "20"), ("2", "SZ", "F", "30")])
+    fmriprep(tmp_path / "data", ["1", "2"])
+    folder = {"kind": "folder", "folder": "data", "diagnosis": "Patient as labelled"}
+    for more, said in (
+        ({"ica": {"timecourses": "precomputed"}}, "the layout bids brings images"),
+        ({"datasets": {"v": {"kind": "freesurfer"}}}, "needs FreeSurfer's volumes, and nobody"),
+    ):
+        with pytest.raises(UserError, match=said):
+            participants.read_cohort(parse_config({"cohort": folder, **more}))
+
+
+def test_networks_of_gift_are_taken_over(tmp_path):
+    import nibabel
+
+    generator = np.random.default_rng(0)
+    courses, maps = generator.normal(size=(40, 3)), generator.normal(size=(4, 5, 4, 3))
+    for name, values in (("timecourses", courses), ("component", maps)):
+        nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), np.diag([30.0, 30, 30, 1])), tmp_path / f"A_sub001_{name}_ica_s1_.nii")  # fmt: skip
+    config = parse_config(
+        {"cohort": {"kind": "folder", "folder": "."}, "ica": {"timecourses": "precomputed", "repetition_time": 2.0}}
+    )
+    chosen = participants.timecourse_settings(config.ica, participants.Done(), image=False)
+    settings = {"subject": "7", "position": 0, "ica": chosen}
+    files = {
+        "timecourses": str(tmp_path / "A_sub001_timecourses_ica_s1_.nii"),
+        "maps": str(tmp_path / "A_sub001_component_ica_s1_.nii"),
+        "mask": "",
+        "components": "",
+        "description": "",
+    }
+    said = build_precomputed(settings, files, "fail", str(tmp_path / "sub-7"))
+    assert said == "sub-7: networks computed before"
+    names = subject_files("7")
+    found, labels = read_table(tmp_path / "sub-7" / names["timecourses"])
+    assert labels == ["network-001", "network-002", "network-003"]
+    assert np.corrcoef(found[:, 1], courses[:, 1])[0, 1] > 0.9
+    assert np.allclose(nibabel.load(tmp_path / "sub-7" / names["maps"]).get_fdata(), maps, atol=1e-6)
+    status = json.loads((tmp_path / "sub-7/status.json").read_text())
+    assert status["volumes"] == 40
+    assert len(status["digest"]) == 16
+    bad = {**files, "timecourses": files["maps"]}
+    with pytest.raises(UserError, match="an image of time courses is time x network"):
+        build_precomputed(settings, bad, "fail", str(tmp_path / "sub-8"))
+    assert not (tmp_path / "sub-8").exists()
+    assert "excluded" in build_precomputed(settings, bad, "exclude", str(tmp_path / "sub-8"))
+    assert [path.name for path in (tmp_path / "sub-8").iterdir()] == ["status.json"]
