@@ -211,7 +211,8 @@ class Capture:
             arrival.adjoints = []
         self._calls = []
         self._latest_adjoint = None
-        self.workspace.take_back()
+        if self.recording:  # a step between two records needs nothing, and gives nothing up
+            self.workspace.take_back()
 
     # ------------------------------------------------------------------ the forward pass
 

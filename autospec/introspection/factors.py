@@ -8,56 +8,56 @@ one sample each.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-class Factors(Protocol):
-    """Activation and adjoint of one use of a parameter."""
+@dataclass(frozen=True)
+class Factors(ABC):
+    """Activation and adjoint of one use of a parameter, item by item.
 
-    @property
-    def activation(self) -> Tensor:
-        """What enters the layer, item by item."""
-        ...
+    Attributes
+    ----------
+    activation : Tensor
+        What enters the layer.
+    adjoint : Tensor
+        Derivative of the loss at the output of the layer's affine map.
+    """
 
-    @property
-    def adjoint(self) -> Tensor:
-        """Derivative of the loss at the output of the layer's affine map, item by item."""
-        ...
+    activation: Tensor
+    adjoint: Tensor
+
+    def with_(self, activation: Tensor, adjoint: Tensor) -> Self:
+        """The same use with other items."""
+        return replace(self, activation=activation, adjoint=adjoint)
+
+    def split(self, counts: Sequence[int]) -> list[Self]:
+        """Cut into runs of items."""
+        parts = zip(self.activation.split(list(counts)), self.adjoint.split(list(counts)), strict=True)
+        return [self.with_(activation, adjoint) for activation, adjoint in parts]
 
     @property
     def rows(self) -> int:
         """Rank that the items allow their share at most, as far as their number goes."""
-        ...
+        return len(self.activation)
 
-    def with_(self, activation: Tensor, adjoint: Tensor) -> Factors:
-        """The same use with other items."""
-        ...
-
-    def split(self, counts: Sequence[int]) -> Sequence[Factors]:
-        """Cut into runs of items."""
-        ...
-
+    @abstractmethod
     def share(self) -> Tensor:
         """The items' share of the gradient as a matrix, as torch stores the parameter."""
-        ...
-
-    def share_into(self, total: Tensor, first: bool) -> None:
-        """Write the share into a matrix, or add it to what is there."""
-        ...
 
     def activation_rows(self) -> Tensor:
         """Rows of the activation, shape (rows, inputs), or (items, inputs, positions) for an image."""
-        ...
+        return self.activation
 
     def adjoint_rows(self) -> Tensor:
         """Rows of the adjoint, shape (rows, outputs), or (items, outputs, positions) for an image."""
-        ...
+        return self.adjoint
 
 
 def single(tensor: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def single(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Product:
+class Product(Factors):
     """A product of rows with the parameter, ``x @ p.T``; an item is a row.
 
     Attributes
@@ -80,23 +80,7 @@ class Product:
         of an attention's packed weight that makes the queries.
     """
 
-    activation: Tensor
-    adjoint: Tensor
     outputs: tuple[int, int] | None = None
-
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return len(self.activation)
-
-    def with_(self, activation: Tensor, adjoint: Tensor) -> Product:
-        """The same use with other rows."""
-        return replace(self, activation=activation, adjoint=adjoint)
-
-    def split(self, counts: Sequence[int]) -> list[Product]:
-        """Cut into runs of rows."""
-        parts = zip(self.activation.split(list(counts)), self.adjoint.split(list(counts)), strict=True)
-        return [replace(self, activation=a, adjoint=d) for a, d in parts]
 
     def share(self) -> Tensor:
         r"""Compute :math:`\Delta^\top A` (paper, Eq. 1), shape (outputs, inputs)."""
@@ -105,20 +89,6 @@ class Product:
             return product
         first, total = self.outputs
         return F.pad(product, (0, 0, first, total - first - len(product)))
-
-    def share_into(self, total: Tensor, first: bool) -> None:
-        """Write the share into a matrix, or add it to what is there."""
-        if self.outputs is None:
-            total.addmm_(self.adjoint.T, self.activation, beta=0 if first else 1)
-            return
-        if first:
-            total.zero_()
-        start = self.outputs[0]
-        total[start : start + self.adjoint.shape[1]].addmm_(self.adjoint.T, self.activation)
-
-    def activation_rows(self) -> Tensor:
-        """The activation."""
-        return self.activation
 
     def adjoint_rows(self) -> Tensor:
         """The adjoint, with zeros for outputs that were not used."""
@@ -129,7 +99,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(Factors):
     """A convolution, transposed or not; an item is one entry of the convolution's batch.
 
     Attributes
@@ -154,8 +124,6 @@ class Convolution:
         Whether a row of the activation is a patch, the true left factor, and not the channels at one position.
     """
 
-    activation: Tensor
-    adjoint: Tensor
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -171,15 +139,6 @@ class Convolution:
         """Items x positions x groups."""
         positions = (self.activation if self.transposed else self.adjoint).shape[2:]
         return len(self.adjoint) * math.prod(positions) * self.groups
-
-    def with_(self, activation: Tensor, adjoint: Tensor) -> Convolution:
-        """The same use with other items."""
-        return replace(self, activation=activation, adjoint=adjoint)
-
-    def split(self, counts: Sequence[int]) -> list[Convolution]:
-        """Cut into runs of items."""
-        parts = zip(self.activation.split(list(counts)), self.adjoint.split(list(counts)), strict=True)
-        return [replace(self, activation=a, adjoint=d) for a, d in parts]
 
     def share(self) -> Tensor:
         """Compute the weight's gradient from these items alone, shape (first dimension, others)."""
@@ -197,13 +156,6 @@ class Convolution:
             [False, True, False],
         )[1]
         return gradient.reshape(self.kernel[0], -1)
-
-    def share_into(self, total: Tensor, first: bool) -> None:
-        """Write the share into a matrix, or add it to what is there."""
-        if first:
-            total.copy_(self.share())
-        else:
-            total += self.share()
 
     def activation_rows(self) -> Tensor:
         """Channels at each position, shape (items, inputs, positions), or patches (items x positions, inputs)."""
@@ -256,7 +208,7 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class Lookup:
+class Lookup(Factors):
     """A lookup of the parameter's rows; an item is an index.
 
     Attributes
@@ -269,41 +221,15 @@ class Lookup:
         Number of rows of the parameter.
     """
 
-    activation: Tensor
-    adjoint: Tensor
     size: int
-
-    @property
-    def rows(self) -> int:
-        """Number of items."""
-        return len(self.activation)
-
-    def with_(self, activation: Tensor, adjoint: Tensor) -> Lookup:
-        """The same use with other items."""
-        return replace(self, activation=activation, adjoint=adjoint)
-
-    def split(self, counts: Sequence[int]) -> list[Lookup]:
-        """Cut into runs of items."""
-        parts = zip(self.activation.split(list(counts)), self.adjoint.split(list(counts)), strict=True)
-        return [replace(self, activation=a, adjoint=d) for a, d in parts]
 
     def share(self) -> Tensor:
         """Sum the adjoints of each row, shape (size, width)."""
         return self.adjoint.new_zeros(self.size, self.adjoint.shape[1]).index_add_(0, self.activation, self.adjoint)
 
-    def share_into(self, total: Tensor, first: bool) -> None:
-        """Write the share into a matrix, or add it to what is there."""
-        if first:
-            total.zero_()
-        total.index_add_(0, self.activation, self.adjoint)
-
     def activation_rows(self) -> Tensor:
         """Rows with a one where they point, shape (items, size)."""
         return F.one_hot(self.activation, self.size).to(self.adjoint.dtype)
-
-    def adjoint_rows(self) -> Tensor:
-        """The adjoint."""
-        return self.adjoint
 
 
 def shares_by_position(factors: Factors, table: Tensor) -> Tensor:

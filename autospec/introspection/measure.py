@@ -227,7 +227,7 @@ class Measurement:
     # ------------------------------------------------------------------ decompositions
 
     def finish(self) -> list[Record]:
-        """Carry out what was put off, all decompositions of equal size in one call; return the records."""
+        """Carry out the decompositions that were put off; return the records."""
         opened, self._open, self._open_bytes = self._open, [], 0
         unsolved = list({id(job): job for each in opened for job in each.jobs if job.values is None}.values())
         self._solve(unsolved)
@@ -374,7 +374,6 @@ class Measurement:
         matrices = dict(zip(present, shares, strict=True))
         index = self.index(layer)
         usable = index <= min(layer.shape)
-        bases: dict[int, Tensor] = {}
         pairs = [(a, b) for a, b in self.pairs if a in matrices and b in matrices]
         sizes = record.group_size
         if "contrast" in self.statistics:

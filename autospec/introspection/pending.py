@@ -188,7 +188,11 @@ class Shares:
                 continue
             self._form()
             matrix, first = self._place(key, part.adjoint)
-            part.with_(part.activation.to(matrix.dtype), part.adjoint.to(matrix.dtype)).share_into(matrix, first)
+            share = part.with_(part.activation.to(matrix.dtype), part.adjoint.to(matrix.dtype)).share()
+            if first:
+                matrix.copy_(share)
+            else:
+                matrix += share
 
     def _form(self) -> None:
         """Form the matrices of the products that were kept; from now on shares are matrices."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MEMO_SIZE = 256
 # Larger tensors are made afresh and given up at once: there memory matters more than time.
 LARGEST_KEPT = 2**22
 
@@ -22,6 +21,7 @@ class Workspace:
         self._taken: dict[tuple[tuple[int, ...], torch.dtype, torch.device], int] = {}
         self._known: dict[Any, tuple[Tensor, Tensor]] = {}
         self._lasting: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._still: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor with any content, not handed out before in this step."""
@@ -36,24 +36,26 @@ class Workspace:
         return tensors[position]
 
     def memo(self, tensor: Tensor, function: Callable[[Tensor, Workspace], Tensor], lasting: bool = False) -> Tensor:
-        """Apply a function to a tensor once a step, or, where the tensor stays the same, once for all."""
-        known = self._lasting if lasting else self._known
+        """Apply a function to a tensor once a step, or, while the tensor stays the same from step to step, once."""
         key = (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), function)
-        if key not in known:
-            if len(known) > MEMO_SIZE:
-                known.clear()
-            known[key] = (tensor, function(tensor, self))
-        return known[key][1]
+        if key not in self._known:
+            before = self._lasting.get(key) if lasting else None
+            self._known[key] = before or (tensor, function(tensor, self))
+        if lasting:
+            self._still[key] = self._known[key]
+        return self._known[key][1]
 
     def forget(self, function: Callable[[Tensor, Workspace], Tensor]) -> None:
         """Let go of what a function was applied to in this step."""
         self._known = {key: pair for key, pair in self._known.items() if key[-1] is not function}
 
     def take_back(self) -> None:
-        """Everything may be handed out again; shapes that were not needed in this step are given up."""
+        """Everything may be handed out again; what was not needed in this step is given up."""
         self._tensors = {key: self._tensors[key][:count] for key, count in self._taken.items()}
         self._taken, self._known = {}, {}
+        self._lasting, self._still = self._still, {}
 
     def release(self) -> None:
         """Give everything up."""
-        self._tensors, self._taken, self._known, self._lasting = {}, {}, {}, {}
+        self._tensors, self._taken, self._known = {}, {}, {}
+        self._lasting, self._still = {}, {}
