@@ -46,11 +46,12 @@ validate(json_safe(config), str(ROOT / "workflow/schemas/config.schema.json"), s
 wildcard_constraints:
     dataset="[a-z][a-z0-9_]*",
     experiment="[a-z][a-z0-9_]*",
-    run="[a-z][a-z0-9_]*",
+    run="[a-z][a-z0-9_]*(-seed-[0-9]+)?",
+    part="[0-9]+",
     subject="[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*",
     view="[a-z]+",
     panel="[a-z][A-Za-z0-9_-]*",
-    figure="[1-9][0-9]*",
+    figure="[a-z0-9_]+",
     extension="pdf|png|svg",
 
 

@@ -18,7 +18,12 @@ from autospec.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Label = Annotated[str, Field(min_length=1)]
-Statistic = Literal["gradient", "activation", "adjoint"]
+ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
+Step = Annotated[int, Field(ge=0)]
+Statistic = Literal["gradient", "activation", "adjoint", "contrast", "cosine", "angles"]
+MODELS = ("mlp", "cnn1d", "cnn2d", "cnn3d", "rnn", "lstm", "bert")
+# Layers of these are all equally wide.
+EQUALLY_WIDE = ("rnn", "lstm", "bert")
 
 
 class Settings(BaseModel):
@@ -55,6 +60,42 @@ class MnistDataset(Settings):
         return self
 
 
+class Sinusoid(Settings):
+    """What is particular to one class of sinusoids."""
+
+    frequency: float = Field(gt=0)
+    """Cycles over the time points."""
+    phase: float = 0.0
+    """Phase at the start, in radians."""
+
+
+class SinusoidsDataset(Settings):
+    """Sinusoids made from a seed, one group a class: [time, feature], one feature."""
+
+    kind: Literal["sinusoids"]
+    """The kind of data set."""
+    classes: dict[Label, Sinusoid] = Field(
+        default={
+            "0": Sinusoid(frequency=1.0),
+            "1": Sinusoid(frequency=2.0, phase=0.8),
+            "2": Sinusoid(frequency=3.0, phase=1.6),
+            "3": Sinusoid(frequency=4.0, phase=2.4),
+        },
+        min_length=2,
+    )
+    """The classes; they are the targets and the groups."""
+    samples_per_class: int = Field(default=64, ge=2)
+    """Samples of each class."""
+    time_points: int = Field(default=64, ge=8)
+    """Length of a sample."""
+    noise: float = Field(default=0.2, ge=0)
+    """Standard deviation of the noise; the sinusoids' amplitude is 1."""
+    phase_jitter: float = Field(default=0.3, ge=0)
+    """Standard deviation of the phase between samples, in radians."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything that is drawn."""
+
+
 class TimeseriesDataset(Settings):
     """Time courses of the cohort's networks: one sample a participant, [time, network]."""
 
@@ -86,7 +127,10 @@ class FreesurferDataset(Settings):
     """Nothing; each volume as a share of the intracranial volume; or less what a line predicts from that."""
 
 
-Dataset = Annotated[MnistDataset | TimeseriesDataset | MapsDataset | FreesurferDataset, Field(discriminator="kind")]
+Dataset = Annotated[
+    MnistDataset | SinusoidsDataset | TimeseriesDataset | MapsDataset | FreesurferDataset,
+    Field(discriminator="kind"),
+]
 
 
 class People(Settings):
@@ -207,14 +251,43 @@ class Ica(Settings):
 
 
 class Training(Settings):
-    """How a network is trained: full batch, Adam."""
+    """How a network is trained."""
 
     epochs: int = Field(default=1000, ge=1)
-    """Full-batch updates."""
+    """Passes over the data; with full batches, updates."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Adam, or plain gradient descent."""
     learning_rate: float = Field(default=0.001, gt=0)
-    """Learning rate of Adam."""
+    """Learning rate."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights."""
+    further_seeds: list[Annotated[int, Field(ge=0)]] = []
+    """Train again from each of these, as runs called `<run>-seed-<number>`; tests then average over seeds."""
+    batch: Literal["full"] | Annotated[int, Field(ge=1)] = "full"
+    """All samples at once, or mini-batches of so many, drawn anew in each epoch: those cap the rank of gradients."""
+    microbatch: Literal["none", "auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Add up the full batch's gradient over parts of so many samples; `auto` halves them when memory runs out."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of products; float16 scales the loss."""
+    held_out: float = Field(default=0.2, ge=0, le=0.5)
+    """Share of the subjects that are kept from training, by target, to measure what was learned."""
+    split_seed: int = Field(default=0, ge=0)
+    """Seed of that split; the same for every seed of the weights."""
+    snapshots: Annotated[int, Field(ge=1)] | list[Step] = Field(default=20, min_length=1)
+    """Updates before which the weights are kept, for tests of groups: a list, or how many, dense at the start."""
+    checkpoint_minutes: float = Field(default=2.0, gt=0)
+    """Minutes between checkpoints, from which a training that was stopped goes on."""
+    checkpoint_updates: int | None = Field(default=None, ge=1)
+    """Updates between checkpoints, instead of minutes."""
+
+    @model_validator(mode="after")
+    def _seeds_and_batches_fit(self) -> Training:
+        for number in self.further_seeds:
+            if number == self.seed or self.further_seeds.count(number) > 1:
+                raise ValueError(f"the seed {number} stands twice in seed and further_seeds")
+        if self.batch != "full" and isinstance(self.microbatch, int) and self.microbatch > self.batch:
+            raise ValueError(f"microbatch ({self.microbatch}) is larger than batch ({self.batch})")
+        return self
 
 
 class Introspection(Settings):
@@ -222,14 +295,18 @@ class Introspection(Settings):
 
     every: int = Field(default=1, ge=1)
     """Record every k-th update."""
-    steps: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    steps: list[Step] | None = Field(default=None, min_length=1)
     """The updates to record, from 0, instead of every k-th."""
     statistics: list[Statistic] = Field(default=["gradient", "activation", "adjoint"], min_length=1)
-    """Which spectra to record."""
+    """Which spectra, and comparisons of groups, to record."""
     layers: list[Label] | None = Field(default=None, min_length=1)
     """Parameter names or patterns to watch; every matrix by default."""
     singular_values: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
     """How many leading singular values to keep; as many as the layer's matrix has by default."""
+    solver: Literal["exact", "tracked"] = "exact"
+    """Decompose afresh at each step, or follow the leading singular values from step to step."""
+    per_position: bool = False
+    """Record the gradient's spectrum at each position in time, or token, as well."""
     audit: int | None = Field(default=None, ge=1)
     """Compare with float64 every k-th recorded update, beside the first."""
 
@@ -240,9 +317,11 @@ class Run(Settings):
     task: Literal["autoencoder", "classifier"]
     """Reconstruct the input, or predict the target."""
     hidden: list[Annotated[int, Field(ge=1)]] = Field(default=[32], min_length=1)
-    """Widths of the hidden layers."""
+    """Widths of the hidden layers; channels of convolutions."""
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"
-    """Activation function."""
+    """Activation function; docs/models.md says where it acts."""
+    refit: bool = False
+    """Train again and again with permuted labels: the test of groups for what has seen the labels."""
     training: Training | None = None
     """Settings that differ from the experiment's for this run."""
 
@@ -254,13 +333,28 @@ class Panel(Settings):
     """The run that is drawn."""
     compare: list[Label] | None = Field(default=None, min_length=2, max_length=2)
     """Two groups: draw where they differ significantly, instead of the spectra."""
+    test: Literal["paper", "permutation", "refit"] = "paper"
+    """Whose significance is drawn, where two groups are compared."""
+    by_position: bool = False
+    """Draw the gradient's largest singular value at each position in time, instead of the spectra."""
+
+    @model_validator(mode="after")
+    def _one_thing(self) -> Panel:
+        if self.by_position and self.compare is not None:
+            raise ValueError(f"the panel of '{self.run}' has both compare and by_position: make two panels")
+        if self.compare is None and self.test != "paper":
+            raise ValueError(f"the panel of '{self.run}' has a test, but compares no groups: add compare")
+        return self
 
     @property
     def name(self) -> str:
-        """File name: the run, and the groups where the panel compares two."""
+        """File name: the run, and what the panel shows of it beside the spectra."""
+        if self.by_position:
+            return f"{self.run}_by_position"
         if self.compare is None:
             return self.run
-        return "_".join([self.run, _safe(self.compare[0]), "vs", _safe(self.compare[1])])
+        words = [self.run, _safe(self.compare[0]), "vs", _safe(self.compare[1])]
+        return "_".join([*words, *([self.test] if self.test != "paper" else [])])
 
 
 class Experiment(Settings):
@@ -268,14 +362,14 @@ class Experiment(Settings):
 
     title: str
     """Title of the figure."""
-    figure: Annotated[int, Field(ge=1)]
-    """Number of the figure; the page is called `figure-<number>`."""
+    figure: Annotated[int, Field(ge=1)] | None = None
+    """Number of the figure, whose page is called `figure-<number>`; without one it is called by the experiment's name."""
     dataset: Name
     """A data set of this config."""
-    grouping: str | None = None
-    """The column of the data set whose labels are the groups; the target by default."""
-    model: Literal["mlp"] = "mlp"
-    """Architecture."""
+    groupings: list[Label] = []
+    """Columns whose labels are the groups, such as `diagnosis` or `diagnosis x sex`; the target by default."""
+    model: Label = "mlp"
+    """Architecture: `mlp`, `cnn1d`, `cnn2d`, `cnn3d`, `rnn`, `lstm`, `bert`, or a name under `models`."""
     training: Training | None = None
     """Settings that differ from the general ones for this experiment."""
     introspection: Introspection | None = None
@@ -306,9 +400,29 @@ class Statistics(Settings):
     alpha: float = Field(default=0.05, gt=0, lt=1)
     """Level below which a difference is called significant."""
     variance: Literal["student", "welch"] = "student"
-    """Student's t-test (equal variances) or Welch's; both are in the tables, this one is drawn."""
+    """The paper's test: Student's t-test (equal variances) or Welch's; both are in the tables, this one is drawn."""
     scale: Literal["raw", "log"] = "raw"
-    """Test the singular values or their logarithms."""
+    """The paper's test: of the singular values or of their logarithms."""
+    permutation: Literal["none", "compared", "all"] = "compared"
+    """Which runs are tested by permutation: none, those that a panel compares groups of, or all."""
+    permutations: int = Field(default=999, ge=19)
+    """Permutations of labels, where there are so many different ones."""
+    refits: int = Field(default=99, ge=19)
+    """Trainings with permuted labels, for each run with `refit: true`."""
+    refits_per_job: int = Field(default=25, ge=1)
+    """How many of them one job carries out."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the permutations."""
+    within: list[Label] = []
+    """Groupings, such as `site` or `sex`, within whose groups labels are permuted."""
+    conditional_on: list[Label] = []
+    """Covariates, such as `age` or `mean_fd`, on which permutations are conditioned."""
+    minimum_group_size: int = Field(default=5, ge=2)
+    """Smaller groups are not tested, but for the paper's test."""
+    confounds: bool = True
+    """Test high against low motion, site, sex, a matched subsample and shuffled labels beside each diagnosis."""
+    keep_null: bool = False
+    """Keep the statistics of every permutation, beside the table."""
 
 
 class Figures(Settings):
@@ -337,6 +451,8 @@ class Config(Settings):
     """How each participant's networks are found, from that participant's files alone."""
     datasets: dict[Name, Dataset] = {}
     """Data sets, by name."""
+    models: dict[Name, ImportPath] = {}
+    """Your own networks, by name: `package.module:Class`, looked for in the analysis folder first."""
     training: Training = Training()
     """Settings of every training, unless an experiment or a run differs."""
     introspection: Introspection = Introspection()
@@ -351,7 +467,7 @@ class Config(Settings):
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
         for name, dataset in self.datasets.items():
-            if self.cohort is None and not isinstance(dataset, MnistDataset):
+            if self.cohort is None and not isinstance(dataset, MnistDataset | SinusoidsDataset):
                 raise ValueError(f"datasets.{name} is made from a cohort: name one under cohort")
             if isinstance(dataset, MapsDataset) and self.ica.timecourses == "atlas":
                 raise ValueError(f"datasets.{name} needs maps of networks, which ica.timecourses: atlas does not make")
@@ -382,32 +498,62 @@ class Config(Settings):
                     f"experiments.{name}.dataset is '{experiment.dataset}', "
                     f"but the data sets are {_listed(self.datasets)}"
                 )
-            if experiment.figure in numbers:
-                raise ValueError(
-                    f"the experiments '{numbers[experiment.figure]}' and '{name}' both are figure {experiment.figure}"
-                )
-            numbers[experiment.figure] = name
-            labels = self.groups_of(experiment.dataset)
-            for panel in experiment.panels:
-                for label in panel.compare or ():
-                    if labels is not None and label not in labels:
-                        raise ValueError(
-                            f"a panel of '{name}' compares the group '{label}', but the groups are {_listed(labels)}"
-                        )
+            if experiment.figure is not None:
+                if experiment.figure in numbers:
+                    both = f"'{numbers[experiment.figure]}' and '{name}'"
+                    raise ValueError(f"the experiments {both} both are figure {experiment.figure}")
+                numbers[experiment.figure] = name
+            self._model_fits(name)
+            self._panels_fit(name)
             steps = self.introspection_of(name).steps
             for run in experiment.runs:
-                epochs = self.training_of(name, run).epochs
-                if steps is not None and min(steps) >= epochs:
+                training = self.training_of(name, run)
+                if steps is not None and training.batch == "full" and min(steps) >= training.epochs:
                     raise ValueError(
                         f"{name}/{run} would record nothing: introspection.steps begins at {min(steps)}, "
-                        f"and its {epochs} updates are numbered from 0"
+                        f"and its {training.epochs} updates are numbered from 0"
                     )
         return self
+
+    def _model_fits(self, name: str) -> None:
+        experiment = self.experiments[name]
+        if experiment.model not in (*MODELS, *self.models):
+            raise ValueError(
+                f"experiments.{name}.model is '{experiment.model}', but the architectures are "
+                f"{_listed([*MODELS, *self.models])}; name your own under models"
+            )
+        for run, settings in experiment.runs.items():
+            if experiment.model in EQUALLY_WIDE and len(set(settings.hidden)) > 1:
+                raise ValueError(
+                    f"experiments.{name}.runs.{run}.hidden is {settings.hidden}, but the layers of "
+                    f"{experiment.model} are all equally wide"
+                )
+
+    def _panels_fit(self, name: str) -> None:
+        experiment = self.experiments[name]
+        labels = None if experiment.groupings else self.groups_of(experiment.dataset)
+        for panel in experiment.panels:
+            for label in panel.compare or ():
+                if labels is not None and label not in labels:
+                    raise ValueError(
+                        f"a panel of '{name}' compares the group '{label}', but the groups are {_listed(labels)}"
+                    )
+            if panel.by_position and not self.introspection_of(name).per_position:
+                raise ValueError(
+                    f"a panel of '{name}' shows positions, which are not recorded: set introspection.per_position "
+                    "to true there"
+                )
+            if panel.test == "refit" and not experiment.runs[panel.run].refit:
+                raise ValueError(
+                    f"a panel of '{name}' shows the refits of '{panel.run}', which has none: set refit to true there"
+                )
+            if panel.test == "permutation" and self.statistics.permutation == "none":
+                raise ValueError(f"a panel of '{name}' shows permutations, but statistics.permutation is none")
 
     def groups_of(self, dataset: str) -> list[str] | None:
         """Labels that a data set's samples have; None where only its files say."""
         settings = self.datasets[dataset]
-        return settings.classes if isinstance(settings, MnistDataset) else None
+        return list(settings.classes) if isinstance(settings, MnistDataset | SinusoidsDataset) else None
 
     @property
     def needs_networks(self) -> bool:
@@ -532,7 +678,7 @@ _WANTED = {
     "too_short": "longer: {min_length} or more",
     "too_long": "shorter: {max_length} or fewer",
 }
-KINDS = {"mnist", "timeseries", "maps", "freesurfer", "simulated", "folder"}
+KINDS = {"mnist", "sinusoids", "timeseries", "maps", "freesurfer", "simulated", "folder"}
 _TEXT_LIKE_A_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -578,6 +724,8 @@ def _sentence(where: str, errors: list[Any]) -> str:
             return f"there is no setting called '{place}.{value}': it can be {errors[0]['ctx']['expected']}"
         wanted = _WANTED["string_pattern_mismatch" if place in ("datasets", "experiments") or "runs" in place else kind]
         return f"a name in {place} is {_shown(value)}, but must be {wanted}{_advice(kind, value)}"
+    if kind == "string_pattern_mismatch" and where.startswith("models."):
+        return f"{where} is {_shown(value)}, but must be the import path of a class, as in package.module:Class"
     wanted = " or ".join(
         _WANTED[each["type"]].format_map(each.get("ctx", {})) if each["type"] in _WANTED else each["msg"]
         for each in errors

@@ -63,13 +63,19 @@ def _of_panels(kind: str, experiment: str, panels: list[Panel]) -> list[str]:
 
 def experiment_of_figure(config: Config, figure: int | str) -> str:
     """The experiment that a figure shows; a KeyError where there is none becomes Snakemake's missing input."""
-    return {str(experiment.figure): name for name, experiment in config.experiments.items()}[str(figure)]
+    return {figure_of(config, name): name for name in config.experiments}[str(figure)]
+
+
+def figure_of(config: Config, experiment: str) -> str:
+    """What an experiment's figure is called: its number, or the experiment's name."""
+    number = config.experiments[experiment].figure
+    return experiment if number is None else str(number)
 
 
 def pages(config: Config) -> list[str]:
     """Every composed page, in every format."""
-    numbers = [experiment.figure for experiment in config.experiments.values()]
-    return [result("figure", figure=number, extension=extension) for number in numbers for extension in EXTENSIONS]
+    figures = [figure_of(config, name) for name in config.experiments]
+    return [result("figure", figure=figure, extension=extension) for figure in figures for extension in EXTENSIONS]
 
 
 def panels(config: Config, experiment: str) -> list[str]:
@@ -82,9 +88,9 @@ def of_experiment(config: Config, experiment: str) -> list[str]:
     """Everything that belongs to an experiment: its page, its panels and every run's tests."""
     settings = config.experiments[experiment]
     return [
-        *(result("figure", figure=settings.figure, extension=extension) for extension in EXTENSIONS),
+        *(result("figure", figure=figure_of(config, experiment), extension=extension) for extension in EXTENSIONS),
         *panels(config, experiment),
-        *(result("paper_tests", experiment=experiment, run=run) for run in settings.runs),
+        *(result("tests", experiment=experiment, run=run) for run in settings.runs),
     ]
 
 
@@ -94,11 +100,15 @@ def of_report(config: Config) -> list[str]:
     if config.cohort is not None:
         paths += [result(kind) for kind in ("participants", "exclusions", "cohort")]
         paths += [result("view", view=view, extension="png") for view in specs.views(config)]
-        paths += [result("dataset", dataset=name) for name, each in config.datasets.items() if each.kind != "mnist"]
+        paths += [
+            result("dataset", dataset=name)
+            for name, each in config.datasets.items()
+            if each.kind not in ("mnist", "sinusoids")
+        ]
     for name, experiment in config.experiments.items():
         paths.append(result("dataset", dataset=experiment.dataset))
-        paths.append(result("figure", figure=experiment.figure, extension="png"))
+        paths.append(result("figure", figure=figure_of(config, name), extension="png"))
         paths += [path for path in panels(config, name) if path.endswith(".png")]
         for run in experiment.runs:
-            paths += [result(kind, experiment=name, run=run) for kind in ("run", "run_resources", "paper_tests")]
+            paths += [result(kind, experiment=name, run=run) for kind in ("run", "run_resources", "tests")]
     return list(dict.fromkeys(paths))

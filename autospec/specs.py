@@ -6,10 +6,12 @@ job when one of them changes and never otherwise.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
-from autospec.config import Config, Experiment, MnistDataset, Panel
+from autospec.config import Config, Experiment, MnistDataset, Panel, SinusoidsDataset
 from autospec.provenance import fingerprint
 
 # The module that carries out each stage.
@@ -52,6 +54,11 @@ def dataset_files(config: Config, dataset: str) -> list[str]:
     return [settings.images, settings.labels]
 
 
+def sinusoid_settings(config: Config, dataset: str) -> dict[str, Any]:
+    """Settings of the job that makes a data set of sinusoids."""
+    return {**config.datasets[dataset].model_dump(mode="json"), "name": dataset}
+
+
 def _digits(config: Config, dataset: str) -> MnistDataset:
     settings = config.datasets[dataset]
     assert isinstance(settings, MnistDataset)
@@ -60,17 +67,50 @@ def _digits(config: Config, dataset: str) -> MnistDataset:
 
 def run_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
     """Settings of one training."""
-    chosen = config.experiments[experiment].runs[run]
+    name, seed = run_and_seed(run)
+    settings = config.experiments[experiment]
+    chosen = settings.runs[name]
+    training = config.training_of(experiment, name)
     return {
         "name": f"{experiment}/{run}",
-        "model": config.experiments[experiment].model,
+        "model": config.models.get(settings.model, settings.model),
+        "model_code": custom_model_code(config.models[settings.model]) if settings.model in config.models else None,
         "task": chosen.task,
         "hidden": chosen.hidden,
         "activation": chosen.activation,
-        "grouping": config.experiments[experiment].grouping,
-        "training": config.training_of(experiment, run).model_dump(mode="json"),
+        "groupings": settings.groupings,
+        "training": {
+            **training.model_dump(mode="json", exclude=NOT_IN_A_TRAINING),
+            "seed": training.seed if seed is None else seed,
+        },
         "introspection": config.introspection_of(experiment).model_dump(mode="json"),
     }
+
+
+# Other runs' seeds, and what changes when a training is interrupted but nothing that it writes.
+NOT_IN_A_TRAINING = {"further_seeds", "checkpoint_minutes", "checkpoint_updates"}
+
+
+def run_and_seed(run: str) -> tuple[str, int | None]:
+    """Name of a run and its further seed: ``mlp-seed-3`` is the run ``mlp`` from seed 3."""
+    name, _, seed = run.partition("-seed-")
+    return name, int(seed) if seed else None
+
+
+def runs_of(config: Config, experiment: str, run: str) -> list[str]:
+    """Names of a run's trainings: its own, and one for each further seed."""
+    further = config.training_of(experiment, run).further_seeds
+    return [run, *(f"{run}-seed-{seed}" for seed in further)]
+
+
+def custom_model_code(path: str) -> str:
+    """Digest of the file of a user's own network, so that an edit of it trains again."""
+    module = path.partition(":")[0]
+    with_package = [Path(*module.split(".")).with_suffix(".py"), Path(*module.split(".")) / "__init__.py"]
+    for file in with_package:
+        if file.is_file():
+            return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return "installed"
 
 
 def test_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
@@ -112,7 +152,7 @@ def described_panel(config: Config, experiment: str, panel: Panel) -> dict[str, 
         "name": panel_name(panel),
         "run": panel.run,
         "compare": panel.compare,
-        "architecture": {"mlp": "MLP"}[settings.model],
+        "architecture": settings.model,
         "task": run.task,
         "hidden": run.hidden,
         "activation": run.activation,
@@ -162,7 +202,9 @@ def _reported_cohort(config: Config) -> dict[str, Any] | None:
     """What the report shows of the cohort: its data sets and pictures, by name."""
     if config.cohort is None:
         return None
-    datasets = [name for name, dataset in config.datasets.items() if not isinstance(dataset, MnistDataset)]
+    datasets = [
+        name for name, dataset in config.datasets.items() if not isinstance(dataset, MnistDataset | SinusoidsDataset)
+    ]
     return {"datasets": datasets, "views": views(config)}
 
 

@@ -44,7 +44,7 @@ class RunSettings(TypedDict):
     task: str
     hidden: list[int]
     activation: str
-    grouping: str | None
+    groupings: list[str]
     training: TrainingSettings
     introspection: dict[str, Any]
 
@@ -80,7 +80,7 @@ def train_run(settings: RunSettings, code: str, dataset: str, output: str, work:
     samples = open_labelled(dataset)
     digest = hashlib.sha256(Path(dataset).read_bytes()).hexdigest()[:16]
     place = chosen_device(device)
-    labels = group_labels(samples, settings["grouping"])
+    labels = group_labels(samples, settings["groupings"][0] if settings["groupings"] else None)
     classes = sorted(set(map(str, samples["target"].values)))
     x = torch.from_numpy(samples["x"].values.reshape(samples.sizes["sample"], -1)).to(place)
     target = torch.tensor([classes.index(str(label)) for label in samples["target"].values], device=place)

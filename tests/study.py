@@ -73,7 +73,7 @@ class Study:
 
     def tests(self, run: str) -> Path:
         """Path of a run's table of tests."""
-        return self.folder / result("paper_tests", experiment="small", run=run)
+        return self.folder / result("tests", experiment="small", run=run)
 
     def make(self) -> None:
         """Build the data set, train, and test groups."""

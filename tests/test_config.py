@@ -80,7 +80,13 @@ MISTAKES = [
     ("experiments.small.dataset", "faces", ["experiments.small.dataset is 'faces'", "the data sets are 'digits'"]),
     ("experiments.small.title", "3", ["experiments.small.title is the number 3", "put quotes around it"]),
     ("experiments.small.figure", '"1"', ["experiments.small.figure is the text '1'", "take the quotes off"]),
-    ("experiments.small.model", "transformer", ["experiments.small.model is the text 'transformer'", "'mlp'"]),
+    ("experiments.small.model", "transformer", ["experiments.small.model is 'transformer'", "'mlp'", "under models"]),
+    ("models", '{mine: "net.py"}', ["models.mine is the text 'net.py'", "package.module:Class"]),
+    ("training.held_out", "0.9", ["training.held_out is the number 0.9", "at most 0.5"]),
+    ("training.further_seeds", "[0]", ["the seed 0 stands twice"]),
+    ("experiments.small.panels", "[{run: net, by_position: true}]", ["not recorded", "per_position"]),
+    ("experiments.small.panels", '[{run: net, compare: ["0", "1"], test: refit}]', ["has none: set refit to true"]),
+    ("experiments.small.panels", "[{run: net, test: refit}]", ["compares no groups"]),
     ("experiments.small.runs", "{}", ["experiments.small.runs is an empty mapping"]),
     ("experiments.small.runs.net.task", "regression", ["'autoencoder' or 'classifier'"]),
     ("experiments.small.runs.net.activation", "gelu", ["'relu', 'sigmoid' or 'tanh'"]),
@@ -98,7 +104,7 @@ MISTAKES = [
     ("introspection.steps", "[-1]", ["at least 0"]),
     ("introspection.steps", "[5000]", ["small/net would record nothing", "begins at 5000"]),
     ("introspection.layers", "[]", ["introspection.layers is an empty list"]),
-    ("introspection.statistics", "[gradients]", ["'gradient', 'activation' or 'adjoint'"]),
+    ("introspection.statistics", "[gradients]", ["'gradient', 'activation', 'adjoint'"]),
     (
         "introspection.singular_values",
         "some",
@@ -203,8 +209,8 @@ def test_two_panels_whose_files_would_have_one_name_are_refused():
 
 def test_a_missing_setting_is_named():
     data = yaml.safe_load(SMALL)
-    del data["experiments"]["small"]["figure"]
-    with pytest.raises(UserError, match=r"the setting 'experiments\.small\.figure' is missing"):
+    del data["experiments"]["small"]["dataset"]
+    with pytest.raises(UserError, match=r"the setting 'experiments\.small\.dataset' is missing"):
         parse_config(data)
 
 
@@ -244,8 +250,12 @@ def test_a_run_overrides_its_experiment_which_overrides_the_general_settings():
     data["introspection"] = {"every": 5, "audit": 3}
     small["introspection"] = {"every": 1}
     config = parse_config(data)
-    assert config.training_of("small", "net").model_dump() == {"epochs": 20, "learning_rate": 0.5, "seed": 0}
-    assert config.training_of("small", "plain").model_dump() == {"epochs": 20, "learning_rate": 0.5, "seed": 2}
+
+    def chosen(run: str) -> dict[str, object]:
+        return config.training_of("small", run).model_dump(include={"epochs", "learning_rate", "seed"})
+
+    assert chosen("net") == {"epochs": 20, "learning_rate": 0.5, "seed": 0}
+    assert chosen("plain") == {"epochs": 20, "learning_rate": 0.5, "seed": 2}
     assert (config.introspection_of("small").every, config.introspection_of("small").audit) == (1, 3)
 
 

@@ -154,7 +154,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 
 
 def test_a_grouping_that_is_not_there_is_refused(study, tmp_path):
-    settings = {**settings_of(study, "judge"), "grouping": "sex"}
+    settings = {**settings_of(study, "judge"), "groupings": ["sex"]}
     with pytest.raises(UserError, match="no grouping 'sex'"):
         train_run(settings, "code", str(study.dataset), str(tmp_path / "x.zarr.zip"), str(tmp_path / "work"), "cpu")
     assert list(tmp_path.iterdir()) == []

@@ -94,7 +94,7 @@ def _experiment(experiment: dict[str, Any], settings: ReportSettings) -> dict[st
     panels = []
     for panel in experiment["panels"]:
         tree = open_trajectories(result("run", experiment=name, run=panel["run"]))
-        tests = read_tests(result("paper_tests", experiment=name, run=panel["run"]))
+        tests = read_tests(result("tests", experiment=name, run=panel["run"]))
         if panel["compare"] is None:
             caption = spectra_caption(tree)
         else:
@@ -143,7 +143,7 @@ def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
     p, alpha = f"p_{settings['variance']}", settings["alpha"]
     rows = []
     for experiment, run, _ in _trees(settings):
-        tests = read_tests(result("paper_tests", experiment=experiment["name"], run=run))
+        tests = read_tests(result("tests", experiment=experiment["name"], run=run))
         tests["significant"] = tests["resolved"] & (tests[p] < alpha)
         for keys, part in tests.groupby(["layer", "statistic", "group_a", "group_b"], sort=False):
             values, steps = (part[part["test"] == test] for test in ("singular_value", "step"))

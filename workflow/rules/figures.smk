@@ -5,7 +5,7 @@ rule panel:
     """Draw one panel on its own."""
     input:
         run=lambda wildcards: inputs.of_panel(CONFIG, "run", wildcards.experiment, wildcards.panel),
-        tests=lambda wildcards: inputs.of_panel(CONFIG, "paper_tests", wildcards.experiment, wildcards.panel),
+        tests=lambda wildcards: inputs.of_panel(CONFIG, "tests", wildcards.experiment, wildcards.panel),
     output:
         pictures=[
             report(
@@ -38,7 +38,7 @@ rule figure:
     """Compose the page of a figure."""
     input:
         runs=lambda wildcards: inputs.of_figure(CONFIG, "run", wildcards.figure),
-        tests=lambda wildcards: inputs.of_figure(CONFIG, "paper_tests", wildcards.figure),
+        tests=lambda wildcards: inputs.of_figure(CONFIG, "tests", wildcards.figure),
     output:
         pictures=[
             report(
@@ -72,9 +72,9 @@ for name, experiment in CONFIG.experiments.items():
     rule:
         """The page of one figure."""
         name:
-            f"figure_{experiment.figure}"
+            f"figure_{inputs.figure_of(CONFIG, name)}"
         input:
-            [result("figure", figure=experiment.figure, extension=extension) for extension in EXTENSIONS],
+            [result("figure", figure=inputs.figure_of(CONFIG, name), extension=extension) for extension in EXTENSIONS],
 
     rule:
         """Every page, panel and test of one experiment."""

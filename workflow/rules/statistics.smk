@@ -6,8 +6,8 @@ rule test:
     input:
         run=result("run"),
     output:
-        table=result("paper_tests"),
-        resources=result("paper_tests_resources"),
+        table=result("tests"),
+        resources=result("tests_resources"),
     log:
         result("log", stage="test", job="{experiment}-{run}"),
     conda:
