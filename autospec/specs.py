@@ -193,7 +193,9 @@ def report_settings(config: Config) -> dict[str, Any]:
                 },
                 "panels": [described_panel(config, name, panel) for panel in experiment.panels],
             }
-            for name, experiment in sorted(config.experiments.items(), key=lambda item: item[1].figure)
+            for name, experiment in sorted(
+                config.experiments.items(), key=lambda item: (item[1].figure is None, item[1].figure or 0)
+            )
         ],
     }
 
