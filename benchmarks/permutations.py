@@ -1,17 +1,12 @@
 """Processor time of a permutation test: two networks of the paper's size, two groups, all measures, one thread.
 
-``python benchmarks/permutations.py`` prints one line a network.  A few of the scheduled steps are measured and the time is
-multiplied; drawing the labellings and the tables of all steps count once, in full.
+``python benchmarks/permutations.py`` prints one line a network.  A few of the scheduled steps are measured and the time
+is multiplied; drawing the labellings and the tables of all steps count once, in full.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
-
 import time
 
 import numpy as np
@@ -41,11 +36,12 @@ class SeriesAutoencoder(nn.Module):
 
 
 def mlp() -> tuple[nn.Module, torch.Tensor]:
-    """Digits of one class alone would do: groups are drawn at random."""
+    """512 digits."""
     return chain(784, 32, 784), torch.from_numpy(digits(512)[0])
 
 
 def series() -> tuple[nn.Module, torch.Tensor]:
+    """Noise with the shape of a cohort's time courses."""
     return SeriesAutoencoder(), torch.randn(157, 53, 150)
 
 
