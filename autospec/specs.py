@@ -29,6 +29,8 @@ STAGES = {
     "volumes": "autospec.datasets.freesurfer",
     "train": "autospec.training",
     "test": "autospec.statistics.build",
+    "calibrate": "autospec.statistics.calibration.build",
+    "calibration": "autospec.figures.calibration",
     "panel": "autospec.figures.panel",
     "figure": "autospec.figures.page",
     "report": "autospec.report.build",
@@ -116,6 +118,12 @@ def custom_model_code(path: str) -> str:
 def test_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
     """Settings of the tests between every pair of groups of one run."""
     return {"scale": config.statistics.scale}
+
+
+def calibration_settings(config: Config, part: str | None = None) -> dict[str, Any]:
+    """Settings of the calibration, or of one part of it."""
+    settings = config.calibration.model_dump(mode="json")
+    return settings if part is None else {**settings, "part": part}
 
 
 def panel_name(panel: Panel) -> str:
