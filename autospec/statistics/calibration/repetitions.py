@@ -15,6 +15,16 @@ from autospec.introspection.sample_shares import FactoredShares
 from autospec.introspection.spectra import noise_floor
 from autospec.statistics import measures, null
 from autospec.statistics.calibration.networks import ENCODER, LAYERS, Factors, initial_parameters, spectra, train
+from autospec.statistics.calibration.tables import (
+    ALL,
+    ANY_OVER_STEPS,
+    ANY_OVER_VALUES,
+    CLUSTERS,
+    FIRST_VALUE,
+    HOLM_OVER_STEPS,
+    OVER_STEPS,
+    OVER_VALUES,
+)
 from autospec.statistics.permutation_test import NullDistributions, Values
 from autospec.statistics.permutations import Comparison, Labellings, group_sizes
 
@@ -31,18 +41,6 @@ class Family(NamedTuple):
     """A step, or ``all``."""
     values: str
     """Which values of the statistic."""
-
-
-ALL = "all"
-FIRST_VALUE = "first of the encoder"
-ALL_VALUES = "all"
-CLUSTERS = "clusters of steps"
-# The paper's tests: what its samples are.
-OVER_STEPS = "first of the encoder, steps as samples"
-ANY_OVER_STEPS = "any, steps as samples"
-HOLM_OVER_STEPS = "any after Holm, steps as samples"
-OVER_VALUES = "encoder, values as samples"
-ANY_OVER_VALUES = "any layer, values as samples"
 
 
 # ---------------------------------------------------------------------- training
@@ -269,9 +267,9 @@ def family_p(found: Found) -> dict[Family, float]:
             observed = np.where(each.above, z[0], -math.inf)[each.tested]
             part = (z[:, each.tested], np.stack([observed, tie[each.tested]]))
             for family in (
-                Family(statistic, str(step), ALL_VALUES),
-                Family(statistic, ALL, ALL_VALUES),
-                Family(ALL, ALL, ALL_VALUES),
+                Family(statistic, str(step), ALL),
+                Family(statistic, ALL, ALL),
+                Family(ALL, ALL, ALL),
             ):
                 members.setdefault(family, []).append(part)
     for family, parts in members.items():

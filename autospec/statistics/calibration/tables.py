@@ -27,6 +27,17 @@ from autospec.statistics.calibration.design import (
 )
 from autospec.storage import written_whole
 
+# Which values a p-value refers to.
+ALL = "all"
+FIRST_VALUE = "first of the encoder"
+CLUSTERS = "clusters of steps"
+# The same for the paper's tests, with what they take as samples.
+OVER_STEPS = "first of the encoder, steps as samples"
+ANY_OVER_STEPS = "any, steps as samples"
+HOLM_OVER_STEPS = "any after Holm, steps as samples"
+OVER_VALUES = "encoder, values as samples"
+ANY_OVER_VALUES = "any layer, values as samples"
+
 COLUMNS = {
     "data": "volumes: the simulated cohort's subcortical volumes; digits: real images of one digit, 7 x 7 pixels",
     "task": "what the network learned: to reconstruct its input, or to predict the labels under test",
@@ -122,6 +133,14 @@ def read_part(path: str | Path) -> pd.DataFrame:
     if list(table.columns) != list(COLUMNS):
         raise UserError(f"{path} has other columns than a table of a calibration: make it again.")
     return table
+
+
+def gather(paths: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Join the parts' tables: the rates without a difference of groups, and those with one."""
+    null, power = (
+        [path for path in paths if Path(path).name.startswith("power-") == wanted] for wanted in (False, True)
+    )
+    return tuple(pd.concat([read_part(path) for path in some], ignore_index=True) for some in (null, power))  # type: ignore[return-value]
 
 
 def write_table(table: pd.DataFrame, path: str | Path) -> None:
