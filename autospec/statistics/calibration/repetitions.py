@@ -122,7 +122,8 @@ def shape_of(factors: Factors) -> tuple[int, int]:
 def paper_p(recorded: Recorded) -> dict[Family, np.ndarray]:
     """Smallest p of the paper's t-tests (Student's, two-tailed) over each family, shape (repetitions,).
 
-    What `autospec.statistics.paper` does with one run, for all repetitions at once; NaN where nothing is resolved.
+    What `autospec.statistics.paper` does with one run, for all repetitions at once.  What is not resolved is not significant:
+    NaN for a single test, 1 where a family has none.
     """
     by_value, by_step = [], []
     for layer in LAYERS:
@@ -137,14 +138,15 @@ def paper_p(recorded: Recorded) -> dict[Family, np.ndarray]:
         by_value.append(of_values)
         by_step.append(of_steps)
     values, steps = np.concatenate(by_value, 1), np.concatenate(by_step, 1)
-    tests = np.isfinite(values).sum(1)  # Holm's smallest p is Bonferroni's
+    smallest = np.nan_to_num(values, nan=1.0).min(1)
     last = str(by_step[0].shape[1] - 1)
     return {
         Family("gradient", ALL, OVER_STEPS): by_value[0][:, 0],
-        Family("gradient", ALL, ANY_OVER_STEPS): np.nanmin(values, 1),
-        Family("gradient", ALL, HOLM_OVER_STEPS): np.minimum(np.nanmin(values, 1) * tests, 1),
+        Family("gradient", ALL, ANY_OVER_STEPS): smallest,
+        # Holm's smallest p is Bonferroni's.
+        Family("gradient", ALL, HOLM_OVER_STEPS): np.minimum(smallest * np.isfinite(values).sum(1), 1),
         Family("gradient", last, OVER_VALUES): by_step[0][:, -1],
-        Family("gradient", ALL, ANY_OVER_VALUES): np.nanmin(steps, 1),
+        Family("gradient", ALL, ANY_OVER_VALUES): np.nan_to_num(steps, nan=1.0).min(1),
     }
 
 
