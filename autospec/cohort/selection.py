@@ -8,7 +8,7 @@ from typing import Literal
 
 from autospec.cohort.files import natural_key
 from autospec.cohort.layouts import is_simulated, read_layout
-from autospec.cohort.phenotypes import Person, Refusal, describe, matched
+from autospec.cohort.phenotypes import UNCODED, Person, Refusal, describe, matched
 from autospec.cohort.record import Kind
 from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject
 from autospec.errors import UserError
@@ -168,6 +168,12 @@ def select(
     if not participants:
         first = f", the first because: {exclusions[0].reason}" if exclusions else ""
         raise UserError(f"nobody in {settings['folder']} can take part: {len(exclusions)} are left out{first}.")
+    uncoded = sum(UNCODED in each.reason for each in exclusions)
+    if uncoded and not any(each.person.diagnosis == "SZ" for each in participants):
+        raise UserError(
+            f"no patient counts as strict schizophrenia, since the table has no codes of diagnoses for {uncoded} of them: "
+            "set diagnosis to Patient as labelled, or name the column of codes under columns (code)."
+        )
     tables = [subject.table for subject in subjects if subject.table]
     return Cohort(layout, kind, participants, exclusions, tables[0] if tables else "")
 
