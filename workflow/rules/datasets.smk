@@ -49,6 +49,7 @@ if PEOPLE is not None:
         """Build a labelled data set of time courses."""
         input:
             participants=result("participants"),
+            others=[result("scans"), result("cohort")],
             folders=participants.folders(CONFIG, PEOPLE),
         output:
             store=result("dataset"),
@@ -72,6 +73,7 @@ if PEOPLE is not None:
         """Build a labelled data set of maps, aggregated by their maximum over networks."""
         input:
             participants=result("participants"),
+            others=[result("scans"), result("cohort")],
             folders=participants.folders(CONFIG, PEOPLE),
             scaled=result("gift_maps") if CONFIG.ica.scaling == "gift" else [],
         output:
@@ -96,6 +98,7 @@ if PEOPLE is not None:
         """Build a labelled data set of FreeSurfer's volumes."""
         input:
             participants=result("participants"),
+            others=[result("cohort")],
             files=participants.volume_files(PEOPLE),
         output:
             store=result("dataset"),
