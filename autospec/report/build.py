@@ -16,7 +16,7 @@ import xarray as xr
 
 from autospec.cohort.files import read_table
 from autospec.cohort.record import read_participants, read_record
-from autospec.datasets.labelled import open_labelled
+from autospec.datasets.labelled import open_labelled, subjects_of
 from autospec.describe import content
 from autospec.paths import result
 from autospec.report.template import PAGE
@@ -237,7 +237,8 @@ def describe_cohort(shown: dict[str, Any]) -> dict[str, Any]:
             {
                 "data set": name,
                 "kind": samples.attrs["kind"],
-                "participants": samples.sizes["sample"],
+                "participants": len(set(subjects_of(samples))),
+                "samples": samples.sizes["sample"],
                 "one sample": f"{' x '.join(map(str, samples['x'].shape[1:]))} ({', '.join(map(str, samples['x'].dims[1:]))})",
                 "template": samples.attrs.get("template") or "–",
                 "data": "simulated" if samples.attrs.get("simulated") else "real",
