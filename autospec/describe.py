@@ -5,6 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 ACTIVATIONS = {"relu": "ReLU", "sigmoid": "Sigmoid", "tanh": "Tanh"}
+ARCHITECTURES = {
+    "mlp": "MLP",
+    "cnn1d": "1D CNN",
+    "cnn2d": "2D CNN",
+    "cnn3d": "3D CNN",
+    "rnn": "RNN",
+    "lstm": "LSTM",
+    "bert": "BERT",
+}
+
+
+def architecture_words(architecture: str) -> str:
+    """Name of an architecture; of a user's own, ``package.module:Class``, that of the class."""
+    return ARCHITECTURES.get(architecture, architecture.rpartition(":")[2])
 
 ARCHITECTURES = {
     "mlp": "MLP",
