@@ -13,8 +13,7 @@ import xarray as xr
 
 from autospec.statistics.null import benjamini_hochberg, holm
 from autospec.statistics.paper import WHAT_IT_IS_NOT, compare_spectra
-from autospec.statistics.table import COLUMNS, PAPER, read_tests, tidy, write_tests
-from autospec.storage import written_whole
+from autospec.statistics.table import COLUMNS, PAPER, comparison_name, read_tests, tidy, write_description, write_tests
 from autospec.trajectories import open_trajectories
 
 STATISTICS = ("gradient", "activation", "adjoint")
@@ -85,12 +84,6 @@ def build_tests(
     return f"{sum(map(len, frames))} tests of {len(group_pairs(tree))} pairs of groups: {', '.join(tests)}"
 
 
-def write_description(description: dict[str, Any], path: str) -> None:
-    """Write a description as JSON; it appears whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def paper_tests(tree: xr.DataTree, scale: str, alpha: float) -> pd.DataFrame:
     """All of the paper's tests for the trajectories of a run, as `autospec.statistics.table.COLUMNS` says."""
     steps = tree["step"].values
@@ -128,19 +121,8 @@ def paper_tests(tree: xr.DataTree, scale: str, alpha: float) -> pd.DataFrame:
 
 def group_pairs(tree: xr.DataTree) -> list[tuple[str, str]]:
     """Every pair of groups of the same grouping, for the trajectories of a run."""
-    names = [str(name) for name in tree["group"].values]
-    return pairs_of(names, [str(name) for name in tree["grouping"].values])
-
-
-def pairs_of(names: list[str], groupings: list[str]) -> list[tuple[str, str]]:
-    """Every pair of groups of the same grouping; the first group is the whole batch."""
-    members = list(zip(names, groupings, strict=True))[1:]
+    members = [(str(name), str(of)) for name, of in zip(tree["group"].values, tree["grouping"].values, strict=True)][1:]
     return [(a, b) for (a, of_a), (b, of_b) in combinations(members, 2) if of_a == of_b]
-
-
-def comparison_name(group_a: str, group_b: str) -> str:
-    """Both groups, as in the trajectories' contrasts."""
-    return f"{group_a} - {group_b}"
 
 
 def describe_paper(table: pd.DataFrame, tree: xr.DataTree, settings: TestSettings) -> dict[str, Any]:
