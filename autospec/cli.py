@@ -156,6 +156,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dataset", required=True)
     sub.add_argument("--work", required=True, help="folder in which trajectories grow meanwhile")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    sub.add_argument("--checkpoint-minutes", type=float, default=2.0, help="minutes between checkpoints")
+    sub.add_argument("--checkpoint-updates", type=int, help="updates between checkpoints, instead of minutes")
+    sub.add_argument("--weights", help="file for the weights at some updates")
     sub.add_argument("--output", required=True)
 
     sub = stage("permute", _permute, "test groups by permuting labels of what has not seen them")
@@ -349,10 +352,17 @@ def _view(options: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _train(options: Any) -> tuple[str, dict[str, Any]]:
-    from autospec.training import RunSettings, host, train_run
+    began = time.perf_counter()
+    from autospec.training import Frequency, RunSettings, train_run
 
+    imported = time.perf_counter() - began
     settings, code = _spec(options, RunSettings)
-    return train_run(settings, code, options.dataset, options.output, options.work, options.device), host()
+    frequency = Frequency(options.checkpoint_minutes, options.checkpoint_updates)
+    message, record = train_run(
+        settings, code, options.dataset, options.output, options.work, options.device, options.weights, frequency
+    )
+    record["seconds"]["start_up"] = round(record["seconds"]["start_up"] + imported, 3)
+    return message, record
 
 
 def _permute(options: Any) -> tuple[str, dict[str, Any]]:

@@ -94,6 +94,14 @@ def run_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
 NOT_IN_A_TRAINING = {"further_seeds", "checkpoint_minutes", "checkpoint_updates"}
 
 
+def checkpoint_options(config: Config, experiment: str, run: str) -> str:
+    """How often a training writes checkpoints, as options of its command."""
+    training = config.training_of(experiment, run_and_seed(run)[0])
+    if training.checkpoint_updates is not None:
+        return f"--checkpoint-updates {training.checkpoint_updates}"
+    return f"--checkpoint-minutes {training.checkpoint_minutes}"
+
+
 def run_and_seed(run: str) -> tuple[str, int | None]:
     """Name of a run and its further seed: ``mlp-seed-3`` is the run ``mlp`` from seed 3."""
     name, _, seed = run.partition("-seed-")

@@ -87,6 +87,7 @@ class Study:
             self.command(
                 "train", "--spec", specs.spec("train", settings), "--dataset", str(self.dataset), "--work", "work",
                 "--device", "cpu", "--output", str(self.run(run)),
+                "--weights", str(self.folder / result("weights", experiment="small", run=run)),
                 "--resources", result("run_resources", experiment="small", run=run),
             )  # fmt: skip
             settings = specs.test_settings(self.config, "small", run)
