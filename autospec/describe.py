@@ -20,6 +20,7 @@ def architecture_words(architecture: str) -> str:
     """Name of an architecture; of a user's own, ``package.module:Class``, that of the class."""
     return ARCHITECTURES.get(architecture, architecture.rpartition(":")[2])
 
+
 ARCHITECTURES = {
     "mlp": "MLP",
     "cnn1d": "1D CNN",

@@ -133,10 +133,12 @@ def _checks(
     labels = _labels_from(comparison, comparison.in_first)
     sexes, sites = (_labels(study, name) for name in ("sex", "site"))
     numbers: dict[str, np.ndarray] = {name: covariates[name] for name in MATCHED if name in covariates}
+    described = {**numbers, **_as_numbers(sexes)}
     within = columns_of(study.samples, settings["within"], "statistics.within")
 
     def check(name: str, of_samples: np.ndarray, groups: tuple[str, str], note: str = "") -> Check:
-        balance, worst = _balance(of_samples, groups, {**numbers, **_as_numbers(sexes)}, study.subjects)
+        others = {each: values for each, values in described.items() if each != {"motion": "mean_fd"}.get(name, name)}
+        balance, worst = _balance(of_samples, groups, others, study.subjects)
         refused = name == "matched" and worst > BALANCED
         if refused:
             note = f"an imbalance of {worst:.2f} standard deviations remains after matching, so no p is given"
@@ -149,7 +151,7 @@ def _checks(
         drawn = draw_labellings(compared, settings["permutations"], settings["seed"])
         return Check(comparison.name, name, groups, Question(compared, drawn, STATISTICS), balance, note, refused)
 
-    balance, _ = _balance(labels, pair, {**numbers, **_as_numbers(sexes)}, study.subjects)
+    balance, _ = _balance(labels, pair, described, study.subjects)
     note = question.labellings.refused.rstrip(".")
     as_labelled = Question(comparison, question.labellings, STATISTICS)
     found = [Check(comparison.name, "labels", pair, as_labelled, balance, note)]
