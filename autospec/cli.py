@@ -164,9 +164,31 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--weights", help="file for the weights at some updates")
     sub.add_argument("--output", required=True)
 
-    sub = stage("test", _test, "test every pair of groups of a run")
-    sub.add_argument("--run", required=True, dest="trajectories")
+    sub = stage("permute", _permute, "test groups by permuting labels of what has not seen them")
+    sub.add_argument("--dataset", required=True)
+    sub.add_argument("--weights", required=True, nargs="+", help="weights of the run, one file a seed")
+    sub.add_argument("--work", required=True, help="folder in which finished steps are kept meanwhile")
     sub.add_argument("--output", required=True)
+    sub.add_argument("--described", required=True, help="JSON file that describes the test")
+    sub.add_argument("--confounds", required=True, help="table that asks whether it is just motion")
+    sub.add_argument("--null", nargs="?", help="store of the statistics under every labelling, where they are kept")
+
+    sub = stage("refit-part", _refit_part, "train again and again with permuted labels")
+    sub.add_argument("--dataset", required=True)
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    sub.add_argument("--output", required=True)
+
+    sub = stage("refit", _refit, "test groups by comparing a run with its refits")
+    sub.add_argument("--parts", required=True, nargs="+", help="refits, in one folder a seed")
+    sub.add_argument("--output", required=True)
+    sub.add_argument("--described", required=True, help="JSON file that describes the test")
+
+    sub = stage("test", _test, "put all tests of a run's groups into one table")
+    sub.add_argument("--run", required=True, dest="trajectories")
+    for test in ("permutation", "refit"):
+        sub.add_argument(f"--{test}", nargs="*", default=[], help=f"table and description of the {test} test")
+    sub.add_argument("--output", required=True)
+    sub.add_argument("--described", required=True, help="JSON file that describes columns and tests")
 
     sub = stage("panel", _panel, "draw one panel")
     sub.add_argument("--run", required=True, dest="trajectories")
@@ -352,10 +374,39 @@ def _train(options: Any) -> tuple[str, dict[str, Any]]:
     return message, record
 
 
-def _test(options: Any) -> tuple[str, dict[str, Any]]:
-    from autospec.statistics.build import TestSettings, build_tests
+def _permute(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.permute import Outputs, PermutationSettings, build_permutation
 
-    return build_tests(_spec(options, TestSettings)[0], options.trajectories, options.output), {}
+    settings, code = _spec(options, PermutationSettings)
+    outputs = Outputs(
+        table=options.output, described=options.described, confounds=options.confounds, null=options.null or None
+    )
+    return build_permutation(settings, code, options.dataset, options.weights, outputs, options.work), {}
+
+
+def _refit_part(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.refit_part import RefitPartSettings, build_refit_part
+
+    settings = _spec(options, RefitPartSettings)[0]
+    return build_refit_part(settings, options.dataset, options.output, options.device), {}
+
+
+def _refit(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.refit import RefitSettings, build_refit
+
+    of_seeds: dict[Path, list[str]] = {}
+    for path in options.parts:
+        of_seeds.setdefault(Path(path).parent, []).append(path)
+    parts = list(of_seeds.values())
+    return build_refit(_spec(options, RefitSettings)[0], parts, options.output, options.described), {}
+
+
+def _test(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.build import Found, TestSettings, build_tests
+
+    found = [Found(table=two[0], described=two[1]) if two else None for two in (options.permutation, options.refit)]
+    settings = _spec(options, TestSettings)[0]
+    return build_tests(settings, options.trajectories, options.output, options.described, *found), {}
 
 
 def _panel(options: Any) -> tuple[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -54,6 +55,15 @@ def pack(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> None
             entry = zipfile.ZipInfo(file.relative_to(folder).as_posix(), date_time=ZIP_DATE)
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, file.read_bytes())
+
+
+def write_packed(tree: xr.DataTree, target: str | os.PathLike[str]) -> None:
+    """Write a tree as one zip file, reproducibly; it appears whole or not at all."""
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=Path(target).parent, prefix=".packing-") as folder:
+        with without_consolidation_warning():
+            tree.to_zarr(Path(folder) / "store", zarr_format=3, consolidated=True)
+        pack(Path(folder) / "store", target)
 
 
 def open_store(path: str | os.PathLike[str], what: str) -> xr.DataTree:
