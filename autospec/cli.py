@@ -162,6 +162,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--run", required=True, dest="trajectories")
     sub.add_argument("--output", required=True)
 
+    sub = stage("summary", _summary, "write one row for each run, layer and comparison")
+    sub.add_argument("--inputs", required=True, nargs="+", help="trajectories and tests, at their usual paths")
+    sub.add_argument("--output", required=True)
+
     sub = stage("panel", _panel, "draw one panel")
     sub.add_argument("--run", required=True, dest="trajectories")
     sub.add_argument("--tests", nargs="*", default=[], help="the run's tests, where the panel compares two groups")
@@ -337,6 +341,12 @@ def _test(options: Any) -> tuple[str, dict[str, Any]]:
     from autospec.statistics.build import TestSettings, build_tests
 
     return build_tests(_spec(options, TestSettings)[0], options.trajectories, options.output), {}
+
+
+def _summary(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.summary import SummarySettings, build_summary
+
+    return build_summary(_spec(options, SummarySettings)[0], options.inputs, options.output), {}
 
 
 def _panel(options: Any) -> tuple[str, dict[str, Any]]:

@@ -433,7 +433,9 @@ class Figures(Settings):
     page_width_mm: float = Field(default=210.0, gt=50)
     """Width of the composed page."""
     page_height_mm: float = Field(default=297.0, gt=50)
-    """Height of the composed page."""
+    """Least height of the composed page, which grows with its panels."""
+    layers_per_panel: int = Field(default=3, ge=2)
+    """Layers that a panel on a page draws, the first and the last among them; the panel's own figure draws all."""
     dots_per_inch: int = Field(default=200, ge=50)
     """Resolution of the PNG files."""
     singular_values: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 2, 4, 12], min_length=1)

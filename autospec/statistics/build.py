@@ -9,7 +9,7 @@ import pandas as pd
 import xarray as xr
 
 from autospec.statistics.paper import compare_spectra
-from autospec.statistics.table import write_tests
+from autospec.statistics.table import tidy, write_tests
 from autospec.trajectories import open_trajectories
 
 STATISTICS = ("gradient", "activation", "adjoint")
@@ -19,6 +19,7 @@ class TestSettings(TypedDict):
     """What the stage reads from the configuration."""
 
     scale: str
+    alpha: float
 
 
 def build_tests(settings: TestSettings, run: str, output: str) -> str:
@@ -39,13 +40,13 @@ def build_tests(settings: TestSettings, run: str, output: str) -> str:
         One line that says what was tested.
     """
     tree = open_trajectories(run)
-    table = paper_tests(tree, settings["scale"])
+    table = paper_tests(tree, settings["scale"], settings["alpha"])
     write_tests(table, output)
     pairs = table[["group_a", "group_b"]].drop_duplicates()
     return f"{len(table)} tests of {len(pairs)} pairs of groups"
 
 
-def paper_tests(tree: xr.DataTree, scale: str) -> pd.DataFrame:
+def paper_tests(tree: xr.DataTree, scale: str, alpha: float) -> pd.DataFrame:
     """All of the paper's tests for the trajectories of a run, one row a test."""
     steps = tree["step"].values
     frames = []
@@ -58,11 +59,30 @@ def paper_tests(tree: xr.DataTree, scale: str) -> pd.DataFrame:
                 floor = node[f"{statistic}_noise_floor"]
                 floor_a, floor_b = (floor.sel(group=group).values for group in (group_a, group_b))
                 frame = compare_spectra(a, b, floor_a, floor_b, steps, node["index"].values, scale)
-                labels = {"layer": layer, "statistic": statistic, "group_a": group_a, "group_b": group_b}
-                for position, (column, value) in enumerate(labels.items()):
-                    frame.insert(position, column, value)
-                frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+                labels = {
+                    "layer": layer,
+                    "statistic": statistic,
+                    "group_a": group_a,
+                    "group_b": group_b,
+                    "comparison": f"{group_a} - {group_b}",
+                }
+                frames += [_rows(frame, variance, alpha).assign(**labels) for variance in ("student", "welch")]
+    return tidy(pd.concat(frames, ignore_index=True))
+
+
+def _rows(frame: pd.DataFrame, variance: str, alpha: float) -> pd.DataFrame:
+    """Rows of the table for one of the t-tests: either ``step`` or ``index`` is empty."""
+    over_values, p = frame["test"] == "step", frame[f"p_{variance}"]
+    return pd.DataFrame(
+        {
+            "step": frame["at"].where(over_values).astype("Int64"),
+            "index": frame["at"].where(~over_values).astype("Int64"),
+            "test": f"paper_{variance}",
+            "p": p,
+            "significant": (p < alpha) & frame["resolved"],
+            "below_floor": ~frame["resolved"],
+        }
+    )
 
 
 def group_pairs(tree: xr.DataTree) -> list[tuple[str, str]]:
