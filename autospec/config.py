@@ -196,8 +196,8 @@ class FolderCohort(People):
     """Space of the images; MNI152NLin6Asym before MNI152NLin2009cAsym by default."""
     entities: dict[Label, Label] = {}
     """Further parts of BIDS file names, such as acq: eyesopen."""
-    scans: Literal["one", "first"] = "one"
-    """Take the first of several images of a participant that fit, or call several a mistake."""
+    scans: Literal["one", "first", "all"] = "one"
+    """Where several images of a participant fit: call that a mistake, take the first, or make a sample of each."""
     freesurfer: list[Label] = ["auto"]
     """SUBJECTS_DIR or tables of volumes; `auto` looks in and beside the folder, an empty list leaves volumes out."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 ACTIVATIONS = {"relu": "ReLU", "sigmoid": "Sigmoid", "tanh": "Tanh"}
-
 ARCHITECTURES = {
     "mlp": "MLP",
     "cnn1d": "1D CNN",

@@ -7,6 +7,7 @@ PATHS = {
     "simulated_resources": "work/simulated.json",
     "participants": "results/cohort/participants.tsv",
     "participants_described": "results/cohort/participants.json",
+    "scans": "results/cohort/scans.tsv",
     "exclusions": "results/cohort/exclusions.tsv",
     "cohort": "results/cohort/cohort.json",
     "cohort_resources": "results/cohort/resources.json",

@@ -82,12 +82,12 @@ def train_run(settings: RunSettings, code: str, dataset: str, output: str, work:
     place = chosen_device(device)
     labels = group_labels(samples, settings["groupings"][0] if settings["groupings"] else None)
     classes = sorted(set(map(str, samples["target"].values)))
-    x = torch.from_numpy(samples["x"].values.reshape(samples.sizes["sample"], -1)).to(place)
+    x = torch.from_numpy(samples["x"].values).to(place)
     target = torch.tensor([classes.index(str(label)) for label in samples["target"].values], device=place)
 
     torch.manual_seed(settings["training"]["seed"])
     model = build_model(
-        settings["model"], settings["task"], x.shape[1], len(classes), settings["hidden"], settings["activation"]
+        settings["model"], settings["task"], x.shape[1:], len(classes), settings["hidden"], settings["activation"]
     ).to(place)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings["training"]["learning_rate"])
     criterion: Callable[..., torch.Tensor]

@@ -122,7 +122,11 @@ MISTAKES = [
     ("cohort", "{kind: simulated, no_effect: 1}", ["cohort.no_effect is the number 1", "true or false"]),
     ("cohort", "{kind: folder}", ["the setting 'cohort.folder' is missing"]),
     ("cohort", "{kind: folder, folder: x, run: 1}", ["cohort.run is the number 1", "put quotes around it"]),
-    ("cohort", "{kind: folder, folder: x, scans: all}", ["cohort.scans is the text 'all'", "'one' or 'first'"]),
+    (
+        "cohort",
+        "{kind: folder, folder: x, scans: every}",
+        ["cohort.scans is the text 'every'", "'one', 'first' or 'all'"],
+    ),
     ("cohort", "{kind: folder, folder: x, columns: {dx: y}}", ["no setting called 'cohort.columns.dx'", "'diagnosis'"]),
     (
         "cohort",

@@ -105,42 +105,40 @@ def check_cohort(settings: CohortSettings, networks: int = 53, voxel_mm: float |
     taking_part: list[Participant] = []
     functional = 0
     for each in cohort.participants:
-        found: list[tuple[Header, float]] = []
-        exclusion = None
-        if each.scans:
-            found, exclusion = _examine(each, networks, settings)
-        if exclusion is not None:
-            if exclusion.bad and settings["on_bad_subject"] == "fail":
+        used = 0
+        for scan in each.scans:
+            found, exclusion = _examine(each, scan, networks, settings)
+            if exclusion is None:
+                used += 1
+                images += found
+            elif exclusion.bad and settings["on_bad_subject"] == "fail":
                 raise UserError(
                     f"sub-{each.id} cannot be used: {exclusion.reason}; correct the data, or set on_bad_subject: exclude."
                 )
-            exclusions.append(exclusion)
-            if not each.freesurfer:
-                continue
-        else:
-            functional += bool(each.scans)
-            images += found
-        taking_part.append(each)
+            else:
+                exclusions.append(exclusion)
+        functional += bool(used)
+        if used or each.freesurfer:
+            taking_part.append(each)
     return _report(cohort, taking_part, functional, images, exclusions, networks, voxel_mm)
 
 
 def _examine(
-    participant: Participant, networks: int, settings: CohortSettings
+    participant: Participant, scan: Scan, networks: int, settings: CohortSettings
 ) -> tuple[list[tuple[Header, float]], Exclusion | None]:
-    """Headers and repetition times of a participant's images, or why these cannot be used."""
-    name = participant.id
+    """Header and repetition time of an image, where it is one, or why it cannot be used."""
+    name, which = participant.id, f"{scan.label}: " if scan.label else ""
     try:
-        usual = participant.done.repetition_time
-        found = [_header(scan, networks, usual) for scan in participant.scans if scan.bold]
-        motion = motion_of([scan.confounds for scan in participant.scans if scan.confounds], participant.phenotype)
+        found = [_header(scan, networks, participant.done.repetition_time)] if scan.bold else []
+        motion = motion_of([scan.confounds] if scan.confounds else [], participant.phenotype)
     except UserError as error:
-        return [], Exclusion(name, "functional", str(error).rstrip("."), bad=True)
+        return [], Exclusion(name, "functional", which + str(error).rstrip("."), bad=True)
     problem = motion_problem(motion, settings["max_mean_fd"], settings["min_volumes"])
     wanted = settings["min_volumes"]
     for header, _ in found:
         if not problem and wanted is not None and motion.usable_volumes is None and header.volumes < wanted:
             problem = f"{header.volumes} volumes, fewer than min_volumes ({wanted})"
-    return found, Exclusion(name, "functional", problem) if problem else None
+    return found, Exclusion(name, "functional", which + problem) if problem else None
 
 
 def _header(scan: Scan, networks: int, usual_time: float | None) -> tuple[Header, float]:

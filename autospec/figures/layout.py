@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import FigureBase
+from matplotlib.figure import Figure, SubFigure
 
 from autospec.figures.style import MM
 
@@ -30,7 +30,7 @@ class Size:
     height: float
 
 
-def size_of(figure: FigureBase) -> Size:
+def size_of(figure: Figure | SubFigure) -> Size:
     """Size of a figure or of a part of one."""
     inches = figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi
     return Size(inches[0] / MM, inches[1] / MM)

@@ -77,7 +77,8 @@ def compose(settings: PageSettings, trees: dict[str, xr.DataTree], tables: dict[
     heights = [low + stretch * count for low, count in zip(least, counts, strict=True)]
     total = HEAD_MM + sum(heights) + key_mm
     figure = Figure(figsize=(width_mm * MM, math.ceil(total) * MM))
-    head, body, foot = figure.subfigures(3, 1, height_ratios=[HEAD_MM, sum(heights), key_mm])
+    parts = figure.subfigures(3, 1, height_ratios=[HEAD_MM, sum(heights), key_mm], squeeze=False)
+    head, body, foot = parts[:, 0]
     head.text(2 / width_mm, 0.45, settings["heading"], fontsize=10, fontweight="bold", va="center")
     places = body.subfigures(len(rows), columns, squeeze=False, height_ratios=heights)
     for row, place_row in zip(rows, places, strict=True):

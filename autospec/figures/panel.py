@@ -169,7 +169,7 @@ def build_panel(settings: PanelSettings, run: str, tests: str | None, outputs: l
         key_mm = key_height_mm([panel], tree, settings, width_mm)
         body_mm = panel_height(max(1, len(layers_of(panel, tree))), ROW_HEIGHT_MM)
         figure = Figure(figsize=(width_mm * MM, (body_mm + key_mm) * MM))
-        body, foot = figure.subfigures(2, 1, height_ratios=[body_mm, key_mm])
+        body, foot = figure.subfigures(2, 1, height_ratios=[body_mm, key_mm], squeeze=False)[:, 0]
         draw_panel(body, panel, tree, read_tests(tests) if tests else None, settings)
         draw_key(foot, [panel], tree, settings, width_mm, key_mm)
         save(figure, outputs, settings["dots_per_inch"])

@@ -17,7 +17,7 @@ import xarray as xr
 
 from autospec.cohort.files import read_table
 from autospec.cohort.record import read_participants, read_record
-from autospec.datasets.labelled import open_labelled
+from autospec.datasets.labelled import open_labelled, subjects_of
 from autospec.describe import content, network, performance_words
 from autospec.figures.differences import of_pair
 from autospec.figures.selection import shown_groups
@@ -275,7 +275,8 @@ def describe_cohort(shown: dict[str, Any]) -> dict[str, Any]:
             {
                 "data set": name,
                 "kind": samples.attrs["kind"],
-                "participants": samples.sizes["sample"],
+                "participants": len(set(subjects_of(samples))),
+                "samples": samples.sizes["sample"],
                 "one sample": f"{' x '.join(map(str, samples['x'].shape[1:]))} ({', '.join(map(str, samples['x'].dims[1:]))})",
                 "template": samples.attrs.get("template") or "–",
                 "data": "simulated" if samples.attrs.get("simulated") else "real",

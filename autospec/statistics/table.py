@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -67,7 +68,7 @@ TESTS = (*PAPER, "permutation", "refit")
 def tidy(table: pd.DataFrame) -> pd.DataFrame:
     """Give a table all columns, in their order and with their types; those it lacks are empty."""
     found = table.reindex(columns=list(COLUMNS))
-    types = {
+    types: dict[str, Any] = {
         **dict.fromkeys(TEXT, str),
         **dict.fromkeys(WHOLE, "Int64"),
         **dict.fromkeys(NUMBERS, float),
@@ -90,7 +91,11 @@ def read_tests(path: str | Path) -> pd.DataFrame:
     UserError
         If there is no such table, or it has other columns.
     """
-    types = {**dict.fromkeys(TEXT, str), **dict.fromkeys(WHOLE, "Int64"), **dict.fromkeys(NUMBERS, float)}
+    types: dict[str, Any] = {
+        **dict.fromkeys(TEXT, str),
+        **dict.fromkeys(WHOLE, "Int64"),
+        **dict.fromkeys(NUMBERS, float),
+    }
     empty = {column: [""] for column in (*WHOLE, *NUMBERS)}
     try:
         table = pd.read_csv(path, sep="\t", dtype=types, keep_default_na=False, na_values=empty)

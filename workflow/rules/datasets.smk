@@ -29,6 +29,7 @@ if PEOPLE is not None:
         """Build a labelled data set of time courses."""
         input:
             participants=result("participants"),
+            others=[result("scans"), result("cohort")],
             folders=participants.folders(CONFIG, PEOPLE),
         output:
             store=result("dataset"),
@@ -52,6 +53,7 @@ if PEOPLE is not None:
         """Build a labelled data set of maps, aggregated by their maximum over networks."""
         input:
             participants=result("participants"),
+            others=[result("scans"), result("cohort")],
             folders=participants.folders(CONFIG, PEOPLE),
             scaled=result("gift_maps") if CONFIG.ica.scaling == "gift" else [],
         output:
@@ -76,6 +78,7 @@ if PEOPLE is not None:
         """Build a labelled data set of FreeSurfer's volumes."""
         input:
             participants=result("participants"),
+            others=[result("cohort")],
             files=participants.volume_files(PEOPLE),
         output:
             store=result("dataset"),

@@ -88,6 +88,7 @@ if CONFIG.ica.scaling == "gift":
         """Scale everybody's maps as GIFT does, by the mean maps of the cohort."""
         input:
             participants=result("participants"),
+            scans=result("scans"),
             folders=participants.folders(CONFIG, PEOPLE),
         output:
             folder=directory(result("gift_maps")),
