@@ -97,6 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--files", nargs="*", default=[], help="images and labels, where they come from files")
     sub.add_argument("--output", required=True)
 
+    sub = stage("sinusoids", _sinusoids, "make a labelled data set of sinusoids")
+    sub.add_argument("--output", required=True)
+
     sub = stage("simulate", _simulate, "write the simulated cohort")
     sub.add_argument("--output", required=True, help="its dataset_description.json; all else stands beside it")
 
@@ -252,6 +255,12 @@ def _dataset(options: Any) -> tuple[str, dict[str, Any]]:
     from autospec.datasets.build import DatasetSettings, build_dataset
 
     return build_dataset(_spec(options, DatasetSettings)[0], options.files, options.output), {}
+
+
+def _sinusoids(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.datasets.sinusoids import SinusoidSettings, build_sinusoids
+
+    return build_sinusoids(_spec(options, SinusoidSettings)[0], options.output), {}
 
 
 def _simulate(options: Any) -> tuple[str, dict[str, Any]]:

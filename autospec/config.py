@@ -324,6 +324,8 @@ class Run(Settings):
     """Train again and again with permuted labels: the test of groups for what has seen the labels."""
     training: Training | None = None
     """Settings that differ from the experiment's for this run."""
+    introspection: Introspection | None = None
+    """Settings that differ from the experiment's for this run."""
 
 
 class Panel(Settings):
@@ -507,8 +509,8 @@ class Config(Settings):
                 numbers[experiment.figure] = name
             self._model_fits(name)
             self._panels_fit(name)
-            steps = self.introspection_of(name).steps
             for run in experiment.runs:
+                steps = self.introspection_of(name, run).steps
                 training = self.training_of(name, run)
                 if steps is not None and training.batch == "full" and min(steps) >= training.epochs:
                     raise ValueError(
@@ -540,7 +542,7 @@ class Config(Settings):
                     raise ValueError(
                         f"a panel of '{name}' compares the group '{label}', but the groups are {_listed(labels)}"
                     )
-            if panel.by_position and not self.introspection_of(name).per_position:
+            if panel.by_position and not self.introspection_of(name, panel.run).per_position:
                 raise ValueError(
                     f"a panel of '{name}' shows positions, which are not recorded: set introspection.per_position "
                     "to true there"
@@ -573,9 +575,10 @@ class Config(Settings):
         settings = self.experiments[experiment]
         return _overridden(_overridden(self.training, settings.training), settings.runs[run].training)
 
-    def introspection_of(self, experiment: str) -> Introspection:
-        """What an experiment's runs record: the general settings, then the experiment's."""
-        return _overridden(self.introspection, self.experiments[experiment].introspection)
+    def introspection_of(self, experiment: str, run: str) -> Introspection:
+        """What a run records: the general settings, the experiment's, the run's, in this order."""
+        settings = self.experiments[experiment]
+        return _overridden(_overridden(self.introspection, settings.introspection), settings.runs[run].introspection)
 
 
 def _listed(names: Iterable[str]) -> str:

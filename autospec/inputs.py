@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from autospec import specs
+from autospec import custom_model, specs
 from autospec.config import Config, Panel
 from autospec.errors import UserError
 from autospec.paths import EXTENSIONS, result
@@ -26,6 +26,8 @@ def require_files(config: Config) -> None:
                 f"ica.{key} names the file {path}, which does not exist (looked in {Path.cwd()}): correct the path in "
                 "the config; relative paths start at the analysis folder."
             )
+    for path in config.models.values():
+        custom_model.module_file(path)
     for name in config.datasets:
         for path in specs.dataset_files(config, name):
             if not Path(path).is_file():

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from autospec.config import Config, Experiment, MnistDataset, Panel, SinusoidsDataset
+from autospec.custom_model import module_file
 from autospec.provenance import fingerprint
 
 # The module that carries out each stage.
@@ -24,6 +24,7 @@ STAGES = {
     "cohort": "autospec.cohort.stage",
     "view": "autospec.figures.cohort",
     "dataset": "autospec.datasets.build",
+    "sinusoids": "autospec.datasets.sinusoids",
     "timeseries": "autospec.datasets.timeseries",
     "maps": "autospec.datasets.maps",
     "volumes": "autospec.datasets.freesurfer",
@@ -57,7 +58,7 @@ def dataset_files(config: Config, dataset: str) -> list[str]:
 
 def sinusoid_settings(config: Config, dataset: str) -> dict[str, Any]:
     """Settings of the job that makes a data set of sinusoids."""
-    return {**config.datasets[dataset].model_dump(mode="json"), "name": dataset}
+    return {**config.datasets[dataset].model_dump(mode="json", exclude={"kind"}), "name": dataset}
 
 
 def _digits(config: Config, dataset: str) -> MnistDataset:
@@ -84,7 +85,7 @@ def run_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
             **training.model_dump(mode="json", exclude=NOT_IN_A_TRAINING),
             "seed": training.seed if seed is None else seed,
         },
-        "introspection": config.introspection_of(experiment).model_dump(mode="json"),
+        "introspection": config.introspection_of(experiment, name).model_dump(mode="json"),
     }
 
 
@@ -105,13 +106,8 @@ def runs_of(config: Config, experiment: str, run: str) -> list[str]:
 
 
 def custom_model_code(path: str) -> str:
-    """Digest of the file of a user's own network, so that an edit of it trains again."""
-    module = path.partition(":")[0]
-    with_package = [Path(*module.split(".")).with_suffix(".py"), Path(*module.split(".")) / "__init__.py"]
-    for file in with_package:
-        if file.is_file():
-            return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return "installed"
+    """Digest of the file of a user's own network, so that an edit of it trains again; UserError if there is none."""
+    return hashlib.sha256(module_file(path).read_bytes()).hexdigest()[:16]
 
 
 def test_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
