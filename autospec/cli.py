@@ -190,6 +190,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", required=True)
     sub.add_argument("--described", required=True, help="JSON file that describes columns and tests")
 
+    sub = stage("summary", _summary, "write one row for each run, layer and comparison")
+    sub.add_argument("--inputs", required=True, nargs="+", help="trajectories and tests, at their usual paths")
+    sub.add_argument("--output", required=True)
+
     sub = stage("panel", _panel, "draw one panel")
     sub.add_argument("--run", required=True, dest="trajectories")
     sub.add_argument("--tests", nargs="*", default=[], help="the run's tests, where the panel compares two groups")
@@ -407,6 +411,12 @@ def _test(options: Any) -> tuple[str, dict[str, Any]]:
     found = [Found(table=two[0], described=two[1]) if two else None for two in (options.permutation, options.refit)]
     settings = _spec(options, TestSettings)[0]
     return build_tests(settings, options.trajectories, options.output, options.described, *found), {}
+
+
+def _summary(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.summary import SummarySettings, build_summary
+
+    return build_summary(_spec(options, SummarySettings)[0], options.inputs, options.output), {}
 
 
 def _panel(options: Any) -> tuple[str, dict[str, Any]]:
