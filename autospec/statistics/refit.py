@@ -15,7 +15,6 @@ import xarray as xr
 
 from autospec.errors import UserError
 from autospec.statistics import null
-from autospec.statistics.measures import ALTERNATIVES
 from autospec.statistics.table import COLUMNS, tidy, write_description, write_tests
 from autospec.storage import open_store
 
@@ -117,7 +116,9 @@ def evaluate_refits(refits: xr.Dataset, alpha: float) -> pd.DataFrame:
 
     Notes
     -----
-    The same labellings go to all comparisons, so one maximum over all of them controls the family-wise error.
+    The same labellings go to all comparisons, so one maximum over all of them controls the family-wise error.  All
+    statistics are tested to both sides: in a classifier the shares of two targets oppose each other whatever the labels,
+    and a network that learns from true labels may have smaller contrasts than one that learns from noise.
     """
     if not refits.sizes["refit"]:
         return tidy(pd.DataFrame(columns=list(COLUMNS)))
@@ -130,10 +131,7 @@ def evaluate_refits(refits: xr.Dataset, alpha: float) -> pd.DataFrame:
     values, above = refits["value"].values.astype(np.float64), refits["above"].values.astype(bool)
     finite = np.isfinite(values).all(0)
     values = np.where(finite, values, 0.0)
-    z, tie = np.empty_like(values), np.empty(values.shape[1])
-    for statistic in family["statistic"].unique():
-        chosen = (family["statistic"] == statistic).to_numpy()
-        z[:, chosen], tie[chosen] = null.standardised(values[:, chosen], ALTERNATIVES[str(statistic)])
+    z, tie = null.standardised(values, "two-sided")
     # A rule that looked at the observed labelling alone would choose by the labels under test.
     tested = (above.mean(0) >= 0.5) & finite
     effect, low, high = null.standardised_effect(values)
@@ -190,7 +188,7 @@ def describe(refits: xr.Dataset, table: pd.DataFrame, settings: RefitSettings, s
             f"initial weights with the same held-out subjects{averaged}. At {when} of each training the singular values of "
             "the difference of the groups' mean shares of the gradient (contrast), the difference of their spectra, the "
             "cosine between the shares, the difference of effective ranks and the Frobenius norm of the contrast were "
-            "compared with their distribution over trainings; p counts the training with the labels as they are (Phipson "
+            "compared with their distribution over trainings, to both sides; p counts the training with the labels as they are (Phipson "
             "and Smyth 2010). Family-wise p-values are by the maximum of the statistics, centred and scaled over trainings "
             "(Nichols and Holmes 2002). Differences are called significant at a family-wise p of "
             f"{settings['alpha']:g} or less."
