@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,9 +36,9 @@ class SeriesAutoencoder(nn.Module):
         return self.decode(torch.relu(self.encode(x)))
 
 
-def mlp() -> tuple[nn.Module, torch.Tensor]:
+def mlp(width: int) -> tuple[nn.Module, torch.Tensor]:
     """512 digits."""
-    return chain(784, 32, 784), torch.from_numpy(digits(512)[0])
+    return chain(784, width, 784), torch.from_numpy(digits(512)[0])
 
 
 def series() -> tuple[nn.Module, torch.Tensor]:
@@ -46,7 +47,7 @@ def series() -> tuple[nn.Module, torch.Tensor]:
 
 
 NETWORKS = {
-    "MLP autoencoder 784-32-784, N 512": mlp,
+    **{f"MLP autoencoder 784-{width}-784, N 512": partial(mlp, width) for width in (32, 64, 128)},
     "1D CNN autoencoder, 32 channels, (157, 53, 150)": series,
 }
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
 
+from .common import ACTIVATIONS
 
-def _layers(widths: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
+
+def _layers(widths: Sequence[int], activation: str) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), activation()]
+        layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers)
 
 
@@ -20,22 +23,23 @@ class MLPAutoencoder(nn.Module):
 
     Parameters
     ----------
-    features : int
-        Numbers a sample.
+    shape : sequence of int
+        Shape of one sample, which is flattened.
     hidden : sequence of int
         Widths of the encoder's layers; the decoder runs back through them.
-    activation : type of nn.Module
+    activation : {"relu", "sigmoid", "tanh"}
         Activation after every layer but the last.
     """
 
-    def __init__(self, features: int, hidden: Sequence[int], activation: type[nn.Module] = nn.ReLU) -> None:
+    def __init__(self, shape: Sequence[int], hidden: Sequence[int], activation: str = "relu") -> None:
         super().__init__()
+        features = math.prod(shape)
         self.encoder = _layers([features, *hidden], activation)
         self.decoder = _layers([*hidden[::-1], features], activation)[:-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruct samples, shape (samples, features)."""
-        return self.decoder(self.encoder(x))
+        """Reconstruct samples, shape (samples, *shape)."""
+        return self.decoder(self.encoder(x.flatten(1))).reshape(x.shape)
 
 
 class MLPClassifier(nn.Module):
@@ -43,21 +47,21 @@ class MLPClassifier(nn.Module):
 
     Parameters
     ----------
-    features, classes : int
-        Numbers a sample, and classes of the target.
+    shape : sequence of int
+        Shape of one sample, which is flattened.
+    classes : int
+        Classes of the target.
     hidden : sequence of int
         Widths of the encoder's layers.
-    activation : type of nn.Module
+    activation : {"relu", "sigmoid", "tanh"}
         Activation after every hidden layer.
     """
 
-    def __init__(
-        self, features: int, classes: int, hidden: Sequence[int], activation: type[nn.Module] = nn.ReLU
-    ) -> None:
+    def __init__(self, shape: Sequence[int], classes: int, hidden: Sequence[int], activation: str = "relu") -> None:
         super().__init__()
-        self.encoder = _layers([features, *hidden], activation)
+        self.encoder = _layers([math.prod(shape), *hidden], activation)
         self.classifier = nn.Linear(hidden[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Unnormalised log-probabilities, shape (samples, classes)."""
-        return self.classifier(self.encoder(x))
+        return self.classifier(self.encoder(x.flatten(1)))

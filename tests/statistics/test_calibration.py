@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from matplotlib import pyplot as plt
 from scipy import stats
 from torch import nn
@@ -22,6 +23,7 @@ from autospec.statistics.calibration.repetitions import Family
 from autospec.statistics.paper import compare_spectra
 from autospec.statistics.permutation_test import NullDistributions, evaluate
 from autospec.statistics.permutations import compare, draw_labellings
+from autospec.statistics.refit import evaluate_refits
 
 N, FEATURES, HIDDEN, STEPS = 20, 7, 4, (0, 5, 12)
 RATE = 0.02
@@ -162,6 +164,32 @@ def test_families_have_the_p_values_of_the_permutation_test(studies):
             assert p[Family(statistic, str(step), "all")] == pytest.approx(evaluate(alone).table["p_adjusted"].min())
 
 
+def test_families_of_refits_have_the_p_values_of_the_workflows_refits(studies):
+    x, _, _, labellings = studies
+    for found in repetitions.refitted(x, labellings, [5, 6, 7], HIDDEN, STEPS, RATE):
+        columns, values, above = [], [], []
+        for step, layers in found.items():
+            for (layer, statistic), each in layers.items():
+                for k in range(each.values.shape[1]):
+                    columns.append((layer, statistic, step, k + 1 if statistic in measures.SPECTRAL else 0))
+                    values.append(each.values[:, k])
+                    # `evaluate_refits` looks at each refit; here those that count are known already.
+                    above.append(np.r_[each.above[k], np.full(len(each.values) - 1, each.tested[k])])
+        names = pd.DataFrame(columns, columns=["layer", "statistic", "step", "index"])
+        refits = xr.Dataset(
+            {"value": (("refit", "test"), np.array(values).T), "above": (("refit", "test"), np.array(above).T)},
+            {name: ("test", names[name]) for name in names}
+            | {name: ("test", ["first"] * len(names)) for name in ("group_a", "group_b", "comparison")},
+        )
+        table = evaluate_refits(refits, 0.05)
+        p = repetitions.family_p(found, repetitions.BOTH_SIDES)
+        assert p[Family("all", "all", "all")] == pytest.approx(table["p_adjusted"].min())
+        single = table[
+            (table["layer"] == networks.ENCODER) & (table["statistic"] == "cosine") & (table["step"] == STEPS[1])
+        ]
+        assert p[Family("cosine", str(STEPS[1]), "first of the encoder")] == pytest.approx(single["p"].item())
+
+
 def test_the_papers_tests_are_those_of_a_single_run(studies):
     x, in_first, *_ = studies
     recorded = repetitions.record(x, in_first, [5, 6, 7], "classifier", HIDDEN, STEPS, RATE)
@@ -192,8 +220,6 @@ def test_the_papers_tests_are_those_of_a_single_run(studies):
 def compare_resolved(a, b, floors, steps, index) -> np.ndarray:
     """Which tests of `compare_spectra` are resolved: of each step, then of each singular value."""
     table = compare_spectra(a, b, *floors, steps, index)
-    if "resolved" in table:
-        return table["resolved"].to_numpy(dtype=bool)
     student = table[table["test"].str.endswith("student")]
     parts = student[student["step"].notna()], student[student["step"].isna()]
     return ~np.concatenate([part["below_floor"].to_numpy(dtype=bool) for part in parts])

@@ -28,6 +28,7 @@ from autospec.statistics.calibration.design import (
     parts,
 )
 from autospec.statistics.calibration.repetitions import (
+    BOTH_SIDES,
     Family,
     Recorded,
     family_p,
@@ -193,7 +194,7 @@ def _some_repetitions(
                     of = [each[name][1] for each in pairs[some]]
                     again = refitted(x[some], of, seeds[some], HIDDEN, chosen.refit_steps, LEARNING_RATE)
                     for labellings, values in zip(of, again, strict=True):
-                        _add(found, task, REFIT + name, family_p(values), labellings)
+                        _add(found, task, REFIT + name, family_p(values, BOTH_SIDES), labellings)
 
 
 def _labellings(drawn: Drawn, chosen: Plan, seed: int, permutations: int) -> dict[str, tuple[Comparison, Labellings]]:

@@ -31,6 +31,9 @@ from autospec.statistics.permutations import Comparison, Labellings, group_sizes
 Found = Mapping[int, Mapping[tuple[str, str], Values]]
 """Values under every labelling, by step, then by layer and statistic."""
 
+# Of refits all statistics are tested to both sides: see `autospec.statistics.refit`.
+BOTH_SIDES = dict.fromkeys(measures.STATISTICS, "two-sided")
+
 
 class Family(NamedTuple):
     """What one p-value refers to."""
@@ -245,13 +248,15 @@ def _values(
 # ---------------------------------------------------------------------- p-values
 
 
-def family_p(found: Found) -> dict[Family, float]:
+def family_p(found: Found, alternatives: Mapping[str, str] = measures.ALTERNATIVES) -> dict[Family, float]:
     """P-value of each family: of a single value, and the smallest corrected one of all values of a step, and of the run.
 
     Parameters
     ----------
     found : Found
         Values under every labelling.
+    alternatives : mapping of str to str
+        For each statistic, which values speak for a difference; refits are tested to `BOTH_SIDES`.
 
     Returns
     -------
@@ -262,7 +267,7 @@ def family_p(found: Found) -> dict[Family, float]:
     members: dict[Family, list[tuple[np.ndarray, np.ndarray]]] = {}
     for step, values in found.items():
         for (layer, statistic), each in values.items():
-            z, tie = null.standardised(np.nan_to_num(each.values), measures.ALTERNATIVES[statistic])
+            z, tie = null.standardised(np.nan_to_num(each.values), alternatives[statistic])
             if layer == ENCODER:
                 tested = each.tested[0] and each.above[0]
                 p[Family(statistic, str(step), FIRST_VALUE)] = float(null.p_values(z, tie)[0]) if tested else 1.0
@@ -278,17 +283,17 @@ def family_p(found: Found) -> dict[Family, float]:
         largest = null.maxima(np.concatenate([z for z, _ in parts], 1))
         observed, tie = np.concatenate([each for _, each in parts], 1)
         p[family] = float(null.familywise_p(observed, largest, tie).min(initial=1.0))
-    p[Family(ALL, ALL, CLUSTERS)] = _cluster_p(found)
+    p[Family(ALL, ALL, CLUSTERS)] = _cluster_p(found, alternatives)
     return p
 
 
-def _cluster_p(found: Found) -> float:
+def _cluster_p(found: Found, alternatives: Mapping[str, str]) -> float:
     """Smallest family-wise p of a cluster of steps."""
     steps = sorted(found)
     largest = np.zeros(0)
     for key in found[steps[0]]:
         each = [found[step][key] for step in steps]
-        z = np.stack([null.standardised(np.nan_to_num(of.values), measures.ALTERNATIVES[key[1]])[0] for of in each], 1)
+        z = np.stack([null.standardised(np.nan_to_num(of.values), alternatives[key[1]])[0] for of in each], 1)
         tested = np.stack([of.tested for of in each])
         threshold = np.where(tested, null.cluster_threshold(z), math.inf)
         mass = null.largest_cluster(z, threshold)

@@ -17,6 +17,7 @@ from autospec.statistics.calibration.design import (
     GROUPS,
     HIDDEN,
     LEARNING_RATE,
+    MEETING,
     PAPER,
     PERMUTATION,
     POWER_REFIT_STEPS,
@@ -54,7 +55,7 @@ COLUMNS = {
     "the paper's t-tests take as samples",
     "expected": "alpha: the level should be held; above, unknown: it need not be, and why says so",
     "offered": "whether autospec gives this p as a test of groups",
-    "why": "why the level need not be held",
+    "why": "why the level need not be held, or why the test is not offered",
     "repetitions": "studies drawn",
     "refusals": "of these, those without a p, because an imbalance of the confounder remained",
     "rejections": "of the others, those with p of at most alpha",
@@ -121,6 +122,8 @@ def expectation(task: str, test: str, confounding: str) -> dict[str, str]:
         return {"expected": "above", "offered": "no", "why": "the weights and adjoints have seen the labels"}
     if confounding != "none" and test in (PERMUTATION, REFIT):
         return {"expected": "above", "offered": "yes", "why": "the confounder is left out"}
+    if test == REFIT + MEETING["number"]:
+        return {"expected": "alpha", "offered": "no", "why": "refits of the workflow permute within strata alone"}
     return {"expected": "alpha", "offered": "yes", "why": ""}
 
 
