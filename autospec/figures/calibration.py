@@ -54,7 +54,7 @@ STATISTICS = {
     "cosine": (GREEN, "^", "cosine"),
     "distance": (PINK, "D", "distance of the layers"),
 }
-POWER_STEP, POWER_EFFECT = "10", 0.8
+POWER_STEP, POWER_EFFECT = "20", 0.8
 
 
 def build_calibration(settings: CalibrationSettings, parts: Sequence[str], output: str) -> str:
