@@ -12,8 +12,10 @@ DRAWN = {name for name in ALL_JOBS if name.startswith(("Drawing", "Composing", "
 def test_first_run_makes_everything(finished):
     assert jobs_in(finished.output) == ALL_JOBS
     assert (finished.folder / "results/report.html").stat().st_size > 10_000
-    for extension in ("pdf", "png", "svg"):
-        assert (finished.folder / f"results/figures/figure-1.{extension}").stat().st_size > 1000
+    for figure in ("1", "s1"):
+        for extension in ("pdf", "png"):
+            assert (finished.folder / f"results/figures/figure-{figure}.{extension}").stat().st_size > 1000
+    assert len((finished.folder / "results/summary.tsv").read_text().splitlines()) == 1 + 2 * 2 * 3  # pairs of groups
 
 
 def test_second_run_has_nothing_to_do(analysis):
@@ -44,14 +46,14 @@ def test_a_page_size_redraws_the_page_alone(analysis):
     config = analysis.config()
     config["figures"]["page_height_mm"] = 250.0
     analysis.write(config)
-    assert analysis.planned() == {"Composing figure 1", "Writing the report"}
+    assert analysis.planned() == {"Composing figure 1", "Composing figure s1", "Writing the report"}
 
 
 def test_a_panel_size_retrains_nothing(analysis):
     config = analysis.config()
     config["figures"]["panel_width_mm"] = 150.0
     analysis.write(config)
-    assert analysis.planned() == DRAWN - {"Composing figure 1"}
+    assert analysis.planned() == DRAWN - {"Composing figure 1", "Composing figure s1"}
 
 
 def test_swapped_values_of_two_settings_are_noticed(analysis):
