@@ -19,7 +19,7 @@ COLUMN_GAP_MM = 9.5
 ROW_GAP_MM = 5.0
 KEY_LINE_MM = 2.7
 # Of DejaVu Sans at 1 point, on average, with room to spare.
-CHARACTER_WIDTH_POINTS = 0.5
+CHARACTER_WIDTH_POINTS = 0.53
 
 
 @dataclass(frozen=True)

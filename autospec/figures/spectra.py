@@ -17,7 +17,7 @@ from autospec.figures.selection import at_chance, rank_limits, recorded_statisti
 from autospec.figures.style import colours, dashes, power_of_ten, sigma
 
 RIGHT_MM = 5.0
-LEGEND_COLUMN_MM, LEGEND_ROW_MM = 45.0, 3.4
+LEGEND_COLUMN_MM, LEGEND_ROW_MM = 50.0, 3.4
 FLOOR_COLOUR = "#dddddd"
 LIMIT: dict[str, Any] = {"color": "#000000", "linestyle": (0, (1, 1.2)), "linewidth": 1.3}
 LIMIT_WORDS = (
