@@ -159,11 +159,36 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dataset", required=True)
     sub.add_argument("--work", required=True, help="folder in which trajectories grow meanwhile")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    sub.add_argument("--checkpoint-minutes", type=float, default=2.0, help="minutes between checkpoints")
+    sub.add_argument("--checkpoint-updates", type=int, help="updates between checkpoints, instead of minutes")
+    sub.add_argument("--weights", help="file for the weights at some updates")
     sub.add_argument("--output", required=True)
 
-    sub = stage("test", _test, "test every pair of groups of a run")
-    sub.add_argument("--run", required=True, dest="trajectories")
+    sub = stage("permute", _permute, "test groups by permuting labels of what has not seen them")
+    sub.add_argument("--dataset", required=True)
+    sub.add_argument("--weights", required=True, nargs="+", help="weights of the run, one file a seed")
+    sub.add_argument("--work", required=True, help="folder in which finished steps are kept meanwhile")
     sub.add_argument("--output", required=True)
+    sub.add_argument("--described", required=True, help="JSON file that describes the test")
+    sub.add_argument("--confounds", required=True, help="table that asks whether it is just motion")
+    sub.add_argument("--null", nargs="?", help="store of the statistics under every labelling, where they are kept")
+
+    sub = stage("refit-part", _refit_part, "train again and again with permuted labels")
+    sub.add_argument("--dataset", required=True)
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    sub.add_argument("--output", required=True)
+
+    sub = stage("refit", _refit, "test groups by comparing a run with its refits")
+    sub.add_argument("--parts", required=True, nargs="+", help="refits, in one folder a seed")
+    sub.add_argument("--output", required=True)
+    sub.add_argument("--described", required=True, help="JSON file that describes the test")
+
+    sub = stage("test", _test, "put all tests of a run's groups into one table")
+    sub.add_argument("--run", required=True, dest="trajectories")
+    for test in ("permutation", "refit"):
+        sub.add_argument(f"--{test}", nargs="*", default=[], help=f"table and description of the {test} test")
+    sub.add_argument("--output", required=True)
+    sub.add_argument("--described", required=True, help="JSON file that describes columns and tests")
 
     sub = stage("summary", _summary, "write one row for each run, layer and comparison")
     sub.add_argument("--inputs", required=True, nargs="+", help="trajectories and tests, at their usual paths")
@@ -340,16 +365,52 @@ def _view(options: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _train(options: Any) -> tuple[str, dict[str, Any]]:
-    from autospec.training import RunSettings, host, train_run
+    began = time.perf_counter()
+    from autospec.training import Frequency, RunSettings, train_run
 
+    imported = time.perf_counter() - began
     settings, code = _spec(options, RunSettings)
-    return train_run(settings, code, options.dataset, options.output, options.work, options.device), host()
+    frequency = Frequency(options.checkpoint_minutes, options.checkpoint_updates)
+    message, record = train_run(
+        settings, code, options.dataset, options.output, options.work, options.device, options.weights, frequency
+    )
+    record["seconds"]["start_up"] = round(record["seconds"]["start_up"] + imported, 3)
+    return message, record
+
+
+def _permute(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.permute import Outputs, PermutationSettings, build_permutation
+
+    settings, code = _spec(options, PermutationSettings)
+    outputs = Outputs(
+        table=options.output, described=options.described, confounds=options.confounds, null=options.null or None
+    )
+    return build_permutation(settings, code, options.dataset, options.weights, outputs, options.work), {}
+
+
+def _refit_part(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.refit_part import RefitPartSettings, build_refit_part
+
+    settings = _spec(options, RefitPartSettings)[0]
+    return build_refit_part(settings, options.dataset, options.output, options.device), {}
+
+
+def _refit(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.refit import RefitSettings, build_refit
+
+    of_seeds: dict[Path, list[str]] = {}
+    for path in options.parts:
+        of_seeds.setdefault(Path(path).parent, []).append(path)
+    parts = list(of_seeds.values())
+    return build_refit(_spec(options, RefitSettings)[0], parts, options.output, options.described), {}
 
 
 def _test(options: Any) -> tuple[str, dict[str, Any]]:
-    from autospec.statistics.build import TestSettings, build_tests
+    from autospec.statistics.build import Found, TestSettings, build_tests
 
-    return build_tests(_spec(options, TestSettings)[0], options.trajectories, options.output), {}
+    found = [Found(table=two[0], described=two[1]) if two else None for two in (options.permutation, options.refit)]
+    settings = _spec(options, TestSettings)[0]
+    return build_tests(settings, options.trajectories, options.output, options.described, *found), {}
 
 
 def _summary(options: Any) -> tuple[str, dict[str, Any]]:

@@ -48,6 +48,28 @@ def dataset_of(config: Config, experiment: str) -> str:
     return result("dataset", dataset=config.experiments[experiment].dataset)
 
 
+def of_every_seed(config: Config, kind: str, experiment: str, run: str) -> list[str]:
+    """Results of a run from each of its seeds."""
+    return [result(kind, experiment=experiment, run=name) for name in specs.runs_of(config, experiment, run)]
+
+
+def refit_parts(config: Config, experiment: str, run: str) -> list[str]:
+    """Refits of a run from each of its seeds, in parts."""
+    return [
+        result("refits", experiment=experiment, run=name, part=part)
+        for name in specs.runs_of(config, experiment, run)
+        for part in specs.refit_parts(config)
+    ]
+
+
+def tests_found(config: Config, test: str, experiment: str, run: str) -> list[str]:
+    """Table and description of a run's permutation test, or refit; empty where it is not made."""
+    made = (
+        config.experiments[experiment].runs[run].refit if test == "refit" else specs.permuted(config, experiment, run)
+    )
+    return [result(kind, experiment=experiment, run=run) for kind in (test, f"{test}_described")] if made else []
+
+
 def of_panel(config: Config, kind: str, experiment: str, panel: str) -> list[str]:
     """Trajectories of the run that a panel draws, or its tests where the panel compares two groups."""
     return _of_panels(kind, experiment, [specs.find_panel(config, experiment, panel)])

@@ -26,6 +26,7 @@ PATHS = {
     "weights": "results/runs/{experiment}/{run}.weights.pt",
     "permutation": "results/statistics/{experiment}/{run}.permutation.tsv",
     "permutation_described": "results/statistics/{experiment}/{run}.permutation.json",
+    "permutation_null": "results/statistics/{experiment}/{run}.null.zarr.zip",
     "permutation_resources": "results/statistics/{experiment}/{run}.permutation.resources.json",
     "confounds": "results/statistics/{experiment}/{run}.confounds.tsv",
     "refits": "results/refits/{experiment}/{run}/{part}.zarr.zip",

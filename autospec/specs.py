@@ -29,6 +29,9 @@ STAGES = {
     "maps": "autospec.datasets.maps",
     "volumes": "autospec.datasets.freesurfer",
     "train": "autospec.training",
+    "permute": "autospec.statistics.permute",
+    "refit-part": "autospec.statistics.refit_part",
+    "refit": "autospec.statistics.refit",
     "test": "autospec.statistics.build",
     "summary": "autospec.statistics.summary",
     "panel": "autospec.figures.panel",
@@ -93,6 +96,14 @@ def run_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
 NOT_IN_A_TRAINING = {"further_seeds", "checkpoint_minutes", "checkpoint_updates"}
 
 
+def checkpoint_options(config: Config, experiment: str, run: str) -> str:
+    """How often a training writes checkpoints, as options of its command."""
+    training = config.training_of(experiment, run_and_seed(run)[0])
+    if training.checkpoint_updates is not None:
+        return f"--checkpoint-updates {training.checkpoint_updates}"
+    return f"--checkpoint-minutes {training.checkpoint_minutes}"
+
+
 def run_and_seed(run: str) -> tuple[str, int | None]:
     """Name of a run and its further seed: ``mlp-seed-3`` is the run ``mlp`` from seed 3."""
     name, _, seed = run.partition("-seed-")
@@ -111,8 +122,53 @@ def custom_model_code(path: str) -> str:
 
 
 def test_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
-    """Settings of the tests between every pair of groups of one run."""
-    return {"scale": config.statistics.scale, "alpha": config.statistics.alpha}
+    """Settings of the paper's tests of one run, and of the table that holds all of its tests."""
+    return {
+        "name": f"{experiment}/{run}",
+        "task": config.experiments[experiment].runs[run].task,
+        "scale": config.statistics.scale,
+        "alpha": config.statistics.alpha,
+    }
+
+
+def permuted(config: Config, experiment: str, run: str) -> bool:
+    """Whether a run is tested by permutation: not where every group is a target that its network has seen."""
+    settings = config.experiments[experiment]
+    if settings.runs[run].task == "classifier" and not settings.groupings:
+        return False
+    compared = any(panel.run == run and panel.compare is not None for panel in settings.panels)
+    return config.statistics.permutation == "all" or (config.statistics.permutation == "compared" and compared)
+
+
+def permutation_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
+    """Settings of a run's permutation test; the run's own stand with its weights."""
+    read = {"alpha", "permutations", "seed", "within", "conditional_on", "minimum_group_size", "confounds", "keep_null"}
+    return {"name": f"{experiment}/{run}", **config.statistics.model_dump(mode="json", include=read)}
+
+
+def refit_part_settings(config: Config, experiment: str, run: str, part: int) -> dict[str, Any]:
+    """Settings of a job that carries out some of the refits of a training; refit 0 has the labels as they are."""
+    statistics = config.statistics
+    training = run_settings(config, experiment, run)
+    return {
+        "run": {**training, "introspection": {"layers": training["introspection"]["layers"]}},
+        "first": part * statistics.refits_per_job + 1 if part else 0,
+        "last": min((part + 1) * statistics.refits_per_job, statistics.refits),
+        "refits": statistics.refits,
+        "seed": statistics.seed,
+        "within": statistics.within,
+        "minimum_group_size": statistics.minimum_group_size,
+    }
+
+
+def refit_parts(config: Config) -> range:
+    """Numbers of the jobs that carry out a training's refits."""
+    return range(-(-config.statistics.refits // config.statistics.refits_per_job))
+
+
+def refit_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
+    """Settings of the test that compares a run with its refits."""
+    return {"name": f"{experiment}/{run}", "alpha": config.statistics.alpha, "refits": config.statistics.refits}
 
 
 def summary_settings(config: Config) -> dict[str, Any]:

@@ -87,6 +87,8 @@ class TrajectoryStore:
         if not count:
             shutil.rmtree(self._folder)
             return
+        for cut_off in self._folder.rglob("*.partial"):  # zarr's name for a file that it is writing
+            cut_off.unlink()
         with without_consolidation_warning():
             group = zarr.open_group(str(self._folder), mode="r+")
             for path, array in _stored_arrays(group):
@@ -105,7 +107,7 @@ class TrajectoryStore:
         if not self._folder.exists():
             return
         with without_consolidation_warning():
-            zarr.open_group(str(self._folder), mode="r+").attrs.update(attributes)
+            zarr.open_group(str(self._folder), mode="r+").update_attributes(attributes)
             zarr.consolidate_metadata(str(self._folder))
         if self._packed and complete:
             pack(self._folder, self.path)
@@ -169,10 +171,9 @@ def add_training_curves(folder: str | os.PathLike[str], curves: dict[str, np.nda
     curves : dict of str to ndarray, shape (updates,)
         ``update`` counts from 0.
     """
+    shutil.rmtree(Path(folder) / "training", ignore_errors=True)  # even one whose writing was cut off
     with without_consolidation_warning():
-        group = zarr.open_group(str(folder), mode="r+")
-        if "training" in group:
-            del group["training"]
+        group = zarr.open_group(str(folder), mode="r+", use_consolidated=False)
         node = group.create_group("training")
         length = len(next(iter(curves.values())))
         for name, values in {"update": np.arange(length), **curves}.items():
@@ -180,6 +181,13 @@ def add_training_curves(folder: str | os.PathLike[str], curves: dict[str, np.nda
                 name, shape=values.shape, dtype=values.dtype, chunks=(max(1, length),), dimension_names=["update"]
             )
             array[:] = values
+        zarr.consolidate_metadata(str(folder))
+
+
+def add_attributes(folder: str | os.PathLike[str], attributes: dict[str, Any]) -> None:
+    """Add attributes to the root of a directory store, or replace those of the same names."""
+    with without_consolidation_warning():
+        zarr.open_group(str(folder), mode="r+").update_attributes(attributes)
         zarr.consolidate_metadata(str(folder))
 
 

@@ -87,12 +87,14 @@ class Study:
             self.command(
                 "train", "--spec", specs.spec("train", settings), "--dataset", str(self.dataset), "--work", "work",
                 "--device", "cpu", "--output", str(self.run(run)),
+                "--weights", str(self.folder / result("weights", experiment="small", run=run)),
                 "--resources", result("run_resources", experiment="small", run=run),
             )  # fmt: skip
             settings = specs.test_settings(self.config, "small", run)
             self.command(
                 "test", "--spec", specs.spec("test", settings), "--run", str(self.run(run)),
                 "--output", str(self.tests(run)),
+                "--described", str(self.folder / result("tests_described", experiment="small", run=run)),
             )  # fmt: skip
 
     def draw(self) -> Path:

@@ -276,6 +276,14 @@ class Watcher:
         self._count += 1
         self._plan()
 
+    def discard(self) -> None:
+        """Forget what has arrived since the last step, as after a pass that ran out of memory and is made again.
+
+        ``zero_grad()`` has the same effect, but only at the next backward pass; this lets go of the memory at once.
+        """
+        self._capture.clear()
+        self._capture.masked = False
+
     @property
     def trajectories(self) -> xr.DataTree:
         """Everything recorded so far, as a labelled tree (see `autospec.open_trajectories`)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,14 @@ def read_tests(path: str | Path) -> pd.DataFrame:
     if list(table.columns) != list(COLUMNS):
         raise UserError(f"{path} is no table of tests: its columns are {list(table.columns)}; make it again.")
     return table
+
+
+def write_description(description: Mapping[str, Any], path: str | Path) -> None:
+    """Write a description as JSON; it appears whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def comparison_name(group_a: str, group_b: str) -> str:
+    """Both groups, as in the trajectories' contrasts."""
+    return f"{group_a} - {group_b}"

@@ -5,11 +5,12 @@
 
 
 rule train:
-    """Train one network, watched, and pack its trajectories."""
+    """Train one network, watched, pack its trajectories and keep its weights at some updates."""
     input:
         dataset=lambda wildcards: inputs.dataset_of(CONFIG, wildcards.experiment),
     output:
         store=result("run"),
+        weights=result("weights"),
         resources=result("run_resources"),
     log:
         result("log", stage="train", job="{experiment}-{run}"),
@@ -19,6 +20,7 @@ rule train:
     resources:
         gpu=gpu_here(),
         device="auto",
+        checkpoints=lambda wildcards: specs.checkpoint_options(CONFIG, wildcards.experiment, wildcards.run),
     params:
         spec=lambda wildcards: specs.spec("train", specs.run_settings(CONFIG, wildcards.experiment, wildcards.run)),
     message:
@@ -26,5 +28,5 @@ rule train:
     shell:
         "OMP_NUM_THREADS={threads} MKL_NUM_THREADS={threads}"
         " python -m autospec train --spec {params.spec:q} --dataset {input.dataset:q}"
-        " --work work --device {resources.device}"
-        " --output {output.store:q} --resources {output.resources:q} 2>&1 | tee {log:q}"
+        " --work work --device {resources.device} {resources.checkpoints}"
+        " --output {output.store:q} --weights {output.weights:q} --resources {output.resources:q} 2>&1 | tee {log:q}"

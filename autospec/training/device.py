@@ -1,0 +1,108 @@
+"""Where a network is trained: the device, its random numbers, its memory, and what makes it deterministic."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autospec.errors import UserError
+
+
+def chosen_device(name: str) -> torch.device:
+    """Return the device of that name; ``auto`` takes CUDA, then MPS, then the CPU.
+
+    Raises
+    ------
+    UserError
+        If the device is not there.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available.get(name, False):
+        there = [kind for kind, yes in available.items() if yes]
+        raise UserError(f"the device '{name}' is not available here: choose one of {['auto', *there]}.")
+    return torch.device(name)
+
+
+def host() -> dict[str, Any]:
+    """Where a training ran: for the file beside the results, since it would change their bytes."""
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"host": platform.node(), "processor": platform.machine(), "cores": os.cpu_count(), "cuda_device": cuda}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the last bit of a result depends on, beside the code and the versions of libraries."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+    }
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Use deterministic algorithms in float32 as it is, and put torch's settings back afterwards."""
+    # The workspace is CUDA's condition for deterministic matrix products; it is read when the first is computed.
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    if device.type == "cuda" and workspace is None:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        memory.fill_uninitialized_memory = fill
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """State of torch's random numbers, on the CPU and on the device."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `random_state` returned; that of another kind of device is left out."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory has run out, on any device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back memory that torch keeps for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if device.type == "mps":
+        torch.mps.empty_cache()
