@@ -159,7 +159,10 @@ def of_experiment(config: Config, experiment: str) -> list[str]:
 
 def of_report(config: Config) -> list[str]:
     """Everything that the report shows."""
-    paths = [result("figure", figure=figure, extension="png") for figure in figures(config)]
+    paths = [
+        result("figure", figure=figure, extension="pdf" if supplement else "png")
+        for figure, (_, supplement) in figures(config).items()
+    ]
     if config.cohort is not None:
         paths += [result(kind) for kind in ("participants", "exclusions", "cohort")]
         paths += [result("view", view=view, extension="png") for view in specs.views(config)]
