@@ -109,7 +109,7 @@ def build_permutation(
         evaluate(each, alpha=settings["alpha"], comparisons=len(plan.questions))
         for each in distributions[: len(plan.questions)]
     ]
-    tables = [tidy_table(each, tests) for each, tests in zip(distributions, found, strict=False)]
+    tables = [tidy(each.table) for each in found]
     write_tests(pd.concat(tables) if tables else pd.DataFrame(columns=list(COLUMNS)), outputs["table"])
     write_description(describe(plan, distributions, found, runs, settings), outputs["described"])
     checks.write(asked, distributions[len(plan.questions) :], settings["alpha"], outputs["confounds"])
@@ -218,35 +218,6 @@ def shares_at(run: Snapshots, prepared: Prepared, step: int) -> dict[str, Sample
 
     return sample_shares(
         model=prepared.model, loss=loss, samples=len(prepared.x), layers=run.settings["introspection"]["layers"]
-    )
-
-
-def tidy_table(distributions: NullDistributions, tests: Tests) -> pd.DataFrame:
-    """Bring a comparison's tests into the columns of `autospec.statistics.table.COLUMNS`.
-
-    The interval of the statistic holds the values that a shift would give which the test does not reject.
-    """
-    table = tests.table
-    values = [
-        distributions.steps[step][layer, statistic].values[:, max(index - 1, 0)]
-        for layer, statistic, step, index in zip(
-            table["layer"], table["statistic"], table["step"], table["index"], strict=True
-        )
-    ]
-    spread = np.array([each.std(dtype=np.float64) for each in values])
-    comparison = distributions.comparison
-    return tidy(
-        table.assign(
-            index=table["index"].where(table["index"] > 0).astype("Int64"),
-            group_a=comparison.first,
-            group_b=comparison.second,
-            estimate=table["value"],
-            interval_low=table["value"] + (table["interval_low"] - table["estimate"]) * spread,
-            interval_high=table["value"] + (table["interval_high"] - table["estimate"]) * spread,
-            effect_size=table["estimate"],
-            effect_low=table["interval_low"],
-            effect_high=table["interval_high"],
-        )
     )
 
 
