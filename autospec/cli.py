@@ -185,7 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
     for test in ("permutation", "refit"):
         sub.add_argument(f"--{test}", nargs="*", default=[], help=f"table and description of the {test} test")
     sub.add_argument("--output", required=True)
-    sub.add_argument("--described", required=True, help="JSON file that describes columns and tests")
+    sub.add_argument("--described", help="JSON file that describes columns and tests; beside the table by default")
 
     sub = stage("panel", _panel, "draw one panel")
     sub.add_argument("--run", required=True, dest="trajectories")
@@ -397,7 +397,8 @@ def _test(options: Any) -> tuple[str, dict[str, Any]]:
 
     found = [Found(table=two[0], described=two[1]) if two else None for two in (options.permutation, options.refit)]
     settings = _spec(options, TestSettings)[0]
-    return build_tests(settings, options.trajectories, options.output, options.described, *found), {}
+    described = options.described or str(Path(options.output).with_suffix(".json"))
+    return build_tests(settings, options.trajectories, options.output, described, *found), {}
 
 
 def _panel(options: Any) -> tuple[str, dict[str, Any]]:

@@ -273,7 +273,7 @@ class Training(Settings):
     """Share of the subjects that are kept from training, by target, to measure what was learned."""
     split_seed: int = Field(default=0, ge=0)
     """Seed of that split; the same for every seed of the weights."""
-    snapshots: Annotated[int, Field(ge=1)] | list[Step] = Field(default=20, min_length=1)
+    snapshots: Annotated[int, Field(ge=1)] | Annotated[list[Step], Field(min_length=1)] = 20
     """Updates before which the weights are kept, for tests of groups: a list, or how many, dense at the start."""
     checkpoint_minutes: float = Field(default=2.0, gt=0)
     """Minutes between checkpoints, from which a training that was stopped goes on."""
@@ -546,6 +546,12 @@ class Config(Settings):
             if panel.test == "refit" and not experiment.runs[panel.run].refit:
                 raise ValueError(
                     f"a panel of '{name}' shows the refits of '{panel.run}', which has none: set refit to true there"
+                )
+            seen = experiment.runs[panel.run].task == "classifier" and not experiment.groupings
+            if panel.test == "permutation" and seen:
+                raise ValueError(
+                    f"a panel of '{name}' shows permutations of the labels that the classifier '{panel.run}' has learned, "
+                    "which are no test: show its refits there, with refit set to true for it"
                 )
             if panel.test == "permutation" and self.statistics.permutation == "none":
                 raise ValueError(f"a panel of '{name}' shows permutations, but statistics.permutation is none")

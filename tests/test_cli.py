@@ -9,7 +9,9 @@ from autospec import specs
 from autospec.cli import main, write_resources
 from autospec.config import load_config
 
-SPEC = json.dumps({"settings": {"scale": "raw"}, "code": "0"})
+SPEC = json.dumps(
+    {"settings": {"name": "small/judge", "task": "classifier", "scale": "raw", "alpha": 0.05}, "code": "0"}
+)
 
 
 def complaint(capsys, *arguments: str) -> str:
