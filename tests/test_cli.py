@@ -82,7 +82,7 @@ def test_an_output_that_cannot_be_written_is_one_sentence(capsys, study, tmp_pat
 
 
 def test_a_programmers_mistake_keeps_its_traceback(monkeypatch, study, tmp_path):
-    def fail(*arguments):
+    def fail(*arguments, **more):
         raise ValueError("a bug")
 
     monkeypatch.setattr("autospec.statistics.build.build_tests", fail)
