@@ -9,7 +9,9 @@ from autospec import specs
 from autospec.cli import main, write_resources
 from autospec.config import load_config
 
-SPEC = json.dumps({"settings": {"scale": "raw"}, "code": "0"})
+SPEC = json.dumps(
+    {"settings": {"name": "small/judge", "task": "classifier", "scale": "raw", "alpha": 0.05}, "code": "0"}
+)
 
 
 def complaint(capsys, *arguments: str) -> str:
@@ -80,7 +82,7 @@ def test_an_output_that_cannot_be_written_is_one_sentence(capsys, study, tmp_pat
 
 
 def test_a_programmers_mistake_keeps_its_traceback(monkeypatch, study, tmp_path):
-    def fail(*arguments):
+    def fail(*arguments, **more):
         raise ValueError("a bug")
 
     monkeypatch.setattr("autospec.statistics.build.build_tests", fail)
