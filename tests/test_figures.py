@@ -538,7 +538,7 @@ def test_pages_have_letters_and_titles_and_the_same_bytes_when_drawn_twice(study
     first = drawn[0][0].subfigs
     # The autoencoder has four layers, of which three are drawn; a colour bar stands beside pairs.
     assert [len(place.axes) for place in first[1].subfigs[:4]] == [9, 6, 10, 7]
-    assert "0 (N = 8)" in [text.get_text() for text in first[2].legends[0].get_texts()]
+    assert "0 (N = 6)" in [text.get_text() for text in first[2].legends[0].get_texts()]
     for kind in kinds:
         once, again = ((tmp_path / folder / f"figure-7.{kind}").read_bytes() for folder in ("first", "second"))
         assert once == again, kind

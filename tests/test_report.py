@@ -162,7 +162,7 @@ def test_captions_say_what_the_data_say(page, study):
     tree = open_trajectories(study.run("coder"))
     captions = [" ".join(text.split()) for text in page.locator("figcaption").all_inner_texts()]
     assert captions[1] == spectra_caption(tree)
-    assert "0 (N = 8), 1 (N = 8), 3 (N = 8)" in captions[1]
+    assert "0 (N = 6), 1 (N = 6), 3 (N = 7)" in captions[1]
     assert "6 recorded steps from 0 to 10" in captions[1]
     last = tree["layers/encoder.0.weight/gradient"].sel(step=10, index=1, group=["0", "1", "3"])
     group = str(last["group"].values[last.values.argmax()])
