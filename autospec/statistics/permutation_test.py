@@ -19,30 +19,9 @@ from autospec.errors import UserError
 from autospec.introspection.sample_shares import SampleShares
 from autospec.statistics import measures, null
 from autospec.statistics.permutations import Comparison, Labellings, group_sizes
+from autospec.statistics.table import COLUMNS, tidy
 from autospec.storage import written_whole
 
-COLUMNS = (
-    "layer",
-    "statistic",
-    "step",
-    "index",
-    "group_a",
-    "group_b",
-    "comparison",
-    "test",
-    "estimate",
-    "interval_low",
-    "interval_high",
-    "effect_size",
-    "effect_low",
-    "effect_high",
-    "p",
-    "p_adjusted",
-    "p_bh",
-    "p_holm",
-    "significant",
-    "below_floor",
-)
 CLUSTER_COLUMNS = (
     "layer",
     "statistic",
@@ -223,10 +202,8 @@ class Tests:
     Attributes
     ----------
     table : DataFrame
-        One row for each value of each statistic, layer and step; the columns are `COLUMNS`.  ``index`` counts singular
-        values from 1 and is missing for the whole layer.  ``estimate`` is the statistic; ``effect_size`` its distance
-        from the mean over labellings in their standard deviations; the interval of either is that of
-        `null.standardised_effect`.  ``p_adjusted`` is family-wise, by the maximum; p is NaN where nothing is tested.
+        One row for each value of each statistic, layer and step, with the columns of `table.COLUMNS`.  The intervals of
+        the statistic and of its effect size are those of `null.standardised_effect`.
     clusters : DataFrame
         One row for each run of steps above the threshold, with its family-wise p; the columns are `CLUSTER_COLUMNS`.
     family : str
@@ -322,7 +299,7 @@ def evaluate(
     table["significant"] = (table["p_adjusted"] <= alpha).to_numpy()
     found = _clusters(distributions, singular_values, cluster_quantile, comparisons)
     return Tests(
-        _labelled(table, distributions.comparison, test)[list(COLUMNS)],
+        tidy(_labelled(table, distributions.comparison, test)),
         _labelled(found, distributions.comparison, test)[list(CLUSTER_COLUMNS)],
         _family(table[tested], len(labellings), comparisons),
         _messages(distributions, int(tested.sum()) * comparisons, alpha),

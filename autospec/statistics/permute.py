@@ -24,7 +24,7 @@ from autospec.statistics import subjects
 from autospec.statistics.permutation_test import NullDistributions, Tests, average_over_seeds, evaluate
 from autospec.statistics.permutations import compare, draw_conditional_labellings, draw_labellings
 from autospec.statistics.study import Question, Study, columns_of, exchangeable, grouped, numbers_of
-from autospec.statistics.table import COLUMNS, comparison_name, tidy, write_description, write_tests
+from autospec.statistics.table import COLUMNS, comparison_name, write_description, write_tests
 from autospec.storage import write_packed
 from autospec.training.prepare import Prepared, prepare
 from autospec.training.snapshots import Snapshots, open_snapshots
@@ -110,7 +110,7 @@ def build_permutation(
         evaluate(each, alpha=settings["alpha"], comparisons=len(plan.questions))
         for each in distributions[: len(plan.questions)]
     ]
-    tables = [tidy(each.table) for each in found]
+    tables = [tests.table for tests in found]
     write_tests(pd.concat(tables) if tables else pd.DataFrame(columns=list(COLUMNS)), outputs["table"])
     description = describe(plan, distributions, found, runs, settings)
     if len(runs) > 1:
@@ -257,7 +257,7 @@ def describe(
             "messages": tests.messages,
             "balance": None if each.labellings.balance is None else each.labellings.balance.to_dict("records"),
             "clusters_found": len(tests.clusters),
-            "significant_clusters": clusters.to_dict("records"),
+            "significant_clusters": json.loads(clusters.to_json(orient="records")),
         }
     return {
         "method": (
