@@ -73,6 +73,7 @@ rule all:
     default_target: True
     input:
         result("report"),
+        result("summary") if CONFIG.experiments else [],
         inputs.pages(CONFIG),
         [inputs.panels(CONFIG, name) for name in CONFIG.experiments],
         participants.everything(CONFIG) if PEOPLE is not None else [],

@@ -97,6 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--files", nargs="*", default=[], help="images and labels, where they come from files")
     sub.add_argument("--output", required=True)
 
+    sub = stage("sinusoids", _sinusoids, "make a labelled data set of sinusoids")
+    sub.add_argument("--output", required=True)
+
     sub = stage("simulate", _simulate, "write the simulated cohort")
     sub.add_argument("--output", required=True, help="its dataset_description.json; all else stands beside it")
 
@@ -188,6 +191,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", required=True)
     sub.add_argument("--described", help="JSON file that describes columns and tests; beside the table by default")
 
+    sub = stage("summary", _summary, "write one row for each run, layer and comparison")
+    sub.add_argument("--inputs", required=True, nargs="+", help="trajectories and tests, at their usual paths")
+    sub.add_argument("--output", required=True)
+
     sub = stage("panel", _panel, "draw one panel")
     sub.add_argument("--run", required=True, dest="trajectories")
     sub.add_argument("--tests", nargs="*", default=[], help="the run's tests, where the panel compares two groups")
@@ -274,6 +281,12 @@ def _dataset(options: Any) -> tuple[str, dict[str, Any]]:
     from autospec.datasets.build import DatasetSettings, build_dataset
 
     return build_dataset(_spec(options, DatasetSettings)[0], options.files, options.output), {}
+
+
+def _sinusoids(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.datasets.sinusoids import SinusoidSettings, build_sinusoids
+
+    return build_sinusoids(_spec(options, SinusoidSettings)[0], options.output), {}
 
 
 def _simulate(options: Any) -> tuple[str, dict[str, Any]]:
@@ -405,6 +418,12 @@ def _test(options: Any) -> tuple[str, dict[str, Any]]:
     described = options.described or str(Path(options.output).with_suffix(".json"))
     further = options.further
     return build_tests(settings, options.trajectories, options.output, described, further=further, **found), {}
+
+
+def _summary(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.summary import SummarySettings, build_summary
+
+    return build_summary(_spec(options, SummarySettings)[0], options.inputs, options.output), {}
 
 
 def _panel(options: Any) -> tuple[str, dict[str, Any]]:

@@ -324,6 +324,8 @@ class Run(Settings):
     """Train again and again with permuted labels: the test of groups for what has seen the labels."""
     training: Training | None = None
     """Settings that differ from the experiment's for this run."""
+    introspection: Introspection | None = None
+    """Settings that differ from the experiment's for this run."""
 
 
 class Panel(Settings):
@@ -433,7 +435,9 @@ class Figures(Settings):
     page_width_mm: float = Field(default=210.0, gt=50)
     """Width of the composed page."""
     page_height_mm: float = Field(default=297.0, gt=50)
-    """Height of the composed page."""
+    """Least height of the composed page, which grows with its panels."""
+    layers_per_panel: int = Field(default=3, ge=2)
+    """Layers that a panel on a page draws, the first and the last among them; the panel's own figure draws all."""
     dots_per_inch: int = Field(default=200, ge=50)
     """Resolution of the PNG files."""
     singular_values: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 2, 4, 12], min_length=1)
@@ -505,8 +509,8 @@ class Config(Settings):
                 numbers[experiment.figure] = name
             self._model_fits(name)
             self._panels_fit(name)
-            steps = self.introspection_of(name).steps
             for run in experiment.runs:
+                steps = self.introspection_of(name, run).steps
                 training = self.training_of(name, run)
                 if steps is not None and training.batch == "full" and min(steps) >= training.epochs:
                     raise ValueError(
@@ -538,7 +542,7 @@ class Config(Settings):
                     raise ValueError(
                         f"a panel of '{name}' compares the group '{label}', but the groups are {_listed(labels)}"
                     )
-            if panel.by_position and not self.introspection_of(name).per_position:
+            if panel.by_position and not self.introspection_of(name, panel.run).per_position:
                 raise ValueError(
                     f"a panel of '{name}' shows positions, which are not recorded: set introspection.per_position "
                     "to true there"
@@ -577,9 +581,10 @@ class Config(Settings):
         settings = self.experiments[experiment]
         return _overridden(_overridden(self.training, settings.training), settings.runs[run].training)
 
-    def introspection_of(self, experiment: str) -> Introspection:
-        """What an experiment's runs record: the general settings, then the experiment's."""
-        return _overridden(self.introspection, self.experiments[experiment].introspection)
+    def introspection_of(self, experiment: str, run: str) -> Introspection:
+        """What a run records: the general settings, the experiment's, the run's, in this order."""
+        settings = self.experiments[experiment]
+        return _overridden(_overridden(self.introspection, settings.introspection), settings.runs[run].introspection)
 
 
 def _listed(names: Iterable[str]) -> str:

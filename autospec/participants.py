@@ -141,6 +141,11 @@ def simulated_description() -> str:
     return f"{result('simulated')}/dataset_description.json"
 
 
+def names_of_images(cohort: Cohort) -> str:
+    """Pattern of the names of the functional images' results; it fits nothing where there is none."""
+    return "|".join(map(re.escape, cohort.scans)) or "(?!)"
+
+
 def subject_files(config: Config, cohort: Cohort, name: str) -> dict[str, list[str]]:
     """Files that an image's own job reads, by what they are.
 
@@ -150,7 +155,7 @@ def subject_files(config: Config, cohort: Cohort, name: str) -> dict[str, list[s
     cohort : Cohort
     name : str
         Of the job's results, without ``sub-``: a participant's id, and where several images of somebody are taken the
-        session and the run.  A KeyError where there is none becomes Snakemake's missing input.
+        session and the run.
     """
     _, scan = cohort.scans[name]
     if scan.bold:

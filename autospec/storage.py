@@ -9,11 +9,13 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import xarray as xr
-import zarr
+from typing import TYPE_CHECKING
 
 from autospec.errors import UserError
+
+# xarray and zarr are loaded where they are used: most jobs need this module for `written_whole` alone.
+if TYPE_CHECKING:
+    import xarray as xr
 
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
@@ -79,6 +81,9 @@ def open_store(path: str | os.PathLike[str], what: str) -> xr.DataTree:
     UserError
         If there is no such store, or it cannot be read.
     """
+    import xarray as xr
+    import zarr
+
     path = Path(path)
     if not path.exists():
         raise UserError(f"there are no {what} at {path}: check the name.")

@@ -253,6 +253,7 @@ def test_a_run_overrides_its_experiment_which_overrides_the_general_settings():
     small["runs"]["plain"] = {"task": "autoencoder"}
     data["introspection"] = {"every": 5, "audit": 3}
     small["introspection"] = {"every": 1}
+    small["runs"]["net"]["introspection"] = {"audit": 7}
     config = parse_config(data)
 
     def chosen(run: str) -> dict[str, object]:
@@ -260,7 +261,8 @@ def test_a_run_overrides_its_experiment_which_overrides_the_general_settings():
 
     assert chosen("net") == {"epochs": 20, "learning_rate": 0.5, "seed": 0}
     assert chosen("plain") == {"epochs": 20, "learning_rate": 0.5, "seed": 2}
-    assert (config.introspection_of("small").every, config.introspection_of("small").audit) == (1, 3)
+    assert (config.introspection_of("small", "plain").every, config.introspection_of("small", "plain").audit) == (1, 3)
+    assert (config.introspection_of("small", "net").every, config.introspection_of("small", "net").audit) == (1, 7)
 
 
 def test_the_repositorys_configs_are_valid(tmp_path):

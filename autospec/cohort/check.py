@@ -37,6 +37,8 @@ class Report:
     """Participants of each diagnosis."""
     sexes: dict[str, int]
     """Participants of each diagnosis and sex."""
+    groupings: dict[str, dict[str, int]]
+    """Participants with each label, of the further columns by which a study groups."""
     functional: int
     structural: int
     exclusions: list[Exclusion]
@@ -59,6 +61,7 @@ class Report:
         text = [
             f"layout: {self.layout} ({self.kind} data)",
             f"participants: {_counted(self.groups)} ({_counted(self.sexes)})",
+            *(f"{name}: {_counted(counts)}" for name, counts in self.groupings.items()),
             f"functional: {self.functional}, structural: {self.structural}",
         ]
         if self.grids:
@@ -71,7 +74,9 @@ class Report:
                 f"{fewest} in every image" if fewest == most else f"{fewest} to {most}; data sets are cut to the fewest"
             )
             text.append(f"volumes: {same}")
-            text.append(f"time and disk: about {_duration(self.seconds)} of one core, {self.bytes / 1e6:,.0f} MB")
+            text.append(
+                f"time and disk: about {_duration(self.seconds)} of one core, {max(1, self.bytes / 1e6):,.0f} MB"
+            )
         text += [f"left out: sub-{each.id} ({each.part}): {each.reason}" for each in self.exclusions]
         if not self.exclusions:
             text.append("left out: nobody")
@@ -123,6 +128,25 @@ def check_cohort(settings: CohortSettings, networks: int = 53, voxel_mm: float |
     return _report(cohort, taking_part, functional, images, exclusions, networks, voxel_mm)
 
 
+def planned_cohort(
+    cohort: Cohort, header: Header, repetition_time: float, networks: int = 53, voxel_mm: float | None = 3.0
+) -> Report:
+    """Say what a cohort would give whose images are not written yet and will be alike.
+
+    Parameters
+    ----------
+    cohort : Cohort
+    header : Header
+        Of each image.
+    repetition_time : float
+        Seconds.
+    networks, voxel_mm
+        As for `check_cohort`.
+    """
+    images = [(header, repetition_time)] * len(cohort.scans)
+    return _report(cohort, cohort.participants, len(cohort.functional), images, cohort.exclusions, networks, voxel_mm)
+
+
 def _examine(
     participant: Participant, scan: Scan, networks: int, settings: CohortSettings
 ) -> tuple[list[tuple[Header, float]], Exclusion | None]:
@@ -168,6 +192,10 @@ def _report(
         kind=cohort.kind,
         groups=_sorted(Counter(each.person.diagnosis for each in taking_part)),
         sexes=_sorted(Counter(f"{each.person.diagnosis} {each.person.sex}" for each in taking_part)),
+        groupings={
+            name: _sorted(Counter(each.person.groupings[name] for each in taking_part))
+            for name in (taking_part[0].person.groupings if taking_part else ())
+        },
         functional=functional,
         structural=sum(bool(each.freesurfer) for each in taking_part),
         exclusions=exclusions,

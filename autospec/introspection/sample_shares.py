@@ -27,8 +27,10 @@ from .rows import generators_kept
 from .spectra import float64
 from .workspace import Workspace
 
-# Numbers formed at a time by `weighted_sums`.
+# Numbers formed at a time by `group_sums`.
 CHUNK = 2**22
+# Groups with more rows than this part of all are summed with weights, which spares the copy of their rows.
+MANY_ROWS = 0.75
 
 
 class SampleShares(ABC):
@@ -93,25 +95,28 @@ class SampleShares(ABC):
     @property
     @abstractmethod
     def numbers_formed(self) -> int:
-        """Numbers that `weighted_sums` forms for each row of weights."""
+        """Numbers that `group_sums` forms for each group."""
 
-    def in_chunks(self, weights: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
-        """Weighted sums of many rows of weights, in bounded memory.
+    def group_sums(self, members: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
+        """Sums over the members of many groups, in bounded memory.
 
         Parameters
         ----------
-        weights : ndarray, shape (B, samples)
-            Real or boolean.
+        members : ndarray of bool, shape (groups, samples)
+            Who is in each group.
 
         Yields
         ------
         slice, Tensor
-            Which rows of weights, and their sums, shape (rows, m, n), float64.
+            Which groups, and their shares, shape (groups, m, n), float64.
         """
         count = max(1, CHUNK // self.numbers_formed)
-        for start in range(0, len(weights), count):
-            part = slice(start, min(start + count, len(weights)))
-            yield part, self.weighted_sums(torch.from_numpy(weights[part].astype(np.float64)).to(self.device))
+        for start in range(0, len(members), count):
+            part = slice(start, min(start + count, len(members)))
+            yield part, self._sums(members[part])
+
+    def _sums(self, members: np.ndarray) -> Tensor:
+        return self.weighted_sums(torch.from_numpy(members.astype(np.float64)).to(self.device))
 
 
 class StackedShares(SampleShares):
@@ -188,12 +193,34 @@ class FactoredShares(SampleShares):
 
     def weighted_sums(self, weights: Tensor) -> Tensor:
         """Weigh the rows of the narrower factor; all products with the other one are one product."""
-        by_row = weights if np.array_equal(self.sample, np.arange(self.samples)) else weights[:, self._index]
-        wide_activation = self.shape[0] <= self.shape[1]
-        narrow, wide = (self.adjoint, self.activation) if wide_activation else (self.activation, self.adjoint)
-        weighted = by_row.unsqueeze(1) * narrow.T.contiguous()  # (B, narrow, rows)
-        product = (weighted.flatten(0, 1) @ wide).unflatten(0, weighted.shape[:2])
-        return product if wide_activation else product.mT
+        narrow, wide = self._narrow_and_wide()
+        weighted = weights[:, self._index].unsqueeze(1) * narrow.T.contiguous()  # (B, narrow, rows)
+        return self._as_stored((weighted.flatten(0, 1) @ wide).unflatten(0, weighted.shape[:2]))
+
+    def _sums(self, members: np.ndarray) -> Tensor:
+        """Products of the rows of the members, or of the others where these are fewer."""
+        of_rows = members[:, self.sample]
+        counts = of_rows.sum(1)
+        others = len(self.sample) - counts.min() < counts.max()
+        if others:
+            of_rows, counts = ~of_rows, len(self.sample) - counts
+        most = int(counts.max())
+        if most > MANY_ROWS * len(self.sample):
+            return super()._sums(members)
+        index = torch.from_numpy(np.argsort(~of_rows, axis=1, kind="stable")[:, :most].copy()).to(self.device)
+        narrow, wide = self._narrow_and_wide()
+        rows = narrow[index]
+        if counts.min() < most:  # groups with fewer rows are filled up with rows of the others
+            rows[torch.arange(most)[None] >= torch.from_numpy(counts)[:, None]] = 0
+        product = rows.mT @ wide[index]
+        return self._as_stored(narrow.T @ wide - product if others else product)
+
+    def _narrow_and_wide(self) -> tuple[Tensor, Tensor]:
+        """The factor with fewer columns, and the other one."""
+        return (self.adjoint, self.activation) if self.shape[0] <= self.shape[1] else (self.activation, self.adjoint)
+
+    def _as_stored(self, products: Tensor) -> Tensor:
+        return products if self.shape[0] <= self.shape[1] else products.mT
 
     def of_units(self, unit: np.ndarray) -> FactoredShares:  # noqa: D102
         units = unit[self.sample]
@@ -205,7 +232,9 @@ class FactoredShares(SampleShares):
     def reduced(self) -> FactoredShares:
         """The same with the rows of each factor in a basis of the space that they span, where they are few."""
         activation, adjoint = (
-            torch.linalg.qr(side.T, mode="r").R.T.contiguous() if len(side) < side.shape[1] else side
+            torch.linalg.qr(side.T, mode="r").R.T.contiguous()
+            if len(side) < side.shape[1] and bool(torch.isfinite(side).all())  # LAPACK may not return from NaN
+            else side
             for side in (self.activation, self.adjoint)
         )
         return FactoredShares(activation, adjoint, self.sample, self.samples, self.dtype)
@@ -227,7 +256,7 @@ class FactoredShares(SampleShares):
 
     @property
     def numbers_formed(self) -> int:  # noqa: D102
-        return max(1, min(self.shape) * (len(self.sample) + max(self.shape)))
+        return max(1, (len(self.sample) + min(self.shape)) * sum(self.shape))
 
 
 class _Gathered(Pending):

@@ -277,7 +277,7 @@ def write(checks: Sequence[Check], distributions: Sequence[NullDistributions], a
         for layer in ["", *table["layer"].unique()]:
             part = table if not layer else table[table["layer"] == layer]
             p = np.nan if check.refused else part["p_adjusted"].min()
-            rows.append(_row(check, layer, part["estimate"].max(), p))
+            rows.append(_row(check, layer, part["effect_size"].max(), p))
     with written_whole(path) as temporary:
         found = pd.DataFrame(rows, columns=list(COLUMNS))
         found.to_csv(temporary, sep="\t", index=False, float_format="%.6g")

@@ -68,7 +68,7 @@ def labelled_spectra(
     count = min(shares.shape)
     spectra = np.empty((3, len(in_first), count))
     cosine = np.empty(len(in_first))
-    for part, sums in shares.in_chunks(in_first):
+    for part, sums in shares.group_sums(in_first):
         sizes = (torch.from_numpy(size[part].astype(np.float64)).to(sums.device) for size in (size_first, size_second))
         grams = gram_matrices(sums, total, *sizes)
         spectra[:, part] = torch.stack(singular_values(grams)).cpu().numpy()

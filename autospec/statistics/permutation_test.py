@@ -19,28 +19,22 @@ from autospec.errors import UserError
 from autospec.introspection.sample_shares import SampleShares
 from autospec.statistics import measures, null
 from autospec.statistics.permutations import Comparison, Labellings, group_sizes
+from autospec.statistics.table import COLUMNS, tidy
 from autospec.storage import written_whole
 
-TEST = "permutation"
-COLUMNS = (
+CLUSTER_COLUMNS = (
     "layer",
     "statistic",
-    "step",
     "index",
+    "group_a",
+    "group_b",
     "comparison",
     "test",
-    "value",
-    "estimate",
-    "interval_low",
-    "interval_high",
-    "p",
+    "first_step",
+    "last_step",
+    "mass",
     "p_adjusted",
-    "p_bh",
-    "p_holm",
-    "significant",
-    "below_floor",
 )
-CLUSTER_COLUMNS = ("layer", "statistic", "index", "comparison", "first_step", "last_step", "mass", "p_adjusted")
 
 Key = tuple[str, str]
 """A layer and a statistic."""
@@ -208,9 +202,8 @@ class Tests:
     Attributes
     ----------
     table : DataFrame
-        One row for each value of each statistic, layer and step; the columns are `COLUMNS`.  ``index`` counts singular
-        values from 1 and is 0 for the whole layer; ``value`` is the statistic, ``estimate`` its distance from the mean
-        over labellings in their standard deviations, with an interval; p is NaN where nothing is tested.
+        One row for each value of each statistic, layer and step, with the columns of `table.COLUMNS`.  The intervals of
+        the statistic and of its effect size are those of `null.standardised_effect`.
     clusters : DataFrame
         One row for each run of steps above the threshold, with its family-wise p; the columns are `CLUSTER_COLUMNS`.
     family : str
@@ -234,6 +227,7 @@ def evaluate(
     singular_values: int | None = None,
     comparisons: int = 1,
     cluster_quantile: float = 0.95,
+    test: str = "permutation",
 ) -> Tests:
     """Test every value of every statistic, layer and step, with corrections for their number.
 
@@ -250,6 +244,8 @@ def evaluate(
         discovery rate is that within this comparison.
     cluster_quantile : float
         Quantile over labellings above which a value belongs to a cluster.
+    test : str
+        Name of the test in the tables: whether labels were permuted after the training or before it.
 
     Raises
     ------
@@ -269,14 +265,19 @@ def evaluate(
         finite = np.nan_to_num(each.values)  # what is not finite is not tested
         z, tie = null.standardised(finite, measures.ALTERNATIVES[statistic])
         largest = np.maximum(largest, null.maxima(z[:, each.tested]))
-        estimate, low, high = null.standardised_effect(finite)
+        effect = null.standardised_effect(finite)
+        spread = finite.std(0, dtype=np.float64)
         columns["layer"].append(np.full(count, layer, dtype=object))
         columns["statistic"].append(np.full(count, statistic, dtype=object))
         columns["step"].append(np.full(count, step))
         columns["index"].append(np.arange(1, count + 1) if statistic in measures.SPECTRAL else np.zeros(1, dtype=int))
-        columns["value"].append(each.values[0])
-        for name, column in (("estimate", estimate), ("interval_low", low), ("interval_high", high)):
-            columns[name].append(np.where(each.tested, column, np.nan))
+        columns["estimate"].append(each.values[0].astype(np.float64))
+        for end, size in zip(("low", "high"), effect[1:], strict=True):
+            columns[f"interval_{end}"].append(
+                np.where(each.tested, each.values[0] + (size - effect[0]) * spread, np.nan)
+            )
+            columns[f"effect_{end}"].append(np.where(each.tested, size, np.nan))
+        columns["effect_size"].append(np.where(each.tested, effect[0], np.nan))
         columns["p"].append(null.p_values(z, tie))
         columns["z"].append(z[0])
         columns["tie"].append(tie)
@@ -296,14 +297,20 @@ def evaluate(
     no_p = ~tested | table["below_floor"].to_numpy(dtype=bool) | bool(labellings.refused)
     table.loc[no_p, ["p", "p_adjusted", "p_bh", "p_holm"]] = np.nan
     table["significant"] = (table["p_adjusted"] <= alpha).to_numpy()
-    table["comparison"], table["test"] = distributions.comparison.name, TEST
     found = _clusters(distributions, singular_values, cluster_quantile, comparisons)
     return Tests(
-        table[list(COLUMNS)],
-        found,
+        tidy(_labelled(table, distributions.comparison, test)),
+        _labelled(found, distributions.comparison, test)[list(CLUSTER_COLUMNS)],
         _family(table[tested], len(labellings), comparisons),
         _messages(distributions, int(tested.sum()) * comparisons, alpha),
     )
+
+
+def _labelled(table: pd.DataFrame, comparison: Comparison, test: str) -> pd.DataFrame:
+    """Name the groups and the test, and give the whole layer no index."""
+    names = {"group_a": comparison.first, "group_b": comparison.second, "comparison": comparison.name, "test": test}
+    index = table["index"].astype("Int64")
+    return table.assign(index=index.mask(index == 0), **names)
 
 
 def _in_order(distributions: NullDistributions) -> Iterable[tuple[int, str, str, Values]]:
@@ -347,11 +354,10 @@ def _clusters(
                 index = k + 1 if statistic in measures.SPECTRAL else 0
                 rows.append((layer, statistic, index, steps[first], steps[last], mass))
     table = pd.DataFrame(rows, columns=["layer", "statistic", "index", "first_step", "last_step", "mass"])
-    table["comparison"] = distributions.comparison.name
     masses = table["mass"].to_numpy(dtype=float)
     p = np.minimum(null.familywise_p(masses, largest, null.TIE * np.abs(masses)) * comparisons, 1)
     table["p_adjusted"] = np.full(len(table), np.nan) if distributions.labellings.refused else p
-    return table[list(CLUSTER_COLUMNS)]
+    return table
 
 
 def _family(tested: pd.DataFrame, labellings: int, comparisons: int) -> str:

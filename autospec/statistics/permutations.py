@@ -438,8 +438,9 @@ def balance_of(in_first: np.ndarray, confounders: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         ``confounder``, each itself and its squared distance from its mean; ``observed`` difference (first minus second
-        group) in units of the observed groups' pooled standard deviation; ``low``, ``median`` and ``high`` of the drawn labellings (the middle 95 %); and
-        ``imbalanced``: the observed difference is larger than 0.25 and outside of that middle.
+        group) in units of the observed groups' pooled standard deviation; ``low``, ``median`` and ``high`` of the drawn
+        labellings (the middle 95 %); and ``imbalanced``: the observed difference is larger than 0.25 and outside of
+        that middle.
     """
     plain = confounders.to_numpy(dtype=np.float64)
     values = np.column_stack([plain, np.square(plain - plain.mean(0))])

@@ -24,7 +24,7 @@ from autospec.statistics import subjects
 from autospec.statistics.permutation_test import NullDistributions, Tests, average_over_seeds, evaluate
 from autospec.statistics.permutations import compare, draw_conditional_labellings, draw_labellings
 from autospec.statistics.study import Question, Study, columns_of, exchangeable, grouped, numbers_of
-from autospec.statistics.table import COLUMNS, comparison_name, tidy, write_description, write_tests
+from autospec.statistics.table import COLUMNS, comparison_name, write_description, write_tests
 from autospec.storage import write_packed
 from autospec.training.prepare import Prepared, prepare
 from autospec.training.snapshots import Snapshots, open_snapshots
@@ -110,7 +110,7 @@ def build_permutation(
         evaluate(each, alpha=settings["alpha"], comparisons=len(plan.questions))
         for each in distributions[: len(plan.questions)]
     ]
-    tables = [tidy_table(each, tests) for each, tests in zip(distributions, found, strict=False)]
+    tables = [tests.table for tests in found]
     write_tests(pd.concat(tables) if tables else pd.DataFrame(columns=list(COLUMNS)), outputs["table"])
     description = describe(plan, distributions, found, runs, settings)
     if len(runs) > 1:
@@ -225,35 +225,6 @@ def shares_at(run: Snapshots, prepared: Prepared, step: int) -> dict[str, Sample
     )
 
 
-def tidy_table(distributions: NullDistributions, tests: Tests) -> pd.DataFrame:
-    """Bring a comparison's tests into the columns of `autospec.statistics.table.COLUMNS`.
-
-    The interval of the statistic holds the values that a shift would give which the test does not reject.
-    """
-    table = tests.table
-    values = [
-        distributions.steps[step][layer, statistic].values[:, max(index - 1, 0)]
-        for layer, statistic, step, index in zip(
-            table["layer"], table["statistic"], table["step"], table["index"], strict=True
-        )
-    ]
-    spread = np.array([each.std(dtype=np.float64) for each in values])
-    comparison = distributions.comparison
-    return tidy(
-        table.assign(
-            index=table["index"].where(table["index"] > 0).astype("Int64"),
-            group_a=comparison.first,
-            group_b=comparison.second,
-            estimate=table["value"],
-            interval_low=table["value"] + (table["interval_low"] - table["estimate"]) * spread,
-            interval_high=table["value"] + (table["interval_high"] - table["estimate"]) * spread,
-            effect_size=table["estimate"],
-            effect_low=table["interval_low"],
-            effect_high=table["interval_high"],
-        )
-    )
-
-
 def describe(
     plan: Plan,
     distributions: Sequence[NullDistributions],
@@ -286,7 +257,7 @@ def describe(
             "messages": tests.messages,
             "balance": None if each.labellings.balance is None else each.labellings.balance.to_dict("records"),
             "clusters_found": len(tests.clusters),
-            "significant_clusters": clusters.to_dict("records"),
+            "significant_clusters": json.loads(clusters.to_json(orient="records")),
         }
     return {
         "method": (

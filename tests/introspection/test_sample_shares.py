@@ -135,14 +135,27 @@ def test_weighted_sums_are_plain_sums(forms):
         assert torch.allclose(transposed.weighted_sums(w), right.mT, atol=1e-12)
 
 
-def test_chunks_bound_memory_and_change_nothing(forms, monkeypatch):
-    w = np.random.default_rng(0).integers(0, 2, size=(10, 6)).astype(bool)
-    for each in forms[:2]:
-        monkeypatch.setattr("autospec.introspection.sample_shares.CHUNK", 3 * each.numbers_formed)
-        parts = list(each.in_chunks(w))
-        assert [part.stop - part.start for part, _ in parts] == [3, 3, 3, 1]
-        right = torch.einsum("bi,imn->bmn", torch.from_numpy(w.astype(float)), forms[2])
-        assert torch.allclose(torch.cat([sums for _, sums in parts]), right, atol=1e-12)
+# Samples 0 to 5 have 1, 2, 3, 1, 1 and 1 rows.
+MEMBERSHIPS = {
+    "fewer rows": [[0, 1], [3], [0, 4, 5]],
+    "more rows": [[0, 1, 2, 3], [1, 2, 5], [0, 1, 2, 3, 5]],
+    "both": [[0], [1, 2, 3, 4, 5], []],
+}
+
+
+@pytest.mark.parametrize("groups", MEMBERSHIPS.values(), ids=MEMBERSHIPS)
+@pytest.mark.parametrize("together", [1, 2, 10])
+def test_sums_over_groups_in_bounded_memory(forms, monkeypatch, groups, together):
+    members = np.zeros((len(groups), 6), dtype=bool)
+    for row, group in zip(members, groups, strict=True):
+        row[group] = True
+    right = torch.stack([forms[2][group].sum(0) for group in groups])
+    high = FactoredShares(forms[0].adjoint, forms[0].activation, forms[0].sample, 6, torch.float32)
+    for each, expected in ((forms[0], right), (high, right.mT), (forms[1], right)):
+        monkeypatch.setattr("autospec.introspection.sample_shares.CHUNK", together * each.numbers_formed)
+        parts = list(each.group_sums(members))
+        assert [part.start for part, _ in parts] == list(range(0, 3, together))
+        assert torch.allclose(torch.cat([sums for _, sums in parts]), expected, atol=1e-12)
 
 
 def test_units_add_up_and_samples_are_left_out(forms):
@@ -168,6 +181,13 @@ def test_reduced_shares_keep_singular_values_and_inner_products(forms):
         mine = reduced.weighted_sums(w)
         assert torch.allclose(torch.linalg.svdvals(mine), torch.linalg.svdvals(full), atol=1e-12)
         assert torch.allclose(mine.flatten(1) @ mine.flatten(1).T, full.flatten(1) @ full.flatten(1).T, atol=1e-11)
+
+
+def test_reduced_shares_that_are_not_finite_stay_as_they_are(forms):
+    activation = forms[0].activation.clone()
+    activation[2, 3] = torch.nan
+    broken = FactoredShares(activation, forms[0].adjoint, forms[0].sample, 6, torch.float32)
+    assert broken.reduced().shape == (3, 11)
 
 
 def test_what_cannot_be_traced_is_refused():

@@ -23,6 +23,26 @@ rule dataset:
         " --output {output.store:q} --resources {output.resources:q} 2>&1 | tee {log:q}"
 
 
+rule sinusoids:
+    """Make a labelled data set of sinusoids."""
+    output:
+        store=result("dataset"),
+        resources=result("dataset_resources"),
+    log:
+        result("log", stage="sinusoids", job="{dataset}"),
+    wildcard_constraints:
+        dataset=inputs.names_of(CONFIG, "sinusoids"),
+    conda:
+        "../../envs/autospec.yaml"
+    params:
+        spec=lambda wildcards: specs.spec("sinusoids", specs.sinusoid_settings(CONFIG, wildcards.dataset)),
+    message:
+        "Making the data set {wildcards.dataset}"
+    shell:
+        "python -m autospec sinusoids --spec {params.spec:q} --output {output.store:q}"
+        " --resources {output.resources:q} 2>&1 | tee {log:q}"
+
+
 if PEOPLE is not None:
 
     rule timeseries:

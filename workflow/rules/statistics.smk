@@ -111,3 +111,23 @@ rule test:
         " --permutation {input.permutation:q} --refit {input.refit:q}"
         " --output {output.table:q} --described {output.described:q}"
         " --resources {output.resources:q} 2>&1 | tee {log:q}"
+
+
+rule summary:
+    """Write one row for each run, layer and comparison."""
+    input:
+        inputs.of_summary(CONFIG),
+    output:
+        table=result("summary"),
+        resources=result("summary_resources"),
+    log:
+        result("log", stage="summary", job="summary"),
+    conda:
+        "../../envs/autospec.yaml"
+    params:
+        spec=specs.spec("summary", specs.summary_settings(CONFIG)),
+    message:
+        "Summing up"
+    shell:
+        "python -m autospec summary --spec {params.spec:q} --inputs {input:q}"
+        " --output {output.table:q} --resources {output.resources:q} 2>&1 | tee {log:q}"
