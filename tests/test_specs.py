@@ -103,3 +103,16 @@ def test_a_moved_data_file_changes_no_spec_but_another_source_does():
 def test_panels_are_lettered_in_their_order():
     letters = [panel["letter"] for panel in every_spec(SETTINGS)["figure", "small"]["panels"]]
     assert letters == ["A", "B"]
+
+
+def test_checkpoints_are_no_part_of_a_spec_but_options_of_the_command():
+    assert differing(changed("training.checkpoint_minutes", 7.5)) == set()
+    assert differing(changed("training.checkpoint_updates", 9)) == set()
+    for path, value, options in [
+        ("training.checkpoint_minutes", 7.5, "--checkpoint-minutes 7.5"),
+        ("experiments.small.runs.judge.training", {"checkpoint_updates": 9}, "--checkpoint-updates 9"),
+        ("title", "Another", "--checkpoint-minutes 2.0"),
+    ]:
+        assert specs.checkpoint_options(parse_config(changed(path, value)), "small", "judge") == options
+    seeds = parse_config(changed("training.further_seeds", [3]))
+    assert specs.checkpoint_options(seeds, "small", "judge-seed-3") == "--checkpoint-minutes 2.0"

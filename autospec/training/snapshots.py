@@ -48,7 +48,9 @@ def kept_updates(snapshots: int | Sequence[int], updates: int) -> list[int]:
     if not isinstance(snapshots, int):
         return sorted({update for update in snapshots if update < updates})
     # Of a short training all are kept, since those that lie ever further apart would be fewer than wanted.
-    return sorted({*growing_updates(snapshots, updates), updates - 1, *range(updates if updates <= 4 * snapshots else 0)})
+    return sorted(
+        {*growing_updates(snapshots, updates), updates - 1, *range(updates if updates <= 4 * snapshots else 0)}
+    )
 
 
 def snapshot_updates(snapshots: int | Sequence[int], updates: int) -> list[int]:
