@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .common import ACTIVATIONS
 
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-POOLING: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 # Each convolution halves the size, rounded up.
 OPTIONS = {"kernel_size": 3, "stride": 2, "padding": 1}
-# What the classifier's pooling leaves of each dimension, at most.
+# What the classifier sees of each dimension, at most.
 CELLS = 4
 
 
@@ -51,6 +51,31 @@ def _encoder(dimensions: int, channels: Sequence[int], activation: str) -> nn.Se
     for inputs, outputs in pairwise(channels):
         layers += [CONVOLUTIONS[dimensions](inputs, outputs, **OPTIONS), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers)
+
+
+def _block(size: int) -> int:
+    """Width of the blocks into which a dimension is cut."""
+    return math.ceil(size / CELLS)
+
+
+def average_blocks(x: Tensor) -> Tensor:
+    """Average over at most 4 blocks in each dimension.
+
+    What average pooling with windows side by side does, in operations whose derivatives are deterministic on GPUs too.
+
+    Parameters
+    ----------
+    x : Tensor, shape (samples, channels, *size)
+
+    Returns
+    -------
+    Tensor, shape (samples, channels, *cells)
+        The last block of a dimension may be smaller than the others.
+    """
+    for dim in range(2, x.ndim):
+        blocks = x.split(_block(x.shape[dim]), dim)
+        x = torch.stack([block.mean(dim) for block in blocks], dim)
+    return x
 
 
 class CNNAutoencoder(nn.Module):
@@ -123,14 +148,10 @@ class CNNClassifier(nn.Module):
         self.dimensions = dimensions
         channels, size = _channels_and_size(dimensions, shape)
         self.encoder = _encoder(dimensions, [channels, *hidden], activation)
-        last = _sizes(size, len(hidden))[-1]
-        window = [math.ceil(n / CELLS) for n in last]
-        cells = math.prod(math.ceil(n / w) for n, w in zip(last, window, strict=True))
-        # Windows that do not overlap, unlike adaptive pooling's, have a deterministic derivative on GPUs.
-        self.pool = POOLING[dimensions](tuple(window), ceil_mode=True)
+        cells = math.prod(math.ceil(n / _block(n)) for n in _sizes(size, len(hidden))[-1])
         self.classifier = nn.Linear(hidden[-1] * cells, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Unnormalised log-probabilities, shape (samples, classes)."""
-        features = self.pool(self.encoder(_to_channels(self.dimensions, x)))
-        return self.classifier(features.flatten(1))
+        features = self.encoder(_to_channels(self.dimensions, x))
+        return self.classifier(average_blocks(features).flatten(1))

@@ -73,8 +73,9 @@ def load_class(path: str) -> type[nn.Module]:
             module = importlib.import_module(name)
         except (Exception, SystemExit) as error:
             raise UserError(f"{file} cannot be imported ({_said(error)}): correct it.") from error
-    if Path(str(module.__file__)).resolve() != file.resolve():
-        raise UserError(f"{name} is the name of another module too, {module.__file__}: rename {file}.")
+    imported = getattr(module, "__file__", None) or "one of Python's own"
+    if Path(imported).resolve() != file.resolve():
+        raise UserError(f"{name} is the name of another module too, {imported}: rename {file}.")
     found = getattr(module, class_name, None)
     if found is None:
         raise UserError(f"there is no class {class_name} in {file}: check the model '{path}'.")
@@ -93,7 +94,9 @@ def _first_on_the_path(folder: Path) -> Iterator[None]:
 
 
 def _built(path: str, network: type[nn.Module], offered: dict[str, Any]) -> nn.Module:
-    parameters = inspect.signature(network).parameters.values()
+    # A class without an __init__ of its own seems to take anything, since nn.Module's does so to complain about it.
+    own = network.__init__ is not nn.Module.__init__
+    parameters = inspect.signature(network).parameters.values() if own else []
     named = {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
     takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)
     given = {name: value for name, value in offered.items() if takes_all or name in named}
