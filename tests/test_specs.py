@@ -138,3 +138,16 @@ def test_the_summary_names_every_training_and_whose_tests_belong_to_it():
     assert [(run["run"], run["tests"], run["seed"]) for run in runs] == [
         ("coder", "coder", 0), ("judge", "judge", 3), ("judge-seed-5", "judge", 5),
     ]  # fmt: skip
+
+
+def test_checkpoints_are_no_part_of_a_spec_but_options_of_the_command():
+    assert differing(changed("training.checkpoint_minutes", 7.5)) == set()
+    assert differing(changed("training.checkpoint_updates", 9)) == set()
+    for path, value, options in [
+        ("training.checkpoint_minutes", 7.5, "--checkpoint-minutes 7.5"),
+        ("experiments.small.runs.judge.training", {"checkpoint_updates": 9}, "--checkpoint-updates 9"),
+        ("title", "Another", "--checkpoint-minutes 2.0"),
+    ]:
+        assert specs.checkpoint_options(parse_config(changed(path, value)), "small", "judge") == options
+    seeds = parse_config(changed("training.further_seeds", [3]))
+    assert specs.checkpoint_options(seeds, "small", "judge-seed-3") == "--checkpoint-minutes 2.0"

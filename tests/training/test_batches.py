@@ -91,7 +91,7 @@ def test_parts_come_in_order_each_with_its_labels(study):
     prepared, watcher = prepared_of(study, "judge", microbatch=8), Unwatched()
     gradients(prepared, watcher)
     assert [len(labels) for labels in watcher.labels] == [8, 8, 3]
-    assert [label for part in watcher.labels for label in part] == prepared.labels["target"]
+    assert [label for labels in watcher.labels for label in labels] == prepared.labels["target"]
 
 
 @pytest.mark.parametrize("run", ["coder", "judge"])
@@ -181,6 +181,29 @@ def test_where_parts_cannot_help_or_are_not_allowed_it_stops(study, microbatch, 
     hungry = dataclasses.replace(prepared, model=Hungry(prepared.model, most, OUT_OF_MEMORY[0]))
     with pytest.raises(UserError, match=says):
         Trainer(hungry).gradient(0, Unwatched())
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            r"ran out of memory where smaller batches do not help \(CUDA",
+        ),
+        (
+            RuntimeError("max_pool3d_backward_cuda does not have a deterministic implementation, but you set"),
+            r"uses an operation that gives another result each time on cpu \(max_pool3d",
+        ),
+    ],
+)
+def test_what_fails_elsewhere_is_one_sentence(study, tmp_path, monkeypatch, error, says):
+    def fails(trainer):
+        raise error
+
+    monkeypatch.setattr(Trainer, "step", fails)
+    paths = [str(study.dataset), str(tmp_path / "x.zarr.zip"), str(tmp_path / "work"), "cpu"]
+    with pytest.raises(UserError, match=says):
+        train_run(settings_of(study, "judge"), "code", *paths)
 
 
 def test_batch_normalisation_is_never_split(study):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autospec import open_trajectories, specs
-from autospec.datasets.labelled import labelled, write_labelled
+from autospec.datasets.labelled import labelled, open_labelled, write_labelled
 from autospec.errors import UserError
 from autospec.training import prepare, train_run
 from autospec.training.prepare import groupings_of, standardised
@@ -136,8 +136,6 @@ def test_more_groups_than_samples_are_refused(study, tmp_path):
 
 
 def test_crossings_are_read_from_their_names(tmp_path):
-    from autospec.datasets.labelled import open_labelled
-
     labels, crossed = groupings_of(open_labelled(people(tmp_path)), ["diagnosis", "diagnosis x sex"])
     assert list(labels) == ["diagnosis", "sex"]
     assert crossed == [("diagnosis", "sex")]

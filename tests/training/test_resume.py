@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from autospec import open_trajectories, specs
+from autospec.datasets.labelled import open_labelled, write_labelled
 from autospec.errors import UserError
-from autospec.training import Frequency, train_run
+from autospec.training import Frequency, checkpoints, train_run
 from autospec.training import snapshots as snapshots_module
 from autospec.training import stage as stage_module
 from tests.conftest import ROOT, run_command
@@ -21,7 +22,7 @@ from tests.conftest import ROOT, run_command
 def settings_of(study, run: str, **training) -> dict:
     """Settings of one of the study's runs: each update recorded, some of its training's replaced."""
     settings = copy.deepcopy(specs.run_settings(study.config, "small", run))
-    settings["training"].update({"epochs": 90, "snapshots": 6, **training})
+    settings["training"].update({"epochs": 70, "snapshots": 6, **training})
     settings["introspection"]["every"] = 1
     return settings
 
@@ -47,10 +48,9 @@ def train(study, settings: dict, folder: Path, name: str = "x", every: int = 10*
     [
         ("judge", {}),
         ("coder", {"microbatch": 7}),
-        ("judge", {"batch": 5, "epochs": 20}),
-        ("judge", {"optimizer": "sgd", "precision": "bfloat16"}),
+        ("judge", {"batch": 5, "epochs": 17, "optimizer": "sgd", "precision": "bfloat16"}),
     ],
-    ids=["full batch", "micro-batches", "mini-batches", "bfloat16"],
+    ids=["full batch", "micro-batches", "mini-batches in bfloat16"],
 )
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(study, tmp_path, run, training):
     seed = random.randrange(10**6)
@@ -60,21 +60,20 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(study, tmp_path, r
         "dataset": str(study.dataset),
         "folder": str(tmp_path),
         "seed": seed,
-        "every": 1 + seed % 3,
+        "every": 2 + seed % 3,
     }
-    # From another folder: this one's package is on the path.
     done = run_command(sys.executable, "-m", "tests.training.killed", json.dumps(job), folder=ROOT, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout
     assert int(done.stdout.splitlines()[-1]) >= 1, done.stdout
     for ending in ("zarr.zip", "weights.pt"):
         killed, undisturbed = (tmp_path / f"{name}.{ending}" for name in ("killed", "undisturbed"))
         assert killed.read_bytes() == undisturbed.read_bytes(), (ending, seed)
-    assert open_trajectories(tmp_path / "killed.zarr.zip").sizes["step"] >= 80
+    assert open_trajectories(tmp_path / "killed.zarr.zip").sizes["step"] >= 64
 
 
 @pytest.mark.parametrize("batch", ["full", 8])
 def test_more_epochs_go_on_from_the_last_and_give_what_they_would_have_given_at_once(study, tmp_path, batch, capfd):
-    settings = settings_of(study, "judge", epochs=70, batch=batch)
+    settings = settings_of(study, "judge", batch=batch)
     train(study, settings_of(study, "judge", epochs=20, batch=batch), tmp_path)
     train(study, settings_of(study, "judge", epochs=33, batch=batch), tmp_path)
     in_an_epoch = 1 if batch == "full" else 3
@@ -99,8 +98,6 @@ def test_a_checkpoint_of_something_else_is_not_gone_on_from_and_is_removed_at_th
     if change == "data":
         other = copy.copy(study)
         other.dataset = tmp_path / "other.zarr.zip"
-        from autospec.datasets.labelled import open_labelled, write_labelled
-
         write_labelled(open_labelled(study.dataset).assign_attrs(note="another"), other.dataset)
         study = other
     train(study, settings, tmp_path, code="other" if change == "code" else "code")
@@ -202,8 +199,6 @@ def test_a_checkpoint_holds_tensors_and_plain_values_alone(study, tmp_path):
 
 
 def test_checkpoints_come_by_minutes_or_by_updates(monkeypatch, tmp_path):
-    from autospec.training import checkpoints
-
     now = [100.0]
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
     by_minutes = checkpoints.Checkpoints(tmp_path, Frequency(minutes=0.5))

@@ -54,6 +54,13 @@ def test_one_runs_activation_redoes_that_run_and_what_shows_it(analysis):
     }
 
 
+def test_how_often_checkpoints_are_written_reruns_nothing(analysis):
+    config = analysis.config()
+    config.setdefault("training", {})["checkpoint_minutes"] = 7.0
+    analysis.write(config)
+    assert analysis.planned() == set()
+
+
 def test_a_page_size_redraws_the_page_alone(analysis):
     config = analysis.config()
     config["figures"]["page_height_mm"] = 250.0
