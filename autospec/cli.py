@@ -195,6 +195,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--inputs", required=True, nargs="+", help="trajectories and tests, at their usual paths")
     sub.add_argument("--output", required=True)
 
+    sub = stage("calibrate", _calibrate, "find the rates at which tests reject, in one part of the calibration")
+    sub.add_argument("--output", required=True)
+
+    sub = command("calibration", _calibration, "find the rates at which tests reject: tables and a figure")
+    sub.add_argument("--spec", help="JSON text with the settings, as the Snakefile writes it")
+    sub.add_argument("--parts", nargs="+", default=[], help="the parts' tables; without them all parts are carried out")
+    sub.add_argument("--quick", action="store_true", help="a few repetitions, to see that it runs")
+    sub.add_argument("--output", required=True, help="calibration.tsv; all else stands beside it")
+    sub.add_argument("--resources", help="JSON file that records time and memory used")
+
     sub = stage("panel", _panel, "draw one panel")
     sub.add_argument("--run", required=True, dest="trajectories")
     sub.add_argument("--tests", nargs="*", default=[], help="the run's tests, where the panel compares two groups")
@@ -424,6 +434,28 @@ def _summary(options: Any) -> tuple[str, dict[str, Any]]:
     from autospec.statistics.summary import SummarySettings, build_summary
 
     return build_summary(_spec(options, SummarySettings)[0], options.inputs, options.output), {}
+
+
+def _calibrate(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.calibration.build import PartSettings, build_part
+
+    return build_part(_spec(options, PartSettings)[0], options.output), {}
+
+
+def _calibration(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.config import Calibration
+    from autospec.figures.calibration import build_calibration
+    from autospec.statistics.calibration.design import QUICK, CalibrationSettings
+
+    settings: Any = QUICK if options.quick else Calibration().model_dump()
+    if options.spec:
+        settings = _spec(options, CalibrationSettings)[0]
+    parts = options.parts
+    if not parts:
+        from autospec.statistics.calibration.build import build_parts
+
+        parts = build_parts(settings, Path(options.output).parent / "parts")
+    return build_calibration(settings, parts, options.output), {}
 
 
 def _panel(options: Any) -> tuple[str, dict[str, Any]]:

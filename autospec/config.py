@@ -427,6 +427,21 @@ class Statistics(Settings):
     """Keep the statistics of every permutation, beside the table."""
 
 
+class Calibration(Settings):
+    """How often the tests find a difference where there is none: `snakemake calibration`, on data that it makes itself."""
+
+    repetitions: int = Field(default=1000, ge=1)
+    """Studies drawn of each kind of data, groups and confounder."""
+    permutations: int = Field(default=99, ge=19)
+    """Permutations of labels in each of them."""
+    refit_repetitions: int = Field(default=200, ge=0)
+    """How many of the studies are tested by training again as often."""
+    power_repetitions: int = Field(default=400, ge=1)
+    """Studies drawn at each size of effect."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything that is drawn."""
+
+
 class Figures(Settings):
     """How figures look."""
 
@@ -465,6 +480,8 @@ class Config(Settings):
     """Experiments, by name; needed where there is no cohort."""
     statistics: Statistics = Statistics()
     """Tests of groups."""
+    calibration: Calibration = Calibration()
+    """How often the tests find a difference where there is none."""
     figures: Figures = Figures()
     """How figures look."""
 

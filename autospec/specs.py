@@ -34,6 +34,8 @@ STAGES = {
     "refit": "autospec.statistics.refit",
     "test": "autospec.statistics.build",
     "summary": "autospec.statistics.summary",
+    "calibrate": "autospec.statistics.calibration.build",
+    "calibration": "autospec.figures.calibration",
     "panel": "autospec.figures.panel",
     "figure": "autospec.figures.page",
     "report": "autospec.report.build",
@@ -191,6 +193,12 @@ def summary_settings(config: Config) -> dict[str, Any]:
                     }
                 )
     return {"variance": config.statistics.variance, "runs": runs}
+
+
+def calibration_settings(config: Config, part: str | None = None) -> dict[str, Any]:
+    """Settings of the calibration, or of one part of it."""
+    settings = config.calibration.model_dump(mode="json")
+    return settings if part is None else {**settings, "part": part}
 
 
 def panel_name(panel: Panel) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from autospec.introspection.sample_shares import SampleShares
+from autospec.introspection.sample_shares import CHUNK, SampleShares
 from autospec.statistics.permutations import Comparison
 
 LEVEL = 0.95
@@ -64,7 +64,13 @@ def resampled(shares: SampleShares, comparison: Comparison, times: np.ndarray) -
     sizes = [weights @ comparison.sizes for weights in (first, second)]
     largest = np.empty((2, len(times)))
     cosine = np.empty(len(times))
-    for (part, a), (_, b) in zip(by_subject.in_chunks(first), by_subject.in_chunks(second), strict=True):
+    together = max(1, CHUNK // by_subject.numbers_formed)
+    for start in range(0, len(times), together):
+        part = slice(start, start + together)
+        a, b = (
+            by_subject.weighted_sums(torch.from_numpy(weights[part].astype(np.float64)).to(by_subject.device))
+            for weights in (first, second)
+        )
         for row, sums in enumerate((a, b)):
             largest[row, part] = torch.linalg.matrix_norm(sums, 2).cpu().numpy()
         inner = (a * b).sum((1, 2)) / (torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(b))
