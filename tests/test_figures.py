@@ -15,7 +15,7 @@ from autospec.config import parse_config
 from autospec.describe import performance_words
 from autospec.errors import UserError
 from autospec.figures import page, panel
-from autospec.figures.differences import GREYS, draw_differences, edges, log_ratio, marks, of_pair
+from autospec.figures.differences import GREYS, draw_cells, draw_differences, edges, log_ratio, marks, of_pair
 from autospec.figures.layout import place_axes, size_of
 from autospec.figures.page import build_page, compose, paginate
 from autospec.figures.panel import build_panel, draw_panel, key_text
@@ -577,3 +577,10 @@ def test_a_supplement_compares_the_drawn_pairs_in_every_run():
     assert settings["heading"].startswith("Figure S7.  A small experiment")
     shown = [(each["letter"], each["run"], each["compare"], each["test"]) for each in settings["panels"]]
     assert shown == [("1", "coder", ["0", "3"], "paper"), ("2", "judge", ["0", "3"], "paper")]
+
+
+def test_a_single_singular_value_has_a_whole_number_at_its_axis():
+    ax = figure().add_subplot()
+    draw_cells(ax, np.arange(3), np.array([1]), np.zeros((1, 3)), 1.0, "PuOr_r")
+    low, high = sorted(ax.get_ylim())
+    assert [tick for tick in ax.get_yticks() if low <= tick <= high] == [1]

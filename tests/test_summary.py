@@ -11,6 +11,7 @@ from autospec.paths import result
 from autospec.statistics.summary import COLUMNS, summarise
 from autospec.statistics.table import read_tests, tidy
 from autospec.trajectories import open_trajectories
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -93,3 +94,9 @@ def test_a_ratio_of_values_that_are_rounding_is_left_out(tree, tests):
     tree["layers/encoder.0.weight/gradient_noise_floor"][-1] = 1e9
     for row in summarise(tree, tests, "student"):
         assert np.isnan(row["log2_ratio_last"]) == (row["layer"] == "encoder.0.weight")
+
+
+def test_the_page_explains_every_column():
+    page = (ROOT / "docs/figures.md").read_text()
+    for column, meaning in COLUMNS.items():
+        assert f"| `{column}` | {meaning} |" in page

@@ -16,7 +16,7 @@ from autospec.figures.differences import difference_key, difference_words, draw_
 from autospec.figures.layout import KEY_LINE_MM, panel_height, wrap, write_heading
 from autospec.figures.positions import POSITION_KEY, draw_positions, tied_layers
 from autospec.figures.selection import shown_groups, shown_layers
-from autospec.figures.spectra import LIMIT_WORDS, draw_spectra, legend, legend_height_mm
+from autospec.figures.spectra import GREY_WORDS, LIMIT_WORDS, draw_spectra, legend, legend_height_mm
 from autospec.figures.style import MM, STYLE, save
 from autospec.statistics.table import read_tests
 from autospec.trajectories import open_trajectories
@@ -112,7 +112,7 @@ def key_words(panels: list[dict[str, Any]], settings: Any) -> list[str]:
     compared = {panel["test"] for panel in panels if panel["compare"] is not None}
     texts = []
     if any(panel["compare"] is None and not panel["by_position"] for panel in panels):
-        texts.append(f"{LIMIT_WORDS[0].upper()}{LIMIT_WORDS[1:]}.")
+        texts.append(f"{LIMIT_WORDS[0].upper()}{LIMIT_WORDS[1:]}. {GREY_WORDS}")
     if compared:
         texts.append(difference_key(compared, settings["alpha"], settings["variance"]))
     if any(panel["by_position"] for panel in panels):

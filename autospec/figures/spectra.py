@@ -24,6 +24,7 @@ LIMIT_WORDS = (
     "limit of resolution: a group's singular values differ from those of all other samples' share by at most σ₁ of the "
     "whole batch's gradient"
 )
+GREY_WORDS = "A network at chance on held-out data is drawn in grey, its groups solid, dashed, dash-dotted and dotted in this order."
 # Lines beyond the rank that a group's rows allow.
 PALE = 0.25
 

@@ -77,7 +77,7 @@ def test_a_panel_size_retrains_nothing(analysis):
 
 def test_swapped_values_of_two_settings_are_noticed(analysis):
     config = analysis.config()
-    config["training"], config["introspection"] = {"epochs": 2}, {"every": 6}
+    config["training"], config["introspection"] = {**config["training"], "epochs": 2}, {"every": 6}
     analysis.write(config)
     assert {"Training small/autoencoder", "Training small/classifier"} <= analysis.planned()
 

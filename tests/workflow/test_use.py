@@ -99,8 +99,15 @@ def test_logs_show_the_progress_of_a_training(finished):
     assert "small/classifier: update 6 of 6" in finished.output
 
 
-def test_nothing_is_left_in_the_work_folder(finished):
-    assert not [path for path in (finished.folder / "work").rglob("*") if path.is_file()]
+def test_the_work_folder_holds_what_more_epochs_go_on_from_and_nothing_else(finished):
+    work = finished.folder / "work"
+    folders = [path.parent for path in work.rglob("checkpoint.pt")]
+    assert {folder.parent.relative_to(work).as_posix() for folder in folders} == {
+        "small/autoencoder",
+        "small/classifier",
+    }
+    for path in work.rglob("*"):
+        assert path.is_dir() or any(path.is_relative_to(folder) for folder in folders)
 
 
 def test_a_mistake_in_the_config_is_one_sentence(analysis):
