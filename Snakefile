@@ -14,7 +14,7 @@ from autospec import inputs, specs
 from autospec.config import json_safe, parse_config, read_yaml
 from autospec.errors import UserError
 from autospec.machine import gpu_here, use_this_python
-from autospec.paths import EXTENSIONS, result
+from autospec.paths import EXTENSIONS, PAGE_EXTENSIONS, result
 from autospec.statistics.calibration.design import parts as calibration_parts
 
 use_this_python(ROOT)

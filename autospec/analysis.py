@@ -88,7 +88,30 @@ ica:
 
 datasets:
 {datasets}
+
+training:
+  epochs: 200                          # updates with all subjects at once
+  held_out: 0.2                        # share of the subjects that only measure what was learned
+
+experiments:
+{experiments}
 """
+EXPERIMENT = """\
+  {dataset}_{model}:
+    title: {title}
+    dataset: {dataset}
+    model: {model}                          # {also}
+    # groupings: [diagnosis x sex]       # instead of the diagnosis alone
+    runs:
+      autoencoder: {{task: autoencoder, hidden: [32]}}
+      classifier: {{task: classifier, hidden: [32]}}   # refit: true adds the test of groups for what has seen the labels
+    panels:
+      - {{run: autoencoder}}
+      - {{run: classifier}}{compared}
+"""
+COMPARED = """
+      - {{run: autoencoder, compare: [{pair}], test: permutation}}
+      - {{run: classifier, compare: [{pair}]}}   # the paper's t-test, which is no test of groups"""
 WITH_TEMPLATE = """\
   # Get NeuroMark 1.0 once with   autospec fetch-template {folder}/Neuromark_fMRI_1.0.nii
   # or give any 4-D image with a network a volume; stand-in is built in, to try things out, and says so in every output.
@@ -156,10 +179,14 @@ def cohort_config(folder: str, cohort: str) -> str:
     found, diagnosis, problem = _who(place)
     computed = layout in COMPUTED
     kinds = ["  courses: {kind: timeseries}"]
+    networks = [
+        ("courses", "lstm", "Time courses of brain networks, LSTM", "or mlp, cnn1d, cnn2d, rnn, bert, or your own")
+    ]
     if not computed or (found and any(scan.maps for each in found.functional for scan in each.scans)):
         kinds.append("  maps: {kind: maps}                   # aggregate: max or absmax; voxel_mm: larger voxels")
     if found and found.structural:
         kinds.append("  volumes: {kind: freesurfer}          # icv: none, proportional or residual")
+        networks.append(("volumes", "mlp", "FreeSurfer's volumes, multi-layer perceptron", "or your own"))
     if found:
         groups = sorted({each.person.diagnosis for each in found.participants})
         counts = ", ".join(
@@ -171,6 +198,12 @@ def cohort_config(folder: str, cohort: str) -> str:
         )
     else:
         words = f"  # Not usable yet: {problem}"
+    pair = [] if not found or len(groups) < 2 else [json.dumps(group) for group in (groups[-1], groups[0])]
+    compared = COMPARED.format(pair=", ".join(pair)) if pair else ""
+    experiments = [
+        EXPERIMENT.format(dataset=dataset, model=model, title=title, also=also, compared=compared)
+        for dataset, model, title, also in networks
+    ]
     time = "repetition_time: 2.0                 # seconds; GIFT's files do not say it" if layout == "gift" else ""
     ica = WITHOUT_TEMPLATE.format(time=time).rstrip() if computed else WITH_TEMPLATE.format(folder=folder)
     # A path with a colon or a space needs quotes, and JSON's are YAML's.
@@ -183,6 +216,7 @@ def cohort_config(folder: str, cohort: str) -> str:
         diagnosis=diagnosis,
         ica=ica,
         datasets="\n".join(kinds),
+        experiments="\n".join(experiments).rstrip(),
     )
 
 

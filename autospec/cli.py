@@ -185,10 +185,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = stage("test", _test, "put all tests of a run's groups into one table")
     sub.add_argument("--run", required=True, dest="trajectories")
+    sub.add_argument("--further", nargs="*", default=[], help="trajectories of the run from further seeds")
     for test in ("permutation", "refit"):
         sub.add_argument(f"--{test}", nargs="*", default=[], help=f"table and description of the {test} test")
     sub.add_argument("--output", required=True)
-    sub.add_argument("--described", required=True, help="JSON file that describes columns and tests")
+    sub.add_argument("--described", help="JSON file that describes columns and tests; beside the table by default")
 
     sub = stage("summary", _summary, "write one row for each run, layer and comparison")
     sub.add_argument("--inputs", required=True, nargs="+", help="trajectories and tests, at their usual paths")
@@ -418,9 +419,15 @@ def _refit(options: Any) -> tuple[str, dict[str, Any]]:
 def _test(options: Any) -> tuple[str, dict[str, Any]]:
     from autospec.statistics.build import Found, TestSettings, build_tests
 
-    found = [Found(table=two[0], described=two[1]) if two else None for two in (options.permutation, options.refit)]
+    found: dict[str, Any] = {
+        name: Found(table=two[0], described=two[1])
+        for name, two in (("permutation", options.permutation), ("refit", options.refit))
+        if two
+    }
     settings = _spec(options, TestSettings)[0]
-    return build_tests(settings, options.trajectories, options.output, options.described, *found), {}
+    described = options.described or str(Path(options.output).with_suffix(".json"))
+    further = options.further
+    return build_tests(settings, options.trajectories, options.output, described, further=further, **found), {}
 
 
 def _summary(options: Any) -> tuple[str, dict[str, Any]]:

@@ -568,6 +568,12 @@ class Config(Settings):
                 raise ValueError(
                     f"a panel of '{name}' shows the refits of '{panel.run}', which has none: set refit to true there"
                 )
+            seen = experiment.runs[panel.run].task == "classifier" and not experiment.groupings
+            if panel.test == "permutation" and seen:
+                raise ValueError(
+                    f"a panel of '{name}' shows permutations of the labels that the classifier '{panel.run}' has learned, "
+                    "which are no test: show its refits there, with refit set to true for it"
+                )
             if panel.test == "permutation" and self.statistics.permutation == "none":
                 raise ValueError(f"a panel of '{name}' shows permutations, but statistics.permutation is none")
 

@@ -48,5 +48,5 @@ def performance_words(performance: dict[str, Any] | None) -> str:
     chance = performance.get("chance")
     inside = [f"chance {chance:.2f}"] if measure == "accuracy" and chance is not None else []
     inside.append(f"N = {performance['held_out']}")
-    words = f"held-out {MEASURES[measure]} {performance[measure]:.2f} ({', '.join(inside)})"
-    return f"{words}: at chance on held-out data, hence grey" if performance.get("at_chance") else words
+    words = f"{MEASURES[measure]} {performance[measure]:.2f} ({', '.join(inside)})"
+    return f"at chance on held-out data, hence grey: {words}" if performance.get("at_chance") else f"held-out {words}"

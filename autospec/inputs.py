@@ -9,7 +9,7 @@ from typing import Any
 from autospec import custom_model, specs
 from autospec.config import Config, Panel
 from autospec.errors import UserError
-from autospec.paths import EXTENSIONS, result
+from autospec.paths import EXTENSIONS, PAGE_EXTENSIONS, result
 
 
 def require_files(config: Config) -> None:
@@ -134,7 +134,9 @@ def of_summary(config: Config) -> list[str]:
 def pages(config: Config) -> list[str]:
     """Every composed page, in every format."""
     return [
-        result("figure", figure=figure, extension=extension) for figure in figures(config) for extension in EXTENSIONS
+        result("figure", figure=figure, extension=extension)
+        for figure in figures(config)
+        for extension in PAGE_EXTENSIONS
     ]
 
 
@@ -149,7 +151,7 @@ def of_experiment(config: Config, experiment: str) -> list[str]:
     settings = config.experiments[experiment]
     of_it = [figure for figure, (name, _) in figures(config).items() if name == experiment]
     return [
-        *(result("figure", figure=figure, extension=extension) for figure in of_it for extension in EXTENSIONS),
+        *(result("figure", figure=figure, extension=extension) for figure in of_it for extension in PAGE_EXTENSIONS),
         *panels(config, experiment),
         *(result("tests", experiment=experiment, run=run) for run in settings.runs),
     ]
@@ -157,7 +159,10 @@ def of_experiment(config: Config, experiment: str) -> list[str]:
 
 def of_report(config: Config) -> list[str]:
     """Everything that the report shows."""
-    paths = [result("figure", figure=figure, extension="png") for figure in figures(config)]
+    paths = [
+        result("figure", figure=figure, extension="pdf" if supplement else "png")
+        for figure, (_, supplement) in figures(config).items()
+    ]
     if config.cohort is not None:
         paths += [result(kind) for kind in ("participants", "exclusions", "cohort")]
         paths += [result("view", view=view, extension="png") for view in specs.views(config)]

@@ -55,6 +55,7 @@ PATHS = {
     "log": "logs/{stage}/{job}.log",
 }
 EXTENSIONS = ("pdf", "png", "svg")
+PAGE_EXTENSIONS = ("pdf", "png")
 
 
 def result(kind: str, **names: str | int) -> str:

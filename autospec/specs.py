@@ -275,7 +275,6 @@ def figure_settings(config: Config, experiment: str) -> dict[str, Any]:
     settings = config.experiments[experiment]
     return {
         "heading": heading(settings),
-        "columns": 2,
         "panels": [described_panel(config, experiment, panel) for panel in settings.panels],
         **_paper(config),
         **_drawing(config, settings.panels),
@@ -283,17 +282,13 @@ def figure_settings(config: Config, experiment: str) -> dict[str, Any]:
 
 
 def supplement_settings(config: Config, experiment: str) -> dict[str, Any]:
-    """Settings of the job that composes the page of comparisons of every run, by the paper's test as in the paper.
-
-    With several pairs of groups, one row of panels a run and one column a pair.
-    """
+    """Settings of the job that composes the comparisons of every run, by the paper's test as in the paper."""
     settings = config.experiments[experiment]
     pairs = compared_pairs(settings)
     panels = [Panel(run=run, compare=pair) for run in settings.runs for pair in pairs]
     name = "Supplement.  " if settings.figure is None else f"Figure S{settings.figure}.  "
     return {
         "heading": f"{name}{settings.title}: group comparisons of every variant",
-        "columns": max(2, len(pairs)),
         "panels": [
             described_panel(config, experiment, panel, letter=str(number)) for number, panel in enumerate(panels, 1)
         ],

@@ -94,7 +94,6 @@ class Study:
             self.command(
                 "test", "--spec", specs.spec("test", settings), "--run", str(self.run(run)),
                 "--output", str(self.tests(run)),
-                "--described", str(self.folder / result("tests_described", experiment="small", run=run)),
             )  # fmt: skip
 
     def draw(self) -> Path:

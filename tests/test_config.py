@@ -295,3 +295,25 @@ def test_every_setting_is_explained_in_the_table():
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert len(cells) == 4, row
         assert all(cells), row
+
+
+def test_snapshots_are_a_number_or_a_list_that_is_not_empty():
+    changed = {**yaml.safe_load(SMALL), "training": {"snapshots": 4}}
+    assert parse_config(changed).training.snapshots == 4
+    changed["training"]["snapshots"] = [0, 5]
+    assert parse_config(changed).training.snapshots == [0, 5]
+    changed["training"]["snapshots"] = []
+    with pytest.raises(UserError, match=r"training\.snapshots.* is an empty list"):
+        parse_config(changed)
+
+
+def test_permutations_of_what_a_classifier_has_learned_are_refused():
+    changed = yaml.safe_load(SMALL)
+    experiment = next(iter(changed["experiments"].values()))
+    run = next(iter(experiment["runs"]))
+    experiment["runs"][run]["task"] = "classifier"
+    experiment["panels"] = [{"run": run, "compare": ["0", "1"], "test": "permutation"}]
+    with pytest.raises(UserError, match="which are no test: show its refits there"):
+        parse_config(changed)
+    experiment["runs"][run]["task"] = "autoencoder"
+    assert parse_config(changed).experiments

@@ -13,6 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from autospec.figures.layout import bar_axes, name_axes, place_axes
 from autospec.figures.selection import at_chance, rank_limits, recorded_statistics
@@ -25,7 +26,6 @@ UNRESOLVED: dict[str, Any] = {"facecolor": "#dddddd", "edgecolor": "#aaaaaa", "h
 UNATTAINABLE: dict[str, Any] = {"facecolor": "#ffffff", "edgecolor": "#aaaaaa", "hatch": "/////"}
 MARK = "#000000"
 UNMARKED = "#aaaaaa"
-TESTS = {"paper": "the paper's t-tests", "permutation": "labels permuted", "refit": "labels permuted, trained again"}
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def draw_cells(
     axes.set_ylim(edges(numbers)[-1], edges(numbers)[0])
     axes.set_xlim(edges(steps)[0], edges(steps)[-1])
     axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
 
 
 def draw_ratio_bar(
@@ -194,21 +194,16 @@ def _hatch(axes: Axes, index: np.ndarray, limit: float) -> None:
 
 def _mark(axes: Axes, found: Marks) -> None:
     """Dots at the right of singular values and in cells, squares above steps."""
-    beside: dict[str, Any] = {"clip_on": False, "linewidths": 0}
-    above = axes.get_xaxis_transform()
-    axes.scatter(
-        np.full(len(found.values), 1.03),
-        found.values,
-        s=2.5,
-        color=MARK,
-        transform=axes.get_yaxis_transform(),
-        label="singular values",
-        **beside,
-    )
+    inches = axes.figure.dpi_scale_trans
+    beside = axes.get_yaxis_transform() + ScaledTranslation(2.5 / 72, 0, inches)
+    above = axes.get_xaxis_transform() + ScaledTranslation(0, 2.5 / 72, inches)
+    outside: dict[str, Any] = {"clip_on": False, "linewidths": 0}
+    edge = np.ones(len(found.values))
+    axes.scatter(edge, found.values, s=2.5, color=MARK, transform=beside, label="singular values", **outside)
     unmarked = np.setdiff1d(found.tested, found.steps)
     for steps, colour, label in ((found.steps, MARK, "steps"), (unmarked, UNMARKED, "tested steps")):
-        heights = np.full(len(steps), 1.045)
-        axes.scatter(steps, heights, s=3, marker="s", color=colour, transform=above, label=label, **beside)
+        edge = np.ones(len(steps))
+        axes.scatter(steps, edge, s=3, marker="s", color=colour, transform=above, label=label, **outside)
     axes.scatter(
         found.cells[:, 0],
         found.cells[:, 1],
@@ -234,11 +229,11 @@ def edges(centres: np.ndarray) -> np.ndarray:
 def difference_words(rows: pd.DataFrame, test: str) -> str:
     """One line that says which test marks a panel, and where it says nothing."""
     if rows.empty:
-        return f"test: {test} ({TESTS[test]}), which was not made for these groups"
+        return f"test: {test}, not made for these groups"
     whole = rows[(rows["layer"] == "") & rows["significant"]]
-    words = f"test: {test} ({TESTS[test]})"
+    words = f"test: {test}"
     if test != "paper" and not whole.empty:
-        words += f"; the whole network differs at step {', '.join(str(step) for step in np.unique(whole['step'].dropna().astype(int)))}"
+        words += f"; whole network significant at step {', '.join(str(step) for step in np.unique(whole['step'].dropna().astype(int)))}"
     return words
 
 

@@ -12,14 +12,14 @@ from matplotlib.figure import Figure, SubFigure
 from autospec.figures.style import MM
 
 # Title, two lines of smaller words, names of columns and of the first layer.
-HEAD_MM = 16.0
+HEAD_MM = 17.0
 FOOT_MM = 7.5
 LEFT_MM = 10.5
-COLUMN_GAP_MM = 8.5
+COLUMN_GAP_MM = 9.5
 ROW_GAP_MM = 5.0
 KEY_LINE_MM = 2.7
-# Of DejaVu Sans at 1 point, on average; with room to spare.
-CHARACTER_WIDTH_POINTS = 0.56
+# Of DejaVu Sans at 1 point, on average, with room to spare.
+CHARACTER_WIDTH_POINTS = 0.53
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def name_axes(axes: np.ndarray, layers: list[str], columns: list[str], label: st
     for ax, name in zip(axes[0], columns, strict=True):
         ax.annotate(name, (0.5, 1), xycoords="axes fraction", xytext=(0, 12.5), ha="center", fontsize=6.5, **small)
     for row, layer in zip(axes, layers, strict=True):
-        row[0].annotate(layer, (0, 1), xycoords="axes fraction", xytext=(0, 4.5), ha="left", fontsize=5.5, **small)
+        row[0].annotate(layer, (0, 1), xycoords="axes fraction", xytext=(0, 5), ha="left", fontsize=5.5, **small)
         row[0].set_ylabel(label, labelpad=2)
     for ax in axes[-1]:
         ax.set_xlabel("step", labelpad=1)
@@ -105,4 +105,4 @@ def name_axes(axes: np.ndarray, layers: list[str], columns: list[str], label: st
 def wrap(text: str, width_mm: float, points: float) -> str:
     """Break text into lines that fit a width."""
     character = CHARACTER_WIDTH_POINTS * points * 25.4 / 72
-    return textwrap.fill(text, max(20, int(width_mm / character)))
+    return textwrap.fill(text, max(20, int(width_mm / character)), break_on_hyphens=False)

@@ -15,8 +15,8 @@ from autospec.errors import UserError
 from autospec.figures.differences import difference_key, difference_words, draw_differences, of_pair
 from autospec.figures.layout import KEY_LINE_MM, panel_height, wrap, write_heading
 from autospec.figures.positions import POSITION_KEY, draw_positions, tied_layers
-from autospec.figures.selection import several_groupings, shown_groups, shown_layers
-from autospec.figures.spectra import LIMIT_WORDS, draw_spectra, legend, legend_height_mm
+from autospec.figures.selection import shown_groups, shown_layers
+from autospec.figures.spectra import GREY_WORDS, LIMIT_WORDS, draw_spectra, legend, legend_height_mm
 from autospec.figures.style import MM, STYLE, save
 from autospec.statistics.table import read_tests
 from autospec.trajectories import open_trajectories
@@ -85,14 +85,12 @@ def draw_panel(
         words = [f"{pair[0]} against {pair[1]}", difference_words(rows, panel["test"]), *words]
         axes = draw_differences(figure, tree, tests, pair, panel["test"], settings["variance"], layers)
     elif panel["by_position"]:
-        words = ["along positions", *words]
+        words = [f"positions in time: {pair[0]} against {pair[1]}", *words]
         axes = draw_positions(figure, tree, pair, layers)
     else:
         axes = draw_spectra(figure, tree, settings["singular_values"], layers)
-        if several_groupings(tree):
-            words.append(f"groups of {tree['grouping'].sel(group=shown_groups(tree)[-1]).item()}")
     if len(layers) < len(everything):
-        words.append(f"{len(layers)} of {len(everything)} layers; the others are in the panel's own figure")
+        words.append(f"{len(layers)} of {len(everything)} layers")
     write_heading(figure, f"{panel['letter']}   {network(panel)}", "; ".join(filter(None, words)))
     return axes
 
@@ -114,7 +112,7 @@ def key_words(panels: list[dict[str, Any]], settings: Any) -> list[str]:
     compared = {panel["test"] for panel in panels if panel["compare"] is not None}
     texts = []
     if any(panel["compare"] is None and not panel["by_position"] for panel in panels):
-        texts.append(f"{LIMIT_WORDS[0].upper()}{LIMIT_WORDS[1:]}.")
+        texts.append(f"{LIMIT_WORDS[0].upper()}{LIMIT_WORDS[1:]}. {GREY_WORDS}")
     if compared:
         texts.append(difference_key(compared, settings["alpha"], settings["variance"]))
     if any(panel["by_position"] for panel in panels):

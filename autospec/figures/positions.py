@@ -88,7 +88,7 @@ def draw_positions(figure: Any, tree: xr.DataTree, pair: list[str], layers: list
             ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         draw_cells(row[2], steps, positions, ratios[layer], limit, GREYS if grey else COLOURS)
         _bar(figure, row[0], scale, "Greys_r" if grey else "cividis")
-    name_axes(axes, layers, [*pair, "ratio"], "position")
+    name_axes(axes, layers, ["first group", "second group", "ratio"], "position")
     draw_ratio_bar(figure, axes[0, -1], axes[-1, -1], limit, GREYS if grey else COLOURS, pair)
     return axes
 

@@ -34,11 +34,6 @@ def shown_groups(tree: xr.DataTree) -> list[str]:
     ]
 
 
-def several_groupings(tree: xr.DataTree) -> bool:
-    """Whether samples are grouped in more than one way."""
-    return len(set(map(str, tree["grouping"].values[1:]))) > 1
-
-
 def at_chance(tree: xr.DataTree) -> bool:
     """Whether the run was measured on held-out data and did no better than chance."""
     return bool((tree.attrs.get("performance") or {}).get("at_chance"))

@@ -17,13 +17,14 @@ from autospec.figures.selection import at_chance, rank_limits, recorded_statisti
 from autospec.figures.style import colours, dashes, power_of_ten, sigma
 
 RIGHT_MM = 5.0
-LEGEND_COLUMN_MM, LEGEND_ROW_MM = 45.0, 3.4
+LEGEND_COLUMN_MM, LEGEND_ROW_MM = 50.0, 3.4
 FLOOR_COLOUR = "#dddddd"
 LIMIT: dict[str, Any] = {"color": "#000000", "linestyle": (0, (1, 1.2)), "linewidth": 1.3}
 LIMIT_WORDS = (
     "limit of resolution: a group's singular values differ from those of all other samples' share by at most σ₁ of the "
     "whole batch's gradient"
 )
+GREY_WORDS = "A network at chance on held-out data is drawn in grey, its groups solid, dashed, dash-dotted and dotted in this order."
 # Lines beyond the rank that a group's rows allow.
 PALE = 0.25
 
@@ -103,11 +104,23 @@ def label_decades(axes: Axes) -> None:
         kept = list(exponents)[:: math.ceil(len(exponents) / 4)]
         ticks, labels = [10.0**exponent for exponent in kept], [power_of_ten(exponent) for exponent in kept]
     else:
-        ticks = [tick for tick in MaxNLocator(3).tick_values(low, high) if low <= tick <= high]
-        labels = [f"{tick:.3g}" for tick in ticks]
+        first = math.floor(math.log10(low))
+        ticks = [digit * 10.0**exponent for exponent in range(first, first + 3) for digit in (1, 2, 5)]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) < 2:
+            ticks = [tick for tick in MaxNLocator(3).tick_values(low, high) if low <= tick <= high]
+        labels = [_short(tick) for tick in ticks]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_yticks(ticks, labels)
+
+
+def _short(value: float) -> str:
+    """Shortest text of a tick: 0.02, but 5e-4."""
+    if 0.01 <= value < 10_000:
+        return f"{value:.3g}"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 def _name_lines(axes: Axes, last: np.ndarray, drawn: list[int]) -> None:

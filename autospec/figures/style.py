@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
 
 from autospec.storage import written_whole
@@ -85,6 +86,31 @@ def save(figure: Figure, outputs: list[str], dots_per_inch: int) -> None:
         kind = Path(output).suffix.lstrip(".")
         with written_whole(output) as temporary:
             figure.savefig(temporary, format=kind, dpi=dots_per_inch, metadata=metadata[kind])
+
+
+def save_pages(pages: list[Figure], outputs: list[str], dots_per_inch: int) -> None:
+    """Save pages as one PDF, or as one PNG in which they stand below each other, each file whole or not at all."""
+    for output in outputs:
+        with written_whole(output) as temporary:
+            if output.endswith(".pdf"):
+                from matplotlib.backends.backend_pdf import PdfPages
+
+                with PdfPages(temporary, metadata={"CreationDate": None}) as pdf:
+                    for page in pages:
+                        pdf.savefig(page, dpi=dots_per_inch)
+            elif output.endswith(".png"):
+                from PIL import Image
+
+                drawn = []
+                for page in pages:
+                    page.set_dpi(dots_per_inch)
+                    canvas = FigureCanvasAgg(page)
+                    canvas.draw()
+                    drawn.append(np.asarray(canvas.buffer_rgba())[:, :, :3].copy())
+                resolution = (dots_per_inch, dots_per_inch)
+                Image.fromarray(np.concatenate(drawn)).save(temporary, format="png", dpi=resolution)
+            else:
+                raise ValueError(f"{output}: pages are written as pdf or png")
 
 
 def _settle(figure: FigureBase) -> None:

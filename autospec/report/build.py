@@ -124,15 +124,14 @@ def _caption(tree: xr.DataTree, panel: dict[str, Any], experiment: str, settings
 
 
 def _supplement(experiment: dict[str, Any]) -> dict[str, Any] | None:
-    """The page with the comparisons of every run; shown as a picture, with a link to its PDF beside the report."""
+    """The pages with the comparisons of every run, which stand as a PDF beside the report."""
     key = experiment["supplement"]
     if key is None:
         return None
     runs = [network({**run, "architecture": experiment["model"]}) for run in experiment["runs"].values()]
     return {
-        "image": _embedded(result("figure", figure=key, extension="png")),
         "link": str(Path(result("figure", figure=key, extension="pdf")).relative_to("results")),
-        "caption": "The same comparisons of groups for every variant, marked by the paper's test as in the paper's "
+        "caption": "holds the same comparisons of groups for every variant, marked by the paper's test as in the paper's "
         f"supplement: {'; '.join(runs)}. The table of tests below shows the valid tests beside it.",
     }
 

@@ -126,12 +126,9 @@ Hatched cells lie beyond the rank that either group's samples allow.</li>
 </figure>
 {% endfor %}
 {% if experiment.supplement %}
-<h3>Supplement: comparisons of every variant</h3>
-<figure class="page">
-<a href="{{ experiment.supplement.link }}"><img src="{{ experiment.supplement.image }}"
-alt="Group differences of every variant for {{ experiment.title }}"></a>
-<figcaption>{{ experiment.supplement.caption }} The picture leads to the PDF.</figcaption>
-</figure>
+<h3>Supplement</h3>
+<p><a class="beside" href="{{ experiment.supplement.link }}"><code>{{ experiment.supplement.link }}</code></a>
+{{ experiment.supplement.caption }}</p>
 {% endif %}
 </section>
 {% endfor %}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, TypedDict
@@ -13,6 +14,7 @@ import xarray as xr
 
 from autospec.statistics.null import benjamini_hochberg, holm
 from autospec.statistics.paper import WHAT_IT_IS_NOT, compare_spectra
+from autospec.statistics.seeds import describe_seeds
 from autospec.statistics.table import COLUMNS, PAPER, comparison_name, read_tests, tidy, write_description, write_tests
 from autospec.trajectories import open_trajectories
 
@@ -43,6 +45,7 @@ def build_tests(
     described: str,
     permutation: Found | None = None,
     refit: Found | None = None,
+    further: Sequence[str] = (),
 ) -> str:
     """Test every pair of groups in every layer and statistic of a run, and write a table and its description.
 
@@ -58,6 +61,8 @@ def build_tests(
         The JSON file to write: what each column is, which test applied and why, in words.
     permutation, refit : Found, optional
         What the valid tests found, where they were made.
+    further : sequence of str
+        Trajectories of the run from further seeds: their variability is described.
 
     Returns
     -------
@@ -72,13 +77,16 @@ def build_tests(
         if found is not None:
             frames.append(read_tests(found["table"]))
             tests[name] = json.loads(Path(found["described"]).read_text(encoding="utf-8"))
-    description = {
+    description: dict[str, Any] = {
         "run": settings["name"],
         "alpha": settings["alpha"],
         "which_test_applies": which_applies(settings, tests, frames),
         "tests": tests,
         "columns": dict(COLUMNS),
     }
+    if further:
+        trees = {Path(path).name.split(".", 1)[0]: open_trajectories(path) for path in (run, *further)}
+        description["seeds"] = describe_seeds(trees, group_pairs(tree))
     write_tests(pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True), output)
     write_description(description, described)
     return f"{sum(map(len, frames))} tests of {len(group_pairs(tree))} pairs of groups: {', '.join(tests)}"

@@ -20,6 +20,7 @@ from autospec.datasets.labelled import open_labelled, subjects_of
 from autospec.errors import UserError
 from autospec.introspection.sample_shares import SampleShares, sample_shares
 from autospec.statistics import confounds as checks
+from autospec.statistics import subjects
 from autospec.statistics.permutation_test import NullDistributions, Tests, average_over_seeds, evaluate
 from autospec.statistics.permutations import compare, draw_conditional_labellings, draw_labellings
 from autospec.statistics.study import Question, Study, columns_of, exchangeable, grouped, numbers_of
@@ -111,7 +112,10 @@ def build_permutation(
     ]
     tables = [tests.table for tests in found]
     write_tests(pd.concat(tables) if tables else pd.DataFrame(columns=list(COLUMNS)), outputs["table"])
-    write_description(describe(plan, distributions, found, runs, settings), outputs["described"])
+    description = describe(plan, distributions, found, runs, settings)
+    if len(runs) > 1:
+        description["population"] = describe_population(plan, runs, prepared, settings["seed"])
+    write_description(description, outputs["described"])
     checks.write(asked, distributions[len(plan.questions) :], settings["alpha"], outputs["confounds"])
     if outputs["null"]:
         write_packed(null_tree(distributions[: len(plan.questions)]), outputs["null"])
@@ -269,6 +273,26 @@ def describe(
         ),
         "comparisons": comparisons,
         "refused": plan.refused,
+    }
+
+
+def describe_population(
+    plan: Plan, runs: Sequence[Snapshots], prepared: Sequence[Prepared], seed: int
+) -> dict[str, Any]:
+    """Intervals over subjects at the last update of which all seeds kept the weights."""
+    step = max(set.intersection(*(set(run.steps) for run in runs)))
+    shares = [shares_at(run, each, step) for run, each in zip(runs, prepared, strict=True)]
+    return {
+        "what_it_is": subjects.WHAT_IT_IS,
+        "method": (
+            f"{subjects.REPETITIONS} draws of subjects, the same for each of {len(runs)} trainings, over which statistics are "
+            f"averaged, at update {step}: the base-2 logarithm of the ratio of the groups' largest singular values per sample, "
+            "and the cosine between their shares."
+        ),
+        "comparisons": {
+            question.comparison.name: subjects.population_intervals(shares, question.comparison, seed)
+            for question in plan.questions
+        },
     }
 
 

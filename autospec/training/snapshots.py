@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ def growing_updates(count: int, updates: int) -> list[int]:
     Parameters
     ----------
     count : int
-        The larger, the denser; there are at least so many below ``updates`` if there are so many updates.
+        The larger, the denser: about so many below four times as many updates.
     updates : int
         The number of updates.
     """
@@ -48,7 +47,10 @@ def kept_updates(snapshots: int | Sequence[int], updates: int) -> list[int]:
     """Updates before which weights are put aside while training goes on, among which `snapshot_updates` chooses."""
     if not isinstance(snapshots, int):
         return sorted({update for update in snapshots if update < updates})
-    return sorted({*growing_updates(snapshots, updates), updates - 1})
+    # Of a short training all are kept, since those that lie ever further apart would be fewer than wanted.
+    return sorted(
+        {*growing_updates(snapshots, updates), updates - 1, *range(updates if updates <= 4 * snapshots else 0)}
+    )
 
 
 def snapshot_updates(snapshots: int | Sequence[int], updates: int) -> list[int]:
@@ -119,8 +121,8 @@ def load(path: str | os.PathLike[str]) -> Any:
     """Read what `save` has written; raises UserError if it cannot be read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        reason = str(error).split("\n", 1)[0]
+    except Exception as error:  # of a file that holds something else the unpickler raises what it stumbles over
+        reason = f"{type(error).__name__}: {error}".split("\n", 1)[0].removesuffix(".")
         raise UserError(f"{path} cannot be read ({reason}): make it again.") from error
 
 

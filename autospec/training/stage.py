@@ -23,7 +23,7 @@ from autospec.storage import pack
 from autospec.trajectories import TrajectoryStore, add_attributes, add_training_curves
 
 from .checkpoints import Checkpoints, Frequency
-from .device import chosen_device, deterministic, environment, host
+from .device import chosen_device, deterministic, environment, host, out_of_memory
 from .loop import Trainer
 from .prepare import Prepared, prepare
 from .progress import Clock, Progress
@@ -93,11 +93,12 @@ def train_run(
     """
     began = time.perf_counter()
     place = chosen_device(device)
+    name = settings["name"]
+    run = None
     with deterministic(place):
-        prepared = prepare(settings, dataset, place)
-        run = _Run(prepared, code, Path(work), frequency or Frequency())
-        run.clock.add("start_up", time.perf_counter() - began)
         try:
+            run = _Run(prepare(settings, dataset, place), code, Path(work), frequency or Frequency())
+            run.clock.add("start_up", time.perf_counter() - began)
             run.train()
             with run.clock.measure("input_output"):
                 if weights is not None:
@@ -105,16 +106,22 @@ def train_run(
                 pack(run.store, output)
                 run.forget_others()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if run is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(run.disk_is_full()) from error
-        except RuntimeError as error:
-            if "deterministic" not in str(error):
-                raise
-            raise UserError(
-                f"{settings['name']} uses an operation that gives other results each time on {place.type} "
-                f"({str(error).split(' does not', 1)[0]}): train on the cpu, or use other layers."
-            ) from error
+        except (RuntimeError, MemoryError) as error:
+            reason = str(error).split("\n", 1)[0].removesuffix(".")
+            if out_of_memory(error):
+                raise UserError(
+                    f"{name} ran out of memory where smaller batches do not help ({reason or 'MemoryError'}): record fewer "
+                    "layers or groups, use a smaller model, or a device with more memory."
+                ) from error
+            if "deterministic" in reason:
+                raise UserError(
+                    f"{name} uses an operation that gives another result each time on {place.type} ({reason}): train on "
+                    "the cpu, or use other layers."
+                ) from error
+            raise
     return Trained(run.message(), run.record())
 
 

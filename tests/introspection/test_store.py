@@ -15,6 +15,7 @@ from torch import nn
 import autospec
 from autospec import trajectories
 from autospec.errors import UserError
+from autospec.introspection import WatchError
 
 N = 10
 LABELS = ["a", "b", "é b", None, "a"] * 2
@@ -290,6 +291,38 @@ def test_a_write_that_was_cut_off_is_put_right_on_resuming(tmp_path, monkeypatch
     with again.watcher:
         again.run(140 - CHUNK)
     xr.testing.assert_identical(autospec.open_trajectories(tmp_path / "x.zarr"), expected)
+
+
+def test_files_that_were_cut_off_are_not_packed(tmp_path):
+    train(100, store=tmp_path / "whole.zarr.zip")
+    first = Loop(store=tmp_path / "parts.zarr.zip")
+    with contextlib.suppress(KeyboardInterrupt), first.watcher:
+        first.run(70)
+        state = first.state()
+        raise KeyboardInterrupt
+    # What zarr leaves behind when it is killed while it writes a chunk.
+    (chunk,) = (tmp_path / "parts.zarr.zip.partial/layers/0.weight/gradient").glob("c/0/0/0")
+    chunk.with_name("0.0123abcd.partial").write_bytes(chunk.read_bytes()[:50])
+    again = Loop(store=tmp_path / "parts.zarr.zip", resume=True)
+    again.load(state)
+    with again.watcher:
+        again.run(30)
+    assert (tmp_path / "parts.zarr.zip").read_bytes() == (tmp_path / "whole.zarr.zip").read_bytes()
+
+
+@pytest.mark.parametrize("discard", [True, False])
+def test_a_pass_that_failed_can_be_made_again(discard):
+    loop = Loop()
+    with loop.watcher:
+        loop.run(3)
+        (loop.model(loop.x[:7].repeat(N, 1)[:N]) - loop.x).square().mean().backward()  # what shall not count
+        loop.optimizer.zero_grad()
+        if discard:
+            loop.watcher.discard()
+            with pytest.raises(WatchError, match="no gradient of a watched layer has arrived"):
+                loop.watcher.step()
+        loop.run(2)
+    xr.testing.assert_identical(loop.watcher.trajectories, in_memory(5))
 
 
 def test_resuming_without_a_state_is_refused_instead_of_recording_steps_twice(tmp_path):

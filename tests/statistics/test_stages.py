@@ -1,5 +1,6 @@
 """The stage of permutations: which pairs it tests, against brute force, by seeds, interrupted, with bad input; and motion."""
 
+import copy
 import json
 from itertools import permutations
 from pathlib import Path
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from autospec import specs
+from autospec import inputs, specs
 from autospec.config import parse_config
 from autospec.datasets.labelled import open_labelled
 from autospec.errors import UserError
@@ -348,6 +349,27 @@ def test_a_standardised_difference_is_in_pooled_deviations():
 
 
 # ---------------------------------------------------------------------- which runs
+
+
+def test_the_table_of_tests_reads_the_valid_ones_of_every_seed_where_they_are_made():
+    changed = copy.deepcopy(SETTINGS)
+    changed["statistics"] = {"permutation": "all", "refits": 30, "refits_per_job": 20}
+    runs = changed["experiments"]["small"]["runs"]
+    runs["judge"]["refit"] = True
+    for run in runs.values():
+        run["training"] = {"further_seeds": [4]}
+    config = parse_config(changed)
+    table = "results/statistics/small/{}.{}.tsv"
+    assert inputs.tests_found(config, "permutation", "small", "coder")[0] == table.format("coder", "permutation")
+    assert inputs.tests_found(config, "refit", "small", "judge")[0] == table.format("judge", "refit")
+    assert inputs.tests_found(config, "refit", "small", "coder") == []
+    assert inputs.tests_found(config, "permutation", "small", "judge") == []
+    assert inputs.refit_parts(config, "small", "judge") == [
+        f"results/refits/small/{run}/{part}.zarr.zip" for run in ("judge", "judge-seed-4") for part in (0, 1)
+    ]
+    assert inputs.of_every_seed(config, "weights", "small", "coder") == [
+        f"results/runs/small/{run}.weights.pt" for run in ("coder", "coder-seed-4")
+    ]
 
 
 def test_which_runs_are_permuted():

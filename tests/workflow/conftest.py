@@ -14,7 +14,7 @@ CODE = ("autospec", "workflow", "profiles", "envs", "Snakefile")
 STUDY = {
     "title": "A small study",
     "datasets": {"digits": {"kind": "mnist", "classes": ["0", "1", "3"], "samples_per_class": 12}},
-    "training": {"epochs": 6},
+    "training": {"epochs": 6, "held_out": 0.0},
     "introspection": {"every": 2},
     "experiments": {
         "small": {
@@ -44,6 +44,8 @@ ALL_JOBS = {
     "Drawing small/classifier",
     "Drawing small/classifier_0_vs_3",
     "Composing figure 1",
+    "Composing figure s1",
+    "Summing up",
     "Writing the report",
 }
 

@@ -47,7 +47,7 @@ rule figure:
                 category="figures",
                 labels={"figure": "{figure}", "format": extension},
             )
-            for extension in EXTENSIONS
+            for extension in PAGE_EXTENSIONS
         ],
         resources=result("figure_resources"),
     log:
@@ -71,7 +71,7 @@ for figure in inputs.figures(CONFIG):
         name:
             f"figure_{figure}"
         input:
-            [result("figure", figure=figure, extension=extension) for extension in EXTENSIONS],
+            [result("figure", figure=figure, extension=extension) for extension in PAGE_EXTENSIONS],
 
 
 for name in CONFIG.experiments:

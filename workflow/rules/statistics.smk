@@ -89,6 +89,7 @@ rule test:
     """Put every test of one run's groups into one table, and describe them."""
     input:
         run=result("run"),
+        further=lambda wildcards: inputs.of_every_seed(CONFIG, "run", wildcards.experiment, wildcards.run)[1:],
         permutation=lambda wildcards: inputs.tests_found(CONFIG, "permutation", wildcards.experiment, wildcards.run),
         refit=lambda wildcards: inputs.tests_found(CONFIG, "refit", wildcards.experiment, wildcards.run),
     output:
@@ -106,7 +107,7 @@ rule test:
     message:
         "Testing groups in {wildcards.experiment}/{wildcards.run}"
     shell:
-        "python -m autospec test --spec {params.spec:q} --run {input.run:q}"
+        "python -m autospec test --spec {params.spec:q} --run {input.run:q} --further {input.further:q}"
         " --permutation {input.permutation:q} --refit {input.refit:q}"
         " --output {output.table:q} --described {output.described:q}"
         " --resources {output.resources:q} 2>&1 | tee {log:q}"

@@ -1,6 +1,7 @@
 """The training stage: equal to a plain PyTorch loop, whole or absent, and honest about what went wrong."""
 
 import copy
+import json
 import zipfile
 
 import numpy as np
@@ -8,10 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from autospec import open_trajectories, specs, training
+from autospec import open_trajectories, specs
 from autospec.datasets.labelled import open_labelled
 from autospec.errors import UserError
-from autospec.training import Progress, chosen_device, train_run
+from autospec.paths import result
+from autospec.training import chosen_device, open_snapshots, train_run
+from autospec.training import progress as progress_module
+from autospec.training.loop import Trainer
+from autospec.training.progress import Clock, Progress
 
 
 def settings_of(study, run: str, **changes) -> dict:
@@ -31,16 +36,23 @@ def plain_network(run: str, features: int) -> nn.Sequential:
     )
 
 
-def samples_of(study) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and class numbers of the study's data set."""
+def weights(study, run: str):
+    """The weights that one of the study's runs has kept."""
+    return open_snapshots(study.folder / result("weights", experiment="small", run=run))
+
+
+def samples_of(study, run: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and class numbers of the samples that a run was trained on."""
     dataset = open_labelled(study.dataset)
-    x = torch.tensor(dataset["x"].values).flatten(1)
-    return x, torch.tensor([["0", "1", "3"].index(label) for label in dataset["target"].values])
+    chosen = ~np.isin(dataset["id"].values.astype(object), weights(study, run).held_out)
+    x = torch.tensor(dataset["x"].values[chosen]).flatten(1)
+    return x, torch.tensor([["0", "1", "3"].index(label) for label in dataset["target"].values[chosen]])
 
 
 @pytest.mark.parametrize("run", ["coder", "judge"])
 def test_the_loss_is_bitwise_that_of_a_plain_loop(study, run):
-    x, target = samples_of(study)
+    x, target = samples_of(study, run)
+    assert len(x) == 19
     torch.manual_seed(0)
     model = plain_network(run, x.shape[1])
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -52,7 +64,7 @@ def test_the_loss_is_bitwise_that_of_a_plain_loop(study, run):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        accuracies.append((output.argmax(1) == target).float().mean().item())
+        accuracies.append((output.argmax(1) == target).sum().item() / len(x))
     recorded = open_trajectories(study.run(run))["training"]
     assert recorded["loss"].values.tolist() == losses
     assert losses[-1] < losses[0]
@@ -60,11 +72,33 @@ def test_the_loss_is_bitwise_that_of_a_plain_loop(study, run):
         assert recorded["accuracy"].values.tolist() == accuracies
     else:
         assert "accuracy" not in recorded
+        variance = (x.double() - x.double().mean(0)).square().mean().item()
+        np.testing.assert_allclose(recorded["explained"], 1 - np.array(losses) / variance, rtol=1e-12)
+
+
+@pytest.mark.parametrize("run", ["coder", "judge"])
+def test_the_final_weights_and_those_at_each_update_are_bitwise_a_plain_loops(study, run):
+    x, target = samples_of(study, run)
+    torch.manual_seed(0)
+    model = plain_network(run, x.shape[1])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    kept = weights(study, run)
+    assert kept.steps == tuple(range(12))
+    for step in kept.steps:
+        for plain, ours in zip(model.state_dict().values(), kept.weights(step).values(), strict=True):
+            assert torch.equal(plain, ours)
+        optimizer.zero_grad()
+        output = model(x)
+        loss = nn.functional.mse_loss(output, x) if run == "coder" else nn.functional.cross_entropy(output, target)
+        loss.backward()
+        optimizer.step()
+    for plain, ours in zip(model.state_dict().values(), kept.weights().values(), strict=True):
+        assert torch.equal(plain, ours)
 
 
 @pytest.mark.parametrize("run", ["coder", "judge"])
 def test_the_first_gradients_are_those_of_float64(study, run):
-    x, target = samples_of(study)
+    x, target = samples_of(study, run)
     torch.manual_seed(0)
     model = plain_network(run, x.shape[1]).double()
     names = open_trajectories(study.run(run)).attrs["layers"]
@@ -118,26 +152,21 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_keeps_what_was_recorde
     kept = open_trajectories(store)
     assert kept["step"].values[0] == 0
     assert np.isfinite(kept["layers/encoder.0.weight/gradient"].sel(step=0, group="all").values).all()
+    assert np.isfinite(kept["training/loss"].values).tolist() == [True, False]
+    with pytest.raises(UserError, match="no longer finite at update 1"):  # and again, not from a spoiled checkpoint
+        train_run(settings, "code", str(study.dataset), str(output), str(tmp_path / "work"), "cpu")
 
 
-def test_a_training_that_was_broken_off_is_begun_again_from_nothing(study, tmp_path):
-    settings = settings_of(study, "judge")
-    arguments = (settings, "code", str(study.dataset), str(tmp_path / "x.zarr.zip"), str(tmp_path / "work"), "cpu")
-    original = Progress.show
-    with pytest.MonkeyPatch.context() as patch:
+def test_weights_that_the_last_update_has_spoiled_are_no_result(study, tmp_path, monkeypatch):
+    def spoil(trainer):
+        trainer.model.encoder[0].weight.data[0, 0] = torch.inf
 
-        def stop(self, done, loss):
-            if done == 5:
-                raise KeyboardInterrupt
-            original(self, done, loss)
-
-        patch.setattr(Progress, "show", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_run(*arguments)
-    assert not (tmp_path / "x.zarr.zip").exists()
-    train_run(*arguments)
-    assert open_trajectories(tmp_path / "x.zarr.zip")["step"].values.tolist() == [0, 2, 4, 6, 8, 10]
-    assert not [path for path in (tmp_path / "work").rglob("*") if path.is_file()]
+    monkeypatch.setattr(Trainer, "step", spoil)
+    settings = settings_of(study, "coder", epochs=1)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no longer finite at update 1"):
+            train_run(settings, "code", str(study.dataset), str(tmp_path / "x.zarr.zip"), str(tmp_path / "work"), "cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
@@ -153,6 +182,25 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     assert chosen_device("auto") == torch.device("cuda")
 
 
+def test_the_file_beside_the_results_says_where_the_time_went(study):
+    record = json.loads((study.folder / result("run_resources", experiment="small", run="judge")).read_text())
+    assert set(record["seconds"]) == {"start_up", "training", "introspection", "evaluation", "input_output"}
+    assert all(seconds >= 0 for seconds in record["seconds"].values())
+    assert sum(record["seconds"].values()) <= record["wall_seconds"] + 0.05
+    spread = record["seconds_per_update"]
+    assert 0 < spread["5 %"] <= spread["median"] <= spread["95 %"]
+    assert (record["updates"], record["sessions"], record["device"]) == (12, 1, "cpu")
+
+
+def test_time_within_a_block_counts_once(monkeypatch):
+    ticks = iter([0.0, 1.0, 4.0, 10.0])
+    monkeypatch.setattr(progress_module.time, "perf_counter", lambda: next(ticks))
+    clock = Clock()
+    with clock.measure("outer"), clock.measure("inner"):
+        pass
+    assert clock.seconds == {"outer": 7.0, "inner": 3.0}
+
+
 def test_a_grouping_that_is_not_there_is_refused(study, tmp_path):
     settings = {**settings_of(study, "judge"), "groupings": ["sex"]}
     with pytest.raises(UserError, match="no grouping 'sex'"):
@@ -162,7 +210,7 @@ def test_a_grouping_that_is_not_there_is_refused(study, tmp_path):
 
 def test_progress_is_a_line_now_and_then_and_always_the_last(capsys, monkeypatch):
     clock = iter([100.0, 101.0, 106.0, 107.0, 107.5])
-    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
     progress = Progress("small/judge", 4)
     for done, loss in enumerate([4.0, 3.0, 2.0, 1.0]):
         progress.show(done, loss)
