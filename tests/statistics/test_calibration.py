@@ -217,6 +217,13 @@ def test_the_papers_tests_are_those_of_a_single_run(studies):
         assert p[Family("gradient", str(max(STEPS)), tables.OVER_VALUES)][i] == pytest.approx(of_steps[0][-1])
 
 
+def test_the_papers_tests_reject_nothing_where_nothing_is_resolved():
+    constant = {layer: np.ones((2, 1, 5, 3)) for layer in networks.LAYERS}
+    floors = {layer: np.full((2, 1, 5), 1e-6) for layer in networks.LAYERS}
+    p = repetitions.paper_p(repetitions.Recorded(constant, floors, {}))
+    assert {float(np.nan_to_num(each, nan=1.0)[0]) for each in p.values()} == {1.0}
+
+
 def compare_resolved(a, b, floors, steps, index) -> np.ndarray:
     """Which tests of `compare_spectra` are resolved: of each step, then of each singular value."""
     table = compare_spectra(a, b, *floors, steps, index)
@@ -375,7 +382,7 @@ def test_the_figure_draws_the_tables(quick, tmp_path, monkeypatch):
             & (power["values"] == "all")
             & (power["task"] == "autoencoder")
         ]
-        assert line.get_ydata().tolist() == (100 * wanted["rate"]).tolist()
+        assert line.get_ydata().tolist() == (100 * wanted.sort_values("effect")["rate"]).tolist()
     finally:
         plt.close(drawn)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -133,7 +134,8 @@ def paper_p(recorded: Recorded) -> dict[Family, np.ndarray]:
         (a, b), (floor_a, floor_b) = recorded.spectra[layer], recorded.floors[layer]
         above = (a > floor_a[..., None]) & (b > floor_b[..., None])
         varies = (np.ptp(a, 1) > floor_a.max(1)[:, None]) | (np.ptp(b, 1) > floor_b.max(1)[:, None])
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # constant samples are not resolved
             of_values = np.where(above.all(1) & varies, stats.ttest_ind(a, b, axis=1).pvalue, np.nan)
             of_steps = np.where(
                 (above.sum(2) >= 2) & varies.any(1)[:, None], stats.ttest_ind(a, b, axis=2).pvalue, np.nan
@@ -147,7 +149,7 @@ def paper_p(recorded: Recorded) -> dict[Family, np.ndarray]:
         Family("gradient", ALL, OVER_STEPS): by_value[0][:, 0],
         Family("gradient", ALL, ANY_OVER_STEPS): smallest,
         # Holm's smallest p is Bonferroni's.
-        Family("gradient", ALL, HOLM_OVER_STEPS): np.minimum(smallest * np.isfinite(values).sum(1), 1),
+        Family("gradient", ALL, HOLM_OVER_STEPS): np.minimum(smallest * np.isfinite(values).sum(1).clip(1), 1),
         Family("gradient", last, OVER_VALUES): by_step[0][:, -1],
         Family("gradient", ALL, ANY_OVER_VALUES): np.nan_to_num(steps, nan=1.0).min(1),
     }
