@@ -1,4 +1,5 @@
-# make demo: the whole workflow on real digits.  make test: every test.  Both set everything up by themselves.
+# make demo: the whole workflow on real digits.  make test: every test.  make bench: what watching and ICA cost.
+# Each sets everything up by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,6 +22,7 @@ test: $(VENV)/.ready-test $(VENV)/.ready-slurm
 
 bench: $(VENV)/.ready-test
 	$(BIN)/python benchmarks/cost.py $(BENCH_OPTIONS)
+	$(BIN)/python benchmarks/scica.py $(SCICA_OPTIONS)
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check --fix .

@@ -14,7 +14,8 @@ from autospec import inputs, specs
 from autospec.config import json_safe, parse_config, read_yaml
 from autospec.errors import UserError
 from autospec.machine import gpu_here, use_this_python
-from autospec.paths import EXTENSIONS, result
+from autospec.paths import EXTENSIONS, PAGE_EXTENSIONS, result
+from autospec.statistics.calibration.design import parts as calibration_parts
 
 use_this_python(ROOT)
 
@@ -48,6 +49,7 @@ wildcard_constraints:
     experiment="[a-z][a-z0-9_]*",
     run="[a-z][a-z0-9_]*(-seed-[0-9]+)?",
     part="[0-9]+",
+    setting="[a-z]+-[a-z0-9.-]+",
     subject="[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*",
     view="[a-z]+",
     panel="[a-z][A-Za-z0-9_-]*",
@@ -66,6 +68,7 @@ include: "workflow/rules/training.smk"
 include: "workflow/rules/statistics.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/calibration.smk"
 
 
 rule all:
@@ -73,6 +76,7 @@ rule all:
     default_target: True
     input:
         result("report"),
+        result("summary") if CONFIG.experiments else [],
         inputs.pages(CONFIG),
         [inputs.panels(CONFIG, name) for name in CONFIG.experiments],
         participants.everything(CONFIG) if PEOPLE is not None else [],

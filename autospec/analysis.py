@@ -77,7 +77,7 @@ cohort:
   # columns: {{diagnosis: dx, age: years}}   # names of its columns, where they are not the usual ones
   # labels: {{Schizophrenia_Strict: SZ, No_Known_Disorder: HC}}   # groups of the words in the column of diagnoses
   # groupings: [medication]            # further columns whose labels are groups
-  # task: rest                         # likewise session, run, space, where several images fit; or  scans: first
+  # task: rest                         # likewise session, run, space, where several images fit; or  scans: first, or all
   # freesurfer: [{cohort}/freesurfer]  # SUBJECTS_DIR, or tables of volumes; found by itself in the usual places
   # max_mean_fd: 0.5                   # mm
   # min_volumes: 100

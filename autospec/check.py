@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from autospec import inputs
-from autospec.cohort.check import Report, check_cohort
+from autospec.cohort.check import Report, check_cohort, planned_cohort
 from autospec.cohort.files import listed
-from autospec.cohort.selection import Cohort
+from autospec.cohort.images import Header
+from autospec.cohort.simulated import coarse_brain
+from autospec.cohort.simulation import REPETITION_TIME
 from autospec.config import Config, load_config
 from autospec.errors import UserError
 from autospec.ica.template import Template, analysis_grid, coverage, fixed_mask, load_template, on_grid
-from autospec.participants import cohort_settings, read_cohort
+from autospec.participants import cohort_settings, read_cohort, simulation_settings
 
 MUCH = 0.99
 """Share of a network below which an image is said to cut it."""
@@ -50,8 +51,11 @@ def check_analysis(folder: str) -> str:
         cohort = read_cohort(config)
         template = load_template(config.template) if _seeks(config) else None
         if config.cohort.kind == "simulated" and not Path(cohort.table).is_file():
-            lines = _planned(cohort)
-            report = None
+            header = _planned_header(config)
+            report = planned_cohort(
+                cohort, header, REPETITION_TIME, _networks(config, template), _voxel_mm(config, template)
+            )
+            lines = ["not there yet: simulated data, which the workflow will write", *report.lines()]
         else:
             report = check_cohort(cohort_settings(config), _networks(config, template), _voxel_mm(config, template))
             lines = report.lines()
@@ -78,20 +82,15 @@ def _voxel_mm(config: Config, template: Template | None) -> float | None:
     return float(config.ica.grid)
 
 
-def _planned(cohort: Cohort) -> list[str]:
-    """What is known of a simulated cohort before it is written."""
-    groups = Counter(each.person.diagnosis for each in cohort.participants)
-    sexes = Counter(f"{each.person.diagnosis} {each.person.sex}" for each in cohort.participants)
-    counted = [", ".join(f"{label}: {count}" for label, count in sorted(counts.items())) for counts in (groups, sexes)]
-    return [
-        f"layout: {cohort.layout} (simulated data, which the workflow will write)",
-        f"participants: {counted[0]} ({counted[1]})",
-        f"functional: {len(cohort.functional)}, structural: {len(cohort.structural)}",
-        *(f"left out: sub-{each.id} ({each.part}): {each.reason}" for each in cohort.exclusions),
-    ]
+def _planned_header(config: Config) -> Header:
+    """What the header of each image of a simulated cohort will say."""
+    settings = simulation_settings(config)
+    edge = settings["voxel_mm"]
+    brain = coarse_brain(edge)
+    return Header("", brain.shape, settings["volumes"], (edge, edge, edge), brain.affine, simulated=True, warnings=[])
 
 
-def _template_lines(config: Config, template: Template, report: Report | None) -> list[str]:
+def _template_lines(config: Config, template: Template, report: Report) -> list[str]:
     """What the template is, on which grid it is used, and what of it the images can show."""
     lines = [f"template: {template.source}, {template.kind}, {len(template.networks)} networks"]
     if config.ica.grid != "data":
@@ -102,7 +101,7 @@ def _template_lines(config: Config, template: Template, report: Report | None) -
             f"analysis grid: {' x '.join(map(str, shape))} voxels of {edges} mm, {int(mask.sum())} of them in the mask"
         )
     seen: list[tuple[tuple[int, int, int], np.ndarray]] = []
-    for header in report.headers if report is not None else []:
+    for header in report.headers:
         if any(shape == header.shape and np.allclose(affine, header.affine, atol=1e-3) for shape, affine in seen):
             continue
         seen.append((header.shape, header.affine))

@@ -97,6 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--files", nargs="*", default=[], help="images and labels, where they come from files")
     sub.add_argument("--output", required=True)
 
+    sub = stage("sinusoids", _sinusoids, "make a labelled data set of sinusoids")
+    sub.add_argument("--output", required=True)
+
     sub = stage("simulate", _simulate, "write the simulated cohort")
     sub.add_argument("--output", required=True, help="its dataset_description.json; all else stands beside it")
 
@@ -161,9 +164,46 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--weights", help="file for the weights at some updates")
     sub.add_argument("--output", required=True)
 
-    sub = stage("test", _test, "test every pair of groups of a run")
-    sub.add_argument("--run", required=True, dest="trajectories")
+    sub = stage("permute", _permute, "test groups by permuting labels of what has not seen them")
+    sub.add_argument("--dataset", required=True)
+    sub.add_argument("--weights", required=True, nargs="+", help="weights of the run, one file a seed")
+    sub.add_argument("--work", required=True, help="folder in which finished steps are kept meanwhile")
     sub.add_argument("--output", required=True)
+    sub.add_argument("--described", required=True, help="JSON file that describes the test")
+    sub.add_argument("--confounds", required=True, help="table that asks whether it is just motion")
+    sub.add_argument("--null", nargs="?", help="store of the statistics under every labelling, where they are kept")
+
+    sub = stage("refit-part", _refit_part, "train again and again with permuted labels")
+    sub.add_argument("--dataset", required=True)
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    sub.add_argument("--output", required=True)
+
+    sub = stage("refit", _refit, "test groups by comparing a run with its refits")
+    sub.add_argument("--parts", required=True, nargs="+", help="refits, in one folder a seed")
+    sub.add_argument("--output", required=True)
+    sub.add_argument("--described", required=True, help="JSON file that describes the test")
+
+    sub = stage("test", _test, "put all tests of a run's groups into one table")
+    sub.add_argument("--run", required=True, dest="trajectories")
+    sub.add_argument("--further", nargs="*", default=[], help="trajectories of the run from further seeds")
+    for test in ("permutation", "refit"):
+        sub.add_argument(f"--{test}", nargs="*", default=[], help=f"table and description of the {test} test")
+    sub.add_argument("--output", required=True)
+    sub.add_argument("--described", help="JSON file that describes columns and tests; beside the table by default")
+
+    sub = stage("summary", _summary, "write one row for each run, layer and comparison")
+    sub.add_argument("--inputs", required=True, nargs="+", help="trajectories and tests, at their usual paths")
+    sub.add_argument("--output", required=True)
+
+    sub = stage("calibrate", _calibrate, "find the rates at which tests reject, in one part of the calibration")
+    sub.add_argument("--output", required=True)
+
+    sub = command("calibration", _calibration, "find the rates at which tests reject: tables and a figure")
+    sub.add_argument("--spec", help="JSON text with the settings, as the Snakefile writes it")
+    sub.add_argument("--parts", nargs="+", default=[], help="the parts' tables; without them all parts are carried out")
+    sub.add_argument("--quick", action="store_true", help="a few repetitions, to see that it runs")
+    sub.add_argument("--output", required=True, help="calibration.tsv; all else stands beside it")
+    sub.add_argument("--resources", help="JSON file that records time and memory used")
 
     sub = stage("panel", _panel, "draw one panel")
     sub.add_argument("--run", required=True, dest="trajectories")
@@ -251,6 +291,12 @@ def _dataset(options: Any) -> tuple[str, dict[str, Any]]:
     from autospec.datasets.build import DatasetSettings, build_dataset
 
     return build_dataset(_spec(options, DatasetSettings)[0], options.files, options.output), {}
+
+
+def _sinusoids(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.datasets.sinusoids import SinusoidSettings, build_sinusoids
+
+    return build_sinusoids(_spec(options, SinusoidSettings)[0], options.output), {}
 
 
 def _simulate(options: Any) -> tuple[str, dict[str, Any]]:
@@ -343,10 +389,73 @@ def _train(options: Any) -> tuple[str, dict[str, Any]]:
     return message, record
 
 
-def _test(options: Any) -> tuple[str, dict[str, Any]]:
-    from autospec.statistics.build import TestSettings, build_tests
+def _permute(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.permute import Outputs, PermutationSettings, build_permutation
 
-    return build_tests(_spec(options, TestSettings)[0], options.trajectories, options.output), {}
+    settings, code = _spec(options, PermutationSettings)
+    outputs = Outputs(
+        table=options.output, described=options.described, confounds=options.confounds, null=options.null or None
+    )
+    return build_permutation(settings, code, options.dataset, options.weights, outputs, options.work), {}
+
+
+def _refit_part(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.refit_part import RefitPartSettings, build_refit_part
+
+    settings = _spec(options, RefitPartSettings)[0]
+    return build_refit_part(settings, options.dataset, options.output, options.device), {}
+
+
+def _refit(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.refit import RefitSettings, build_refit
+
+    of_seeds: dict[Path, list[str]] = {}
+    for path in options.parts:
+        of_seeds.setdefault(Path(path).parent, []).append(path)
+    parts = list(of_seeds.values())
+    return build_refit(_spec(options, RefitSettings)[0], parts, options.output, options.described), {}
+
+
+def _test(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.build import Found, TestSettings, build_tests
+
+    found: dict[str, Any] = {
+        name: Found(table=two[0], described=two[1])
+        for name, two in (("permutation", options.permutation), ("refit", options.refit))
+        if two
+    }
+    settings = _spec(options, TestSettings)[0]
+    described = options.described or str(Path(options.output).with_suffix(".json"))
+    further = options.further
+    return build_tests(settings, options.trajectories, options.output, described, further=further, **found), {}
+
+
+def _summary(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.summary import SummarySettings, build_summary
+
+    return build_summary(_spec(options, SummarySettings)[0], options.inputs, options.output), {}
+
+
+def _calibrate(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.statistics.calibration.build import PartSettings, build_part
+
+    return build_part(_spec(options, PartSettings)[0], options.output), {}
+
+
+def _calibration(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.config import Calibration
+    from autospec.figures.calibration import build_calibration
+    from autospec.statistics.calibration.design import QUICK, CalibrationSettings
+
+    settings: Any = QUICK if options.quick else Calibration().model_dump()
+    if options.spec:
+        settings = _spec(options, CalibrationSettings)[0]
+    parts = options.parts
+    if not parts:
+        from autospec.statistics.calibration.build import build_parts
+
+        parts = build_parts(settings, Path(options.output).parent / "parts")
+    return build_calibration(settings, parts, options.output), {}
 
 
 def _panel(options: Any) -> tuple[str, dict[str, Any]]:

@@ -196,8 +196,8 @@ class FolderCohort(People):
     """Space of the images; MNI152NLin6Asym before MNI152NLin2009cAsym by default."""
     entities: dict[Label, Label] = {}
     """Further parts of BIDS file names, such as acq: eyesopen."""
-    scans: Literal["one", "first"] = "one"
-    """Take the first of several images of a participant that fit, or call several a mistake."""
+    scans: Literal["one", "first", "all"] = "one"
+    """Where several images of a participant fit: call that a mistake, take the first, or make a sample of each."""
     freesurfer: list[Label] = ["auto"]
     """SUBJECTS_DIR or tables of volumes; `auto` looks in and beside the folder, an empty list leaves volumes out."""
 
@@ -273,7 +273,7 @@ class Training(Settings):
     """Share of the subjects that are kept from training, by target, to measure what was learned."""
     split_seed: int = Field(default=0, ge=0)
     """Seed of that split; the same for every seed of the weights."""
-    snapshots: Annotated[int, Field(ge=1)] | list[Step] = Field(default=20, min_length=1)
+    snapshots: Annotated[int, Field(ge=1)] | Annotated[list[Step], Field(min_length=1)] = 20
     """Updates before which the weights are kept, for tests of groups: a list, or how many, dense at the start."""
     checkpoint_minutes: float = Field(default=2.0, gt=0)
     """Minutes between checkpoints, from which a training that was stopped goes on."""
@@ -323,6 +323,8 @@ class Run(Settings):
     refit: bool = False
     """Train again and again with permuted labels: the test of groups for what has seen the labels."""
     training: Training | None = None
+    """Settings that differ from the experiment's for this run."""
+    introspection: Introspection | None = None
     """Settings that differ from the experiment's for this run."""
 
 
@@ -425,6 +427,21 @@ class Statistics(Settings):
     """Keep the statistics of every permutation, beside the table."""
 
 
+class Calibration(Settings):
+    """How often the tests find a difference where there is none: `snakemake calibration`, on data that it makes itself."""
+
+    repetitions: int = Field(default=1000, ge=1)
+    """Studies drawn of each kind of data, groups and confounder."""
+    permutations: int = Field(default=99, ge=19)
+    """Permutations of labels in each of them."""
+    refit_repetitions: int = Field(default=200, ge=0)
+    """How many of the studies are tested by training again as often."""
+    power_repetitions: int = Field(default=400, ge=1)
+    """Studies drawn at each size of effect."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything that is drawn."""
+
+
 class Figures(Settings):
     """How figures look."""
 
@@ -433,7 +450,9 @@ class Figures(Settings):
     page_width_mm: float = Field(default=210.0, gt=50)
     """Width of the composed page."""
     page_height_mm: float = Field(default=297.0, gt=50)
-    """Height of the composed page."""
+    """Least height of the composed page, which grows with its panels."""
+    layers_per_panel: int = Field(default=3, ge=2)
+    """Layers that a panel on a page draws, the first and the last among them; the panel's own figure draws all."""
     dots_per_inch: int = Field(default=200, ge=50)
     """Resolution of the PNG files."""
     singular_values: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 2, 4, 12], min_length=1)
@@ -461,6 +480,8 @@ class Config(Settings):
     """Experiments, by name; needed where there is no cohort."""
     statistics: Statistics = Statistics()
     """Tests of groups."""
+    calibration: Calibration = Calibration()
+    """How often the tests find a difference where there is none."""
     figures: Figures = Figures()
     """How figures look."""
 
@@ -505,8 +526,8 @@ class Config(Settings):
                 numbers[experiment.figure] = name
             self._model_fits(name)
             self._panels_fit(name)
-            steps = self.introspection_of(name).steps
             for run in experiment.runs:
+                steps = self.introspection_of(name, run).steps
                 training = self.training_of(name, run)
                 if steps is not None and training.batch == "full" and min(steps) >= training.epochs:
                     raise ValueError(
@@ -538,7 +559,7 @@ class Config(Settings):
                     raise ValueError(
                         f"a panel of '{name}' compares the group '{label}', but the groups are {_listed(labels)}"
                     )
-            if panel.by_position and not self.introspection_of(name).per_position:
+            if panel.by_position and not self.introspection_of(name, panel.run).per_position:
                 raise ValueError(
                     f"a panel of '{name}' shows positions, which are not recorded: set introspection.per_position "
                     "to true there"
@@ -546,6 +567,12 @@ class Config(Settings):
             if panel.test == "refit" and not experiment.runs[panel.run].refit:
                 raise ValueError(
                     f"a panel of '{name}' shows the refits of '{panel.run}', which has none: set refit to true there"
+                )
+            seen = experiment.runs[panel.run].task == "classifier" and not experiment.groupings
+            if panel.test == "permutation" and seen:
+                raise ValueError(
+                    f"a panel of '{name}' shows permutations of the labels that the classifier '{panel.run}' has learned, "
+                    "which are no test: show its refits there, with refit set to true for it"
                 )
             if panel.test == "permutation" and self.statistics.permutation == "none":
                 raise ValueError(f"a panel of '{name}' shows permutations, but statistics.permutation is none")
@@ -571,9 +598,10 @@ class Config(Settings):
         settings = self.experiments[experiment]
         return _overridden(_overridden(self.training, settings.training), settings.runs[run].training)
 
-    def introspection_of(self, experiment: str) -> Introspection:
-        """What an experiment's runs record: the general settings, then the experiment's."""
-        return _overridden(self.introspection, self.experiments[experiment].introspection)
+    def introspection_of(self, experiment: str, run: str) -> Introspection:
+        """What a run records: the general settings, the experiment's, the run's, in this order."""
+        settings = self.experiments[experiment]
+        return _overridden(_overridden(self.introspection, settings.introspection), settings.runs[run].introspection)
 
 
 def _listed(names: Iterable[str]) -> str:

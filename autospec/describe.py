@@ -20,20 +20,33 @@ def architecture_words(architecture: str) -> str:
     """Name of an architecture; of a user's own, ``package.module:Class``, that of the class."""
     return ARCHITECTURES.get(architecture, architecture.rpartition(":")[2])
 
-ARCHITECTURES = {
-    "mlp": "MLP",
-    "cnn1d": "1D CNN",
-    "cnn2d": "2D CNN",
-    "cnn3d": "3D CNN",
-    "rnn": "RNN",
-    "lstm": "LSTM",
-    "bert": "BERT",
-}
+
+def network(panel: dict[str, Any]) -> str:
+    """What was trained, in words: architecture, task, widths, activation."""
+    widths = " x ".join(str(width) for width in panel["hidden"])
+    architecture = architecture_words(panel["architecture"])
+    return f"{architecture} {panel['task']}, hidden {widths}, {ACTIVATIONS[panel['activation']]}"
 
 
 def content(panel: dict[str, Any]) -> str:
-    """What a panel shows, in words: architecture, task, widths, activation, groups."""
-    widths = " x ".join(str(width) for width in panel["hidden"])
-    architecture = ARCHITECTURES.get(panel["architecture"], panel["architecture"])
-    words = f"{architecture} {panel['task']}, hidden {widths}, {ACTIVATIONS[panel['activation']]}"
-    return words if panel["compare"] is None else f"{words}: {panel['compare'][0]} against {panel['compare'][1]}"
+    """What a panel shows, in words: the network, and the groups that are compared or the positions."""
+    if panel["compare"] is not None:
+        return f"{network(panel)}: {panel['compare'][0]} against {panel['compare'][1]} ({panel['test']})"
+    return f"{network(panel)}: along positions" if panel["by_position"] else network(panel)
+
+
+MEASURES = {"accuracy": "accuracy", "explained": "variance explained"}
+
+
+def performance_words(performance: dict[str, Any] | None) -> str:
+    """How well a run did on held-out data, in words; empty where nothing was recorded of it."""
+    if not performance:
+        return ""
+    if not performance.get("held_out"):
+        return "no held-out data"
+    measure = next(name for name in MEASURES if name in performance)
+    chance = performance.get("chance")
+    inside = [f"chance {chance:.2f}"] if measure == "accuracy" and chance is not None else []
+    inside.append(f"N = {performance['held_out']}")
+    words = f"{MEASURES[measure]} {performance[measure]:.2f} ({', '.join(inside)})"
+    return f"at chance on held-out data, hence grey: {words}" if performance.get("at_chance") else f"held-out {words}"

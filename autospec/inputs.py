@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-from autospec import specs
+from autospec import custom_model, specs
 from autospec.config import Config, Panel
 from autospec.errors import UserError
-from autospec.paths import EXTENSIONS, result
+from autospec.paths import EXTENSIONS, PAGE_EXTENSIONS, result
 
 
 def require_files(config: Config) -> None:
@@ -25,6 +26,8 @@ def require_files(config: Config) -> None:
                 f"ica.{key} names the file {path}, which does not exist (looked in {Path.cwd()}): correct the path in "
                 "the config; relative paths start at the analysis folder."
             )
+    for path in config.models.values():
+        custom_model.module_file(path)
     for name in config.datasets:
         for path in specs.dataset_files(config, name):
             if not Path(path).is_file():
@@ -45,15 +48,45 @@ def dataset_of(config: Config, experiment: str) -> str:
     return result("dataset", dataset=config.experiments[experiment].dataset)
 
 
+def of_every_seed(config: Config, kind: str, experiment: str, run: str) -> list[str]:
+    """Results of a run from each of its seeds."""
+    return [result(kind, experiment=experiment, run=name) for name in specs.runs_of(config, experiment, run)]
+
+
+def refit_parts(config: Config, experiment: str, run: str) -> list[str]:
+    """Refits of a run from each of its seeds, in parts."""
+    return [
+        result("refits", experiment=experiment, run=name, part=part)
+        for name in specs.runs_of(config, experiment, run)
+        for part in specs.refit_parts(config)
+    ]
+
+
+def tests_found(config: Config, test: str, experiment: str, run: str) -> list[str]:
+    """Table and description of a run's permutation test, or refit; empty where it is not made."""
+    made = (
+        config.experiments[experiment].runs[run].refit if test == "refit" else specs.permuted(config, experiment, run)
+    )
+    return [result(kind, experiment=experiment, run=run) for kind in (test, f"{test}_described")] if made else []
+
+
 def of_panel(config: Config, kind: str, experiment: str, panel: str) -> list[str]:
     """Trajectories of the run that a panel draws, or its tests where the panel compares two groups."""
     return _of_panels(kind, experiment, [specs.find_panel(config, experiment, panel)])
 
 
-def of_figure(config: Config, kind: str, figure: int | str) -> list[str]:
-    """Trajectories, or tests, of the runs that a figure's panels draw."""
-    name = experiment_of_figure(config, figure)
+def of_figure(config: Config, kind: str, figure: str) -> list[str]:
+    """Trajectories, or tests, of the runs that a figure's panels draw; of every run for a supplement."""
+    name, supplement = figures(config)[figure]
+    if supplement:
+        return [result(kind, experiment=name, run=run) for run in config.experiments[name].runs]
     return _of_panels(kind, name, config.experiments[name].panels)
+
+
+def figure_settings(config: Config, figure: str) -> dict[str, Any]:
+    """Settings of the job that composes a figure or a supplement."""
+    name, supplement = figures(config)[figure]
+    return (specs.supplement_settings if supplement else specs.figure_settings)(config, name)
 
 
 def _of_panels(kind: str, experiment: str, panels: list[Panel]) -> list[str]:
@@ -61,9 +94,16 @@ def _of_panels(kind: str, experiment: str, panels: list[Panel]) -> list[str]:
     return [result(kind, experiment=experiment, run=run) for run in dict.fromkeys(needed)]
 
 
-def experiment_of_figure(config: Config, figure: int | str) -> str:
-    """The experiment that a figure shows; a KeyError where there is none becomes Snakemake's missing input."""
-    return {figure_of(config, name): name for name in config.experiments}[str(figure)]
+def figures(config: Config) -> dict[str, tuple[str, bool]]:
+    """The experiment of each figure's name, and whether it is a supplement; an unknown name is a missing input."""
+    return {
+        **{
+            specs.supplement_name(experiment, name): (name, True)
+            for name, experiment in config.experiments.items()
+            if specs.compared_pairs(experiment)
+        },
+        **{figure_of(config, name): (name, False) for name in config.experiments},
+    }
 
 
 def figure_of(config: Config, experiment: str) -> str:
@@ -72,10 +112,32 @@ def figure_of(config: Config, experiment: str) -> str:
     return experiment if number is None else str(number)
 
 
+def every_run(config: Config) -> list[tuple[str, str]]:
+    """Every training: experiment and run, further seeds included."""
+    return [
+        (name, each)
+        for name, experiment in config.experiments.items()
+        for run in experiment.runs
+        for each in specs.runs_of(config, name, run)
+    ]
+
+
+def of_summary(config: Config) -> list[str]:
+    """Trajectories of every training and tests of every run."""
+    runs = [result("run", experiment=name, run=run) for name, run in every_run(config)]
+    tests = [
+        result("tests", experiment=name, run=run) for name, each in config.experiments.items() for run in each.runs
+    ]
+    return [*runs, *tests]
+
+
 def pages(config: Config) -> list[str]:
     """Every composed page, in every format."""
-    figures = [figure_of(config, name) for name in config.experiments]
-    return [result("figure", figure=figure, extension=extension) for figure in figures for extension in EXTENSIONS]
+    return [
+        result("figure", figure=figure, extension=extension)
+        for figure in figures(config)
+        for extension in PAGE_EXTENSIONS
+    ]
 
 
 def panels(config: Config, experiment: str) -> list[str]:
@@ -85,10 +147,11 @@ def panels(config: Config, experiment: str) -> list[str]:
 
 
 def of_experiment(config: Config, experiment: str) -> list[str]:
-    """Everything that belongs to an experiment: its page, its panels and every run's tests."""
+    """Everything that belongs to an experiment: its pages, its panels and every run's tests."""
     settings = config.experiments[experiment]
+    of_it = [figure for figure, (name, _) in figures(config).items() if name == experiment]
     return [
-        *(result("figure", figure=figure_of(config, experiment), extension=extension) for extension in EXTENSIONS),
+        *(result("figure", figure=figure, extension=extension) for figure in of_it for extension in PAGE_EXTENSIONS),
         *panels(config, experiment),
         *(result("tests", experiment=experiment, run=run) for run in settings.runs),
     ]
@@ -96,7 +159,10 @@ def of_experiment(config: Config, experiment: str) -> list[str]:
 
 def of_report(config: Config) -> list[str]:
     """Everything that the report shows."""
-    paths = []
+    paths = [
+        result("figure", figure=figure, extension="pdf" if supplement else "png")
+        for figure, (_, supplement) in figures(config).items()
+    ]
     if config.cohort is not None:
         paths += [result(kind) for kind in ("participants", "exclusions", "cohort")]
         paths += [result("view", view=view, extension="png") for view in specs.views(config)]
@@ -107,7 +173,6 @@ def of_report(config: Config) -> list[str]:
         ]
     for name, experiment in config.experiments.items():
         paths.append(result("dataset", dataset=experiment.dataset))
-        paths.append(result("figure", figure=figure_of(config, name), extension="png"))
         paths += [path for path in panels(config, name) if path.endswith(".png")]
         for run in experiment.runs:
             paths += [result(kind, experiment=name, run=run) for kind in ("run", "run_resources", "tests")]

@@ -10,7 +10,7 @@ from typing import Any
 from autospec import specs
 from autospec.cohort.layouts import description_of
 from autospec.cohort.record import require_kind
-from autospec.cohort.selection import Cohort, Participant, candidates, freesurfer_sources, functional_files
+from autospec.cohort.selection import Cohort, candidates, freesurfer_sources, functional_files
 from autospec.cohort.simulated import simulated_candidates
 from autospec.cohort.simulation import SimulationSettings, require_possible
 from autospec.cohort.subjects import CohortSettings, Done, Scan
@@ -141,14 +141,23 @@ def simulated_description() -> str:
     return f"{result('simulated')}/dataset_description.json"
 
 
-def find_participant(cohort: Cohort, subject: str) -> Participant:
-    """The participant of that id; a StopIteration where there is none becomes Snakemake's missing input."""
-    return next(each for each in cohort.functional if each.id == subject)
+def names_of_images(cohort: Cohort) -> str:
+    """Pattern of the names of the functional images' results; it fits nothing where there is none."""
+    return "|".join(map(re.escape, cohort.scans)) or "(?!)"
 
 
-def subject_files(config: Config, cohort: Cohort, subject: str) -> dict[str, list[str]]:
-    """Files that a participant's own job reads, by what they are."""
-    (scan,) = find_participant(cohort, subject).scans
+def subject_files(config: Config, cohort: Cohort, name: str) -> dict[str, list[str]]:
+    """Files that an image's own job reads, by what they are.
+
+    Parameters
+    ----------
+    config : Config
+    cohort : Cohort
+    name : str
+        Of the job's results, without ``sub-``: a participant's id, and where several images of somebody are taken the
+        session and the run.
+    """
+    _, scan = cohort.scans[name]
     if scan.bold:
         found = {"bold": scan.bold, "confounds": scan.confounds, "sidecar": scan.sidecar}
         found["template"] = _template_file(config)
@@ -174,19 +183,19 @@ def _description(config: Config, scan: Scan) -> str:
 
 
 def subject_settings(config: Config, cohort: Cohort, subject: str) -> dict[str, Any]:
-    """Settings of a participant's own job; its files are the rule's inputs.
+    """Settings of an image's own job, by the name of its results; its files are the rule's inputs.
 
     Who moved too much, or has too few volumes, is decided where the cohort comes together, so that another limit
     does not find anybody's networks again.  What happens to bad data is no setting of the job either: it changes nothing
     that a good one writes.
     """
-    participant, ica = find_participant(cohort, subject), config.ica
+    (participant, scan), ica = cohort.scans[subject], config.ica
     if ica.timecourses == "precomputed":
         chosen = timecourse_settings(ica, participant.done, image=False)
-        return {"subject": subject, "position": participant.scans[0].position, "ica": chosen}
+        return {"subject": subject, "position": scan.position, "ica": chosen}
     if ica.timecourses == "atlas":
         return {"subject": subject, "stand_in": False, "ica": timecourse_settings(ica, participant.done)}
-    number = [each.id for each in cohort.functional].index(subject) + 1 if ica.gift_files else None
+    number = list(cohort.scans).index(subject) + 1 if ica.gift_files else None
     return {
         "subject": subject,
         "stand_in": not _template_file(config),
@@ -252,8 +261,8 @@ def network_settings(ica: Ica, done: Done, number: int | None = None) -> dict[st
 
 
 def folders(config: Config, cohort: Cohort) -> list[str]:
-    """Folder of each functional participant's own job; none where no networks are sought."""
-    return [result("ica", subject=each.id) for each in cohort.functional] if config.needs_networks else []
+    """Folder of each functional image's own job; none where no networks are sought."""
+    return [result("ica", subject=name) for name in cohort.scans] if config.needs_networks else []
 
 
 def cohort_files(config: Config, cohort: Cohort) -> list[str]:
@@ -283,7 +292,7 @@ def volume_files(cohort: Cohort) -> list[str]:
 
 def tables() -> list[str]:
     """The cohort's own tables."""
-    return [result(kind) for kind in ("participants", "participants_described", "exclusions", "cohort")]
+    return [result(kind) for kind in ("participants", "participants_described", "scans", "exclusions", "cohort")]
 
 
 def shared_settings(config: Config) -> dict[str, Any]:

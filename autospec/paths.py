@@ -7,6 +7,7 @@ PATHS = {
     "simulated_resources": "work/simulated.json",
     "participants": "results/cohort/participants.tsv",
     "participants_described": "results/cohort/participants.json",
+    "scans": "results/cohort/scans.tsv",
     "exclusions": "results/cohort/exclusions.tsv",
     "cohort": "results/cohort/cohort.json",
     "cohort_resources": "results/cohort/resources.json",
@@ -25,6 +26,7 @@ PATHS = {
     "weights": "results/runs/{experiment}/{run}.weights.pt",
     "permutation": "results/statistics/{experiment}/{run}.permutation.tsv",
     "permutation_described": "results/statistics/{experiment}/{run}.permutation.json",
+    "permutation_null": "results/statistics/{experiment}/{run}.null.zarr.zip",
     "permutation_resources": "results/statistics/{experiment}/{run}.permutation.resources.json",
     "confounds": "results/statistics/{experiment}/{run}.confounds.tsv",
     "refits": "results/refits/{experiment}/{run}/{part}.zarr.zip",
@@ -41,11 +43,19 @@ PATHS = {
     "panel_resources": "results/figures/{experiment}/{panel}.json",
     "figure": "results/figures/figure-{figure}.{extension}",
     "figure_resources": "results/figures/figure-{figure}.json",
+    "calibration_part": "work/calibration/{setting}.tsv",
+    "calibration_part_resources": "work/calibration/{setting}.json",
+    "calibration": "results/calibration/calibration.tsv",
+    "calibration_power": "results/calibration/power.tsv",
+    "calibration_described": "results/calibration/calibration.json",
+    "calibration_figure": "results/calibration/calibration.{extension}",
+    "calibration_resources": "results/calibration/resources.json",
     "report": "results/report.html",
     "report_resources": "results/report.json",
     "log": "logs/{stage}/{job}.log",
 }
 EXTENSIONS = ("pdf", "png", "svg")
+PAGE_EXTENSIONS = ("pdf", "png")
 
 
 def result(kind: str, **names: str | int) -> str:

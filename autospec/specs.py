@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from autospec.config import Config, Experiment, MnistDataset, Panel, SinusoidsDataset
+from autospec.custom_model import module_file
 from autospec.provenance import fingerprint
 
 # The module that carries out each stage.
@@ -24,11 +24,18 @@ STAGES = {
     "cohort": "autospec.cohort.stage",
     "view": "autospec.figures.cohort",
     "dataset": "autospec.datasets.build",
+    "sinusoids": "autospec.datasets.sinusoids",
     "timeseries": "autospec.datasets.timeseries",
     "maps": "autospec.datasets.maps",
     "volumes": "autospec.datasets.freesurfer",
     "train": "autospec.training",
+    "permute": "autospec.statistics.permute",
+    "refit-part": "autospec.statistics.refit_part",
+    "refit": "autospec.statistics.refit",
     "test": "autospec.statistics.build",
+    "summary": "autospec.statistics.summary",
+    "calibrate": "autospec.statistics.calibration.build",
+    "calibration": "autospec.figures.calibration",
     "panel": "autospec.figures.panel",
     "figure": "autospec.figures.page",
     "report": "autospec.report.build",
@@ -56,7 +63,7 @@ def dataset_files(config: Config, dataset: str) -> list[str]:
 
 def sinusoid_settings(config: Config, dataset: str) -> dict[str, Any]:
     """Settings of the job that makes a data set of sinusoids."""
-    return {**config.datasets[dataset].model_dump(mode="json"), "name": dataset}
+    return {**config.datasets[dataset].model_dump(mode="json", exclude={"kind"}), "name": dataset}
 
 
 def _digits(config: Config, dataset: str) -> MnistDataset:
@@ -83,7 +90,7 @@ def run_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
             **training.model_dump(mode="json", exclude=NOT_IN_A_TRAINING),
             "seed": training.seed if seed is None else seed,
         },
-        "introspection": config.introspection_of(experiment).model_dump(mode="json"),
+        "introspection": config.introspection_of(experiment, name).model_dump(mode="json"),
     }
 
 
@@ -112,18 +119,86 @@ def runs_of(config: Config, experiment: str, run: str) -> list[str]:
 
 
 def custom_model_code(path: str) -> str:
-    """Digest of the file of a user's own network, so that an edit of it trains again."""
-    module = path.partition(":")[0]
-    with_package = [Path(*module.split(".")).with_suffix(".py"), Path(*module.split(".")) / "__init__.py"]
-    for file in with_package:
-        if file.is_file():
-            return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return "installed"
+    """Digest of the file of a user's own network, so that an edit of it trains again; UserError if there is none."""
+    return hashlib.sha256(module_file(path).read_bytes()).hexdigest()[:16]
 
 
 def test_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
-    """Settings of the tests between every pair of groups of one run."""
-    return {"scale": config.statistics.scale}
+    """Settings of the paper's tests of one run, and of the table that holds all of its tests."""
+    return {
+        "name": f"{experiment}/{run}",
+        "task": config.experiments[experiment].runs[run].task,
+        "scale": config.statistics.scale,
+        "alpha": config.statistics.alpha,
+    }
+
+
+def permuted(config: Config, experiment: str, run: str) -> bool:
+    """Whether a run is tested by permutation: not where every group is a target that its network has seen."""
+    settings = config.experiments[experiment]
+    if settings.runs[run].task == "classifier" and not settings.groupings:
+        return False
+    compared = any(panel.run == run and panel.compare is not None for panel in settings.panels)
+    return config.statistics.permutation == "all" or (config.statistics.permutation == "compared" and compared)
+
+
+def permutation_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
+    """Settings of a run's permutation test; the run's own stand with its weights."""
+    read = {"alpha", "permutations", "seed", "within", "conditional_on", "minimum_group_size", "confounds", "keep_null"}
+    return {"name": f"{experiment}/{run}", **config.statistics.model_dump(mode="json", include=read)}
+
+
+def refit_part_settings(config: Config, experiment: str, run: str, part: int) -> dict[str, Any]:
+    """Settings of a job that carries out some of the refits of a training; refit 0 has the labels as they are."""
+    statistics = config.statistics
+    training = run_settings(config, experiment, run)
+    return {
+        "run": {**training, "introspection": {"layers": training["introspection"]["layers"]}},
+        "first": part * statistics.refits_per_job + 1 if part else 0,
+        "last": min((part + 1) * statistics.refits_per_job, statistics.refits),
+        "refits": statistics.refits,
+        "seed": statistics.seed,
+        "within": statistics.within,
+        "minimum_group_size": statistics.minimum_group_size,
+    }
+
+
+def refit_parts(config: Config) -> range:
+    """Numbers of the jobs that carry out a training's refits."""
+    return range(-(-config.statistics.refits // config.statistics.refits_per_job))
+
+
+def refit_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
+    """Settings of the test that compares a run with its refits."""
+    return {"name": f"{experiment}/{run}", "alpha": config.statistics.alpha, "refits": config.statistics.refits}
+
+
+def summary_settings(config: Config) -> dict[str, Any]:
+    """Settings of the job that writes one row for each run, layer and comparison."""
+    runs = []
+    for name, experiment in config.experiments.items():
+        for run, chosen in experiment.runs.items():
+            for training in runs_of(config, name, run):
+                seed = run_and_seed(training)[1]
+                runs.append(
+                    {
+                        "experiment": name,
+                        "run": training,
+                        "tests": run,
+                        "seed": config.training_of(name, run).seed if seed is None else seed,
+                        "architecture": experiment.model,
+                        "task": chosen.task,
+                        "hidden": " x ".join(map(str, chosen.hidden)),
+                        "activation": chosen.activation,
+                    }
+                )
+    return {"variance": config.statistics.variance, "runs": runs}
+
+
+def calibration_settings(config: Config, part: str | None = None) -> dict[str, Any]:
+    """Settings of the calibration, or of one part of it."""
+    settings = config.calibration.model_dump(mode="json")
+    return settings if part is None else {**settings, "part": part}
 
 
 def panel_name(panel: Panel) -> str:
@@ -132,8 +207,15 @@ def panel_name(panel: Panel) -> str:
 
 
 def panel_letter(experiment: Experiment, panel: Panel) -> str:
-    """Letter of a panel: its place in the figure."""
-    return chr(ord("A") + experiment.panels.index(panel))
+    """Letter of a panel: its place in the figure; comparisons of several pairs of groups in one run share a letter.
+
+    So the panels of all pairs of four groups are G1 to G6, wherever they stand.
+    """
+    kinds = [(each.run, each.test, each.by_position, each.compare is not None) for each in experiment.panels]
+    kind = kinds[experiment.panels.index(panel)]
+    letter = chr(ord("A") + list(dict.fromkeys(kinds)).index(kind))
+    alike = [each for each, its_kind in zip(experiment.panels, kinds, strict=True) if its_kind == kind]
+    return letter if len(alike) == 1 else f"{letter}{alike.index(panel) + 1}"
 
 
 def panel_settings(config: Config, experiment: str, name: str) -> dict[str, Any]:
@@ -151,15 +233,25 @@ def find_panel(config: Config, experiment: str, name: str) -> Panel:
     return next(panel for panel in config.experiments[experiment].panels if panel_name(panel) == name)
 
 
-def described_panel(config: Config, experiment: str, panel: Panel) -> dict[str, Any]:
+def compared_pairs(experiment: Experiment) -> list[list[str]]:
+    """The pairs of groups that an experiment's panels compare, in their order."""
+    pairs = [panel.compare for panel in experiment.panels if panel.compare is not None]
+    return [pair for number, pair in enumerate(pairs) if pair not in pairs[:number]]
+
+
+def described_panel(config: Config, experiment: str, panel: Panel, letter: str | None = None) -> dict[str, Any]:
     """Everything a drawing of the panel says that is not in the data."""
     settings = config.experiments[experiment]
     run = settings.runs[panel.run]
     return {
-        "letter": panel_letter(settings, panel),
+        "letter": panel_letter(settings, panel) if letter is None else letter,
         "name": panel_name(panel),
         "run": panel.run,
         "compare": panel.compare,
+        "test": panel.test,
+        "by_position": panel.by_position,
+        # The groups beside which positions are drawn; by default the run's first two.
+        "pair": next(iter(compared_pairs(settings)), None) if panel.by_position else None,
         "architecture": settings.model,
         "task": run.task,
         "hidden": run.hidden,
@@ -167,16 +259,50 @@ def described_panel(config: Config, experiment: str, panel: Panel) -> dict[str, 
     }
 
 
+def heading(experiment: Experiment) -> str:
+    """What an experiment's page is headed by."""
+    number = "" if experiment.figure is None else f"Figure {experiment.figure}.  "
+    return f"{number}{experiment.title}"
+
+
+def supplement_name(experiment: Experiment, name: str) -> str:
+    """What the page with the comparisons of every run is called: S and the figure's number, or the experiment's name."""
+    return f"s_{name}" if experiment.figure is None else f"s{experiment.figure}"
+
+
 def figure_settings(config: Config, experiment: str) -> dict[str, Any]:
     """Settings of the job that composes a page of all panels."""
     settings = config.experiments[experiment]
     return {
-        "number": settings.figure,
-        "title": settings.title,
+        "heading": heading(settings),
         "panels": [described_panel(config, experiment, panel) for panel in settings.panels],
+        **_paper(config),
+        **_drawing(config, settings.panels),
+    }
+
+
+def supplement_settings(config: Config, experiment: str) -> dict[str, Any]:
+    """Settings of the job that composes the comparisons of every run, by the paper's test as in the paper."""
+    settings = config.experiments[experiment]
+    pairs = compared_pairs(settings)
+    panels = [Panel(run=run, compare=pair) for run in settings.runs for pair in pairs]
+    name = "Supplement.  " if settings.figure is None else f"Figure S{settings.figure}.  "
+    return {
+        "heading": f"{name}{settings.title}: group comparisons of every variant",
+        "panels": [
+            described_panel(config, experiment, panel, letter=str(number)) for number, panel in enumerate(panels, 1)
+        ],
+        **_paper(config),
+        **_drawing(config, panels),
+    }
+
+
+def _paper(config: Config) -> dict[str, Any]:
+    """Size of pages, and how much stands on one."""
+    return {
         "width_mm": config.figures.page_width_mm,
         "height_mm": config.figures.page_height_mm,
-        **_drawing(config, settings.panels),
+        "layers_per_panel": config.figures.layers_per_panel,
     }
 
 
@@ -191,8 +317,11 @@ def report_settings(config: Config) -> dict[str, Any]:
         "experiments": [
             {
                 "name": name,
-                "number": experiment.figure,
+                "key": name if experiment.figure is None else str(experiment.figure),
+                "heading": heading(experiment),
+                "supplement": supplement_name(experiment, name) if compared_pairs(experiment) else None,
                 "title": experiment.title,
+                "model": experiment.model,
                 "dataset": experiment.dataset,
                 "groups": config.groups_of(experiment.dataset),
                 "runs": {
@@ -227,7 +356,7 @@ def views(config: Config) -> list[str]:
 
 def _drawing(config: Config, panels: list[Panel]) -> dict[str, Any]:
     """Settings that some panels draw with; None for what none of them shows, so that an edit of it redraws nothing."""
-    spectra = any(panel.compare is None for panel in panels)
+    spectra = any(panel.compare is None and not panel.by_position for panel in panels)
     pairs = any(panel.compare is not None for panel in panels)
     return {
         "dots_per_inch": config.figures.dots_per_inch,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import xarray as xr
-import zarr
+from typing import TYPE_CHECKING
 
 from autospec.errors import UserError
+
+# xarray and zarr are loaded where they are used: most jobs need this module for `written_whole` alone.
+if TYPE_CHECKING:
+    import xarray as xr
 
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
@@ -54,6 +57,15 @@ def pack(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> None
             archive.writestr(entry, file.read_bytes())
 
 
+def write_packed(tree: xr.DataTree, target: str | os.PathLike[str]) -> None:
+    """Write a tree as one zip file, reproducibly; it appears whole or not at all."""
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=Path(target).parent, prefix=".packing-") as folder:
+        with without_consolidation_warning():
+            tree.to_zarr(Path(folder) / "store", zarr_format=3, consolidated=True)
+        pack(Path(folder) / "store", target)
+
+
 def open_store(path: str | os.PathLike[str], what: str) -> xr.DataTree:
     """Open a zarr folder or zip file, in memory.
 
@@ -69,6 +81,9 @@ def open_store(path: str | os.PathLike[str], what: str) -> xr.DataTree:
     UserError
         If there is no such store, or it cannot be read.
     """
+    import xarray as xr
+    import zarr
+
     path = Path(path)
     if not path.exists():
         raise UserError(f"there are no {what} at {path}: check the name.")

@@ -70,16 +70,38 @@ def loop(bold: np.ndarray, references: np.ndarray) -> Result:
     return plain_moo_icar(bold, references)[:2]
 
 
-def dual_regression(bold: np.ndarray, references: np.ndarray) -> Result:
-    """Time courses by least squares on the references, as NiftiMapsMasker computes them, then maps on those."""
-    centred = bold - bold.mean(axis=0)
-    timecourses = np.linalg.lstsq(references.T, centred.T, rcond=None)[0].T
-    design = timecourses - timecourses.mean(axis=0)
-    return np.linalg.lstsq(design, centred, rcond=None)[0], timecourses
+def dual_regression() -> Callable[[np.ndarray, np.ndarray], Result]:
+    """Dual regression with nilearn: time courses of the references, then a map of each time course."""
+    import nibabel
+    from nilearn.glm.first_level import run_glm
+    from nilearn.regions import img_to_signals_maps
+
+    brain = mni_brain(STAND_IN_SHAPE, STAND_IN_AFFINE)
+    brain.flat[np.flatnonzero(brain)[VOXELS:]] = False
+    mask = nibabel.Nifti1Image(brain.astype(np.uint8), STAND_IN_AFFINE)
+    images: dict[int, nibabel.Nifti1Image] = {}
+
+    def image(rows: np.ndarray) -> nibabel.Nifti1Image:
+        """Rows (volumes, voxels) as an image, made once: reading is no part of what is compared."""
+        if id(rows) not in images:
+            values = np.zeros((*brain.shape, len(rows)), dtype=np.float32)
+            values[brain] = rows.T
+            images[id(rows)] = nibabel.Nifti1Image(values, STAND_IN_AFFINE)
+        return images[id(rows)]
+
+    def run(bold: np.ndarray, references: np.ndarray) -> Result:
+        timecourses, _ = img_to_signals_maps(image(bold), image(references), mask_img=mask)
+        design = timecourses - timecourses.mean(axis=0)
+        _, results = run_glm(bold - bold.mean(axis=0), design, noise_model="ols")
+        return results[0.0].theta, timecourses
+
+    return run
 
 
 def measure(run: Callable[[np.ndarray, np.ndarray], Result], data: Result, rounds: int, cuda: bool) -> tuple:
-    """The result, and the median of the seconds that it took."""
+    """The result, and the median of the seconds that it took; where it is run several times, a first time without."""
+    if rounds > 1:
+        run(*data)
     clock = time.perf_counter if cuda else time.process_time
     seconds, result = [], None
     for _ in range(rounds):
@@ -113,7 +135,7 @@ def main() -> None:
         "moo_icar, float64": (ours(dtype="float64", **on), options.rounds),
         "moo_icar, float32, converged=True": (ours(dtype="float32", converged=True, **on), options.rounds),
         "plain numpy loop, float64": (loop, 1),
-        "dual regression (nilearn's least squares), float32": (dual_regression, options.rounds),
+        "dual regression (nilearn), float32": (dual_regression(), options.rounds),
     }
     if cuda:
         contestants = {name: each for name, each in contestants.items() if "moo_icar" in name}

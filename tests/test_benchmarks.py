@@ -99,3 +99,16 @@ def test_wrong_numbers_and_a_changed_training_are_found(monkeypatch, tmp_path):
     assert verdicts[contestants.Hooks] is None
     assert verdicts[Wrong] == "wrong, off by 1e-02"
     assert verdicts[Meddling].startswith("wrong")
+
+
+def test_the_permutation_benchmark_measures_every_part():
+    import permutations
+
+    def small():
+        return permutations.chain(6, 3, 6), torch.randn(20, 6)
+
+    taken = permutations.seconds_of(small, ("contrast",), permutations=9, measured=2, steps=4)
+    assert set(taken) == {"drawing", "shares", "statistics", "tables"}
+    assert all(seconds > 0 for seconds in taken.values())
+    model, x = permutations.series()
+    assert model(x).shape == x.shape

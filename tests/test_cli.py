@@ -9,7 +9,9 @@ from autospec import specs
 from autospec.cli import main, write_resources
 from autospec.config import load_config
 
-SPEC = json.dumps({"settings": {"scale": "raw"}, "code": "0"})
+SPEC = json.dumps(
+    {"settings": {"name": "small/judge", "task": "classifier", "scale": "raw", "alpha": 0.05}, "code": "0"}
+)
 
 
 def complaint(capsys, *arguments: str) -> str:
@@ -28,7 +30,7 @@ def complaint(capsys, *arguments: str) -> str:
     ["", "not json", "[]", "3", "{}", '{"settings": {}}', '{"code": "0"}', '{"settings": 3, "code": "0"}'],
 )
 def test_a_bad_spec_is_one_sentence(capsys, tmp_path, spec):
-    said = complaint(capsys, "test", "--spec", spec, "--run", "x", "--output", str(tmp_path / "y"))
+    said = complaint(capsys, "test", "--spec", spec, "--run", "x", "--output", str(tmp_path / "y"), "--described", "z")
     assert "--spec is no JSON text with 'settings' and 'code'" in said
 
 
@@ -40,7 +42,18 @@ def test_a_spec_that_lacks_a_setting_names_it(capsys, tmp_path):
 
 def test_trajectories_that_are_not_there_are_one_sentence(capsys, tmp_path):
     target = tmp_path / "out" / "tests.tsv"
-    said = complaint(capsys, "test", "--spec", SPEC, "--run", str(tmp_path / "no.zarr.zip"), "--output", str(target))
+    said = complaint(
+        capsys,
+        "test",
+        "--spec",
+        SPEC,
+        "--run",
+        str(tmp_path / "no.zarr.zip"),
+        "--output",
+        str(target),
+        "--described",
+        "z",
+    )
     assert f"no trajectories at {tmp_path / 'no.zarr.zip'}" in said
     assert not target.exists()
 
@@ -73,19 +86,19 @@ def test_a_device_that_is_not_there_is_one_sentence(capsys, study, tmp_path):
 
 def test_an_output_that_cannot_be_written_is_one_sentence(capsys, study, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    arguments = ("test", "--spec", SPEC, "--run", str(study.run("judge")))
+    arguments = ("test", "--spec", SPEC, "--run", str(study.run("judge")), "--described", str(tmp_path / "z"))
     assert "file" in complaint(capsys, *arguments, "--output", str(tmp_path / "file" / "tests.tsv"))
     more = ("--output", str(tmp_path / "tests.tsv"), "--resources", str(tmp_path / "file" / "used.json"))
     assert "file" in complaint(capsys, *arguments, *more)
 
 
 def test_a_programmers_mistake_keeps_its_traceback(monkeypatch, study, tmp_path):
-    def fail(*arguments):
+    def fail(*arguments, **more):
         raise ValueError("a bug")
 
     monkeypatch.setattr("autospec.statistics.build.build_tests", fail)
     with pytest.raises(ValueError, match="a bug"):
-        main(["test", "--spec", SPEC, "--run", "x", "--output", "y"])
+        main(["test", "--spec", SPEC, "--run", "x", "--output", "y", "--described", "z"])
 
 
 def test_an_unknown_command_says_which_there_are(capsys):

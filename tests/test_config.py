@@ -122,7 +122,11 @@ MISTAKES = [
     ("cohort", "{kind: simulated, no_effect: 1}", ["cohort.no_effect is the number 1", "true or false"]),
     ("cohort", "{kind: folder}", ["the setting 'cohort.folder' is missing"]),
     ("cohort", "{kind: folder, folder: x, run: 1}", ["cohort.run is the number 1", "put quotes around it"]),
-    ("cohort", "{kind: folder, folder: x, scans: all}", ["cohort.scans is the text 'all'", "'one' or 'first'"]),
+    (
+        "cohort",
+        "{kind: folder, folder: x, scans: every}",
+        ["cohort.scans is the text 'every'", "'one', 'first' or 'all'"],
+    ),
     ("cohort", "{kind: folder, folder: x, columns: {dx: y}}", ["no setting called 'cohort.columns.dx'", "'diagnosis'"]),
     (
         "cohort",
@@ -249,6 +253,7 @@ def test_a_run_overrides_its_experiment_which_overrides_the_general_settings():
     small["runs"]["plain"] = {"task": "autoencoder"}
     data["introspection"] = {"every": 5, "audit": 3}
     small["introspection"] = {"every": 1}
+    small["runs"]["net"]["introspection"] = {"audit": 7}
     config = parse_config(data)
 
     def chosen(run: str) -> dict[str, object]:
@@ -256,7 +261,8 @@ def test_a_run_overrides_its_experiment_which_overrides_the_general_settings():
 
     assert chosen("net") == {"epochs": 20, "learning_rate": 0.5, "seed": 0}
     assert chosen("plain") == {"epochs": 20, "learning_rate": 0.5, "seed": 2}
-    assert (config.introspection_of("small").every, config.introspection_of("small").audit) == (1, 3)
+    assert (config.introspection_of("small", "plain").every, config.introspection_of("small", "plain").audit) == (1, 3)
+    assert (config.introspection_of("small", "net").every, config.introspection_of("small", "net").audit) == (1, 7)
 
 
 def test_the_repositorys_configs_are_valid(tmp_path):
@@ -289,3 +295,25 @@ def test_every_setting_is_explained_in_the_table():
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert len(cells) == 4, row
         assert all(cells), row
+
+
+def test_snapshots_are_a_number_or_a_list_that_is_not_empty():
+    changed = {**yaml.safe_load(SMALL), "training": {"snapshots": 4}}
+    assert parse_config(changed).training.snapshots == 4
+    changed["training"]["snapshots"] = [0, 5]
+    assert parse_config(changed).training.snapshots == [0, 5]
+    changed["training"]["snapshots"] = []
+    with pytest.raises(UserError, match=r"training\.snapshots.* is an empty list"):
+        parse_config(changed)
+
+
+def test_permutations_of_what_a_classifier_has_learned_are_refused():
+    changed = yaml.safe_load(SMALL)
+    experiment = next(iter(changed["experiments"].values()))
+    run = next(iter(experiment["runs"]))
+    experiment["runs"][run]["task"] = "classifier"
+    experiment["panels"] = [{"run": run, "compare": ["0", "1"], "test": "permutation"}]
+    with pytest.raises(UserError, match="which are no test: show its refits there"):
+        parse_config(changed)
+    experiment["runs"][run]["task"] = "autoencoder"
+    assert parse_config(changed).experiments

@@ -8,13 +8,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+import torch
 import xarray as xr
 import zarr
 
+import autospec
 from autospec.cohort.tables import build_cohort
 from autospec.datasets import labelled as labelled_module
 from autospec.datasets.freesurfer import adjust, build_volumes, make_features
-from autospec.datasets.labelled import group_labels, labelled, open_labelled, write_labelled, write_samples
+from autospec.datasets.labelled import (
+    covariates_of,
+    group_labels,
+    labelled,
+    open_labelled,
+    subjects_of,
+    write_labelled,
+    write_samples,
+)
 from autospec.datasets.maps import averaged, build_maps, coarser_grid, strongest, z_scores
 from autospec.datasets.timeseries import build_timeseries
 from autospec.errors import UserError
@@ -101,6 +111,98 @@ def test_time_series_are_cut_to_the_shortest_and_scaled(cohort, tmp_path):
     assert dataset.attrs["repetition_time"] == 2.0
     opened = open_labelled(target)
     assert group_labels(opened, "diagnosis_sex") == ["SZ M", "HC F", "HC M", "SZ F"]
+
+
+def test_subjects_and_covariates_stand_beside_the_samples(cohort, tmp_path):
+    target = tmp_path / "series.zarr.zip"
+    build_timeseries({"name": "series", "length": None}, cohort, course_files(tmp_path / "ica", [20] * 4), str(target))
+    opened = open_labelled(target)
+    assert subjects_of(opened) == plain(target)["subject"].values.tolist() == IDS
+    found = covariates_of(opened)
+    assert sorted(found) == ["age", "mean_fd"]
+    assert found["age"].tolist() == [30, 31, 32, 9]
+    assert found["mean_fd"].tolist() == [0.1] * 4  # what the tables of confounds say
+    assert plain(target)["covariate_age"].dtype == np.float64
+    volumes = tmp_path / "volumes.zarr.zip"
+    build_volumes(
+        {"name": "volumes", "icv": "none", "training": None, "sources": []},
+        cohort,
+        [str(tmp_path / "data/sourcedata/freesurfer")],
+        str(volumes),
+    )
+    found = covariates_of(open_labelled(volumes))
+    assert found["age"].tolist() == [30, 32, 9]
+    assert found["intracranial_volume"].tolist() == [1.4e6, 1.5e6, 1.6e6]
+
+
+def test_several_images_of_somebody_are_samples_of_one_subject(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "cohort"
+    participants(data / "participants.tsv", PEOPLE)
+    for session in "12":
+        fmriprep(data, IDS[:2], session=session, moved=0.1 * int(session))
+    fmriprep(data, ["03"], session="2")
+    chosen = settings(data, scans="all", max_mean_fd=0.3)
+    names = ["01_ses-1", "01_ses-2", "02_ses-1", "02_ses-2", "03_ses-2"]
+    statuses = {name: write(tmp_path / name / "status.json", '{"status": "included", "volumes": 8}') for name in names}
+    write(statuses["02_ses-1"], '{"status": "excluded", "reason": "it is dark"}')
+    build_cohort(chosen, {name: str(path) for name, path in statuses.items()}, str(out))
+    excluded = (out / "exclusions.tsv").read_text()
+    assert "sub-02\tfunctional\tses-1: it is dark\n" in excluded
+    table = pd.read_csv(out / "participants.tsv", sep="\t", dtype=str)
+    assert table["participant_id"].tolist() == ["sub-01", "sub-02", "sub-03"]
+    assert table["mean_fd"].tolist() == ["0.15", "0.2", "0.1"]  # over the images that are used
+    files = {}
+    for i, name in enumerate(names):
+        frame = pd.DataFrame(np.random.default_rng(i).normal(size=(20, 3)), columns=NETWORKS)
+        path = tmp_path / "ica" / f"sub-{name}_timeseries.tsv"
+        path.parent.mkdir(exist_ok=True)
+        frame.to_csv(path, sep="\t", index=False)
+        described(path)
+        files[name] = str(path)
+    target = tmp_path / "series.zarr.zip"
+    said = build_timeseries({"name": "series", "length": None}, str(out / "participants.tsv"), files, str(target))
+    assert said.startswith("series: 3 participants (4 images), 20 time points")
+    opened = open_labelled(target)
+    assert opened["id"].values.tolist() == ["01_ses-1", "01_ses-2", "02_ses-2", "03_ses-2"]
+    assert subjects_of(opened) == ["01", "01", "02", "03"]
+    assert opened["target"].values.tolist() == ["SZ", "SZ", "HC", "HC"]
+    assert covariates_of(opened)["mean_fd"].tolist() == [0.1, 0.2, 0.2, 0.1]  # of each image
+
+
+def test_a_label_that_is_not_known_belongs_to_no_group(tmp_path):
+    people = [
+        ("sub-01", "SZ", "M", "n/a"),
+        ("sub-02", "HC", "n/a", "31"),
+        ("sub-03", "HC", "F", "32"),
+        ("sub-10", "SZ", "", ""),
+    ]
+    data = tmp_path / "data"
+    participants(data / "participants.tsv", people)
+    fmriprep(data, IDS)
+    build_cohort(settings(data), None, str(tmp_path / "cohort"))
+    target = tmp_path / "series.zarr.zip"
+    table = str(tmp_path / "cohort/participants.tsv")
+    build_timeseries({"name": "series", "length": None}, table, course_files(tmp_path / "ica", [20] * 4), str(target))
+    opened = open_labelled(target)
+    assert plain(target)["grouping_sex"].values.tolist() == ["M", "n/a", "F", "n/a"]
+    assert group_labels(opened, "sex") == ["M", None, "F", None]
+    assert group_labels(opened, "diagnosis_sex") == ["SZ M", None, "HC F", None]
+    assert group_labels(opened, None) == ["SZ", "HC", "HC", "SZ"]
+    np.testing.assert_array_equal(covariates_of(opened)["age"], [np.nan, 31, 32, np.nan])
+    # The watcher takes such labels: nobody's group, but counted in "all".
+    model = torch.nn.Linear(3, 2)
+    with autospec.watch(model, group_labels(opened, "sex")) as watcher:
+        model(torch.from_numpy(opened["x"].values[:, 0])).square().mean().backward()
+        watcher.step()
+    tree = watcher.trajectories
+    assert tree["group"].values.tolist() == ["all", "F", "M"]
+    assert tree["group_size"].values[0].tolist() == [4, 1, 1]
+
+
+def test_a_data_set_without_subjects_has_its_ids(tmp_path):
+    dataset = labelled(np.ones((2, 3)), ("feature",), ["a", "b"], ["x", "y"], {}, {})
+    assert subjects_of(dataset) == ["a", "b"]
+    assert covariates_of(dataset) == {}
 
 
 def test_a_length_may_be_named_and_must_be_there(cohort, tmp_path):

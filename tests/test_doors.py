@@ -1,6 +1,7 @@
 """The commands for users of cohorts: check, init --cohort, bidsify, fetch-template, and the BIDS App's door."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -43,7 +44,7 @@ def write_config(folder, **parts):
 def test_check_says_what_would_be_used(lab, tmp_path, capsys):
     write_config(
         tmp_path / "study",
-        cohort={"kind": "folder", "folder": str(lab / "data")},
+        cohort={"kind": "folder", "folder": str(lab / "data"), "groupings": ["Handedness"]},
         ica={"template": str(lab / "template.nii.gz"), "grid": 10},
         datasets={"courses": {"kind": "timeseries"}},
     )
@@ -51,7 +52,10 @@ def test_check_says_what_would_be_used(lab, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "layout: bids (simulated data)"
     assert said[1].startswith("participants: HC: 2, SZ: 2 (")
-    assert said[2] == "functional: 4, structural: 4"
+    rows = (lab / "data/participants.tsv").read_text().splitlines()
+    hands = {hand: sum(row.split("\t")[3] == hand for row in rows[1:]) for hand in ("Left", "Right")}
+    assert said[2] == "Handedness: " + ", ".join(f"{hand}: {count}" for hand, count in hands.items() if count)
+    assert said[3] == "functional: 4, structural: 4"
     assert any(line.startswith("grid: 21 x 25 x 20 voxels of 10 x 10 x 10 mm") for line in said)
     assert "repetition time: 2 s (4 images)" in said
     assert "volumes: 40 in every image" in said
@@ -71,6 +75,9 @@ def test_check_of_a_simulated_cohort_before_it_is_written(tmp_path, capsys):
     assert "simulated data, which the workflow will write" in said
     assert "functional: 10, structural: 10" in said
     assert "template: stand-in, stand-in template, 53 networks" in said
+    assert "(10 images)\nrepetition time: 2 s (10 images)\nvolumes: 150 in every image\n" in said
+    assert re.search(r"time and disk: about \d+ (s|minutes) of one core, [\d,]+ MB\n", said)
+    assert "template coverage of " in said
 
 
 def test_check_warns_of_images_that_cut_networks(tmp_path, capsys):

@@ -113,7 +113,7 @@ def test_stages_that_only_read_results_do_not_depend_on_torch_or_introspection(s
 
 def test_training_depends_on_introspection_models_and_torch_and_on_no_figure():
     modules, packages = import_closure((STAGES["train"],))
-    assert {"autospec.introspection.spectra", "autospec.models.mlp", "autospec.trajectories"} <= modules
+    assert {"autospec.introspection.spectra", "autospec.models.mlp", "autospec.introspection.watcher"} <= modules
     assert {"torch", "numpy", "zarr"} <= packages
     assert not [name for name in modules if name.startswith(("autospec.figures", "autospec.report", "autospec.config"))]
 

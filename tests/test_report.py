@@ -3,12 +3,13 @@
 import re
 from itertools import pairwise
 
+import pandas as pd
 import pytest
 
 from autospec import specs
 from autospec.report.build import build_report
-from autospec.report.words import difference_caption, spectra_caption
-from autospec.statistics.table import read_tests
+from autospec.report.words import difference_caption, position_caption, spectra_caption
+from autospec.statistics.table import read_tests, tidy
 from autospec.trajectories import open_trajectories
 
 pytestmark = pytest.mark.browser
@@ -82,11 +83,12 @@ def test_headings_descend_one_level_at_a_time(page):
     assert all(after - before <= 1 for before, after in pairwise(levels))
 
 
-def test_every_link_leads_to_a_place_in_the_page(page):
+def test_every_link_leads_to_a_place_in_the_page_or_to_a_figure_beside_it(page):
     targets = page.eval_on_selector_all("a", "all => all.map(a => a.getAttribute('href'))")
     assert "#figure-7" in targets
+    assert targets.count("figures/figure-s7.pdf") == 1
     for target in targets:
-        assert page.locator(target).count() == 1
+        assert target == "figures/figure-s7.pdf" or page.locator(target).count() == 1
 
 
 def column(page, table: str, name: str) -> tuple:
@@ -99,15 +101,15 @@ def column(page, table: str, name: str) -> tuple:
 
 
 def test_clicking_a_head_sorts_numbers_as_numbers_and_again_backwards(page):
-    head, cells = column(page, "tests", "singular values")
+    head, cells = column(page, "tests", "resolved values")
     before = cells()
-    assert {"6", "4"} < set(before)
+    assert len(set(before)) > 1
     assert head.get_attribute("aria-sort") == "none"
     for order, name in ((1, "ascending"), (-1, "descending")):
         head.locator("button").click()
         assert head.get_attribute("aria-sort") == name
         assert cells() == sorted(before, key=lambda text: order * float(text))
-    other, _ = column(page, "tests", "resolved")
+    other, _ = column(page, "tests", "paper: significant steps")
     other.locator("button").click()
     assert head.get_attribute("aria-sort") == "none"
     assert other.get_attribute("aria-sort") == "ascending"
@@ -148,23 +150,30 @@ def test_tables_hold_what_was_recorded(page, study):
     for run in ("coder", "judge"):
         loss = open_trajectories(study.run(run))["training/loss"].values[-1]
         assert float(shown[run]) == pytest.approx(loss, rel=1e-3)
-    _, significant = column(page, "tests", "significant values")
+    _, significant = column(page, "tests", "paper: significant values")
     tables = [read_tests(study.tests(run)) for run in ("coder", "judge")]
-    values = [table[(table["test"] == "singular_value") & table["resolved"]] for table in tables]
-    assert sum(map(int, significant())) == sum(int((each["p_student"] < 0.05).sum()) for each in values) > 0
+    values = [table[(table["test"] == "paper_student") & table["step"].isna()] for table in tables]
+    values = [each[(each["statistic"] == "gradient") & ~each["below_floor"]] for each in values]
+    assert sum(map(int, significant())) == sum(int((each["p"] < 0.05).sum()) for each in values) > 0
+    assert set(column(page, "tests", "permutation: smallest p")[1]()) == {"–"}  # the study has none
 
 
 def test_captions_say_what_the_data_say(page, study):
     tree = open_trajectories(study.run("coder"))
     captions = [" ".join(text.split()) for text in page.locator("figcaption").all_inner_texts()]
     assert captions[1] == spectra_caption(tree)
-    assert "0 (N = 8), 1 (N = 8), 3 (N = 8)" in captions[1]
+    assert "0 (N = 6), 1 (N = 6), 3 (N = 7)" in captions[1]
     assert "6 recorded steps from 0 to 10" in captions[1]
     last = tree["layers/encoder.0.weight/gradient"].sel(step=10, index=1, group=["0", "1", "3"])
     group = str(last["group"].values[last.values.argmax()])
     assert re.search(rf"group {group} in [^,]*encoder\.0\.weight", captions[1])
     tests, tree = read_tests(study.tests("judge")), open_trajectories(study.run("judge"))
-    assert captions[2] == difference_caption(tree, tests, ["0", "3"], "student", 0.05)
+    assert captions[2] == difference_caption(tree, tests, ["0", "3"], "paper", "student", 0.05)
+    assert (
+        "The marks are those of the test paper. Tests: paper (describes this run, no evidence about groups)"
+        in captions[2]
+    )
+    assert "permutation: not made for these groups; refit: not made for these groups" in captions[2]
     assert "Real data: 24 samples from images.gz and labels" in page.locator("section:has(figure)").first.inner_text()
 
 
@@ -178,3 +187,39 @@ def test_text_of_the_user_is_shown_as_text(study, report, monkeypatch, tmp_path,
     page.goto((tmp_path / "report.html").as_uri())
     assert page.locator("h1").inner_text() == "<script>alert(1)</script> & more"
     page.close()
+
+
+def test_the_caption_shows_the_paper_beside_the_valid_test_and_says_which_is_which(study):
+    tree, tests = open_trajectories(study.run("coder")), read_tests(study.tests("coder"))
+    rows = [
+        {
+            "layer": "encoder.0.weight",
+            "statistic": "contrast",
+            "step": 0,
+            "index": k,
+            "p_adjusted": p,
+            "significant": p < 0.05,
+        }
+        for k, p in ((1, 0.01), (2, 0.31))
+    ]
+    valid = tidy(pd.DataFrame(rows).assign(group_a="0", group_b="3", test="permutation", below_floor=False))
+    both = pd.concat([tests, valid], ignore_index=True)
+    words = difference_caption(tree, both, ["0", "3"], "permutation", "student", 0.05)
+    assert "The marks are those of the test permutation." in words
+    assert "paper (describes this run, no evidence about groups): " in words
+    assert (
+        "1 of 2 singular values of the contrast have a family-wise p < 0.05; the smallest is 0.01; refit: not made"
+        in words
+    )
+
+
+def test_captions_tell_how_the_network_did_on_held_out_data(study):
+    tree = open_trajectories(study.run("coder"))
+    tree.attrs["performance"] = {"held_out": 6, "explained": -0.2, "chance": 0.0, "at_chance": True}
+    tests = read_tests(study.tests("coder"))
+    for words in (
+        spectra_caption(tree),
+        difference_caption(tree, tests, ["0", "3"], "paper", "student", 0.05),
+        position_caption(tree, ["0", "3"]),
+    ):
+        assert words.endswith("At chance on held-out data, hence grey: variance explained -0.20 (N = 6).")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from autospec import specs
+from autospec import inputs, specs
 from autospec.config import parse_config
 from tests.study import SETTINGS
 
@@ -22,6 +22,8 @@ def every_spec(settings: dict) -> dict[tuple[str, str], dict]:
         for panel in experiment.panels:
             found["panel", panel.name] = specs.panel_settings(config, name, panel.name)
         found["figure", name] = specs.figure_settings(config, name)
+        found["figure", f"{name} supplement"] = specs.supplement_settings(config, name)
+    found["summary", ""] = specs.summary_settings(config)
     found["report", ""] = specs.report_settings(config)
     return found
 
@@ -47,12 +49,15 @@ def differing(settings: dict) -> set[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("path", "value", "jobs"),
     [
-        ("training.seed", 1, {("train", "coder"), ("train", "judge")}),
-        ("experiments.small.runs.judge.training", {"seed": 1}, {("train", "judge")}),
+        ("training.seed", 1, {("train", "coder"), ("train", "judge"), ("summary", "")}),
+        ("training.learning_rate", 0.5, {("train", "coder"), ("train", "judge")}),
+        ("experiments.small.runs.judge.training", {"epochs": 1}, {("train", "judge")}),
         ("experiments.small.introspection", {"audit": 2}, {("train", "coder"), ("train", "judge")}),
         ("datasets.digits.samples_per_class", 5, {("dataset", "digits")}),
         ("figures.panel_width_mm", 99.0, {("panel", "coder"), ("panel", "judge_0_vs_3")}),
-        ("figures.page_width_mm", 99.0, {("figure", "small")}),
+        ("figures.page_width_mm", 99.0, {("figure", "small"), ("figure", "small supplement")}),
+        ("figures.layers_per_panel", 2, {("figure", "small"), ("figure", "small supplement")}),
+        ("experiments.small.runs.judge.introspection", {"audit": 2}, {("train", "judge")}),
         ("title", "Another", {("report", "")}),
     ],
 )
@@ -116,3 +121,33 @@ def test_checkpoints_are_no_part_of_a_spec_but_options_of_the_command():
         assert specs.checkpoint_options(parse_config(changed(path, value)), "small", "judge") == options
     seeds = parse_config(changed("training.further_seeds", [3]))
     assert specs.checkpoint_options(seeds, "small", "judge-seed-3") == "--checkpoint-minutes 2.0"
+
+
+def test_comparisons_of_several_pairs_in_one_run_share_a_letter():
+    settings = copy.deepcopy(SETTINGS)
+    panels = [{"run": run, "compare": pair} for pair in (["0", "1"], ["0", "3"]) for run in ("coder", "judge")]
+    settings["experiments"]["small"]["panels"] = [{"run": "coder"}, *panels, {"run": "judge"}]
+    letters = [panel["letter"] for panel in every_spec(settings)["figure", "small"]["panels"]]
+    assert letters == ["A", "B1", "C1", "B2", "C2", "D"]
+
+
+def test_every_figure_has_a_name_of_its_own_and_a_supplement_where_groups_are_compared():
+    settings = copy.deepcopy(SETTINGS)
+    small = settings["experiments"]["small"]
+    settings["experiments"]["unnumbered"] = {key: value for key, value in small.items() if key != "figure"}
+    settings["experiments"]["plain"] = {**small, "figure": 9, "panels": [{"run": "coder"}]}
+    config = parse_config(settings)
+    assert inputs.figures(config) == {
+        "7": ("small", False), "s7": ("small", True), "9": ("plain", False),
+        "unnumbered": ("unnumbered", False), "s_unnumbered": ("unnumbered", True),
+    }  # fmt: skip
+    assert inputs.of_figure(config, "run", "s7") == [f"results/runs/small/{run}.zarr.zip" for run in ("coder", "judge")]
+    assert inputs.of_figure(config, "tests", "9") == []
+
+
+def test_the_summary_names_every_training_and_whose_tests_belong_to_it():
+    settings = changed("experiments.small.runs.judge.training", {"seed": 3, "further_seeds": [5]})
+    runs = every_spec(settings)["summary", ""]["runs"]
+    assert [(run["run"], run["tests"], run["seed"]) for run in runs] == [
+        ("coder", "coder", 0), ("judge", "judge", 3), ("judge-seed-5", "judge", 5),
+    ]  # fmt: skip

@@ -37,6 +37,8 @@ class Report:
     """Participants of each diagnosis."""
     sexes: dict[str, int]
     """Participants of each diagnosis and sex."""
+    groupings: dict[str, dict[str, int]]
+    """Participants with each label, of the further columns by which a study groups."""
     functional: int
     structural: int
     exclusions: list[Exclusion]
@@ -59,6 +61,7 @@ class Report:
         text = [
             f"layout: {self.layout} ({self.kind} data)",
             f"participants: {_counted(self.groups)} ({_counted(self.sexes)})",
+            *(f"{name}: {_counted(counts)}" for name, counts in self.groupings.items()),
             f"functional: {self.functional}, structural: {self.structural}",
         ]
         if self.grids:
@@ -71,7 +74,9 @@ class Report:
                 f"{fewest} in every image" if fewest == most else f"{fewest} to {most}; data sets are cut to the fewest"
             )
             text.append(f"volumes: {same}")
-            text.append(f"time and disk: about {_duration(self.seconds)} of one core, {self.bytes / 1e6:,.0f} MB")
+            text.append(
+                f"time and disk: about {_duration(self.seconds)} of one core, {max(1, self.bytes / 1e6):,.0f} MB"
+            )
         text += [f"left out: sub-{each.id} ({each.part}): {each.reason}" for each in self.exclusions]
         if not self.exclusions:
             text.append("left out: nobody")
@@ -105,42 +110,59 @@ def check_cohort(settings: CohortSettings, networks: int = 53, voxel_mm: float |
     taking_part: list[Participant] = []
     functional = 0
     for each in cohort.participants:
-        found: list[tuple[Header, float]] = []
-        exclusion = None
-        if each.scans:
-            found, exclusion = _examine(each, networks, settings)
-        if exclusion is not None:
-            if exclusion.bad and settings["on_bad_subject"] == "fail":
+        used = 0
+        for scan in each.scans:
+            found, exclusion = _examine(each, scan, networks, settings)
+            if exclusion is None:
+                used += 1
+                images += found
+            elif exclusion.bad and settings["on_bad_subject"] == "fail":
                 raise UserError(
                     f"sub-{each.id} cannot be used: {exclusion.reason}; correct the data, or set on_bad_subject: exclude."
                 )
-            exclusions.append(exclusion)
-            if not each.freesurfer:
-                continue
-        else:
-            functional += bool(each.scans)
-            images += found
-        taking_part.append(each)
+            else:
+                exclusions.append(exclusion)
+        functional += bool(used)
+        if used or each.freesurfer:
+            taking_part.append(each)
     return _report(cohort, taking_part, functional, images, exclusions, networks, voxel_mm)
 
 
+def planned_cohort(
+    cohort: Cohort, header: Header, repetition_time: float, networks: int = 53, voxel_mm: float | None = 3.0
+) -> Report:
+    """Say what a cohort would give whose images are not written yet and will be alike.
+
+    Parameters
+    ----------
+    cohort : Cohort
+    header : Header
+        Of each image.
+    repetition_time : float
+        Seconds.
+    networks, voxel_mm
+        As for `check_cohort`.
+    """
+    images = [(header, repetition_time)] * len(cohort.scans)
+    return _report(cohort, cohort.participants, len(cohort.functional), images, cohort.exclusions, networks, voxel_mm)
+
+
 def _examine(
-    participant: Participant, networks: int, settings: CohortSettings
+    participant: Participant, scan: Scan, networks: int, settings: CohortSettings
 ) -> tuple[list[tuple[Header, float]], Exclusion | None]:
-    """Headers and repetition times of a participant's images, or why these cannot be used."""
-    name = participant.id
+    """Header and repetition time of an image, where it is one, or why it cannot be used."""
+    name, which = participant.id, f"{scan.label}: " if scan.label else ""
     try:
-        usual = participant.done.repetition_time
-        found = [_header(scan, networks, usual) for scan in participant.scans if scan.bold]
-        motion = motion_of([scan.confounds for scan in participant.scans if scan.confounds], participant.phenotype)
+        found = [_header(scan, networks, participant.done.repetition_time)] if scan.bold else []
+        motion = motion_of([scan.confounds] if scan.confounds else [], participant.phenotype)
     except UserError as error:
-        return [], Exclusion(name, "functional", str(error).rstrip("."), bad=True)
+        return [], Exclusion(name, "functional", which + str(error).rstrip("."), bad=True)
     problem = motion_problem(motion, settings["max_mean_fd"], settings["min_volumes"])
     wanted = settings["min_volumes"]
     for header, _ in found:
         if not problem and wanted is not None and motion.usable_volumes is None and header.volumes < wanted:
             problem = f"{header.volumes} volumes, fewer than min_volumes ({wanted})"
-    return found, Exclusion(name, "functional", problem) if problem else None
+    return found, Exclusion(name, "functional", which + problem) if problem else None
 
 
 def _header(scan: Scan, networks: int, usual_time: float | None) -> tuple[Header, float]:
@@ -170,6 +192,10 @@ def _report(
         kind=cohort.kind,
         groups=_sorted(Counter(each.person.diagnosis for each in taking_part)),
         sexes=_sorted(Counter(f"{each.person.diagnosis} {each.person.sex}" for each in taking_part)),
+        groupings={
+            name: _sorted(Counter(each.person.groupings[name] for each in taking_part))
+            for name in (taking_part[0].person.groupings if taking_part else ())
+        },
         functional=functional,
         structural=sum(bool(each.freesurfer) for each in taking_part),
         exclusions=exclusions,

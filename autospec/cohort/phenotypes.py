@@ -37,6 +37,7 @@ STRICT_CODE = re.compile(r"295\.[12369]")
 CODE = re.compile(r"\d{3}(\.\d+)?")
 
 SEXES = {"m": "M", "male": "M", "man": "M", "f": "F", "female": "F", "woman": "F", "o": "O", "other": "O"}
+UNCODED = "without a code, so strict schizophrenia cannot be established"
 NOT_KNOWN = ("", "n/a", "na", "nan", "unknown")
 
 Value = TypeVar("Value")
@@ -270,7 +271,7 @@ def diagnosis_of(text: str, code: str, strict: bool, column: str) -> str | Refus
     if meaning == STRICT or (meaning == PATIENT and STRICT_CODE.match(code)):
         return "SZ"
     if meaning == PATIENT and code in ("", MISSING):
-        return Refusal(f"called '{text}' without a code, so strict schizophrenia cannot be established", bad=False)
+        return Refusal(f"called '{text}' {UNCODED}", bad=False)
     return Refusal(f"the diagnosis '{code or text}' is not strict schizophrenia", bad=False)
 
 

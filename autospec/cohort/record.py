@@ -10,12 +10,18 @@ from autospec.cohort.subjects import MISSING
 from autospec.errors import UserError
 
 Kind = Literal["real", "simulated"]
-TABLE, DICTIONARY, EXCLUSIONS, RECORD = "participants.tsv", "participants.json", "exclusions.tsv", "cohort.json"
+TABLE, DICTIONARY, SCANS, EXCLUSIONS, RECORD = (
+    *("participants.tsv", "participants.json", "scans.tsv", "exclusions.tsv", "cohort.json"),
+)
 # Columns of the table, before and after those by which a study groups its participants besides.
 FIRST_COLUMNS = ("participant_id", "diagnosis", "sex", "diagnosis_sex", "age", "site")
 LAST_COLUMNS = (
     *("functional", "structural", "mean_fd", "volumes", "usable_volumes", "bold", "confounds", "freesurfer"),
     *("functional_digest", "structural_digest"),
+)
+SCAN_COLUMNS = (
+    *("participant_id", "scan_id", "session", "run", "mean_fd", "volumes", "usable_volumes", "bold", "confounds"),
+    "digest",
 )
 NO_GROUPINGS = {"id", "participant_id", "age", *LAST_COLUMNS}
 
@@ -55,6 +61,32 @@ def read_participants(path: str) -> list[dict[str, str]]:
         raise UserError(f"{path} has no column participant_id: give a table that autospec cohort wrote.")
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
     return [{**row, "id": row["participant_id"].removeprefix("sub-")} for row in rows]
+
+
+def read_scans(participants: str) -> list[dict[str, str]]:
+    """Read the functional images that are used, from the table beside the participants'.
+
+    Parameters
+    ----------
+    participants : str
+        The table ``participants.tsv`` that `build_cohort` wrote.
+
+    Returns
+    -------
+    list of dict
+        One mapping of text an image, with its ``id``, which is the name of its results, and its ``subject``.
+
+    Raises
+    ------
+    UserError
+        If there is no such table.
+    """
+    table = read_table(str(Path(participants).with_name(SCANS)))
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    return [
+        {**row, "id": row["scan_id"].removeprefix("sub-"), "subject": row["participant_id"].removeprefix("sub-")}
+        for row in rows
+    ]
 
 
 def groupings_of(rows: list[dict[str, str]]) -> dict[str, list[str]]:

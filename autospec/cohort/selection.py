@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from autospec.cohort.files import natural_key
 from autospec.cohort.layouts import is_simulated, read_layout
-from autospec.cohort.phenotypes import Person, Refusal, describe, matched
+from autospec.cohort.phenotypes import UNCODED, Person, Refusal, describe, matched
 from autospec.cohort.record import Kind
 from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject
 from autospec.errors import UserError
@@ -41,6 +42,11 @@ class Participant:
     done: Done = field(default_factory=Done)
     phenotype: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def named_scans(self) -> dict[str, Scan]:
+        """Functional runs by the name of their results: the id, and where all runs are taken which it is."""
+        return {f"{self.id}_{scan.label}" if scan.label else self.id: scan for scan in self.scans}
+
 
 @dataclass(frozen=True)
 class Cohort:
@@ -55,8 +61,13 @@ class Cohort:
 
     @property
     def functional(self) -> list[Participant]:
-        """Participants with functional runs: each is a job."""
+        """Participants with functional runs."""
         return [each for each in self.participants if each.scans]
+
+    @property
+    def scans(self) -> dict[str, tuple[Participant, Scan]]:
+        """Functional runs, each a job, by the name of their results, and whose they are."""
+        return {name: (each, scan) for each in self.participants for name, scan in each.named_scans.items()}
 
     @property
     def structural(self) -> list[Participant]:
@@ -157,6 +168,12 @@ def select(
     if not participants:
         first = f", the first because: {exclusions[0].reason}" if exclusions else ""
         raise UserError(f"nobody in {settings['folder']} can take part: {len(exclusions)} are left out{first}.")
+    uncoded = sum(UNCODED in each.reason for each in exclusions)
+    if uncoded and not any(each.person.diagnosis == "SZ" for each in participants):
+        raise UserError(
+            f"no patient counts as strict schizophrenia, since the table has no codes of diagnoses for {uncoded} of them: "
+            "set diagnosis to Patient as labelled, or name the column of codes under columns (code)."
+        )
     tables = [subject.table for subject in subjects if subject.table]
     return Cohort(layout, kind, participants, exclusions, tables[0] if tables else "")
 
@@ -175,6 +192,8 @@ def _decide(
         return None, [Exclusion(name, "all", person.reason, person.bad)]
     exclusions = []
     scans = () if subject.problem else subject.scans
+    if settings["scans"] == "all":
+        scans = _labelled(name, scans)
     if subject.problem:
         exclusions.append(Exclusion(name, "functional", subject.problem, bad=True))
     elif not scans and place:
@@ -189,6 +208,21 @@ def _decide(
             exclusions = [Exclusion(name, "all", "is in the table of participants, but has no data", bad=True)]
         return None, exclusions
     return Participant(name, person, scans, place, subject.done, subject.phenotype), exclusions
+
+
+def _labelled(subject: str, scans: tuple[Scan, ...]) -> tuple[Scan, ...]:
+    """Runs with what tells them apart."""
+    found: dict[str, Scan] = {}
+    for scan in scans:
+        parts = {"ses": scan.session, "run": scan.run}
+        label = "_".join(f"{key}-{value}" for key, value in parts.items() if value)
+        if label in found or not re.fullmatch(r"([A-Za-z0-9]+([_-][A-Za-z0-9]+)*)?", label):
+            raise UserError(
+                f"{scan.file} of sub-{subject} cannot be told from other images by session and run: "
+                "give sessions and runs different names of letters and digits."
+            )
+        found[label] = replace(scan, label=label)
+    return tuple(found.values())
 
 
 def functional_files(participant: Participant) -> list[str]:

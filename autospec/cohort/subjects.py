@@ -34,7 +34,7 @@ class CohortSettings(TypedDict):
     entities: dict[str, str]
     """Further parts of BIDS file names that an image must have, such as acq: eyesopen."""
     scans: Literal["one", "first", "all"]
-    """Which images of a subject to take where several fit; `one` makes several a mistake."""
+    """Which images of a subject to take where several fit; `one` makes several a mistake, `all` a sample of each."""
     freesurfer: list[str]
     """SUBJECTS_DIR, or tables of volumes: the structural half.  ["auto"] looks in the usual places; empty for none."""
     max_mean_fd: float | None
@@ -87,6 +87,8 @@ class Scan:
     session: str = ""
     run: str = ""
     space: str = ""
+    label: str = ""
+    """What tells it from others of its subject, such as ses-1_run-2; empty unless all of a subject are taken."""
 
     @property
     def file(self) -> str:

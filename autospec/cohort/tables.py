@@ -8,8 +8,8 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from autospec.cohort.record import (
     FIRST_COLUMNS,
     LAST_COLUMNS,
     RECORD,
+    SCAN_COLUMNS,
+    SCANS,
     TABLE,
     require_kind,
 )
 from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, functional_files
-from autospec.cohort.subjects import MISSING, CohortSettings
+from autospec.cohort.subjects import MISSING, CohortSettings, Scan
 from autospec.errors import UserError
 from autospec.freesurfer import STATS
 from autospec.storage import written_whole
@@ -52,6 +54,16 @@ OWN_COLUMNS = (*FIRST_COLUMNS, *LAST_COLUMNS)
 PATHS = ("bold", "confounds", "freesurfer")
 
 
+@dataclass(frozen=True)
+class _Used:
+    """A functional image that is used."""
+
+    name: str
+    scan: Scan
+    motion: Motion
+    digest: str
+
+
 def build_cohort(settings: CohortSettings, statuses: Mapping[str, str] | None, folder: str) -> str:
     """Write the cohort's tables.
 
@@ -60,8 +72,8 @@ def build_cohort(settings: CohortSettings, statuses: Mapping[str, str] | None, f
     settings : CohortSettings
         Where the data are, and who is wanted.
     statuses : mapping of str to str, or None
-        What each functional participant's own job found, as the path of its ``status.json`` by id; None where no such
-        job ran.
+        What the job of each functional image found, as the path of its ``status.json`` by the name of its results;
+        None where no such job ran.
     folder : str
         Where to write, such as ``results/cohort``.
 
@@ -82,20 +94,26 @@ def write_cohort(cohort: Cohort, settings: CohortSettings, statuses: Mapping[str
     """Write the tables of a cohort that was read already; see `build_cohort`."""
     require_kind(folder, cohort.kind)
     exclusions = list(cohort.exclusions)
-    rows = []
+    rows, scan_rows = [], []
     for each in cohort.participants:
-        status = _status(each, statuses)
-        motion = motion_of([scan.confounds for scan in each.scans if scan.confounds], each.phenotype)
-        problem = _functional_problem(status, motion, settings) if each.scans else ""
-        if status.get("status") == "excluded" and settings["on_bad_subject"] == "fail":
-            raise UserError(
-                f"sub-{each.id} cannot be used: {problem.rstrip('.')}; correct the data, or set on_bad_subject: exclude."
-            )
-        if problem:
-            exclusions.append(Exclusion(each.id, "functional", problem))
-        functional = bool(each.scans) and not problem
-        if functional or each.freesurfer:
-            rows.append(_row(each, motion, functional, status, settings))
+        used: list[_Used] = []
+        for name, scan in each.named_scans.items():
+            status = _status(name, statuses)
+            motion = motion_of(_confounds([scan]), each.phenotype)
+            problem = _functional_problem(status, motion, settings)
+            if status.get("status") == "excluded" and settings["on_bad_subject"] == "fail":
+                raise UserError(
+                    f"sub-{name} cannot be used: {problem.rstrip('.')}; correct the data, or set on_bad_subject: exclude."
+                )
+            if problem:
+                which = f"{scan.label}: " if scan.label else ""
+                exclusions.append(Exclusion(each.id, "functional", which + problem))
+            else:
+                digest = status.get("digest") or digest_of(functional_files(replace(each, scans=(scan,))))
+                used.append(_Used(name, scan, motion, digest))
+        scan_rows += [_scan_row(each, image) for image in used]
+        if used or each.freesurfer:
+            rows.append(_row(each, used, settings))
     if not rows:
         raise UserError(
             f"nobody is left of {len(cohort.participants)} participants: loosen max_mean_fd or min_volumes."
@@ -103,9 +121,10 @@ def write_cohort(cohort: Cohort, settings: CohortSettings, statuses: Mapping[str
     columns = [*FIRST_COLUMNS, *extra_columns(settings), *LAST_COLUMNS]
     exclusions.sort(key=lambda each: natural_key(each.id))
     excluded = [{"participant_id": f"sub-{each.id}", "part": each.part, "reason": each.reason} for each in exclusions]
-    record = _record(cohort, rows, exclusions, settings, columns)
+    record = _record(cohort, rows, len(scan_rows), exclusions, settings, columns)
     target = Path(folder)
     _write(target / DICTIONARY, _json(_dictionary(columns, settings)))
+    _write(target / SCANS, _tsv(list(SCAN_COLUMNS), scan_rows))
     _write(target / EXCLUSIONS, _tsv(["participant_id", "part", "reason"], excluded))
     _write(target / RECORD, _json(record))
     _write(target / TABLE, _tsv(columns, rows))
@@ -127,12 +146,16 @@ def extra_columns(settings: CohortSettings) -> list[str]:
     return names
 
 
-def _status(participant: Participant, statuses: Mapping[str, str] | None) -> dict[str, Any]:
-    if statuses is None or not participant.scans:
+def _status(name: str, statuses: Mapping[str, str] | None) -> dict[str, Any]:
+    if statuses is None:
         return {}
-    if participant.id not in statuses:
-        raise UserError(f"there is no status of sub-{participant.id}: its own job has not run.")
-    return read_json(statuses[participant.id])
+    if name not in statuses:
+        raise UserError(f"there is no status of sub-{name}: its own job has not run.")
+    return read_json(statuses[name])
+
+
+def _confounds(scans: Iterable[Scan]) -> list[str]:
+    return [scan.confounds for scan in scans if scan.confounds]
 
 
 def _functional_problem(status: dict[str, Any], motion: Motion, settings: CohortSettings) -> str:
@@ -143,12 +166,13 @@ def _functional_problem(status: dict[str, Any], motion: Motion, settings: Cohort
     return motion_problem(motion, settings["max_mean_fd"], settings["min_volumes"])
 
 
-def _row(
-    participant: Participant, motion: Motion, functional: bool, status: dict[str, Any], settings: CohortSettings
-) -> dict[str, str]:
+def _row(participant: Participant, used: list[_Used], settings: CohortSettings) -> dict[str, str]:
     person = participant.person
     known = MISSING not in (person.diagnosis, person.sex)
-    scans = participant.scans if functional else ()
+    scans = [each.scan for each in used]
+    motion = motion_of(_confounds(scans or participant.scans), participant.phenotype)
+    digests = [each.digest for each in used]
+    together = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
     return {
         "participant_id": f"sub-{participant.id}",
         "diagnosis": person.diagnosis,
@@ -157,16 +181,31 @@ def _row(
         "age": person.age,
         "site": person.site,
         **{name: person.groupings[name] for name in extra_columns(settings)},
-        "functional": "yes" if functional else "no",
+        "functional": "yes" if used else "no",
         "structural": "yes" if participant.freesurfer else "no",
         "mean_fd": _number(motion.mean_fd),
         "volumes": _number(motion.volumes),
         "usable_volumes": _number(motion.usable_volumes),
         "bold": ";".join(scan.file for scan in scans),
-        "confounds": ";".join(scan.confounds for scan in scans if scan.confounds),
+        "confounds": ";".join(_confounds(scans)),
         "freesurfer": participant.freesurfer,
-        "functional_digest": (status.get("digest") or digest_of(functional_files(participant))) if scans else "",
+        "functional_digest": together if len(digests) > 1 else "".join(digests),
         "structural_digest": digest_of(_structural_files(participant.freesurfer)),
+    }
+
+
+def _scan_row(participant: Participant, used: _Used) -> dict[str, str]:
+    return {
+        "participant_id": f"sub-{participant.id}",
+        "scan_id": f"sub-{used.name}",
+        "session": used.scan.session,
+        "run": used.scan.run,
+        "mean_fd": _number(used.motion.mean_fd),
+        "volumes": _number(used.motion.volumes),
+        "usable_volumes": _number(used.motion.usable_volumes),
+        "bold": used.scan.file,
+        "confounds": used.scan.confounds,
+        "digest": used.digest,
     }
 
 
@@ -183,6 +222,7 @@ def _structural_files(place: str) -> list[str]:
 def _record(
     cohort: Cohort,
     rows: list[dict[str, str]],
+    scans: int,
     exclusions: list[Exclusion],
     settings: CohortSettings,
     columns: list[str],
@@ -197,6 +237,7 @@ def _record(
         "participants": len(rows),
         "groups": dict(sorted(Counter(row["diagnosis"] for row in rows).items())),
         "functional": sum(row["functional"] == "yes" for row in rows),
+        "scans": scans,
         "structural": sum(row["structural"] == "yes" for row in rows),
         "exclusions": len(exclusions),
     }

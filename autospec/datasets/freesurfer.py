@@ -87,6 +87,8 @@ def build_volumes(settings: VolumesSettings, participants: str, sources: list[st
         },
         coordinates={"region": ("region", features.regions)},
         path=output,
+        subjects=half.subjects,
+        covariates=half.covariates | {"intracranial_volume": list(intracranial)},
     )
     dropped = len(found.regions) - len(features.regions)
     return f"{settings['name']}: {len(half.ids)} participants, {len(features.regions)} regions ({dropped} dropped)"

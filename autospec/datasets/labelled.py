@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ import zarr
 from autospec.errors import UserError
 from autospec.storage import open_store, pack, without_consolidation_warning
 
+MISSING = "n/a"
+"""How a label that is not known is stored; such a sample belongs to no group of the grouping."""
+
 
 def labelled(
     x: np.ndarray,
@@ -24,6 +27,8 @@ def labelled(
     target: list[str],
     groupings: dict[str, list[str]],
     attributes: dict[str, Any],
+    subjects: Sequence[str] | None = None,
+    covariates: Mapping[str, Sequence[float]] | None = None,
 ) -> xr.Dataset:
     """Arrange samples with their labels.
 
@@ -38,28 +43,45 @@ def labelled(
     target : list of str
         The label that a classifier learns, one a sample.
     groupings : dict of str to list of str
-        Labels of each grouping, one a sample.
+        Labels of each grouping, one a sample; ``n/a`` where it is not known.
     attributes : dict
         Where the data came from.
+    subjects : sequence of str, optional
+        Whose each sample is, where somebody may have several: the unit of splits and of permutations.
+    covariates : mapping of str to sequence of float, optional
+        Numbers of each sample that may explain a difference of groups, such as age; NaN where not known.
 
     Returns
     -------
     xarray.Dataset
-        ``x (sample, *dims)``, ``target (sample)`` and one variable for each grouping, with ``id`` as coordinate.
+        ``x (sample, *dims)``, ``target (sample)``, ``grouping_<name>`` and ``covariate_<name>``, with ``id`` and, where
+        given, ``subject`` as coordinates.
     """
-    dataset = _labels(ids, target, groupings, attributes)
+    dataset = _labels(ids, target, groupings, attributes, subjects, covariates)
     return dataset.assign(x=(("sample", *dims), np.ascontiguousarray(x, dtype=np.float32)))
 
 
 def _labels(
-    ids: list[str], target: list[str], groupings: Mapping[str, list[str]], attributes: dict[str, Any]
+    ids: list[str],
+    target: list[str],
+    groupings: Mapping[str, list[str]],
+    attributes: dict[str, Any],
+    subjects: Sequence[str] | None,
+    covariates: Mapping[str, Sequence[float]] | None,
 ) -> xr.Dataset:
     """Everything of a labelled data set but ``x``."""
     text = np.dtypes.StringDType()
     variables: dict[str, Any] = {"target": ("sample", np.array(target, dtype=text))}
     for name, labels in groupings.items():
         variables[f"grouping_{name}"] = ("sample", np.array(labels, dtype=text))
-    return xr.Dataset(variables, coords={"id": ("sample", np.array(ids, dtype=text))}, attrs=attributes)
+    for name, numbers in (covariates or {}).items():
+        variables[f"covariate_{name}"] = ("sample", np.asarray(numbers, dtype=np.float64))
+    coordinates = {"id": ids} if subjects is None else {"id": ids, "subject": list(subjects)}
+    return xr.Dataset(
+        variables,
+        coords={name: ("sample", np.array(values, dtype=text)) for name, values in coordinates.items()},
+        attrs=attributes,
+    )
 
 
 @contextmanager
@@ -88,6 +110,8 @@ def write_samples(
     attributes: dict[str, Any],
     coordinates: Mapping[str, tuple[str, list[str] | np.ndarray]],
     path: str | os.PathLike[str],
+    subjects: Sequence[str] | None = None,
+    covariates: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Write a labelled data set sample by sample, so that memory does not grow with their number.
 
@@ -105,6 +129,8 @@ def write_samples(
         Further coordinates, such as ``{"network": ("network", names)}``.
     path : path-like
         The zip file; it appears whole or not at all.
+    subjects, covariates
+        As for `labelled`.
 
     Raises
     ------
@@ -112,7 +138,7 @@ def write_samples(
         If a sample has another shape, or there are more or fewer than ids.
     """
     text = np.dtypes.StringDType()
-    dataset = _labels(ids, target, groupings, attributes).assign_coords(
+    dataset = _labels(ids, target, groupings, attributes, subjects, covariates).assign_coords(
         {
             name: (dim, values if isinstance(values, np.ndarray) else np.array(values, dtype=text))
             for name, (dim, values) in coordinates.items()
@@ -149,10 +175,39 @@ def open_labelled(path: str | os.PathLike[str]) -> xr.Dataset:
     return dataset
 
 
-def group_labels(dataset: xr.Dataset, grouping: str | None) -> list[str]:
-    """Group of each sample: a grouping's labels, or the target; raises UserError if there is no such grouping."""
+def group_labels(dataset: xr.Dataset, grouping: str | None) -> list[str | None]:
+    """Group of each sample.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        From `open_labelled`.
+    grouping : str or None
+        Whose labels; None stands for the target's.
+
+    Returns
+    -------
+    list of str or None
+        None where the label is not known: such a sample belongs to no group.
+
+    Raises
+    ------
+    UserError
+        If there is no such grouping.
+    """
     name = "target" if grouping is None else f"grouping_{grouping}"
     if name not in dataset:
         there = [str(each).removeprefix("grouping_") for each in dataset if str(each).startswith("grouping_")]
         raise UserError(f"the data set has no grouping '{grouping}': grouping can be one of {there}.")
-    return [str(label) for label in dataset[name].values]
+    return [None if label in ("", MISSING) else str(label) for label in dataset[name].values]
+
+
+def subjects_of(dataset: xr.Dataset) -> list[str]:
+    """Whose each sample is: the unit of splits and permutations; each sample's own id where nobody has several."""
+    return [str(name) for name in dataset["subject" if "subject" in dataset.coords else "id"].values]
+
+
+def covariates_of(dataset: xr.Dataset) -> dict[str, np.ndarray]:
+    """Covariates by name, (sample,) each, NaN where not known; none where the data set has none."""
+    start = "covariate_"
+    return {str(name).removeprefix(start): dataset[name].values for name in dataset if str(name).startswith(start)}

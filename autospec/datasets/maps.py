@@ -38,7 +38,7 @@ class MapsSettings(TypedDict):
 def build_maps(
     settings: MapsSettings, participants: str, files: Mapping[str, str], masks: Mapping[str, str], output: str
 ) -> str:
-    """Build a data set of aggregated maps and write it, one participant at a time.
+    """Build a data set of aggregated maps and write it, one sample at a time.
 
     Parameters
     ----------
@@ -92,9 +92,11 @@ def build_maps(
         },
         coordinates=_millimetres(size, new_affine),
         path=output,
+        subjects=half.subjects,
+        covariates=half.covariates,
     )
     grid = f"{' x '.join(map(str, size))} voxels of {' x '.join(f'{edge:g}' for edge in voxel)} mm"
-    return f"{settings['name']}: {len(paths)} participants, {grid}, {settings['aggregate']} of {networks} networks"
+    return f"{settings['name']}: {half.counted}, {grid}, {settings['aggregate']} of {networks} networks"
 
 
 def z_scores(maps: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from autospec.cohort.files import listed, read_json
-from autospec.cohort.record import groupings_of, read_participants, read_record
+from autospec.cohort.record import groupings_of, read_participants, read_record, read_scans
+from autospec.cohort.subjects import MISSING
 from autospec.errors import UserError
 from autospec.ica.derivative import subject_files
 
 
 @dataclass(frozen=True)
 class Half:
-    """Participants of the functional or of the structural data sets."""
+    """Samples of the functional or of the structural data sets."""
 
     ids: list[str]
+    """One a sample: a participant's id, and where several images of somebody are taken the session and the run."""
+    subjects: list[str]
+    """Whose each sample is."""
     target: list[str]
     groupings: dict[str, list[str]]
+    covariates: dict[str, list[float]]
+    """Age in years, and mean framewise displacement in mm; NaN where not known."""
     simulated: bool
     cohort_digest: str
+
+    @property
+    def counted(self) -> str:
+        """How many participants there are, and how many samples where somebody has several."""
+        people = len(set(self.subjects))
+        return f"{people} participants" + (f" ({len(self.ids)} images)" if len(self.ids) > people else "")
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ def read_half(participants: str, part: Literal["functional", "structural"]) -> H
     Parameters
     ----------
     participants : str
-        The table ``participants.tsv`` that ``autospec cohort`` wrote, its record beside it.
+        The table ``participants.tsv`` that ``autospec cohort`` wrote, its table of images and its record beside it.
     part : {"functional", "structural"}
 
     Raises
@@ -63,21 +76,34 @@ def read_half(participants: str, part: Literal["functional", "structural"]) -> H
     UserError
         If the table or its record cannot be read, or nobody is in this half.
     """
-    rows = [row for row in read_participants(participants) if row.get(part) == "yes"]
-    if not rows:
+    people = [row for row in read_participants(participants) if row.get(part) == "yes"]
+    if not people:
         raise UserError(f"nobody in {participants} has {part} data: leave this data set out of the config.")
+    by_id = {row["id"]: row for row in people}
+    samples = people if part == "structural" else read_scans(participants)
+    subjects = [row["id" if part == "structural" else "subject"] for row in samples]
+    rows = [by_id[name] for name in subjects]
     record = read_record(str(Path(participants).parent))
     return Half(
-        ids=[row["id"] for row in rows],
+        ids=[row["id"] for row in samples],
+        subjects=subjects,
         target=[row["diagnosis"] for row in rows],
         groupings=groupings_of(rows),
+        covariates={
+            "age": [_number(row["age"]) for row in rows],
+            "mean_fd": [_number(row["mean_fd"]) for row in samples],
+        },
         simulated=record.get("kind") == "simulated",
         cohort_digest=str(record.get("digest", "")),
     )
 
 
+def _number(cell: str) -> float:
+    return math.nan if cell == MISSING else float(cell)
+
+
 def files_in(folders: list[str], kind: str) -> dict[str, str]:
-    """One file of each participant's own job, by id: ``timecourses``, ``cleaned``, ``maps`` or ``mask``.
+    """One file of each functional image's own job, by the name of its results: ``timecourses``, ``cleaned``, ``maps`` or ``mask``.
 
     Parameters
     ----------

@@ -24,7 +24,7 @@ class TimeseriesSettings(TypedDict):
 
 
 def build_timeseries(settings: TimeseriesSettings, participants: str, files: Mapping[str, str], output: str) -> str:
-    """Build a data set of time courses and write it, one participant at a time.
+    """Build a data set of time courses and write it, one sample at a time.
 
     Parameters
     ----------
@@ -70,9 +70,11 @@ def build_timeseries(settings: TimeseriesSettings, participants: str, files: Map
         },
         coordinates={"network": ("network", networks)},
         path=output,
+        subjects=half.subjects,
+        covariates=half.covariates,
     )
     cut = f", cut from up to {max(lengths)}" if max(lengths) > length else ""
-    return f"{settings['name']}: {len(paths)} participants, {length} time points{cut}, {len(networks)} networks"
+    return f"{settings['name']}: {half.counted}, {length} time points{cut}, {len(networks)} networks"
 
 
 def standardise(courses: np.ndarray) -> np.ndarray:

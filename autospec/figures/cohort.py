@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from autospec.cohort.files import listed, read_json, read_table
-from autospec.cohort.record import EXCLUSIONS, read_participants
+from autospec.cohort.record import EXCLUSIONS, read_participants, read_scans
 from autospec.errors import UserError
 from autospec.figures.style import GROUP_COLOURS, MM, STYLE, save
 from autospec.ica.derivative import subject_files
@@ -51,7 +51,9 @@ class Results:
     """What participants' own jobs found."""
 
     groups: dict[str, list[str]]
-    """Ids by diagnosis."""
+    """Names of the images' results by diagnosis."""
+    people: dict[str, int]
+    """Participants of each diagnosis, of whom some may have several images."""
     folders: dict[str, Path]
     quality: dict[str, dict[str, Any]]
     networks: list[Network]
@@ -69,7 +71,9 @@ class Results:
 
     def title(self, group: str) -> str:
         """A group, and how many it has."""
-        return f"{group} (n = {len(self.groups[group])})"
+        images = len(self.groups[group])
+        several = f", {images} images" if images > self.people[group] else ""
+        return f"{group} (n = {self.people[group]}{several})"
 
 
 def build_view(settings: ViewSettings, participants: str, folders: list[str], outputs: list[str]) -> str:
@@ -101,7 +105,7 @@ def build_view(settings: ViewSettings, participants: str, folders: list[str], ou
         figure = draw[settings["view"]](results, settings["width_mm"])
         save(figure, outputs, settings["dots_per_inch"])
         plt.close(figure)
-    return f"{settings['view']} of {sum(map(len, results.groups.values()))} participants"
+    return f"{settings['view']} of {sum(results.people.values())} participants"
 
 
 def read_results(participants: str, folders: list[str]) -> Results:
@@ -112,22 +116,24 @@ def read_results(participants: str, folders: list[str]) -> Results:
     participants : str
         The cohort's ``participants.tsv``.
     folders : list of str
-        Folder of each functional participant.
+        Folder of each functional image's results.
 
     Raises
     ------
     UserError
-        If a participant's folder is missing, or results have different networks.
+        If a folder is missing, or results have different networks.
     """
     by_id = {Path(folder).name.removeprefix("sub-"): Path(folder) for folder in folders}
-    rows = [row for row in read_participants(participants) if row["functional"] == "yes"]
+    diagnoses = {row["id"]: row["diagnosis"] for row in read_participants(participants)}
+    rows = read_scans(participants)
     if not rows:
         raise UserError(f"nobody in {participants} has functional data: there is nothing to draw.")
     if missing := [row["id"] for row in rows if row["id"] not in by_id]:
         raise UserError(f"there are no results of {listed(missing)}: their own jobs have not run.")
-    groups: dict[str, list[str]] = {label: [] for label in sorted({row["diagnosis"] for row in rows})}
+    groups: dict[str, list[str]] = {label: [] for label in sorted({diagnoses[row["subject"]] for row in rows})}
     for row in rows:
-        groups[row["diagnosis"]].append(row["id"])
+        groups[diagnoses[row["subject"]]].append(row["id"])
+    people = Counter(diagnoses[subject] for subject in {row["subject"] for row in rows})
     used = {row["id"]: by_id[row["id"]] for row in rows}
     quality = {name: read_json(folder / subject_files(name)["quality"]) for name, folder in used.items()}
     labels = {tuple(each["Spectra"]["PeakHz"]) for each in quality.values()}
@@ -141,6 +147,7 @@ def read_results(participants: str, folders: list[str]) -> Results:
     excluded = read_table(Path(participants).with_name(EXCLUSIONS))
     return Results(
         groups,
+        dict(people),
         used,
         quality,
         named or [Network(label, "") for label in columns_of(used[first], first)],
@@ -359,7 +366,7 @@ def _mean_maps(results: Results, ids: list[str]) -> np.ndarray:
 
 
 def draw_quality(results: Results, width_mm: float) -> Figure:
-    """Distributions of numbers of quality, one dot a participant, and how well each network matches its template.
+    """Distributions of numbers of quality, one dot an image, and how well each network matches its template.
 
     Parameters
     ----------
@@ -425,7 +432,7 @@ def _numbers(results: Results) -> dict[str, dict[str, float]]:
 
 
 def _dots(axes: Axes, place: int, values: np.ndarray, colour: str) -> None:
-    """One dot a participant, spread sideways by rank, with median and quartiles."""
+    """One dot an image, spread sideways by rank, with median and quartiles."""
     finite = np.sort(values[np.isfinite(values)])
     if not len(finite):
         return

@@ -1,46 +1,52 @@
-"""A figure of the paper: all panels of an experiment on one page."""
+"""A figure of the paper: all panels of an experiment on pages; or a supplement: the comparisons of every run."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypedDict
 
-import matplotlib.pyplot as plt
+import matplotlib
+import pandas as pd
+import xarray as xr
+from matplotlib.figure import Figure
 
-from autospec.figures.panel import difference_key, draw_panel
-from autospec.figures.spectra import legend, legend_height_mm
-from autospec.figures.style import MM, STYLE, save
+from autospec.figures.layout import panel_height
+from autospec.figures.panel import ROW_HEIGHT_MM, draw_key, draw_panel, key_height_mm, layers_of
+from autospec.figures.selection import shown_layers
+from autospec.figures.style import MM, STYLE, save_pages
 from autospec.statistics.table import read_tests
 from autospec.trajectories import open_trajectories
 
-HEAD_MM, FOOT_MM = 8.0, 9.5
+HEAD_MM = 8.0
+# The least height of axes that can be read.
+LEAST_ROW_MM = 15.0
+COLUMNS = 2
 
 
 class PageSettings(TypedDict):
     """What the stage reads from the configuration."""
 
-    number: int
-    title: str
+    heading: str
     panels: list[dict[str, Any]]
     width_mm: float
     height_mm: float
     dots_per_inch: int
+    layers_per_panel: int
     singular_values: list[int] | None
     alpha: float | None
     variance: str | None
 
 
 def build_page(settings: PageSettings, runs: dict[str, str], tests: dict[str, str], outputs: list[str]) -> str:
-    """Compose a page and write it in each format.
+    """Compose a figure on as many pages as it needs, and write it in each format.
 
     Parameters
     ----------
     settings : PageSettings
-        Title, panels and size.
+        Heading, panels and the size of a page.
     runs, tests : dict of str to str
         Trajectories of each run that a panel names, and tests of those in which two groups are compared.
     outputs : list of str
-        Files to write; the extension decides the format.
+        Files to write, a PDF of pages or a PNG with the pages below each other; the extension decides.
 
     Returns
     -------
@@ -49,31 +55,84 @@ def build_page(settings: PageSettings, runs: dict[str, str], tests: dict[str, st
     """
     trees = {run: open_trajectories(path) for run, path in runs.items()}
     tables = {run: read_tests(path) for run, path in tests.items()}
+    with matplotlib.rc_context(STYLE):
+        pages = compose(settings, trees, tables)
+        save_pages(pages, outputs, settings["dots_per_inch"])
+    name = settings["heading"].partition(".")[0]
+    return f"{name}: {len(settings['panels'])} panels on {len(pages)} page{'s' * (len(pages) > 1)}"
+
+
+def compose(settings: PageSettings, trees: dict[str, xr.DataTree], tables: dict[str, pd.DataFrame]) -> list[Figure]:
+    """Draw the pages; the parts of each are a heading, the panels, and the key."""
     panels = settings["panels"]
-    with plt.rc_context({**STYLE, "font.size": 6, "axes.labelsize": 5.5, "xtick.labelsize": 5, "ytick.labelsize": 5}):
-        width, height = settings["width_mm"] * MM, settings["height_mm"] * MM
-        figure = plt.figure(figsize=(width, height), layout="constrained")
-        first = trees[panels[0]["run"]]
-        foot_mm = FOOT_MM + legend_height_mm(first, settings["width_mm"])
-        head, body, foot = figure.subfigures(
-            3, 1, height_ratios=[HEAD_MM, settings["height_mm"] - HEAD_MM - foot_mm, foot_mm]
+    first = trees[panels[0]["run"]]
+    rows = [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]
+    counts = [
+        max(
+            1,
+            *(len(shown_layers(layers_of(panel, trees[panel["run"]]), settings["layers_per_panel"])) for panel in row),
         )
-        head.text(0.01, 0.4, f"Figure {settings['number']}.  {settings['title']}", fontsize=10, fontweight="bold")
-        rows = math.ceil(len(panels) / 2)
-        places = body.subfigures(rows, 2, squeeze=False, wspace=0.02, hspace=0.02).flat
-        for place, panel in zip(places, panels, strict=False):
-            draw_panel(place, panel, trees[panel["run"]], tables.get(panel["run"]), settings)
-        legend(
-            foot,
-            first,
-            settings["width_mm"],
-            settings["singular_values"] or [],
-            loc="upper center",
-            bbox_to_anchor=(0.5, 1.0),
-        )
-        if any(panel["compare"] for panel in panels):
-            key = difference_key(settings, settings["width_mm"])
-            foot.text(0.5, 0.08, key, ha="center", va="bottom", fontsize=6)
-        save(figure, outputs, settings["dots_per_inch"])
-        plt.close(figure)
-    return f"figure {settings['number']}: {len(panels)} panels"
+        for row in rows
+    ]
+    room = settings["height_mm"] - HEAD_MM - key_height_mm(panels, first, settings, settings["width_mm"])
+    starts = paginate([panel_height(count, LEAST_ROW_MM) for count in counts], room)
+    pages = []
+    for number, (start, stop) in enumerate(zip(starts, [*starts[1:], len(rows)], strict=True), 1):
+        heading = settings["heading"] + (f"  ({number} of {len(starts)})" if len(starts) > 1 else "")
+        pages.append(_page(heading, rows[start:stop], counts[start:stop], room, settings, trees, tables))
+    return pages
+
+
+def paginate(heights: list[float], room: float) -> list[int]:
+    """Fill pages from the top.
+
+    Parameters
+    ----------
+    heights : list of float
+        Least height of each row of panels.
+    room : float
+        Height that a page has for rows; a row that is higher has a page of its own.
+
+    Returns
+    -------
+    list of int
+        The first row of each page.
+    """
+    starts, used = [0], 0.0
+    for number, height in enumerate(heights):
+        if used and used + height > room:
+            starts.append(number)
+            used = 0.0
+        used += height
+    return starts
+
+
+def _page(
+    heading: str,
+    rows: list[list[dict[str, Any]]],
+    counts: list[int],
+    room: float,
+    settings: PageSettings,
+    trees: dict[str, xr.DataTree],
+    tables: dict[str, pd.DataFrame],
+) -> Figure:
+    """Draw one page; rows of panels share what room is left, up to the height that a panel of its own has."""
+    panels = [panel for row in rows for panel in row]
+    width_mm, first = settings["width_mm"], trees[panels[0]["run"]]
+    key_mm = key_height_mm(panels, first, settings, width_mm)
+    spare = (room - sum(panel_height(count, LEAST_ROW_MM) for count in counts)) / sum(counts)
+    axes_mm = LEAST_ROW_MM + min(max(0.0, spare), ROW_HEIGHT_MM - LEAST_ROW_MM)
+    heights = [panel_height(count, axes_mm) for count in counts]
+    used = HEAD_MM + sum(heights) + key_mm
+    height_mm = max(settings["height_mm"], used)
+    figure = Figure(figsize=(width_mm * MM, height_mm * MM))
+    ratios = [HEAD_MM, sum(heights), key_mm, max(1e-3, height_mm - used)]
+    head, body, foot, _ = figure.subfigures(4, 1, height_ratios=ratios, squeeze=False)[:, 0]
+    head.text(2 / width_mm, 0.45, heading, fontsize=10, fontweight="bold", va="center")
+    places = body.subfigures(len(rows), COLUMNS, squeeze=False, height_ratios=heights)
+    for row, beside in zip(rows, places, strict=True):
+        for panel, place in zip(row, beside, strict=False):
+            tests = tables.get(panel["run"])
+            draw_panel(place, panel, trees[panel["run"]], tests, settings, settings["layers_per_panel"])
+    draw_key(foot, panels, first, settings, width_mm, key_mm)
+    return figure

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any, TypedDict
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import pandas as pd
 import xarray as xr
-from matplotlib.figure import SubFigure
+from matplotlib.figure import Figure
 
-from autospec.describe import content
-from autospec.figures.differences import draw_differences
-from autospec.figures.spectra import draw_spectra, legend, legend_height_mm
+from autospec.describe import content, network, performance_words
+from autospec.errors import UserError
+from autospec.figures.differences import difference_key, difference_words, draw_differences, of_pair
+from autospec.figures.layout import KEY_LINE_MM, panel_height, wrap, write_heading
+from autospec.figures.positions import POSITION_KEY, draw_positions, tied_layers
+from autospec.figures.selection import shown_groups, shown_layers
+from autospec.figures.spectra import LIMIT_WORDS, draw_spectra, legend, legend_height_mm
 from autospec.figures.style import MM, STYLE, save
 from autospec.statistics.table import read_tests
 from autospec.trajectories import open_trajectories
 
-ROW_HEIGHT_MM = 38.0
-MARGIN_MM = 17.0
-# Of the 6 point type of the key, with room to spare.
-CHARACTERS_A_MM = 0.8
+ROW_HEIGHT_MM = 34.0
+KEY_POINTS = 5.5
 
 
 class PanelSettings(TypedDict):
@@ -35,33 +36,113 @@ class PanelSettings(TypedDict):
     variance: str | None
 
 
+def layers_of(panel: dict[str, Any], tree: xr.DataTree) -> list[str]:
+    """Layers that a panel can show."""
+    return tied_layers(tree) if panel["by_position"] else list(tree["layers"].children)
+
+
 def draw_panel(
-    figure: SubFigure, panel: dict[str, Any], tree: xr.DataTree, tests: pd.DataFrame | None, settings: Any
+    figure: Any,
+    panel: dict[str, Any],
+    tree: xr.DataTree,
+    tests: pd.DataFrame | None,
+    settings: Any,
+    most_layers: int | None = None,
 ) -> np.ndarray:
-    """Draw a panel: spectra, or the differences of two groups.
+    """Draw a panel: spectra, the differences of two groups, or spectra along positions.
 
     Parameters
     ----------
-    figure : SubFigure
+    figure : Figure or SubFigure
         Where to draw.
     panel : dict
-        Letter, run, and the two groups to compare or None.
+        Letter, run, and what to show of it, as `autospec.specs.described_panel` makes it.
     tree : xarray.DataTree
         Trajectories of the run.
     tests : DataFrame or None
-        The paper's tests of the run, where two groups are compared.
+        The tests of the run, where two groups are compared.
     settings : mapping
-        ``singular_values``, ``variance`` and ``alpha``.
+        ``singular_values`` and ``variance``.
+    most_layers : int, optional
+        Draw only so many layers, and say so; all of them by default.
 
     Returns
     -------
-    ndarray of Axes, shape (layers, statistics)
+    ndarray of Axes, shape (layers, columns)
+
+    Raises
+    ------
+    UserError
+        If the run has no such group.
     """
-    figure.suptitle(f"{panel['letter']}   {content(panel)}", x=0.01, ha="left", fontsize=7.5, fontweight="bold")
-    if panel["compare"] is None:
-        return draw_spectra(figure, tree, settings["singular_values"])
-    assert tests is not None
-    return draw_differences(figure, tree, tests, panel["compare"], settings["variance"], settings["alpha"])
+    pair = _pair(panel, tree)
+    everything = layers_of(panel, tree)
+    layers = shown_layers(everything, most_layers)
+    words = [performance_words(tree.attrs.get("performance"))]
+    if panel["compare"] is not None:
+        assert tests is not None
+        rows = of_pair(tests, pair, panel["test"], settings["variance"])
+        words = [f"{pair[0]} against {pair[1]}", difference_words(rows, panel["test"]), *words]
+        axes = draw_differences(figure, tree, tests, pair, panel["test"], settings["variance"], layers)
+    elif panel["by_position"]:
+        words = [f"positions in time: {pair[0]} against {pair[1]}", *words]
+        axes = draw_positions(figure, tree, pair, layers)
+    else:
+        axes = draw_spectra(figure, tree, settings["singular_values"], layers)
+    if len(layers) < len(everything):
+        words.append(f"{len(layers)} of {len(everything)} layers")
+    write_heading(figure, f"{panel['letter']}   {network(panel)}", "; ".join(filter(None, words)))
+    return axes
+
+
+def _pair(panel: dict[str, Any], tree: xr.DataTree) -> list[str]:
+    groups = [str(group) for group in tree["group"].values]
+    pair = panel["compare"] or panel["pair"] or shown_groups(tree)[1:3]
+    for label in pair:
+        if label not in groups:
+            raise UserError(
+                f"panel {panel['letter']} compares the group '{label}', but the groups of the run '{panel['run']}' are "
+                f"{', '.join(repr(group) for group in groups[1:])}: correct compare in the config."
+            )
+    return pair
+
+
+def key_words(panels: list[dict[str, Any]], settings: Any) -> list[str]:
+    """What the marks of some panels mean, apart from the legend of the groups; one text for each kind of panel."""
+    compared = {panel["test"] for panel in panels if panel["compare"] is not None}
+    texts = []
+    if any(panel["compare"] is None and not panel["by_position"] for panel in panels):
+        texts.append(f"{LIMIT_WORDS[0].upper()}{LIMIT_WORDS[1:]}.")
+    if compared:
+        texts.append(difference_key(compared, settings["alpha"], settings["variance"]))
+    if any(panel["by_position"] for panel in panels):
+        texts.append(POSITION_KEY)
+    return texts
+
+
+def draw_key(
+    figure: Any, panels: list[dict[str, Any]], tree: xr.DataTree, settings: Any, width_mm: float, height_mm: float
+) -> None:
+    """Draw the legend of the groups, where spectra are shown, and the meaning of the marks below it."""
+    below = 0.0
+    if any(panel["compare"] is None and not panel["by_position"] for panel in panels):
+        where: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 1.0), "borderaxespad": 0.1}
+        legend(figure, tree, width_mm, settings["singular_values"] or [], **where)
+        below = legend_height_mm(tree, width_mm)
+    text = key_text(panels, settings, width_mm)
+    figure.text(0.5, 1 - (below + 0.8) / height_mm, text, ha="center", va="top", fontsize=KEY_POINTS)
+
+
+def key_text(panels: list[dict[str, Any]], settings: Any, width_mm: float) -> str:
+    """The meaning of the marks, in lines that fit the width."""
+    return "\n".join(wrap(words, width_mm - 6, KEY_POINTS) for words in key_words(panels, settings))
+
+
+def key_height_mm(panels: list[dict[str, Any]], tree: xr.DataTree, settings: Any, width_mm: float) -> float:
+    """Height that the key needs."""
+    spectra = any(panel["compare"] is None and not panel["by_position"] for panel in panels)
+    lines = key_text(panels, settings, width_mm).count("\n") + 1
+    return 2 + KEY_LINE_MM * lines + (legend_height_mm(tree, width_mm) if spectra else 0)
 
 
 def build_panel(settings: PanelSettings, run: str, tests: str | None, outputs: list[str]) -> str:
@@ -81,31 +162,13 @@ def build_panel(settings: PanelSettings, run: str, tests: str | None, outputs: l
     str
         One line that says what was drawn.
     """
-    tree = open_trajectories(run)
-    layers = len(tree["layers"].children)
-    with plt.rc_context(STYLE):
-        width_mm = settings["width_mm"]
-        key = None if settings["panel"]["compare"] is None else difference_key(settings, width_mm)
-        foot_mm = 3 + (legend_height_mm(tree, width_mm) if key is None else 3 * len(key.splitlines()))
-        body_mm = MARGIN_MM + ROW_HEIGHT_MM * layers
-        figure = plt.figure(figsize=(width_mm * MM, (body_mm + foot_mm) * MM), layout="constrained")
-        body, foot = figure.subfigures(2, 1, height_ratios=[body_mm, foot_mm])
-        draw_panel(body, settings["panel"], tree, read_tests(tests) if tests else None, settings)
-        if key is None:
-            legend(foot, tree, width_mm, settings["singular_values"] or [], loc="center")
-        else:
-            foot.text(0.5, 0.5, key, ha="center", va="center", fontsize=6)
+    tree, panel, width_mm = open_trajectories(run), settings["panel"], settings["width_mm"]
+    with matplotlib.rc_context(STYLE):
+        key_mm = key_height_mm([panel], tree, settings, width_mm)
+        body_mm = panel_height(max(1, len(layers_of(panel, tree))), ROW_HEIGHT_MM)
+        figure = Figure(figsize=(width_mm * MM, (body_mm + key_mm) * MM))
+        body, foot = figure.subfigures(2, 1, height_ratios=[body_mm, key_mm], squeeze=False)[:, 0]
+        draw_panel(body, panel, tree, read_tests(tests) if tests else None, settings)
+        draw_key(foot, [panel], tree, settings, width_mm, key_mm)
         save(figure, outputs, settings["dots_per_inch"])
-        plt.close(figure)
-    return f"panel {settings['panel']['letter']}: {content(settings['panel'])}"
-
-
-def difference_key(settings: Any, width_mm: float) -> str:
-    """What the marks of a panel of differences mean, in lines that fit the width."""
-    test = {"student": "Student's", "welch": "Welch's"}[settings["variance"]]
-    text = (
-        f"Dots at the right: singular values with p < {settings['alpha']:g} over steps. Squares above: steps with "
-        f"p < {settings['alpha']:g} over singular values. Grey: below the noise floor. {test} t-test as in the paper, "
-        "which takes dependent samples for independent: no test of groups."
-    )
-    return textwrap.fill(text, max(20, int(CHARACTERS_A_MM * width_mm)))
+    return f"panel {panel['letter']}: {content(panel)}"

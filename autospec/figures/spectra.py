@@ -1,4 +1,4 @@
-"""Panels A to F: spectra of every layer over training, by group."""
+"""Panels of spectra: singular values of every layer over training, by group."""
 
 from __future__ import annotations
 
@@ -8,79 +8,118 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from autospec.figures.style import colours, dashes
+from autospec.figures.layout import name_axes, place_axes
+from autospec.figures.selection import at_chance, rank_limits, recorded_statistics, shown_groups
+from autospec.figures.style import colours, dashes, power_of_ten, sigma
 
-STATISTICS = ("gradient", "activation", "adjoint")
-LEGEND_COLUMN_MM, LEGEND_ROW_MM = 36.0, 4.0
+RIGHT_MM = 5.0
+LEGEND_COLUMN_MM, LEGEND_ROW_MM = 50.0, 3.4
+FLOOR_COLOUR = "#dddddd"
+LIMIT: dict[str, Any] = {"color": "#000000", "linestyle": (0, (1, 1.2)), "linewidth": 1.3}
+LIMIT_WORDS = (
+    "limit of resolution: a group's singular values differ from those of all other samples' share by at most σ₁ of the "
+    "whole batch's gradient"
+)
+# Lines beyond the rank that a group's rows allow.
+PALE = 0.25
 
 
-def recorded_statistics(tree: xr.DataTree) -> list[str]:
-    """Statistics that a run recorded, in the order of the columns."""
-    first = next(iter(tree["layers"].children.values()))
-    return [statistic for statistic in STATISTICS if statistic in first]
-
-
-def draw_spectra(figure: SubFigure, tree: xr.DataTree, singular_values: list[int]) -> np.ndarray:
+def draw_spectra(figure: Any, tree: xr.DataTree, singular_values: list[int], layers: list[str]) -> np.ndarray:
     """Draw one row of axes a layer, one column a statistic.
 
     Parameters
     ----------
-    figure : SubFigure
+    figure : Figure or SubFigure
         Where to draw.
     tree : xarray.DataTree
         Trajectories of a run.
     singular_values : list of int
         Which singular values to draw, from 1.
+    layers : list of str
+        Which layers to draw.
 
     Returns
     -------
     ndarray of Axes, shape (layers, statistics)
     """
-    layers, statistics = list(tree["layers"].children), recorded_statistics(tree)
-    axes = figure.subplots(len(layers), len(statistics), squeeze=False, sharex=True)
+    statistics = recorded_statistics(tree)
+    axes = place_axes(figure, len(layers), len(statistics), RIGHT_MM)
     for row, layer in enumerate(layers):
         for column, statistic in enumerate(statistics):
             draw_trajectories(axes[row, column], tree, layer, statistic, singular_values)
-            label_axes(axes, row, column, layer, statistic)
+    name_axes(axes, layers, statistics, "singular value")
     return axes
 
 
 def draw_trajectories(axes: Axes, tree: xr.DataTree, layer: str, statistic: str, singular_values: list[int]) -> None:
     """Draw some singular values of one layer against the step, a line for each group."""
     node = tree["layers"][layer]
-    steps = tree["step"].values
-    index = node["index"].values
+    steps, index = tree["step"].values, node["index"].values
     drawn = [k for k in singular_values if k in index]
-    groups = [str(group) for group in tree["group"].values]
-    values = node[statistic].sel(index=drawn).transpose("group", "index", "step").values
-    floor = np.nanmax(node[f"{statistic}_noise_floor"].values, axis=1)
+    groups, grey = shown_groups(tree), at_chance(tree)
+    values = node[statistic].sel(group=groups, index=drawn).transpose("group", "index", "step").values
+    floor = np.nanmax(node[f"{statistic}_noise_floor"].sel(group=groups).values, axis=1, initial=0.0)
+    limits = rank_limits(tree, layer, statistic, groups)
+    palette, patterns = colours(groups, grey), dashes(groups, grey)
     for position, group in enumerate(groups):
-        whole = position == 0
-        for number in range(len(drawn)):
+        for number, k in enumerate(drawn):
+            if statistic == "gradient" and position == 0 and k == 1:
+                continue  # drawn as the limit of resolution
             axes.plot(
                 steps,
                 np.where(values[position, number] > 0, values[position, number], np.nan),
-                color=colours(groups)[group],
+                color=palette[group],
                 linewidth=max(0.35, 1.1 - 0.2 * number),
-                linestyle=dashes(groups)[group],
-                zorder=1 if whole else 2,
+                linestyle=patterns[group],
+                alpha=PALE if k > limits[position] else None,
+                zorder=1 if position == 0 else 2,
                 label=group if number == 0 else "_nolegend_",
             )
+    shown = values
+    if statistic == "gradient" and 1 in index:
+        limit = node[statistic].sel(group=groups[0], index=1).values
+        axes.plot(steps, np.where(limit > 0, limit, np.nan), zorder=1, label="limit of resolution", **LIMIT)
+        shown = np.concatenate([values.reshape(-1, len(steps)), limit[None]])
     axes.set_yscale("log")
-    axes.fill_between(steps, np.full_like(floor, 1e-30), floor, color="#999999", alpha=0.35, linewidth=0, zorder=0)
-    resolved = values[np.isfinite(values) & (values > floor[None, None, :])]
+    axes.fill_between(steps, np.full_like(floor, 1e-30), floor, color=FLOOR_COLOUR, linewidth=0, zorder=0)
+    resolved = shown[np.isfinite(shown) & (shown > floor)]
     if resolved.size:
         axes.set_ylim(resolved.min() / 1.6, resolved.max() * 1.6)
     axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
     axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    axes.yaxis.set_major_locator(LogLocator(numticks=5))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    label_decades(axes)
     _name_lines(axes, values[:, :, -1], drawn)
+
+
+def label_decades(axes: Axes) -> None:
+    """Ticks of a logarithmic axis: at most four decades, or round values where the axis spans less than two."""
+    low, high = axes.get_ylim()
+    exponents = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+    if len(exponents) >= 2:
+        kept = list(exponents)[:: math.ceil(len(exponents) / 4)]
+        ticks, labels = [10.0**exponent for exponent in kept], [power_of_ten(exponent) for exponent in kept]
+    else:
+        first = math.floor(math.log10(low))
+        ticks = [digit * 10.0**exponent for exponent in range(first, first + 3) for digit in (1, 2, 5)]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) < 2:
+            ticks = [tick for tick in MaxNLocator(3).tick_values(low, high) if low <= tick <= high]
+        labels = [_short(tick) for tick in ticks]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_yticks(ticks, labels)
+
+
+def _short(value: float) -> str:
+    """Shortest text of a tick: 0.02, but 5e-4."""
+    if 0.01 <= value < 10_000:
+        return f"{value:.3g}"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 def _name_lines(axes: Axes, last: np.ndarray, drawn: list[int]) -> None:
@@ -93,11 +132,11 @@ def _name_lines(axes: Axes, last: np.ndarray, drawn: list[int]) -> None:
         if not ends.size:
             continue
         height = (np.log10(np.median(ends)) - low) / (high - low)
-        if not 0 <= height <= 1 or any(abs(height - other) < 0.11 for other in taken):
+        if not 0 <= height <= 1 or any(abs(height - other) < 0.13 for other in taken):
             continue
         taken.append(height)
         axes.annotate(
-            f"$\\sigma_{{{k}}}$",
+            sigma(k),
             (1, height),
             xycoords="axes fraction",
             xytext=(1.5, 0),
@@ -108,20 +147,10 @@ def _name_lines(axes: Axes, last: np.ndarray, drawn: list[int]) -> None:
         )
 
 
-def label_axes(axes: np.ndarray, row: int, column: int, layer: str, statistic: str) -> None:
-    """Write titles and labels on the outer axes alone."""
-    if row == 0:
-        axes[row, column].set_title(statistic, pad=3)
-    if row == len(axes) - 1:
-        axes[row, column].set_xlabel("step", labelpad=1)
-    if column == 0:
-        axes[row, column].set_ylabel(f"{layer}\nsingular value", labelpad=2)
-
-
 def legend(figure: Any, tree: xr.DataTree, width_mm: float, singular_values: list[int], **where: Any) -> None:
-    """Name the groups, the grey band and the widths of lines, in as many columns as fit."""
-    groups = [str(group) for group in tree["group"].values]
-    sizes = tree["group_size"].values[0]
+    """Name the groups and every other mark of panels of spectra, in as many columns as fit."""
+    groups = shown_groups(tree)
+    sizes = tree["group_size"].sel(group=groups).isel(step=0).values
     handles: list[Any] = [
         Line2D(
             [],
@@ -133,23 +162,25 @@ def legend(figure: Any, tree: xr.DataTree, width_mm: float, singular_values: lis
         )
         for i, group in enumerate(groups)
     ]
-    numbers = ", ".join(f"$\\sigma_{{{k}}}$" for k in singular_values)
-    handles.append(Patch(color="#999999", alpha=0.35, linewidth=0, label="below the noise floor"))
+    handles.append(Patch(color=FLOOR_COLOUR, linewidth=0, label="below the noise floor"))
+    handles.append(Line2D([], [], label="limit of resolution", **LIMIT))
+    handles.append(Line2D([], [], color="#0072B2", alpha=PALE, linewidth=1.2, label="pale: beyond the attainable rank"))
     if singular_values:
+        numbers = ", ".join(map(sigma, singular_values))
         handles.append(Line2D([], [], linestyle="none", label=f"thick to thin: {numbers}"))
     figure.legend(
         handles=handles,
         frameon=False,
         ncols=min(len(handles), _columns(width_mm)),
         handlelength=1.8,
-        columnspacing=1.4,
+        columnspacing=1.2,
         **where,
     )
 
 
 def legend_height_mm(tree: xr.DataTree, width_mm: float) -> float:
     """Height that the legend needs."""
-    return LEGEND_ROW_MM * math.ceil((tree.sizes["group"] + 2) / _columns(width_mm))
+    return 2 + LEGEND_ROW_MM * math.ceil((len(shown_groups(tree)) + 4) / _columns(width_mm))
 
 
 def _columns(width_mm: float) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
 
 from autospec.storage import written_whole
@@ -16,16 +17,20 @@ matplotlib.use("agg")
 MM = 1 / 25.4
 # Okabe and Ito's palette, told apart with every common kind of colour vision; yellow, too faint for lines, is left out.
 GROUP_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# For runs at chance on held-out data: told apart by dashes too.
+GREYS = ("#444444", "#888888", "#666666", "#AAAAAA", "#555555", "#999999")
 BATCH_COLOUR = "#333333"
 # Text stays text in PDF and SVG; a fixed salt and no date keep the files' bytes reproducible.
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 7,
     "axes.titlesize": 7,
-    "axes.labelsize": 6.5,
-    "xtick.labelsize": 6,
-    "ytick.labelsize": 6,
-    "legend.fontsize": 6.5,
+    "axes.labelsize": 6,
+    "xtick.labelsize": 5.5,
+    "ytick.labelsize": 5.5,
+    "xtick.major.pad": 1.5,
+    "ytick.major.pad": 1.5,
+    "legend.fontsize": 6,
     "axes.linewidth": 0.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -35,34 +40,77 @@ STYLE: dict[str, Any] = {
     "ytick.major.size": 2,
     "ytick.minor.size": 1,
     "ytick.minor.width": 0.3,
+    "hatch.linewidth": 0.3,
     "pdf.fonttype": 42,
     "svg.fonttype": "path",
     "svg.hashsalt": "autospec",
 }
+SUBSCRIPTS, SUPERSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"), str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def colours(groups: list[str]) -> dict[str, str]:
-    """Colour of each group, the whole batch in grey."""
-    named = {group: GROUP_COLOURS[i % len(GROUP_COLOURS)] for i, group in enumerate(groups[1:])}
+def colours(groups: list[str], grey: bool = False) -> dict[str, str]:
+    """Colour of each group, the whole batch in dark grey; shades of grey for all, where a run is at chance."""
+    palette = GREYS if grey else GROUP_COLOURS
+    named = {group: palette[i % len(palette)] for i, group in enumerate(groups[1:])}
     return {groups[0]: BATCH_COLOUR, **named}
 
 
-def dashes(groups: list[str]) -> dict[str, Any]:
+def dashes(groups: list[str], grey: bool = False) -> dict[str, Any]:
     """Line style of each group: the whole batch dashed, and dotted where a colour comes for the second time."""
-    named = {group: "-" if i < len(GROUP_COLOURS) else (0, (1, 1)) for i, group in enumerate(groups[1:])}
+    different = ["-", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
+    named = {
+        group: different[i % 4] if grey else "-" if i < len(GROUP_COLOURS) else (0, (1, 1))
+        for i, group in enumerate(groups[1:])
+    }
     return {groups[0]: (0, (4, 2)), **named}
+
+
+def sigma(number: int) -> str:
+    """Symbol of a singular value."""
+    return "σ" + str(number).translate(SUBSCRIPTS)
+
+
+def power_of_ten(exponent: int) -> str:
+    """Label of a decade."""
+    return "10" + str(exponent).translate(SUPERSCRIPTS)
 
 
 def save(figure: Figure, outputs: list[str], dots_per_inch: int) -> None:
     """Save a figure in the format of each output's extension, each file whole or not at all."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # the layout is found once, not again for each format
-    _settle(figure)
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the layout is found once, not again for each format
+        _settle(figure)
     metadata: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
     for output in outputs:
         kind = Path(output).suffix.lstrip(".")
         with written_whole(output) as temporary:
             figure.savefig(temporary, format=kind, dpi=dots_per_inch, metadata=metadata[kind])
+
+
+def save_pages(pages: list[Figure], outputs: list[str], dots_per_inch: int) -> None:
+    """Save pages as one PDF, or as one PNG in which they stand below each other, each file whole or not at all."""
+    for output in outputs:
+        with written_whole(output) as temporary:
+            if output.endswith(".pdf"):
+                from matplotlib.backends.backend_pdf import PdfPages
+
+                with PdfPages(temporary, metadata={"CreationDate": None}) as pdf:
+                    for page in pages:
+                        pdf.savefig(page, dpi=dots_per_inch)
+            elif output.endswith(".png"):
+                from PIL import Image
+
+                drawn = []
+                for page in pages:
+                    page.set_dpi(dots_per_inch)
+                    canvas = FigureCanvasAgg(page)
+                    canvas.draw()
+                    drawn.append(np.asarray(canvas.buffer_rgba())[:, :, :3].copy())
+                resolution = (dots_per_inch, dots_per_inch)
+                Image.fromarray(np.concatenate(drawn)).save(temporary, format="png", dpi=resolution)
+            else:
+                raise ValueError(f"{output}: pages are written as pdf or png")
 
 
 def _settle(figure: FigureBase) -> None:

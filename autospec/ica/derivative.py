@@ -75,10 +75,16 @@ def write_json(content: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(_plain(content), indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_status(folder: Path, subject: str, reason: str | None) -> None:
-    """Say whether a subject is included, or excluded and why."""
-    status = {"subject": subject, "status": "included" if reason is None else "excluded"}
-    write_json(status | ({} if reason is None else {"reason": reason}), folder / STATUS)
+def write_included(folder: Path, subject: str, volumes: int, digest: str) -> None:
+    """Say that a subject is included, how many volumes were used, and what its files were, as a digest."""
+    write_json({"subject": subject, "status": "included", "volumes": volumes, "digest": digest}, folder / STATUS)
+
+
+def write_excluded(folder: Path, subject: str, reason: str) -> None:
+    """Say that a subject is excluded and why, and nothing else: whatever stands in the folder is removed."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+    write_json({"subject": subject, "status": "excluded", "reason": reason}, folder / STATUS)
 
 
 def write_table(values: np.ndarray, labels: Sequence[str], path: Path, content: dict[str, Any]) -> None:

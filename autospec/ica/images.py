@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,14 +196,17 @@ def to_grid(
     from nilearn.image import resample_img
 
     kind = np.uint8 if values.dtype == bool else np.float32
-    resampled = resample_img(
-        nib.Nifti1Image(turned.astype(kind, copy=False), turned_affine),
-        target_affine=target,
-        target_shape=shape[:3],
-        interpolation=interpolation,
-        force_resample=True,
-        copy_header=True,
-    )
+    with warnings.catch_warnings():
+        # An image that holds one value only is no mask; whether it can be used is decided elsewhere.
+        warnings.filterwarnings("ignore", message="Resampling binary images with continuous")
+        resampled = resample_img(
+            nib.Nifti1Image(turned.astype(kind, copy=False), turned_affine),
+            target_affine=target,
+            target_shape=shape[:3],
+            interpolation=interpolation,
+            force_resample=True,
+            copy_header=True,
+        )
     return np.asarray(resampled.dataobj).astype(values.dtype, copy=False)
 
 

@@ -7,13 +7,14 @@ What GIFT does over a whole cohort, its mask and the scaling of its maps, are fu
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import numpy as np
 
+from autospec.cohort.files import digest_of
 from autospec.errors import UserError
 from autospec.ica.atlas import atlas_timecourses, read_timecourses
 from autospec.ica.cleaning import clean_timecourses, connectivity, spectral_summary
@@ -24,10 +25,11 @@ from autospec.ica.derivative import (
     on_voxels,
     subject_files,
     template_record,
+    write_excluded,
     write_gift_files,
+    write_included,
     write_json,
     write_square,
-    write_status,
     write_table,
 )
 from autospec.ica.images import (
@@ -174,13 +176,13 @@ def build_subject(
     # What does not depend on the subject comes first: a mistake there excludes nobody.
     ground = None if settings["grid"] == "data" else _ground(settings, files, references)
     with folder_written_whole(output) as folder:
-        reason = _try(
+        reason = _carried_out(
             lambda: _write_networks(settings, subject, files, references, ground, folder, device),
             settings,
-            files["bold"],
+            subject,
+            files,
             folder,
         )
-        write_status(folder, subject, reason)
     return f"sub-{subject}: excluded, {reason}" if reason else f"sub-{subject}: {len(references.networks)} networks"
 
 
@@ -220,10 +222,13 @@ def build_timecourses(
     if atlas is not None:
         open_image(atlas)  # a mistake there excludes nobody
     with folder_written_whole(output) as folder:
-        reason = _try(
-            lambda: _write_timecourses(settings, subject, files, atlas, labels, folder), settings, files["bold"], folder
+        reason = _carried_out(
+            lambda: _write_timecourses(settings, subject, files, atlas, labels, folder),
+            settings,
+            subject,
+            files,
+            folder,
         )
-        write_status(folder, subject, reason)
     return f"sub-{subject}: excluded, {reason}" if reason else f"sub-{subject}: time courses"
 
 
@@ -235,7 +240,8 @@ def _write_networks(
     ground: _Ground | None,
     folder: Path,
     device: str | None,
-) -> None:
+) -> int:
+    """Write everything but the status; return the number of volumes used."""
     bold = files["bold"]
     image = open_series(bold)
     scan = _scan(
@@ -292,6 +298,7 @@ def _write_networks(
     )
     if settings["gift_number"] is not None:
         write_gift_files(folder / "gift", settings["gift_number"], networks, covered, affine, timecourses)
+    return len(timecourses)
 
 
 def _write_timecourses(
@@ -301,7 +308,8 @@ def _write_timecourses(
     atlas: str | None,
     labels: list[str] | None,
     folder: Path,
-) -> None:
+) -> int:
+    """Write everything but the status; return the number of volumes used."""
     bold = files["bold"]
     sidecar = read_json(files["sidecar"])
     if atlas is None:
@@ -321,6 +329,7 @@ def _write_timecourses(
     _write_courses(
         settings, subject, scan, record, {}, scale_timecourses(values), values, scan.confounds, found, folder
     )
+    return len(values)
 
 
 def _write_courses(
@@ -429,17 +438,21 @@ def _ground(settings: SubjectSettings, files: SubjectFiles, template: Template) 
     return maps, mask, affine
 
 
-def _try(write: Any, settings: TimecourseSettings, bold: str, folder: Path) -> str | None:
-    """Run a subject's work; return why it cannot be used where such subjects are excluded."""
+def _carried_out(
+    write: Callable[[], int], settings: TimecourseSettings, subject: str, files: SubjectFiles, folder: Path
+) -> str | None:
+    """Do a subject's work and write how it ended; return why it cannot be used where such subjects are excluded."""
+    bold = files["bold"]
     try:
-        write()
+        volumes = write()
     except UserError as error:
         reason = str(error) if bold in str(error) else f"{bold}: {error}"
         if settings["on_bad_subject"] == "fail":
             raise UserError(reason) from None
-        shutil.rmtree(folder)
-        folder.mkdir()
+        write_excluded(folder, subject, reason)
         return reason
+    read = (bold, files["confounds"], files["sidecar"])
+    write_included(folder, subject, volumes, digest_of(file for file in read if file))
     return None
 
 

@@ -193,8 +193,10 @@ def blobs_at(peaks: np.ndarray, shape: tuple[int, ...], affine: np.ndarray) -> n
     voxels = np.stack(np.meshgrid(*(np.arange(length) for length in shape[:3]), indexing="ij"), axis=-1)
     millimetres = voxels @ affine[:3, :3].T + affine[:3, 3]
     maps = np.empty((*shape[:3], len(peaks)), dtype=np.float32)
+    squares = (millimetres**2).sum(-1)
     for k, peak in enumerate(peaks):
-        maps[..., k] = np.exp(-((millimetres - peak) ** 2).sum(-1) / (2 * BLOB_SIGMA_MM**2))
+        distances = squares - 2 * millimetres @ peak + peak @ peak
+        maps[..., k] = np.exp(distances.astype(np.float32) / np.float32(-2 * BLOB_SIGMA_MM**2))
     return maps
 
 

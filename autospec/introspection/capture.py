@@ -149,6 +149,7 @@ class Capture:
         self.valid: np.ndarray | None = None
         self.recording = False
         self.kept_from: Callable[[WatchedLayer], int] | None = None
+        self.make_pending: Callable[[tuple[int, int], Workspace], Pending] = Pending
         self.audited: str | None = None
         self.forwards = 0
         self._rows, self._batch_dim = rows, batch_dim
@@ -379,7 +380,7 @@ class Capture:
         if self._backward < _backward_pass():
             self._backward = _backward_pass()
             self._discard_zeroed()
-        pending = layer.pending = layer.pending or Pending(layer.shape, self.workspace)
+        pending = layer.pending = layer.pending or self.make_pending(layer.shape, self.workspace)
         batches = {id(use.forward.assignment): use.forward.assignment for use in uses}
         for assignment in batches.values():
             if assignment is not None:

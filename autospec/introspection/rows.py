@@ -182,7 +182,7 @@ def map_rows(
     reason = ""
     # In evaluation without gradients attention takes a short cut that no hook sees.
     attention = any(isinstance(module, nn.MultiheadAttention) for module in twin.modules())
-    with _generators_kept(inputs), torch.set_grad_enabled(attention):
+    with generators_kept(inputs), torch.set_grad_enabled(attention):
         lookups = _lookups(twin, args, kwargs, watched)
         likely = [_likely(shape, samples, batch_dim) for shape in lookups.values()]
         if not any(dims != (None,) for dims in choices) and not any(
@@ -507,9 +507,9 @@ def _refuse_functional_uses(
 
 
 @contextmanager
-def _generators_kept(inputs: Sequence[Tensor]) -> Iterator[None]:
-    """Put every random number generator back as it was."""
-    devices = sorted({t.device.index or 0 for t in inputs if t.is_cuda})
+def generators_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put every random number generator back as it was, also of the devices of the tensors."""
+    devices = sorted({t.device.index or 0 for t in tensors if t.is_cuda})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=devices):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from autospec.cohort.files import listed
-from autospec.cohort.record import read_participants
+from autospec.cohort.record import read_scans
 from autospec.cohort.selection import candidates
 from autospec.cohort.subjects import CohortSettings
 from autospec.errors import UserError
@@ -68,9 +68,9 @@ def build_scaling(settings: GiftScalingSettings, participants: str, folders: dic
     ----------
     settings : GiftScalingSettings
     participants : str
-        The cohort's ``participants.tsv``.
+        The cohort's ``participants.tsv``, its table of images beside it.
     folders : dict of str to str
-        Each participant's folder, by id.
+        Folder of each image's results, by its name.
     output : str
         Folder of the maps; it appears whole or not at all.
 
@@ -84,7 +84,7 @@ def build_scaling(settings: GiftScalingSettings, participants: str, folders: dic
     UserError
         If somebody's folder is missing, or grids differ.
     """
-    ids = [row["id"] for row in read_participants(participants) if row["functional"] == "yes"]
+    ids = [row["id"] for row in read_scans(participants)]
     if missing := [name for name in ids if name not in folders]:
         raise UserError(f"there are no maps of {listed(missing)}: their own jobs have not run.")
     files = {name: (Path(folders[name]), subject_files(name)) for name in ids}

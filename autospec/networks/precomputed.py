@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from autospec.cohort import gift
-from autospec.cohort.files import read_json
+from autospec.cohort.files import digest_of, read_json
 from autospec.cohort.precomputed import write_timecourses
 from autospec.cohort.subjects import Scan
 from autospec.errors import UserError
-from autospec.ica.derivative import STATUS, folder_written_whole, subject_files, write_json, write_status
+from autospec.ica.derivative import (
+    STATUS,
+    folder_written_whole,
+    subject_files,
+    write_excluded,
+    write_included,
+    write_json,
+)
 from autospec.ica.images import read_values, write_image
 from autospec.ica.subject import SubjectFiles, TimecourseSettings, build_timecourses
-from autospec.networks.status import complete_status
 
 
 class PrecomputedSettings(TypedDict):
@@ -71,20 +77,20 @@ def build_precomputed(
     )
     with folder_written_whole(output) as folder:
         try:
-            _take_over(chosen, subject, scan, files["description"], folder)
-            reason = None
+            volumes = _take_over(chosen, subject, scan, files["description"], folder)
         except UserError as error:
             if on_bad_subject == "fail":
                 raise
             reason = str(error).rstrip(".")
-            for file in folder.iterdir():
-                file.unlink()
-        write_status(folder, subject, reason)
-    complete_status(output, subject, (scan.timecourses, scan.maps, scan.mask, scan.components))
-    return f"sub-{subject}: excluded, {reason}" if reason else f"sub-{subject}: networks computed before"
+            write_excluded(folder, subject, reason)
+            return f"sub-{subject}: excluded, {reason}"
+        read = dict.fromkeys((scan.timecourses, scan.maps, scan.mask, scan.components))
+        write_included(folder, subject, volumes, digest_of(file for file in read if file))
+    return f"sub-{subject}: networks computed before"
 
 
-def _take_over(settings: TimecourseSettings, subject: str, scan: Scan, description: str, folder: Path) -> None:
+def _take_over(settings: TimecourseSettings, subject: str, scan: Scan, description: str, folder: Path) -> int:
+    """Write everything but the status; return the number of volumes."""
     names = subject_files(subject)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         table = Path(place) / f"{Path(scan.timecourses).name}.tsv"
@@ -101,6 +107,7 @@ def _take_over(settings: TimecourseSettings, subject: str, scan: Scan, descripti
             build_timecourses({**settings, "on_bad_subject": "fail"}, subject, files, None, None, made)
         except UserError as error:
             raise UserError(str(error).replace(str(table), scan.timecourses)) from None
+        volumes = int(read_json(made / STATUS)["volumes"])
         (made / STATUS).unlink()
         for file in made.iterdir():
             file.rename(folder / file.name)
@@ -110,3 +117,4 @@ def _take_over(settings: TimecourseSettings, subject: str, scan: Scan, descripti
         write_image(read_values(image, scan.maps), image.affine, folder / names["maps"])
         described = {"Description": "Map of each network, one a volume, as it was computed before."}
         write_json(record | described, folder / names["maps"].replace(".nii.gz", ".json"))
+    return volumes

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal, TypedDict
 
 from autospec.ica.subject import SubjectFiles, SubjectSettings, build_subject, build_timecourses
-from autospec.networks.status import complete_status
 
 
 class NetworksSettings(TypedDict):
@@ -61,9 +60,6 @@ def build_networks(
         "mask": files["mask"],
     }
     if files["atlas"] is not None:
-        message = build_timecourses(chosen, subject, own, files["atlas"], None, output)
-    else:
-        template = "stand-in" if settings["stand_in"] else str(files["template"])
-        message = build_subject(chosen, subject, own, template, output)
-    complete_status(output, subject, (files[key] or "" for key in ("bold", "confounds", "sidecar")))
-    return message
+        return build_timecourses(chosen, subject, own, files["atlas"], None, output)
+    template = "stand-in" if settings["stand_in"] else str(files["template"])
+    return build_subject(chosen, subject, own, template, output)

@@ -12,15 +12,18 @@ from typing import Any, TypedDict
 
 import jinja2
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from autospec.cohort.files import read_table
 from autospec.cohort.record import read_participants, read_record
-from autospec.datasets.labelled import open_labelled
-from autospec.describe import content
+from autospec.datasets.labelled import open_labelled, subjects_of
+from autospec.describe import content, network, performance_words
+from autospec.figures.differences import of_pair
+from autospec.figures.selection import shown_groups
 from autospec.paths import result
 from autospec.report.template import PAGE
-from autospec.report.words import VIEWS, difference_caption, page_caption, spectra_caption
+from autospec.report.words import VIEWS, difference_caption, page_caption, position_caption, spectra_caption
 from autospec.statistics.paper import WHAT_IT_IS_NOT
 from autospec.statistics.table import read_tests
 from autospec.storage import written_whole
@@ -73,7 +76,7 @@ def build_report(settings: ReportSettings, inputs: list[str], output: str) -> st
     cohort = None if settings["cohort"] is None else describe_cohort(settings["cohort"])
     tables = [
         _table("runs", "Runs", *_runs_table(settings)),
-        _table("tests", "Group differences by the paper's t-tests", *_tests_table(settings)),
+        _table("tests", "Tests of groups", *_tests_table(settings)),
         _table("audit", "Exactness", *_audit_table(settings)),
     ]
     tables = tables if experiments else []
@@ -94,22 +97,42 @@ def _experiment(experiment: dict[str, Any], settings: ReportSettings) -> dict[st
     panels = []
     for panel in experiment["panels"]:
         tree = open_trajectories(result("run", experiment=name, run=panel["run"]))
-        tests = read_tests(result("tests", experiment=name, run=panel["run"]))
-        if panel["compare"] is None:
-            caption = spectra_caption(tree)
-        else:
-            caption = difference_caption(tree, tests, panel["compare"], settings["variance"], settings["alpha"])
         image = _embedded(result("panel", experiment=name, panel=panel["name"], extension="png"))
+        caption = _caption(tree, panel, name, settings)
         panels.append({"letter": panel["letter"], "content": content(panel), "caption": caption, "image": image})
     origin = "Simulated data" if samples.attrs.get("simulated") else "Real data"
     return {
-        "number": experiment["number"],
+        "key": experiment["key"],
+        "heading": experiment["heading"],
         "title": experiment["title"],
         "data": f"{origin}: {samples.sizes['sample']} samples from {samples.attrs['source']}; "
         f"data set “{experiment['dataset']}”.",
-        "image": _embedded(result("figure", figure=experiment["number"], extension="png")),
+        "image": _embedded(result("figure", figure=experiment["key"], extension="png")),
         "caption": page_caption(experiment["panels"]),
         "panels": panels,
+        "supplement": _supplement(experiment),
+    }
+
+
+def _caption(tree: xr.DataTree, panel: dict[str, Any], experiment: str, settings: ReportSettings) -> str:
+    if panel["by_position"]:
+        return position_caption(tree, panel["pair"] or shown_groups(tree)[1:3])
+    if panel["compare"] is None:
+        return spectra_caption(tree)
+    tests = read_tests(result("tests", experiment=experiment, run=panel["run"]))
+    return difference_caption(tree, tests, panel["compare"], panel["test"], settings["variance"], settings["alpha"])
+
+
+def _supplement(experiment: dict[str, Any]) -> dict[str, Any] | None:
+    """The pages with the comparisons of every run, which stand as a PDF beside the report."""
+    key = experiment["supplement"]
+    if key is None:
+        return None
+    runs = [network({**run, "architecture": experiment["model"]}) for run in experiment["runs"].values()]
+    return {
+        "link": str(Path(result("figure", figure=key, extension="pdf")).relative_to("results")),
+        "caption": "holds the same comparisons of groups for every variant, marked by the paper's test as in the paper's "
+        f"supplement: {'; '.join(runs)}. The table of tests below shows the valid tests beside it.",
     }
 
 
@@ -130,43 +153,57 @@ def _runs_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
                 "first loss": float(curves["loss"][0]),
                 "final loss": float(curves["loss"][-1]),
                 "final accuracy": float(curves["accuracy"][-1]) if "accuracy" in curves else np.nan,
+                "held-out samples": performance_words(tree.attrs.get("performance")) or "–",
                 "wall seconds": used["wall_seconds"],
                 "CPU seconds": used["cpu_seconds"],
                 "peak memory (MiB)": used["peak_memory_mib"],
                 "device": tree.attrs["device"],
             }
         )
-    return "Loss is that of the batch before the update; accuracy is on the training samples.", rows
+    return "Loss is that of the batch before the update; final accuracy is on the training samples.", rows
 
 
 def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
-    p, alpha = f"p_{settings['variance']}", settings["alpha"]
     rows = []
     for experiment, run, _ in _trees(settings):
         tests = read_tests(result("tests", experiment=experiment["name"], run=run))
-        tests["significant"] = tests["resolved"] & (tests[p] < alpha)
-        for keys, part in tests.groupby(["layer", "statistic", "group_a", "group_b"], sort=False):
-            values, steps = (part[part["test"] == test] for test in ("singular_value", "step"))
-            rows.append(
-                {
-                    "experiment": experiment["name"],
-                    "run": run,
-                    **dict(zip(("layer", "statistic", "group", "against"), map(str, keys), strict=True)),
-                    "singular values": len(values),
-                    "resolved": int(values["resolved"].sum()),
-                    "significant values": int(values["significant"].sum()),
-                    "steps": len(steps),
-                    "significant steps": int(steps["significant"].sum()),
-                }
-            )
+        for pair in tests[["group_a", "group_b"]].drop_duplicates().itertuples(index=False, name=None):
+            of_test = {
+                test: of_pair(tests, list(pair), test, settings["variance"])
+                for test in ("paper", "permutation", "refit")
+            }
+            for layer in of_test["paper"]["layer"].unique():
+                here = {test: part[part["layer"] == layer] for test, part in of_test.items()}
+                gradient = here["paper"][here["paper"]["statistic"] == "gradient"]
+                values, steps = gradient[gradient["step"].isna()], gradient[gradient["index"].isna()]
+                rows.append(
+                    {
+                        "experiment": experiment["name"],
+                        "run": run,
+                        "layer": layer,
+                        "group": pair[0],
+                        "against": pair[1],
+                        "resolved values": int((~values["below_floor"]).sum()),
+                        "paper: significant values": int(values["significant"].sum()),
+                        "paper: significant steps": int(steps["significant"].sum()),
+                        **{f"{test}: smallest p": _smallest(here[test]) for test in ("permutation", "refit")},
+                    }
+                )
     test = {"student": "Student's", "welch": "Welch's"}[settings["variance"]]
     scale = "singular values" if settings["scale"] == "raw" else "logarithms of singular values"
     caption = (
-        f"{test} two-tailed t-test of {scale}, p < {alpha:g}, uncorrected, of resolved values alone: those that lie "
-        "above the noise floor in both groups at every step and change over training (the input of the first layer "
-        f"does not). {WHAT_IT_IS_NOT}"
+        f"Of the gradient. Columns “paper”: {test} two-tailed t-test of {scale}, p < {settings['alpha']:g}, "
+        "uncorrected, of resolved values alone: those that lie above the noise floor in both groups at every step and "
+        f"change over training. {WHAT_IT_IS_NOT} Columns “permutation” and “refit”, the valid tests: the smallest "
+        "family-wise p of the contrast's singular values, where that test applies to the run and the groups."
     )
     return caption, rows
+
+
+def _smallest(rows: pd.DataFrame) -> float:
+    """Smallest family-wise p of the contrast's singular values; NaN where that was not tested."""
+    p = rows.loc[rows["statistic"] == "contrast", "p_adjusted"].dropna()
+    return float(p.min()) if len(p) else np.nan
 
 
 def _audit_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
@@ -237,7 +274,8 @@ def describe_cohort(shown: dict[str, Any]) -> dict[str, Any]:
             {
                 "data set": name,
                 "kind": samples.attrs["kind"],
-                "participants": samples.sizes["sample"],
+                "participants": len(set(subjects_of(samples))),
+                "samples": samples.sizes["sample"],
                 "one sample": f"{' x '.join(map(str, samples['x'].shape[1:]))} ({', '.join(map(str, samples['x'].dims[1:]))})",
                 "template": samples.attrs.get("template") or "–",
                 "data": "simulated" if samples.attrs.get("simulated") else "real",

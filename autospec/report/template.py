@@ -61,8 +61,7 @@ for the whole batch and for each group of samples.</p>{% endif %}
 <nav aria-label="Contents"><ul>
 {% if cohort %}<li><a href="#cohort">The cohort</a></li>{% endif %}
 {% if experiments %}<li><a href="#reading">How to read the figures</a></li>
-{% for experiment in experiments %}<li><a href="#figure-{{ experiment.number }}">Figure {{ experiment.number }}.
-{{ experiment.title }}</a></li>
+{% for experiment in experiments %}<li><a href="#figure-{{ experiment.key }}">{{ experiment.heading }}</a></li>
 {% endfor %}<li><a href="#tables">Tables</a></li>{% endif %}
 </ul></nav>
 {% if cohort %}
@@ -91,23 +90,32 @@ part of the batch's gradient that comes from the group's samples. The shares add
 <li>An <strong>activation</strong> column shows those of the rows that enter the layer; an <strong>adjoint</strong>
 column those of the derivatives of the loss at its output. Under full-batch training the input of the first layer
 never changes, so its lines are flat.</li>
+<li>Beside each panel stands how well the network did on <strong>held-out</strong> samples. A network at chance is drawn
+in grey: a difference of groups in a model that learned nothing is no finding.</li>
+<li>The dotted black line is the <strong>limit of resolution</strong>: the singular values of a group's share differ from
+those of the share of all other samples by at most the largest singular value of the whole batch's gradient. Pale lines lie
+beyond the rank that the group's samples allow.</li>
 <li>The vertical axis is a singular value, on a logarithmic scale; one row of axes for each layer's weight.
 &sigma;<sub>1</sub> is the largest singular value; where lines crowd, not all of them are labelled. Lines get thinner with the number of the singular value; the
 dashed grey line is the whole batch.</li>
 <li>Panels that compare two groups colour the ratio of their singular values: one row of cells for each singular
 value, one column for each recorded step. Orange means that the first group's is larger, purple that the second's
 is.</li>
-<li>Grey areas lie below the noise floor, the highest of the groups': there a value is rounding, and nothing is called significant.</li>
+<li>Three kinds of test can be marked, and each panel names its own. <strong>paper</strong> repeats the paper's t-tests and
+describes one run. <strong>permutation</strong> and <strong>refit</strong> are tests of groups: labels are permuted with the
+weights as they are, or before the training, which is repeated.</li>
+<li>Grey areas lie below the noise floor, the highest of the groups': there a value is rounding, and nothing is called significant.
+Hatched cells lie beyond the rank that either group's samples allow.</li>
 <li>Groups of different size differ by size alone; look at the numbers of samples before you read a difference.</li>
 </ul>
 </section>
 {% for experiment in experiments %}
-<section aria-labelledby="figure-{{ experiment.number }}">
-<h2 id="figure-{{ experiment.number }}">Figure {{ experiment.number }}. {{ experiment.title }}</h2>
+<section aria-labelledby="figure-{{ experiment.key }}">
+<h2 id="figure-{{ experiment.key }}">{{ experiment.heading }}</h2>
 <p>{{ experiment.data }}</p>
 <figure class="page">
-<img src="{{ experiment.image }}" alt="Figure {{ experiment.number }}: {{ experiment.panels | length }} panels of spectra
-and group differences for {{ experiment.title }}">
+<img src="{{ experiment.image }}" alt="{{ experiment.panels | length }} panels of spectra and group differences for
+{{ experiment.title }}">
 <figcaption>{{ experiment.caption }}</figcaption>
 </figure>
 {% for panel in experiment.panels %}
@@ -117,6 +125,11 @@ and group differences for {{ experiment.title }}">
 <figcaption>{{ panel.caption }}</figcaption>
 </figure>
 {% endfor %}
+{% if experiment.supplement %}
+<h3>Supplement</h3>
+<p><a class="beside" href="{{ experiment.supplement.link }}"><code>{{ experiment.supplement.link }}</code></a>
+{{ experiment.supplement.caption }}</p>
+{% endif %}
 </section>
 {% endfor %}
 <section aria-labelledby="tables">

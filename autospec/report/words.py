@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from autospec.describe import content
+from autospec.describe import content, performance_words
+from autospec.figures.differences import of_pair
 
 # Title and caption of each picture of a cohort.
 VIEWS = {
@@ -35,7 +36,12 @@ VIEWS = {
 
 def page_caption(panels: list[dict[str, Any]]) -> str:
     """Caption of a composed page: what each panel is."""
-    spectra = [f"{panel['letter']} {content(panel)}" for panel in panels if panel["compare"] is None]
+    spectra = [
+        f"{panel['letter']} {content(panel)}"
+        for panel in panels
+        if panel["compare"] is None and not panel["by_position"]
+    ]
+    positions = [f"{panel['letter']} {content(panel)}" for panel in panels if panel["by_position"]]
     differences = [f"{panel['letter']} {content(panel)}" for panel in panels if panel["compare"] is not None]
     parts = []
     if spectra:
@@ -43,7 +49,9 @@ def page_caption(panels: list[dict[str, Any]]) -> str:
             f"Singular values of gradient, activation and adjoint over training, by group: {'; '.join(spectra)}."
         )
     if differences:
-        parts.append(f"Differences between two groups: {'; '.join(differences)}.")
+        parts.append(f"Differences between two groups, with the test: {'; '.join(differences)}.")
+    if positions:
+        parts.append(f"The gradient's largest singular value at each position: {'; '.join(positions)}.")
     return " ".join(parts)
 
 
@@ -57,7 +65,8 @@ def spectra_caption(tree: xr.DataTree) -> str:
     loss = tree["training/loss"].values
     words = (
         f"One row for each layer, one column for each statistic; {len(steps)} recorded steps from {steps[0]} to "
-        f"{steps[-1]}. Groups: {groups}. The loss fell from {loss[0]:.3g} to {loss[-1]:.3g}"
+        f"{steps[-1]}. Groups: {groups}; of several groupings the finest is drawn. "
+        f"The loss fell from {loss[0]:.3g} to {loss[-1]:.3g}"
     )
     if "accuracy" in tree["training"]:
         words += (
@@ -75,23 +84,55 @@ def spectra_caption(tree: xr.DataTree) -> str:
         words += (
             f". At the last step the share of the gradient with the largest singular value is that {', '.join(parts)}"
         )
-    return words + "."
+    return f"{words}.{_held_out(tree)}"
 
 
-def difference_caption(tree: xr.DataTree, tests: pd.DataFrame, pair: list[str], variance: str, alpha: float) -> str:
-    """Caption of a panel of differences, with the counts that it marks."""
-    rows = tests[tests["group_a"].isin(pair) & tests["group_b"].isin(pair)]
-    counts = []
-    for (layer, statistic), part in rows.groupby(["layer", "statistic"], sort=False):
-        values = part[(part["test"] == "singular_value") & part["resolved"]]
-        counts.append(f"{int((values[f'p_{variance}'] < alpha).sum())} of {len(values)} in {layer}, {statistic}")
-    steps = rows[rows["test"] == "step"]
-    significant = int((steps["resolved"] & (steps[f"p_{variance}"] < alpha)).sum())
+def position_caption(tree: xr.DataTree, pair: list[str]) -> str:
+    """Caption of a panel along positions."""
+    return (
+        f"For each layer whose weights are used at several positions, the largest singular value of the share of the "
+        f"gradient that comes from one position, over training: groups {pair[0]} and {pair[1]}, and the logarithm (base 2) "
+        f"of their ratio. Dotted grey: not above the noise floor of the group's whole share.{_held_out(tree)}"
+    )
+
+
+def difference_caption(
+    tree: xr.DataTree, tests: pd.DataFrame, pair: list[str], test: str, variance: str, alpha: float
+) -> str:
+    """Caption of a panel of differences: what it marks, and every test of this pair beside each other."""
     return (
         f"Colour: the logarithm (base 2) of the ratio of the singular values of {pair[0]} to those of {pair[1]}, at each "
-        f"recorded step; grey below the noise floor. Dots to the right mark singular values that the paper's t-test "
-        f"over steps calls significant (p < {alpha:g}): {'; '.join(counts)}, counting those that lie above the noise "
-        "floor at every step and change over training. "
-        f"Squares above mark steps that its t-test over singular values calls significant: {significant} of {len(steps)}, "
-        "over all layers and statistics. Both tests treat dependent samples as independent."
+        f"recorded step; dotted grey below the noise floor, hatched beyond the rank that either group's samples allow. "
+        f"The marks are those of the test {test}. {test_words(tests, pair, variance, alpha)}{_held_out(tree)}"
     )
+
+
+def test_words(tests: pd.DataFrame, pair: list[str], variance: str, alpha: float) -> str:
+    """Every test of two groups: the paper's beside the valid ones, and which is which."""
+    rows = of_pair(tests, pair, "paper", variance)
+    values, steps = rows[rows["step"].isna() & ~rows["below_floor"]], rows[rows["index"].isna()]
+    words = [
+        f"paper (describes this run, no evidence about groups): {int(values['significant'].sum())} of {len(values)} "
+        f"singular values that lie above the noise floor at every step and change over training, and "
+        f"{int(steps['significant'].sum())} of {len(steps)} steps, have p < {alpha:g}"
+    ]
+    for name, valid in (
+        ("permutation", "valid where neither weights nor labels know the groups"),
+        ("refit", "valid for classifiers"),
+    ):
+        rows = of_pair(tests, pair, name, variance)
+        contrast = rows[rows["statistic"] == "contrast"]
+        if rows.empty:
+            words.append(f"{name}: not made for these groups")
+            continue
+        smallest = contrast["p_adjusted"].min()
+        words.append(
+            f"{name} ({valid}): {int(contrast['significant'].sum())} of {len(contrast)} singular values of the contrast "
+            f"have a family-wise p < {alpha:g}; the smallest is {smallest:.3g}"
+        )
+    return f"Tests: {'; '.join(words)}."
+
+
+def _held_out(tree: xr.DataTree) -> str:
+    words = performance_words(tree.attrs.get("performance"))
+    return f" {words[0].upper()}{words[1:]}." if words else ""

@@ -9,15 +9,19 @@ of groups.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from autospec.statistics.effects import hedges_g
+
 WHAT_IT_IS_NOT = (
     "The paper's t-tests treat the steps of one training, or the singular values of one spectrum, as independent "
     "samples. They are not, so these p-values describe one run and are no evidence about groups."
 )
+LEVEL = 0.95
 
 
 def compare_spectra(
@@ -47,11 +51,12 @@ def compare_spectra(
     Returns
     -------
     DataFrame
-        One row for each step (``test`` is ``step``: the singular values are the samples) and for each singular
-        value (``singular_value``: the steps are the samples), with two-tailed Student's and Welch's t and p, and
-        ``resolved``: whether rounding cannot have made the difference.  A step is resolved if two values of both
-        groups lie above the noise floor and any value varies over steps (one comparison is not to count once for each
-        step); a singular value, if it lies above the noise floor in both groups at every step and varies over steps.
+        One row for each step (``step``; the singular values are the samples) and one for each singular value
+        (``index``; the steps are the samples), of Student's and of Welch's two-tailed test (``test``): ``estimate``, the
+        difference of means, with its t interval; ``effect_size``, Hedges' g, with its interval; ``p``; and
+        ``below_floor``, where rounding may have made the difference and p is NaN.  A step is above it if two values of
+        both groups lie above the noise floor and any value varies over steps (one comparison is not to count once for
+        each step); a singular value, if it lies above the noise floor in both groups at every step and varies over steps.
     """
     present = np.isfinite(a).any(0) & np.isfinite(b).any(0)
     a, b, index = a[:, present].astype(float), b[:, present].astype(float), index[present]
@@ -61,16 +66,27 @@ def compare_spectra(
         with np.errstate(divide="ignore"):
             a, b = np.log(a), np.log(b)
     frames = []
-    for test, axis, at, resolved in (
-        ("step", 1, steps, (above.sum(1) >= 2) & varies.any()),
-        ("singular_value", 0, index, above.all(0) & varies),
+    for axis, place, resolved in (
+        (1, {"step": steps, "index": np.nan}, (above.sum(1) >= 2) & varies.any()),
+        (0, {"step": np.nan, "index": index}, above.all(0) & varies),
     ):
-        columns: dict[str, object] = {"test": test, "at": at, "samples": a.shape[axis]}
-        for name, equal in (("student", True), ("welch", False)):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # constant samples: p is NaN or 0, and not resolved
-                t, p = stats.ttest_ind(a, b, axis=axis, equal_var=equal)
-            columns[f"t_{name}"], columns[f"p_{name}"] = t, p
-        columns["resolved"] = resolved
-        frames.append(pd.DataFrame(columns))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # constant samples and logarithms of 0 are not resolved
+            effect, effect_low, effect_high = hedges_g(a, b, axis, LEVEL)
+            for name, equal in (("student", True), ("welch", False)):
+                found = stats.ttest_ind(a, b, axis=axis, equal_var=equal)
+                interval = found.confidence_interval(LEVEL)
+                columns: dict[str, Any] = {
+                    **place,
+                    "test": f"paper_{name}",
+                    "estimate": a.mean(axis) - b.mean(axis),
+                    "interval_low": interval.low,
+                    "interval_high": interval.high,
+                    "effect_size": effect,
+                    "effect_low": effect_low,
+                    "effect_high": effect_high,
+                    "p": np.where(resolved, found.pvalue, np.nan),
+                    "below_floor": ~resolved,
+                }
+                frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)

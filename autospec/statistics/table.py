@@ -1,24 +1,120 @@
-"""The table of tests, as it is written and read: labels of groups stay text, whatever they look like."""
+"""The table of tests of groups, as it is written and read: labels of groups stay text, whatever they look like."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from autospec.errors import UserError
 from autospec.storage import written_whole
 
-TEXT = ("layer", "statistic", "group_a", "group_b", "test")
-NUMBERS = ("t_student", "p_student", "t_welch", "p_welch")
+# Every column of the table, in its order, in words.
+COLUMNS: Mapping[str, str] = {
+    "layer": "Name of the parameter.",
+    "statistic": (
+        "What is compared. Of the paper's tests: the spectra of gradient, activation or adjoint. Of permutation and refit: "
+        "contrast, the singular values of G_a/N_a - G_b/N_b, where G is a group's share of the gradient and N its number "
+        "of samples; difference, the groups' singular values divided by their samples; cosine, between the two shares; "
+        "effective_rank, the difference of the shares' effective ranks; distance, the Frobenius norm of the contrast."
+    ),
+    "step": (
+        "Number of updates before the values arose; empty where one singular value is compared over all recorded steps."
+    ),
+    "index": "Number of the singular value, from 1; empty where the whole spectrum or the whole layer is compared.",
+    "group_a": "Label of the first group.",
+    "group_b": "Label of the second group.",
+    "comparison": "Both groups, as in 'a - b'.",
+    "test": (
+        "paper_student and paper_welch: the paper's t-tests; permutation: labels permuted with the weights as they are; "
+        "refit: labels permuted before training, and the training repeated."
+    ),
+    "estimate": (
+        "Of the paper's tests the difference of means, of logarithms where those are tested; elsewhere the statistic."
+    ),
+    "interval_low": (
+        "Lower end of the estimate's 95 % interval: by the t distribution, or elsewhere the shifts of the statistic that a "
+        "test by the same permutations would not reject."
+    ),
+    "interval_high": "Upper end of that interval.",
+    "effect_size": (
+        "Hedges' g of the paper's tests; elsewhere the statistic's distance from its mean over permutations, in their "
+        "standard deviations."
+    ),
+    "effect_low": "Lower end of the effect size's 95 % interval.",
+    "effect_high": "Upper end of that interval.",
+    "p": "P-value, uncorrected; empty where nothing is tested.",
+    "p_adjusted": (
+        "P-value corrected for the family of tests, whose members the description names: Holm's of the paper's tests, by "
+        "the maximum of the standardised statistics elsewhere."
+    ),
+    "p_bh": "P-value adjusted by Benjamini and Hochberg, which controls the false discovery rate.",
+    "p_holm": "P-value adjusted by Holm.",
+    "significant": (
+        "Whether p is below alpha, uncorrected as in the paper, of the paper's tests; whether p_adjusted is elsewhere."
+    ),
+    "below_floor": "Whether rounding alone could have made the values; such rows are not tested.",
+}
+TEXT = ("layer", "statistic", "group_a", "group_b", "comparison", "test")
+WHOLE = ("step", "index")
+TRUE_OR_FALSE = ("significant", "below_floor")
+NUMBERS = tuple(name for name in COLUMNS if name not in (*TEXT, *WHOLE, *TRUE_OR_FALSE))
+PAPER = ("paper_student", "paper_welch")
+TESTS = (*PAPER, "permutation", "refit")
+
+
+def tidy(table: pd.DataFrame) -> pd.DataFrame:
+    """Give a table all columns, in their order and with their types; those it lacks are empty."""
+    found = table.reindex(columns=list(COLUMNS))
+    types: dict[str, Any] = {
+        **dict.fromkeys(TEXT, str),
+        **dict.fromkeys(WHOLE, "Int64"),
+        **dict.fromkeys(NUMBERS, float),
+        **dict.fromkeys(TRUE_OR_FALSE, bool),
+    }
+    return found.astype(types)
 
 
 def write_tests(table: pd.DataFrame, path: str | Path) -> None:
     """Write a table of tests, tab-separated; it appears whole or not at all."""
     with written_whole(path) as temporary:
-        table.to_csv(temporary, sep="\t", index=False, float_format="%.8g")
+        tidy(table).to_csv(temporary, sep="\t", index=False, float_format="%.8g")
 
 
 def read_tests(path: str | Path) -> pd.DataFrame:
-    """Read a table of tests; labels such as "0" and "NA" stay text."""
-    missing = {column: [""] for column in NUMBERS}
-    return pd.read_csv(path, sep="\t", dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=missing)
+    """Read a table of tests; labels such as "0" and "NA" stay text.
+
+    Raises
+    ------
+    UserError
+        If there is no such table, or it has other columns.
+    """
+    types: dict[str, Any] = {
+        **dict.fromkeys(TEXT, str),
+        **dict.fromkeys(WHOLE, "Int64"),
+        **dict.fromkeys(NUMBERS, float),
+    }
+    empty = {column: [""] for column in (*WHOLE, *NUMBERS)}
+    try:
+        table = pd.read_csv(path, sep="\t", dtype=types, keep_default_na=False, na_values=empty)
+    except FileNotFoundError:
+        raise UserError(f"there is no table of tests at {path}: run the tests of that run.") from None
+    except (ValueError, pd.errors.ParserError) as error:
+        raise UserError(f"{path} is no table of tests ({error}): make it again.") from error
+    if list(table.columns) != list(COLUMNS):
+        raise UserError(f"{path} is no table of tests: its columns are {list(table.columns)}; make it again.")
+    return table
+
+
+def write_description(description: Mapping[str, Any], path: str | Path) -> None:
+    """Write a description as JSON; it appears whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def comparison_name(group_a: str, group_b: str) -> str:
+    """Both groups, as in the trajectories' contrasts."""
+    return f"{group_a} - {group_b}"

@@ -331,3 +331,17 @@ def test_files_of_a_subjects_job(tmp_path):
     assert digest_of([]) == ""
     with pytest.raises(UserError, match="cannot be read"):
         digest_of([str(tmp_path / "gone")])
+
+
+def test_all_images_are_told_apart_by_session_and_run(tmp_path):
+    participants(tmp_path / "participants.tsv", [("1", "HC", "M", "3"), ("2", "SZ", "F", "4")])
+    for session, run in (("pre", "1"), ("pre", "2"), ("post", "1")):
+        fmriprep(tmp_path, ["1"], session=session, run=run)
+    fmriprep(tmp_path, ["2"])
+    with pytest.raises(UserError, match=r"sub-1 has several images that fit.*or set scans to first or all"):
+        candidates(settings(tmp_path))
+    cohort = candidates(settings(tmp_path, scans="all"))
+    assert list(cohort.scans) == ["1_ses-post_run-1", "1_ses-pre_run-1", "1_ses-pre_run-2", "2"]
+    participant, scan = cohort.scans["1_ses-pre_run-2"]
+    assert (participant.id, scan.session, scan.run) == ("1", "pre", "2")
+    assert list(candidates(settings(tmp_path, scans="first")).scans) == ["1", "2"]

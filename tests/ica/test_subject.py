@@ -89,7 +89,9 @@ def test_a_folder_holds_what_it_should(made, template, brain):
     assert sorted(content(made)) == sorted(
         [*names.values(), *(n.replace(".nii.gz", ".json").replace(".tsv", ".json") for n in names.values() if not n.endswith(".json"))]
     )  # fmt: skip
-    assert load(made / "status.json") == {"status": "included", "subject": "01"}
+    status = load(made / "status.json")
+    assert (status["status"], status["subject"], status["volumes"]) == ("included", "01", 60)
+    assert len(status["digest"]) == 16
     maps = nib.load(made / names["maps"])
     assert maps.shape == (*SHAPE, NETWORKS)
     assert maps.get_data_dtype() == np.float32

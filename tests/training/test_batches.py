@@ -91,7 +91,7 @@ def test_parts_come_in_order_each_with_its_labels(study):
     prepared, watcher = prepared_of(study, "judge", microbatch=8), Unwatched()
     gradients(prepared, watcher)
     assert [len(labels) for labels in watcher.labels] == [8, 8, 3]
-    assert [label for labels in watcher.labels for label in labels] == prepared.labels["target"]
+    assert [label for part in watcher.labels for label in part] == prepared.labels["target"]
 
 
 @pytest.mark.parametrize("run", ["coder", "judge"])

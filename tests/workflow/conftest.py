@@ -44,6 +44,8 @@ ALL_JOBS = {
     "Drawing small/classifier",
     "Drawing small/classifier_0_vs_3",
     "Composing figure 1",
+    "Composing figure s1",
+    "Summing up",
     "Writing the report",
 }
 

@@ -6,14 +6,26 @@ from tests.workflow.conftest import ALL_JOBS, STUDY, jobs_in
 
 pytestmark = pytest.mark.workflow
 
+# What follows from other tests of the same trajectories.
+COMPARED = {
+    "Testing groups in small/autoencoder",
+    "Testing groups in small/classifier",
+    "Summing up",
+    "Drawing small/classifier_0_vs_3",
+    "Composing figure 1",
+    "Composing figure s1",
+    "Writing the report",
+}
 DRAWN = {name for name in ALL_JOBS if name.startswith(("Drawing", "Composing", "Writing"))}
 
 
 def test_first_run_makes_everything(finished):
     assert jobs_in(finished.output) == ALL_JOBS
     assert (finished.folder / "results/report.html").stat().st_size > 10_000
-    for extension in ("pdf", "png", "svg"):
-        assert (finished.folder / f"results/figures/figure-1.{extension}").stat().st_size > 1000
+    for figure in ("1", "s1"):
+        for extension in ("pdf", "png"):
+            assert (finished.folder / f"results/figures/figure-{figure}.{extension}").stat().st_size > 1000
+    assert len((finished.folder / "results/summary.tsv").read_text().splitlines()) == 1 + 2 * 2 * 3  # pairs of groups
 
 
 def test_second_run_has_nothing_to_do(analysis):
@@ -34,8 +46,10 @@ def test_one_runs_activation_redoes_that_run_and_what_shows_it(analysis):
         "Training small/classifier",
         "Testing groups in small/classifier",
         "Drawing small/classifier",
+        "Summing up",
         "Drawing small/classifier_0_vs_3",
         "Composing figure 1",
+        "Composing figure s1",
         "Writing the report",
     }
 
@@ -51,14 +65,14 @@ def test_a_page_size_redraws_the_page_alone(analysis):
     config = analysis.config()
     config["figures"]["page_height_mm"] = 250.0
     analysis.write(config)
-    assert analysis.planned() == {"Composing figure 1", "Writing the report"}
+    assert analysis.planned() == {"Composing figure 1", "Composing figure s1", "Writing the report"}
 
 
 def test_a_panel_size_retrains_nothing(analysis):
     config = analysis.config()
     config["figures"]["panel_width_mm"] = 150.0
     analysis.write(config)
-    assert analysis.planned() == DRAWN - {"Composing figure 1"}
+    assert analysis.planned() == DRAWN - {"Composing figure 1", "Composing figure s1"}
 
 
 def test_swapped_values_of_two_settings_are_noticed(analysis):
@@ -72,27 +86,21 @@ def test_another_level_of_significance_redraws_what_shows_it(analysis):
     config = analysis.config()
     config["statistics"] = {"alpha": 0.01}
     analysis.write(config)
-    assert analysis.planned() == {"Drawing small/classifier_0_vs_3", "Composing figure 1", "Writing the report"}
+    assert analysis.planned() == COMPARED
 
 
 def test_other_singular_values_redraw_what_shows_them(analysis):
     config = analysis.config()
     config["figures"]["singular_values"] = [1, 3]
     analysis.write(config)
-    assert analysis.planned() == DRAWN - {"Drawing small/classifier_0_vs_3"}
+    assert analysis.planned() == DRAWN - {"Drawing small/classifier_0_vs_3", "Composing figure s1"}
 
 
 def test_tests_of_logarithms_redraw_comparisons_alone(analysis):
     config = analysis.config()
     config["statistics"] = {"scale": "log"}
     analysis.write(config)
-    assert analysis.planned() == {
-        "Testing groups in small/autoencoder",
-        "Testing groups in small/classifier",
-        "Drawing small/classifier_0_vs_3",
-        "Composing figure 1",
-        "Writing the report",
-    }
+    assert analysis.planned() == COMPARED
 
 
 @pytest.mark.parametrize(

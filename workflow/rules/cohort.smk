@@ -49,7 +49,7 @@ rule view:
     """Draw a picture of the cohort's quality."""
     input:
         participants=result("participants"),
-        exclusions=result("exclusions"),
+        others=[result("scans"), result("exclusions")],
         folders=participants.folders(CONFIG, PEOPLE),
     output:
         pictures=[

@@ -23,12 +23,33 @@ rule dataset:
         " --output {output.store:q} --resources {output.resources:q} 2>&1 | tee {log:q}"
 
 
+rule sinusoids:
+    """Make a labelled data set of sinusoids."""
+    output:
+        store=result("dataset"),
+        resources=result("dataset_resources"),
+    log:
+        result("log", stage="sinusoids", job="{dataset}"),
+    wildcard_constraints:
+        dataset=inputs.names_of(CONFIG, "sinusoids"),
+    conda:
+        "../../envs/autospec.yaml"
+    params:
+        spec=lambda wildcards: specs.spec("sinusoids", specs.sinusoid_settings(CONFIG, wildcards.dataset)),
+    message:
+        "Making the data set {wildcards.dataset}"
+    shell:
+        "python -m autospec sinusoids --spec {params.spec:q} --output {output.store:q}"
+        " --resources {output.resources:q} 2>&1 | tee {log:q}"
+
+
 if PEOPLE is not None:
 
     rule timeseries:
         """Build a labelled data set of time courses."""
         input:
             participants=result("participants"),
+            others=[result("scans"), result("cohort")],
             folders=participants.folders(CONFIG, PEOPLE),
         output:
             store=result("dataset"),
@@ -52,6 +73,7 @@ if PEOPLE is not None:
         """Build a labelled data set of maps, aggregated by their maximum over networks."""
         input:
             participants=result("participants"),
+            others=[result("scans"), result("cohort")],
             folders=participants.folders(CONFIG, PEOPLE),
             scaled=result("gift_maps") if CONFIG.ica.scaling == "gift" else [],
         output:
@@ -76,6 +98,7 @@ if PEOPLE is not None:
         """Build a labelled data set of FreeSurfer's volumes."""
         input:
             participants=result("participants"),
+            others=[result("cohort")],
             files=participants.volume_files(PEOPLE),
         output:
             store=result("dataset"),

@@ -35,7 +35,7 @@ rule panel:
 
 
 rule figure:
-    """Compose the page of a figure."""
+    """Compose the page of a figure, or of a supplement."""
     input:
         runs=lambda wildcards: inputs.of_figure(CONFIG, "run", wildcards.figure),
         tests=lambda wildcards: inputs.of_figure(CONFIG, "tests", wildcards.figure),
@@ -47,7 +47,7 @@ rule figure:
                 category="figures",
                 labels={"figure": "{figure}", "format": extension},
             )
-            for extension in EXTENSIONS
+            for extension in PAGE_EXTENSIONS
         ],
         resources=result("figure_resources"),
     log:
@@ -55,10 +55,7 @@ rule figure:
     conda:
         "../../envs/autospec.yaml"
     params:
-        spec=lambda wildcards: specs.spec(
-            "figure",
-            specs.figure_settings(CONFIG, inputs.experiment_of_figure(CONFIG, wildcards.figure)),
-        ),
+        spec=lambda wildcards: specs.spec("figure", inputs.figure_settings(CONFIG, wildcards.figure)),
     message:
         "Composing figure {wildcards.figure}"
     shell:
@@ -66,15 +63,18 @@ rule figure:
         " --output {output.pictures:q} --resources {output.resources:q} 2>&1 | tee {log:q}"
 
 
-# `snakemake figure_1` and `snakemake experiment_mnist_mlp`: one figure alone, one experiment alone.
-for name, experiment in CONFIG.experiments.items():
+# `snakemake figure_1`, `snakemake figure_s1` and `snakemake experiment_mnist_mlp`: one page alone, one experiment alone.
+for figure in inputs.figures(CONFIG):
 
     rule:
-        """The page of one figure."""
+        """One page."""
         name:
-            f"figure_{inputs.figure_of(CONFIG, name)}"
+            f"figure_{figure}"
         input:
-            [result("figure", figure=inputs.figure_of(CONFIG, name), extension=extension) for extension in EXTENSIONS],
+            [result("figure", figure=figure, extension=extension) for extension in PAGE_EXTENSIONS],
+
+
+for name in CONFIG.experiments:
 
     rule:
         """Every page, panel and test of one experiment."""

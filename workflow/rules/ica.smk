@@ -12,6 +12,8 @@ if CONFIG.ica.timecourses == "precomputed":
             resources=result("ica_resources"),
         log:
             result("log", stage="precomputed", job="sub-{subject}"),
+        wildcard_constraints:
+            subject=participants.names_of_images(PEOPLE),
         conda:
             "../../envs/autospec.yaml"
         resources:
@@ -40,6 +42,8 @@ else:
             resources=result("ica_resources"),
         log:
             result("log", stage="subject", job="sub-{subject}"),
+        wildcard_constraints:
+            subject=participants.names_of_images(PEOPLE),
         conda:
             "../../envs/autospec.yaml"
         threads: 1
@@ -88,6 +92,7 @@ if CONFIG.ica.scaling == "gift":
         """Scale everybody's maps as GIFT does, by the mean maps of the cohort."""
         input:
             participants=result("participants"),
+            scans=result("scans"),
             folders=participants.folders(CONFIG, PEOPLE),
         output:
             folder=directory(result("gift_maps")),

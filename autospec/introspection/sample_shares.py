@@ -1,0 +1,396 @@
+"""Every sample's own share of the gradient of every watched parameter, and weighted sums of the shares.
+
+A permutation test asks for the shares of thousands of groups at one step.  They are sums over samples, so each sample's
+share is kept, as a matrix or as its factors, and the groups' shares are products with a matrix of weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .audit import Audit
+from .capture import Capture, WatchedLayer
+from .errors import WatchError
+from .factors import Factors, Lookup, Product
+from .groups import Assignment, Groups
+from .parameters import find_parameters
+from .pending import Pending, Sorting
+from .rows import generators_kept
+from .spectra import float64
+from .workspace import Workspace
+
+# Numbers formed at a time by `group_sums`.
+CHUNK = 2**22
+# Groups with more rows than this part of all are summed with weights, which spares the copy of their rows.
+MANY_ROWS = 0.75
+
+
+class SampleShares(ABC):
+    r"""The share of every sample in the gradient of one parameter.
+
+    Attributes
+    ----------
+    shape : (int, int)
+        Shape of a share.
+    rows : ndarray of int, shape (samples,)
+        Rows that each sample contributed: the rank of its share is at most this.
+    dtype : torch.dtype
+        The type in which the model computed.
+    """
+
+    shape: tuple[int, int]
+    rows: np.ndarray
+    dtype: torch.dtype
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return len(self.rows)
+
+    @abstractmethod
+    def weighted_sums(self, weights: Tensor) -> Tensor:
+        r"""Compute :math:`\sum_i w_{bi} G_i` for each row of weights.
+
+        Parameters
+        ----------
+        weights : Tensor
+            Shape (B, samples), float64, on the shares' device.
+
+        Returns
+        -------
+        Tensor
+            Shape (B, m, n), float64.
+        """
+
+    @abstractmethod
+    def of_units(self, unit: np.ndarray) -> SampleShares:
+        """Add up the shares of the samples of one unit, such as a subject's sessions.
+
+        Parameters
+        ----------
+        unit : ndarray of int, shape (samples,)
+            Number of each sample's unit, from 0; -1 leaves the sample out.
+        """
+
+    @abstractmethod
+    def reduced(self) -> SampleShares:
+        """The same without directions in which every share is zero.
+
+        Singular values and inner products of all weighted sums stay as they are; entries do not.
+        """
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the shares are."""
+
+    @property
+    @abstractmethod
+    def numbers_formed(self) -> int:
+        """Numbers that `group_sums` forms for each group."""
+
+    def group_sums(self, members: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
+        """Sums over the members of many groups, in bounded memory.
+
+        Parameters
+        ----------
+        members : ndarray of bool, shape (groups, samples)
+            Who is in each group.
+
+        Yields
+        ------
+        slice, Tensor
+            Which groups, and their shares, shape (groups, m, n), float64.
+        """
+        count = max(1, CHUNK // self.numbers_formed)
+        for start in range(0, len(members), count):
+            part = slice(start, min(start + count, len(members)))
+            yield part, self._sums(members[part])
+
+    def _sums(self, members: np.ndarray) -> Tensor:
+        return self.weighted_sums(torch.from_numpy(members.astype(np.float64)).to(self.device))
+
+
+class StackedShares(SampleShares):
+    """One matrix for each sample.
+
+    Parameters
+    ----------
+    matrices : Tensor
+        Shape (samples, m, n), float64.
+    rows : ndarray of int, shape (samples,)
+        Rows that each sample contributed.
+    dtype : torch.dtype
+        The type in which the model computed.
+    """
+
+    def __init__(self, matrices: Tensor, rows: np.ndarray, dtype: torch.dtype) -> None:
+        self.matrices, self.rows, self.dtype = matrices, rows, dtype
+        self.shape = (matrices.shape[1], matrices.shape[2])
+
+    def weighted_sums(self, weights: Tensor) -> Tensor:  # noqa: D102
+        return (weights @ self.matrices.flatten(1)).unflatten(1, self.shape)
+
+    def of_units(self, unit: np.ndarray) -> StackedShares:  # noqa: D102
+        kept = np.flatnonzero(unit >= 0)
+        if np.array_equal(unit[kept], np.arange(len(kept))):
+            matrices = self.matrices if len(kept) == len(unit) else self.matrices[torch.from_numpy(kept)]
+        else:
+            matrices = self.matrices.new_zeros(int(unit.max()) + 1, *self.shape)
+            target = torch.from_numpy(unit[kept]).to(self.device)
+            matrices.index_add_(0, target, self.matrices[torch.from_numpy(kept)])
+        return StackedShares(matrices, np.bincount(unit[kept], self.rows[kept]).astype(np.int64), self.dtype)
+
+    def reduced(self) -> StackedShares:
+        """The same without rows and columns that are zero in every share, such as words that do not occur."""
+        used = self.matrices != 0
+        first, second = used.any(2).any(0), used.any(1).any(0)
+        if bool(first.all()) and bool(second.all()):
+            return self
+        return StackedShares(self.matrices[:, first][:, :, second], self.rows, self.dtype)
+
+    @property
+    def device(self) -> torch.device:  # noqa: D102
+        return self.matrices.device
+
+    @property
+    def numbers_formed(self) -> int:  # noqa: D102
+        return max(1, self.shape[0] * self.shape[1])
+
+
+class FactoredShares(SampleShares):
+    r"""Shares :math:`\Delta_i^\top A_i` as their factors, for few rows a sample.
+
+    Parameters
+    ----------
+    activation : Tensor
+        Shape (rows, inputs), float64.
+    adjoint : Tensor
+        Shape (rows, outputs), float64.
+    sample : ndarray of int, shape (rows,)
+        Sample of each row.
+    samples : int
+        Number of samples.
+    dtype : torch.dtype
+        The type in which the model computed.
+    """
+
+    def __init__(
+        self, activation: Tensor, adjoint: Tensor, sample: np.ndarray, samples: int, dtype: torch.dtype
+    ) -> None:
+        self.activation, self.adjoint, self.sample, self.dtype = activation, adjoint, sample, dtype
+        self.shape = (adjoint.shape[1], activation.shape[1])
+        self.rows = np.bincount(sample, minlength=samples)
+        self._index = torch.from_numpy(sample).to(activation.device)
+
+    def weighted_sums(self, weights: Tensor) -> Tensor:
+        """Weigh the rows of the narrower factor; all products with the other one are one product."""
+        narrow, wide = self._narrow_and_wide()
+        weighted = weights[:, self._index].unsqueeze(1) * narrow.T.contiguous()  # (B, narrow, rows)
+        return self._as_stored((weighted.flatten(0, 1) @ wide).unflatten(0, weighted.shape[:2]))
+
+    def _sums(self, members: np.ndarray) -> Tensor:
+        """Products of the rows of the members, or of the others where these are fewer."""
+        of_rows = members[:, self.sample]
+        counts = of_rows.sum(1)
+        others = len(self.sample) - counts.min() < counts.max()
+        if others:
+            of_rows, counts = ~of_rows, len(self.sample) - counts
+        most = int(counts.max())
+        if most > MANY_ROWS * len(self.sample):
+            return super()._sums(members)
+        index = torch.from_numpy(np.argsort(~of_rows, axis=1, kind="stable")[:, :most].copy()).to(self.device)
+        narrow, wide = self._narrow_and_wide()
+        rows = narrow[index]
+        if counts.min() < most:  # groups with fewer rows are filled up with rows of the others
+            rows[torch.arange(most)[None] >= torch.from_numpy(counts)[:, None]] = 0
+        product = rows.mT @ wide[index]
+        return self._as_stored(narrow.T @ wide - product if others else product)
+
+    def _narrow_and_wide(self) -> tuple[Tensor, Tensor]:
+        """The factor with fewer columns, and the other one."""
+        return (self.adjoint, self.activation) if self.shape[0] <= self.shape[1] else (self.activation, self.adjoint)
+
+    def _as_stored(self, products: Tensor) -> Tensor:
+        return products if self.shape[0] <= self.shape[1] else products.mT
+
+    def of_units(self, unit: np.ndarray) -> FactoredShares:  # noqa: D102
+        units = unit[self.sample]
+        kept = torch.from_numpy(np.flatnonzero(units >= 0)).to(self.device)
+        return FactoredShares(
+            self.activation[kept], self.adjoint[kept], units[units >= 0], int(unit.max()) + 1, self.dtype
+        )
+
+    def reduced(self) -> FactoredShares:
+        """The same with the rows of each factor in a basis of the space that they span, where they are few."""
+        activation, adjoint = (
+            torch.linalg.qr(side.T, mode="r").R.T.contiguous()
+            if len(side) < side.shape[1] and bool(torch.isfinite(side).all())  # LAPACK may not return from NaN
+            else side
+            for side in (self.activation, self.adjoint)
+        )
+        return FactoredShares(activation, adjoint, self.sample, self.samples, self.dtype)
+
+    def stacked(self) -> StackedShares:
+        """One matrix for each sample."""
+        order = np.argsort(self.sample, kind="stable")
+        index = torch.from_numpy(order).to(self.device)
+        counts = self.rows.tolist()
+        matrices = self.activation.new_zeros(self.samples, *self.shape)
+        parts = zip(self.adjoint[index].split(counts), self.activation[index].split(counts), matrices, strict=True)
+        for adjoint, activation, matrix in parts:
+            torch.mm(adjoint.T, activation, out=matrix)
+        return StackedShares(matrices, self.rows, self.dtype)
+
+    @property
+    def device(self) -> torch.device:  # noqa: D102
+        return self.activation.device
+
+    @property
+    def numbers_formed(self) -> int:  # noqa: D102
+        return max(1, (len(self.sample) + min(self.shape)) * sum(self.shape))
+
+
+class _Gathered(Pending):
+    """What has arrived of each sample, instead of sums over groups."""
+
+    def __init__(self, shape: tuple[int, int], workspace: Workspace, samples: int) -> None:
+        super().__init__(shape, workspace)
+        self.samples = samples
+        self.products: list[tuple[Product, np.ndarray]] = []
+        self.matrices: Tensor | None = None
+        self.rows_of: dict[int, int] = {}
+
+    def add(
+        self,
+        factors: Factors,
+        sorting: Sorting,
+        shares: bool,
+        statistics: Sequence[str],
+        constant: bool,
+        kept_from: int | None = None,
+        backward: int = -1,
+    ) -> None:
+        """Add one use of the parameter: rows of products as they are, other shares as matrices."""
+        numbers = [_sample_number(key) for key in sorting.keys]
+        if isinstance(factors, Product):
+            self.products.append((factors, np.repeat(numbers, sorting.counts)))
+            return
+        for number, part in zip(numbers, factors.split(sorting.counts), strict=True):
+            activation = part.activation if isinstance(part, Lookup) else float64(part.activation)
+            share = part.with_(activation, float64(part.adjoint)).share()
+            if self.matrices is None:
+                self.matrices = share.new_zeros(self.samples, *self.shape)
+            self.matrices[number] += share
+            self.rows_of[number] = self.rows_of.get(number, 0) + part.rows
+
+    def result(self) -> SampleShares:
+        """What has arrived, in the form in which sums over samples cost least."""
+        dtype = self.dtype or torch.float32
+        parts: list[StackedShares] = []
+        if self.matrices is not None:
+            rows = np.array([self.rows_of.get(number, 0) for number in range(self.samples)])
+            parts.append(StackedShares(self.matrices, rows, dtype))
+        if self.products:
+            activation = torch.cat([float64(factors.activation) for factors, _ in self.products])
+            adjoint = torch.cat([float64(factors.adjoint_rows()) for factors, _ in self.products])
+            sample = np.concatenate([numbers for _, numbers in self.products])
+            products = FactoredShares(activation, adjoint, sample, self.samples, dtype)
+            # Multiplications for one row of weights: with the reduced factors, or with a matrix a sample.
+            factored = len(sample) * min(self.shape) * min(len(sample), max(self.shape))
+            if not parts and factored <= self.samples * self.shape[0] * self.shape[1]:
+                return products
+            parts.append(products.stacked())
+        if len(parts) == 1:
+            return parts[0]
+        first, second = parts
+        return StackedShares(first.matrices + second.matrices, first.rows + second.rows, dtype)
+
+
+def sample_shares(
+    model: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    samples: int,
+    *,
+    layers: Sequence[str] | None = None,
+    valid: Any = None,
+    batch_dim: int | None = None,
+    rows: Mapping[str, Any] | None = None,
+    unknown: str = "refuse",
+) -> dict[str, SampleShares]:
+    """Run one forward and backward pass and return every sample's share of every watched parameter's gradient.
+
+    The share of a sample is that of a group to which it belongs alone: with its own copy of the parameter, all
+    copies equal, the derivative of the loss of the whole batch with respect to that copy.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, in the mode in which it trains.  A copy of it runs: weights, buffers, gradients, hooks and random
+        number generators stay as they are.
+    loss : callable
+        ``loss(model)`` calls the model that it is given once, on the whole batch, and returns the loss.
+    samples : int
+        Number of samples of the batch.
+    layers, valid, batch_dim, rows, unknown
+        As for `autospec.watch`.
+
+    Returns
+    -------
+    dict of str to SampleShares
+        By parameter; without those that the loss does not reach.
+
+    Raises
+    ------
+    WatchError
+        If the model cannot be watched, or the rows of a layer cannot be traced to samples.
+    """
+    twin = copy.deepcopy(model)
+    found = [WatchedLayer(parameter) for parameter in find_parameters(twin, layers, unknown)]
+    given = {name: np.asarray(value).reshape(-1) for name, value in (rows or {}).items()}
+    capture = Capture(twin, found, ("gradient",), given, batch_dim, False, False, False, Audit(None))
+    capture.groups = Groups(None)
+    capture.assignment = _each_sample_a_cell(samples)
+    capture.recording = True
+    capture.make_pending = functools.partial(_Gathered, samples=samples)
+    if valid is not None:
+        mask = np.asarray(valid.cpu() if isinstance(valid, Tensor) else valid).astype(bool)
+        if mask.ndim != 2 or len(mask) != samples:
+            raise WatchError(f"valid= has the shape {mask.shape}: give one row for each of the {samples} samples.")
+        capture.valid = mask
+    learned = [layer for layer in found if layer.parameter.requires_grad]
+    capture.attach()
+    try:
+        with generators_kept(list(twin.parameters())), torch.enable_grad():
+            value = loss(twin)
+            if not capture.forwards:
+                raise WatchError("no call of the model was seen: loss(model) must call the model that it is given.")
+            torch.autograd.grad(value, [layer.parameter for layer in learned], allow_unused=True)
+        if capture.valid is not None and not capture.masked:
+            raise WatchError(
+                f"valid= has {capture.valid.shape[1]} positions, but no watched layer has as many rows a sample."
+            )
+        return {layer.name: layer.pending.result() for layer in learned if isinstance(layer.pending, _Gathered)}
+    finally:
+        capture.detach()
+
+
+def _each_sample_a_cell(samples: int) -> Assignment:
+    """Cells of one sample each, whose groups are the ones in the sample's binary number."""
+    bits = max(1, (samples - 1).bit_length())
+    numbers = np.arange(samples)
+    return Assignment(numbers, (numbers[:, None] >> np.arange(bits)) % 2 == 1)
+
+
+def _sample_number(key: bytes) -> int:
+    """The sample whose cell it is."""
+    ones = np.flatnonzero(np.frombuffer(key, dtype=bool))
+    return int((1 << ones).sum())

@@ -1,0 +1,218 @@
+r"""How two groups' shares of a gradient differ, measured for many labellings at once.
+
+The shares of the two groups add up to the same matrix S under every labelling, so that of the second group is never
+formed: with :math:`P = G_a G_a^\top` and :math:`Q = G_a S^\top` on the smaller side,
+:math:`G_b G_b^\top = S S^\top - Q - Q^\top + P`, and that of the contrast likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autospec.errors import UserError
+from autospec.introspection.sample_shares import SampleShares
+from autospec.introspection.spectra import noise_floor, singular_values
+
+# For each measure: which values speak for a difference.  The first is the headline.
+ALTERNATIVES = {
+    "contrast": "greater",
+    "difference": "two-sided",
+    "cosine": "less",
+    "effective_rank": "two-sided",
+    "distance": "greater",
+}
+STATISTICS = tuple(ALTERNATIVES)
+# Measures with one value for each singular value; the others have one for the whole layer.
+SPECTRAL = ("contrast", "difference")
+
+
+@dataclass(frozen=True)
+class LabelledSpectra:
+    """Spectra of two groups' shares and of their contrast under many labellings.
+
+    Attributes
+    ----------
+    first, second, contrast : ndarray, shape (labellings, singular values)
+        Descending; the contrast is :math:`G_a / N_a - G_b / N_b`.
+    cosine : ndarray, shape (labellings,)
+        Between the two groups' shares.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    contrast: np.ndarray
+    cosine: np.ndarray
+
+
+def labelled_spectra(
+    shares: SampleShares, in_first: np.ndarray, size_first: np.ndarray, size_second: np.ndarray
+) -> LabelledSpectra:
+    """Compute the spectra under every labelling.
+
+    Parameters
+    ----------
+    shares : SampleShares
+        One share for each subject compared.
+    in_first : ndarray of bool, shape (labellings, subjects)
+        Who is in the first group.
+    size_first, size_second : ndarray, shape (labellings,)
+        Samples in each group.
+    """
+    shares = shares.reduced()
+    total = shares.weighted_sums(torch.ones(1, shares.samples, dtype=torch.float64, device=shares.device))[0]
+    count = min(shares.shape)
+    spectra = np.empty((3, len(in_first), count))
+    cosine = np.empty(len(in_first))
+    for part, sums in shares.group_sums(in_first):
+        sizes = (torch.from_numpy(size[part].astype(np.float64)).to(sums.device) for size in (size_first, size_second))
+        grams = gram_matrices(sums, total, *sizes)
+        spectra[:, part] = torch.stack(singular_values(grams)).cpu().numpy()
+        squares = [gram.diagonal(dim1=1, dim2=2).sum(1) for gram in grams]
+        inner = (torch.einsum("bmn,mn->b", sums, total) - squares[0]) / (squares[0] * squares[1]).sqrt()
+        cosine[part] = inner.clamp(-1, 1).cpu().numpy()
+    return LabelledSpectra(spectra[0], spectra[1], spectra[2], cosine)
+
+
+def gram_matrices(first: Tensor, total: Tensor, size_first: Tensor, size_second: Tensor) -> list[Tensor]:
+    """Gram matrices on the smaller side of the first group's share, of the second's, and of their contrast.
+
+    Parameters
+    ----------
+    first : Tensor
+        The first group's share under each labelling, shape (B, m, n), float64.
+    total : Tensor
+        Sum of both groups' shares, shape (m, n).
+    size_first, size_second : Tensor
+        Samples in each group, shape (B,), float64.
+
+    Returns
+    -------
+    list of Tensor
+        Three of shape (B, s, s), with s = min(m, n).
+    """
+    if total.shape[0] > total.shape[1]:
+        first, total = first.mT, total.mT
+    own = first @ first.mT
+    cross = first @ total.mT
+    cross = cross + cross.mT
+    whole = total @ total.mT
+    second = whole - cross + own
+    # The contrast is G_a (1 / N_a + 1 / N_b) - S / N_b.
+    scale = (1 / size_first + 1 / size_second)[:, None, None]
+    part = (1 / size_second)[:, None, None]
+    contrast = scale.square() * own - scale * part * cross + part.square() * whole
+    return [own, second, contrast]
+
+
+def effective_rank(spectrum: np.ndarray) -> np.ndarray:
+    """Exponential of the entropy of the singular values, taken as parts of their sum, over the last axis.
+
+    Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", EUSIPCO.  NaN for a zero matrix.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        parts = spectrum / spectrum.sum(-1, keepdims=True)
+        terms = np.where(parts > 0, parts * np.log(parts), np.where(np.isnan(parts), np.nan, 0.0))
+    return np.exp(-terms.sum(-1))
+
+
+def measure(spectra: LabelledSpectra, statistic: str, size_first: np.ndarray, size_second: np.ndarray) -> np.ndarray:
+    """One measure under every labelling.
+
+    Parameters
+    ----------
+    spectra : LabelledSpectra
+        The spectra.
+    statistic : str
+        ``contrast``: spectrum of the contrast.  ``difference``: of the two groups' spectra, each divided by the group's
+        samples.  ``cosine``: between the shares.  ``effective_rank``: difference of the shares' effective ranks.
+        ``distance``: Frobenius norm of the contrast.
+    size_first, size_second : ndarray, shape (labellings,)
+        Samples in each group.
+
+    Returns
+    -------
+    ndarray, shape (labellings, values)
+        One value, or one for each singular value.
+    """
+    if statistic == "contrast":
+        return spectra.contrast
+    if statistic == "difference":
+        return spectra.first / size_first[:, None] - spectra.second / size_second[:, None]
+    if statistic == "cosine":
+        return spectra.cosine[:, None]
+    if statistic == "effective_rank":
+        return (effective_rank(spectra.first) - effective_rank(spectra.second))[:, None]
+    if statistic == "distance":
+        return np.sqrt(np.square(spectra.contrast).sum(1, keepdims=True))
+    raise ValueError(f"unknown statistic {statistic!r}")
+
+
+def resolved(
+    spectra: LabelledSpectra,
+    statistic: str,
+    size_first: np.ndarray,
+    size_second: np.ndarray,
+    shape: tuple[int, int],
+    rows: tuple[np.ndarray, np.ndarray],
+    dtype: torch.dtype,
+) -> np.ndarray:
+    """Whether each value lies above the noise floor under each labelling.
+
+    A difference needs both groups' values above their own floors; the whole layer's measures need the largest value.
+
+    Parameters
+    ----------
+    spectra : LabelledSpectra
+        The spectra.
+    statistic : str
+        The measure.
+    size_first, size_second : ndarray, shape (labellings,)
+        Samples in each group.
+    shape : (int, int)
+        Shape of the parameter's matrix.
+    rows : (ndarray, ndarray), each of shape (labellings,)
+        Rows of each group.
+    dtype : torch.dtype
+        The type in which the model computed.
+
+    Returns
+    -------
+    ndarray of bool, shape (labellings, values)
+    """
+    floors = [
+        noise_floor(spectrum[:, 0], shape, count, dtype, "gradient")
+        for spectrum, count in zip((spectra.first, spectra.second), rows, strict=True)
+    ]
+    if statistic in ("contrast", "distance"):
+        above = spectra.contrast > (floors[0] / size_first + floors[1] / size_second)[:, None]
+    else:
+        above = (spectra.first > floors[0][:, None]) & (spectra.second > floors[1][:, None])
+    return above if statistic in SPECTRAL else above[:, :1]
+
+
+def values_possible(statistic: str, shape: tuple[int, int], rows: tuple[np.ndarray, np.ndarray]) -> int:
+    """How many values of a measure the groups' rows allow under every labelling to differ from zero."""
+    if statistic not in SPECTRAL:
+        return 1
+    if statistic == "contrast":
+        return int(min(*shape, rows[0][0] + rows[1][0]))
+    return int(min(*shape, rows[0].min(), rows[1].min()))
+
+
+def checked(statistics: Collection[str]) -> tuple[str, ...]:
+    """Statistics in a fixed order.
+
+    Raises
+    ------
+    UserError
+        If there is none, or one is not known.
+    """
+    unknown = [name for name in statistics if name not in STATISTICS]
+    if unknown or not statistics or isinstance(statistics, str):
+        raise UserError(f"statistics={statistics!r}: choose one or more of {list(STATISTICS)} in a list.")
+    return tuple(name for name in STATISTICS if name in statistics)

@@ -1,0 +1,471 @@
+"""Which labellings of the subjects a permutation test compares with the observed one.
+
+The unit is the subject, with all its sessions and windows.  A comparison permutes within its two groups, on request
+within strata such as sites; a continuous confounder is met by labellings drawn conditionally on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from autospec.errors import UserError
+
+SMALLEST_GROUP = 2
+# With fewer subjects in a group than this, the result says that it rests on few.
+FEW_SUBJECTS = 10
+# Rounds of swaps between two labellings of the conditional sampler.
+ROUNDS = 50
+# Weight of the squared coefficients of standardised confounders in the propensity model.
+PENALTY = 1.0
+# An imbalance remains if it is larger than this many standard deviations and the drawn labellings do not share it.
+IMBALANCE = 0.25
+MIDDLE = 0.95
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two groups of subjects.
+
+    Attributes
+    ----------
+    first, second : str
+        Labels of the two groups.
+    unit : ndarray of int, shape (samples,)
+        Number of each sample's subject among those compared; -1 where the sample is in neither group.
+    subjects : ndarray of str, shape (units,)
+        The subjects, sorted, so that the order of the samples decides nothing.
+    in_first : ndarray of bool, shape (units,)
+        Which subjects are in the first group.
+    stratum : ndarray of int, shape (units,)
+        Number of each subject's stratum.
+    sizes : ndarray of int, shape (units,)
+        Samples of each subject.
+    """
+
+    first: str
+    second: str
+    unit: np.ndarray
+    subjects: np.ndarray
+    in_first: np.ndarray
+    stratum: np.ndarray
+    sizes: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """Both groups, as in the tree's contrasts."""
+        return f"{self.first} - {self.second}"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader should know of the groups' sizes."""
+        counts = {self.first: int(self.in_first.sum()), self.second: int((~self.in_first).sum())}
+        return [
+            f"the group '{label}' has only {count} subjects: a test of so few finds large differences alone"
+            for label, count in counts.items()
+            if count < FEW_SUBJECTS
+        ]
+
+    def distinct(self) -> int:
+        """Count the labellings, the observed one too, that keep each group's number of subjects in each stratum."""
+        sizes = np.bincount(self.stratum)
+        chosen = np.bincount(self.stratum, self.in_first).astype(int)
+        return math.prod(math.comb(int(n), int(k)) for n, k in zip(sizes, chosen, strict=True))
+
+
+def compare(
+    labels: Any,
+    first: str,
+    second: str,
+    *,
+    subjects: Any = None,
+    strata: Mapping[str, Any] | None = None,
+    minimum: int = SMALLEST_GROUP,
+) -> Comparison:
+    """Take two groups out of a study's labels.
+
+    Parameters
+    ----------
+    labels : array-like, shape (samples,)
+        Label of each sample; None and NaN belong to no group.
+    first, second : str
+        The groups that are compared.
+    subjects : array-like, shape (samples,), optional
+        Subject of each sample; by default each sample is a subject.
+    strata : mapping of str to array-like, optional
+        Columns such as site and sex, one value a sample: labels are permuted only among subjects that share them all.
+    minimum : int
+        Smallest number of subjects a group may have, at least 2.
+
+    Raises
+    ------
+    UserError
+        If a group does not exist or is too small, the columns differ in length, a subject has two labels or two
+        strata, a stratum is missing, or no other labelling is possible.
+    """
+    column_of_labels = np.asarray(labels, dtype=object)
+    count = len(column_of_labels)
+    named = [None if absent else str(label) for label, absent in _with_absent(column_of_labels)]
+    present = sorted({value for value in named if value is not None})
+    columns = {"subjects": subjects, **(strata or {})}
+    for name, column in columns.items():
+        if column is not None and len(column) != count:
+            raise UserError(
+                f"'{name}' has {len(column)} entries, but there are {count} labels: give one for each sample."
+            )
+    if first == second:
+        raise UserError(f"the comparison of '{first}' with itself was asked for: name two groups out of {present}.")
+    for label in (first, second):
+        if label not in present:
+            raise UserError(
+                f"the comparison names the group '{label}', but the labels are {present}: name two of these."
+            )
+    rows = np.array([value in (first, second) for value in named])
+    unit = np.full(count, -1)
+    if subjects is None:
+        ids = np.flatnonzero(rows).astype(str)
+        unit[rows] = np.arange(rows.sum())
+    else:
+        of_sample = np.asarray(subjects, dtype=object)[rows]
+        if pd.isna(of_sample).any():
+            raise UserError("'subjects' names no subject for some samples: give one for each sample with a label.")
+        ids, unit[rows] = np.unique(of_sample.astype(str), return_inverse=True)
+    label_of = _one_value_each(np.array(named, dtype=object), unit, ids, "label")
+    in_first = label_of == first
+    for label, size in ((first, in_first.sum()), (second, (~in_first).sum())):
+        if size < max(minimum, SMALLEST_GROUP):
+            raise UserError(
+                f"the group '{label}' has {size} subject{'s' if size > 1 else ''}, fewer than the "
+                f"{max(minimum, SMALLEST_GROUP)} that a test needs: leave it out or merge it with another."
+            )
+    stratum = np.zeros(len(ids), dtype=np.int64)
+    for name, column in (strata or {}).items():
+        values = np.asarray(column, dtype=object)
+        if pd.isna(values[rows]).any():
+            raise UserError(f"the stratum '{name}' is missing for some samples: leave them out or give it.")
+        value_of = _one_value_each(values, unit, ids, f"value of '{name}'").astype(str)
+        _, codes = np.unique(value_of, return_inverse=True)
+        _, stratum = np.unique(stratum * (codes.max() + 1) + codes, return_inverse=True)
+    comparison = Comparison(first, second, unit, ids, in_first, stratum, np.bincount(unit[rows]))
+    if comparison.distinct() == 1:
+        raise UserError(
+            f"no stratum holds subjects of both '{first}' and '{second}', so nothing can be permuted: use fewer strata."
+        )
+    return comparison
+
+
+def _with_absent(values: np.ndarray) -> Iterator[tuple[object, bool]]:
+    """Each value, and whether it is missing."""
+    return zip(values.tolist(), pd.isna(values).tolist(), strict=True)
+
+
+def _one_value_each(values: np.ndarray, unit: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
+    """The value of each subject, which must be the same for all its samples."""
+    rows = np.flatnonzero(unit >= 0)
+    found = np.empty(len(ids), dtype=object)
+    found[unit[rows]] = values[rows]
+    for row in rows:
+        if values[row] != found[unit[row]]:
+            raise UserError(
+                f"the subject '{ids[unit[row]]}' has more than one {what}: give all its samples the same one."
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Labellings:
+    """The observed labelling, and those that it is compared with.
+
+    Attributes
+    ----------
+    in_first : ndarray of bool, shape (labellings, units)
+        Which subjects are in the first group; row 0 is the observed labelling.
+    enumerated : bool
+        Whether these are all possible labellings.
+    message : str
+        How they came about, in a sentence.
+    balance : DataFrame or None
+        Of a conditional drawing: see `balance_of`.
+    refused : str
+        Why no p may be given, or empty.
+    """
+
+    in_first: np.ndarray
+    enumerated: bool
+    message: str
+    balance: pd.DataFrame | None = None
+    refused: str = ""
+
+    def __len__(self) -> int:
+        return len(self.in_first)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the labellings, the same on every machine."""
+        return hashlib.sha256(
+            np.packbits(self.in_first, axis=None).tobytes() + repr(self.in_first.shape).encode()
+        ).hexdigest()
+
+
+def draw_labellings(comparison: Comparison, permutations: int, seed: int) -> Labellings:
+    """Draw labellings at random within strata, or list all of them where there are no more than asked for.
+
+    Parameters
+    ----------
+    comparison : Comparison
+        The groups.
+    permutations : int
+        How many labellings beside the observed one.
+    seed : int
+        Labelling b depends on this and on b alone.
+
+    Raises
+    ------
+    UserError
+        If no permutation is asked for.
+    """
+    _check_count(permutations, seed)
+    distinct = comparison.distinct()
+    if distinct <= permutations + 1:
+        rows = list(_every_labelling(comparison))
+        observed = next(i for i, row in enumerate(rows) if np.array_equal(row, comparison.in_first))
+        rows[0], rows[observed] = rows[observed], rows[0]
+        message = (
+            f"all {distinct} possible labellings were used"
+            if distinct == permutations + 1
+            else f"only {distinct} labellings are possible, fewer than the {permutations} asked for: all were used"
+        )
+        return Labellings(np.stack(rows), True, message)
+    by_stratum = comparison.in_first[np.argsort(comparison.stratum, kind="stable")]
+    in_first = np.empty((permutations + 1, len(by_stratum)), dtype=bool)
+    in_first[0] = comparison.in_first
+    for b in range(1, permutations + 1):
+        in_first[b, _shuffled(comparison.stratum, np.random.default_rng([seed, b]))] = by_stratum
+    return Labellings(in_first, False, f"{permutations} of {distinct} possible labellings were drawn with seed {seed}")
+
+
+def _check_count(permutations: int, seed: int) -> None:
+    if permutations < 1 or seed < 0:
+        raise UserError(
+            f"permutations={permutations} and seed={seed}: ask for at least one permutation, and a seed of 0 or more."
+        )
+
+
+def _shuffled(stratum: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Units in random order within strata, stratum after stratum."""
+    return np.lexsort((generator.random(len(stratum)), stratum))
+
+
+def _every_labelling(comparison: Comparison) -> Iterator[np.ndarray]:
+    members = [np.flatnonzero(comparison.stratum == s) for s in range(int(comparison.stratum.max()) + 1)]
+    choices = [itertools.combinations(units, int(comparison.in_first[units].sum())) for units in members]
+    for chosen in itertools.product(*choices):
+        row = np.zeros(len(comparison.in_first), dtype=bool)
+        row[[unit for units in chosen for unit in units]] = True
+        yield row
+
+
+# ---------------------------------------------------------------------- continuous confounders
+
+
+def draw_conditional_labellings(
+    comparison: Comparison, confounders: Mapping[str, Any], permutations: int, seed: int
+) -> Labellings:
+    """Draw labellings that depend on confounders as the observed one does.
+
+    A logistic model of the label given the confounders says how likely each labelling is; pairs of subjects of one
+    stratum exchange their labels with the odds that the model gives (Berrett, Wang, Barber and Samworth 2020, "The
+    conditional permutation test for independence while controlling for confounders", J. R. Stat. Soc. B 82).  All
+    labellings, the observed one too, are as far from a common one in the middle, so that they are exchangeable.
+
+    Parameters
+    ----------
+    comparison : Comparison
+        The groups.
+    confounders : mapping of str to array-like, shape (samples,)
+        Numbers such as age and mean framewise displacement; a subject's is the mean over its samples.
+    permutations : int
+        How many labellings beside the observed one.
+    seed : int
+        Labelling b depends on this and on b alone.
+
+    Returns
+    -------
+    Labellings
+        With the balance; ``refused`` says so where an imbalance remains.
+
+    Raises
+    ------
+    UserError
+        If a confounder is missing for a sample, does not vary, or is not a number.
+    """
+    _check_count(permutations, seed)
+    table = confounders_of_units(comparison, confounders)
+    logits = propensity_logits(table.to_numpy(), comparison.in_first)
+    middle = _swapped(comparison.in_first, logits, comparison.stratum, np.random.default_rng([seed, 0]))
+    in_first = np.empty((permutations + 1, len(middle)), dtype=bool)
+    in_first[0] = comparison.in_first
+    for b in range(1, permutations + 1):
+        in_first[b] = _swapped(middle, logits, comparison.stratum, np.random.default_rng([seed, b]))
+    balance = balance_of(in_first, table)
+    worst = balance[balance["imbalanced"]]
+    refused = ""
+    if len(worst):
+        name, observed = worst.iloc[0]["confounder"], worst.iloc[0]["observed"]
+        refused = (
+            f"the groups differ in '{name}' by {observed:.2f} standard deviations and the drawn labellings do not: the "
+            "model of the label does not describe the confounder, so no p is given; match the groups, or use strata."
+        )
+    moved = (in_first[1:] != in_first[0]).mean()
+    message = (
+        f"{permutations} labellings were drawn conditionally on {', '.join(table.columns)} with seed {seed}; on "
+        f"average {moved:.0%} of the subjects have another label than the observed one"
+    )
+    return Labellings(in_first, False, message, balance, refused)
+
+
+def confounders_of_units(comparison: Comparison, confounders: Mapping[str, Any]) -> pd.DataFrame:
+    """Confounders of each subject compared, the mean over its samples, shape (units, confounders)."""
+    rows = comparison.unit >= 0
+    columns = {}
+    for name, column in confounders.items():
+        if len(column) != len(rows):
+            raise UserError(
+                f"the confounder '{name}' has {len(column)} entries for {len(rows)} samples: give one for each."
+            )
+        try:
+            values = np.asarray(column, dtype=np.float64)[rows]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the confounder '{name}' is not a number ({error}): use categories as strata.") from error
+        if not np.isfinite(values).all():
+            raise UserError(f"the confounder '{name}' is missing for some samples: leave them out or give it.")
+        columns[name] = np.bincount(comparison.unit[rows], values) / comparison.sizes
+        if np.ptp(columns[name]) == 0:
+            raise UserError(f"the confounder '{name}' is the same for all subjects: leave it out.")
+    if not columns:
+        raise UserError("no confounder was given: name at least one, or permute without.")
+    return pd.DataFrame(columns)
+
+
+def propensity_logits(confounders: np.ndarray, in_first: np.ndarray, penalty: float = PENALTY) -> np.ndarray:
+    """Log odds of the first group given the confounders, by logistic regression with a ridge penalty.
+
+    Parameters
+    ----------
+    confounders : ndarray, shape (units, confounders)
+        Standardised here.
+    in_first : ndarray of bool, shape (units,)
+        The observed labels.
+    penalty : float
+        Half of it times the squared coefficients is added to minus the log likelihood; the intercept is free.
+
+    Returns
+    -------
+    ndarray, shape (units,)
+    """
+    standard = (confounders - confounders.mean(0)) / confounders.std(0)
+    design = np.column_stack([np.ones(len(standard)), standard])
+    ridge = penalty * np.diag([0.0] + [1.0] * standard.shape[1])
+    coefficients = np.zeros(design.shape[1])
+    coefficients[0] = math.log(in_first.sum() / (~in_first).sum())
+    value = math.inf
+    for _ in range(100):  # Newton's method on a convex function, with steps halved where they go too far
+        logits = design @ coefficients
+        probability = 1 / (1 + np.exp(-logits))
+        gradient = design.T @ (probability - in_first) + ridge @ coefficients
+        weights = probability * (1 - probability)
+        step = np.linalg.solve(design.T @ (weights[:, None] * design) + ridge, gradient)
+        value = _penalised_loss(design @ coefficients, in_first, coefficients, penalty)
+        length = 1.0
+        while length > 1e-10:
+            tried = coefficients - length * step
+            if _penalised_loss(design @ tried, in_first, tried, penalty) <= value:
+                break
+            length /= 2
+        coefficients = coefficients - length * step
+        if np.abs(length * step).max() < 1e-10:
+            break
+    return design @ coefficients
+
+
+def _penalised_loss(logits: np.ndarray, in_first: np.ndarray, coefficients: np.ndarray, penalty: float) -> float:
+    likelihood = np.logaddexp(0, np.where(in_first, -logits, logits)).sum()
+    return float(likelihood + penalty / 2 * np.square(coefficients[1:]).sum())
+
+
+def _swapped(
+    in_first: np.ndarray, logits: np.ndarray, stratum: np.ndarray, generator: np.random.Generator, rounds: int = ROUNDS
+) -> np.ndarray:
+    """Rounds of exchanges of labels between random pairs of a stratum, with the odds of the propensity model."""
+    result = in_first.copy()
+    order = np.argsort(stratum, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(stratum))])[stratum[order]]
+    # The first places of pairs: every second of a stratum that has a next one in it.
+    places = np.arange(len(order))
+    has_next = np.append(stratum[order][1:] == stratum[order][:-1], False)
+    pairs = places[((places - starts) % 2 == 0) & has_next]
+    for _ in range(rounds):
+        shuffled = _shuffled(stratum, generator)
+        i, j = shuffled[pairs], shuffled[pairs + 1]
+        # Exchanged to not exchanged: the odds of one label there and the other here.
+        difference = np.where(result[i], logits[j] - logits[i], logits[i] - logits[j])
+        swap = (result[i] != result[j]) & (generator.random(len(pairs)) < 1 / (1 + np.exp(-difference)))
+        result[i[swap]], result[j[swap]] = result[j[swap]], result[i[swap]]
+    return result
+
+
+def balance_of(in_first: np.ndarray, confounders: pd.DataFrame) -> pd.DataFrame:
+    """Standardised mean differences of the confounders, of the observed labelling and of the drawn ones.
+
+    A logistic model without penalty reproduces the observed mean exactly, so squares are compared too: they show where
+    the label depends on the confounder in another way than the model says.
+
+    Parameters
+    ----------
+    in_first : ndarray of bool, shape (labellings, units)
+        Row 0 is the observed labelling.
+    confounders : DataFrame, shape (units, confounders)
+        One column each.
+
+    Returns
+    -------
+    DataFrame
+        ``confounder``, each itself and its squared distance from its mean; ``observed`` difference (first minus second
+        group) in units of the observed groups' pooled standard deviation; ``low``, ``median`` and ``high`` of the drawn
+        labellings (the middle 95 %); and ``imbalanced``: the observed difference is larger than 0.25 and outside of
+        that middle.
+    """
+    plain = confounders.to_numpy(dtype=np.float64)
+    values = np.column_stack([plain, np.square(plain - plain.mean(0))])
+    names = [*confounders.columns, *(f"{name} squared" for name in confounders.columns)]
+    weights = in_first / in_first.sum(1, keepdims=True) - ~in_first / (~in_first).sum(1, keepdims=True)
+    groups = [values[in_first[0]], values[~in_first[0]]]
+    squares = sum(np.square(group - group.mean(0)).sum(0) for group in groups)
+    pooled = np.sqrt(squares / (len(values) - 2))
+    scale = np.where(pooled > 0, pooled, values.std(0))
+    differences = (weights @ values) / scale
+    observed = differences[0]
+    low, median, high = np.quantile(differences[1:], [(1 - MIDDLE) / 2, 0.5, (1 + MIDDLE) / 2], axis=0)
+    return pd.DataFrame(
+        {
+            "confounder": names,
+            "observed": observed,
+            "low": low,
+            "median": median,
+            "high": high,
+            "imbalanced": (np.abs(observed) > IMBALANCE) & ((observed < low) | (observed > high)),
+        }
+    )
+
+
+def group_sizes(labellings: Labellings, sizes: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Samples in the first and in the second group under each labelling, each of shape (labellings,)."""
+    first = labellings.in_first @ np.asarray(sizes)
+    return first, int(np.sum(sizes)) - first

@@ -1,0 +1,409 @@
+"""The stage that trains a network again and again with permuted labels, some refits a job."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+import xarray as xr
+
+from autospec.datasets.labelled import open_labelled
+from autospec.errors import UserError
+from autospec.statistics.measures import SPECTRAL, STATISTICS, effective_rank
+from autospec.statistics.study import columns_of, exchangeable, grouped
+from autospec.statistics.table import comparison_name
+from autospec.storage import write_packed
+from autospec.training.device import chosen_device, deterministic
+from autospec.training.loop import Trainer
+from autospec.training.prepare import Prepared, prepare
+from autospec.training.settings import RunSettings
+from autospec.training.snapshots import snapshot_updates
+from autospec.watching import watch
+
+
+class RefitPartSettings(TypedDict):
+    """What the stage reads from the configuration."""
+
+    run: RunSettings
+    first: int
+    last: int
+    refits: int
+    seed: int
+    within: list[str]
+    minimum_group_size: int
+
+
+@dataclass(frozen=True)
+class Relabellings:
+    """Whose labels each subject is given in each refit.
+
+    Attributes
+    ----------
+    giver : ndarray of int, shape (refits, subjects)
+        Number of the subject whose target and groups each subject gets; row 0 leaves them as they are.
+    enumerated : bool
+        Whether these are all that differ.
+    message : str
+        How they came about.
+    """
+
+    giver: np.ndarray
+    enumerated: bool
+    message: str
+
+
+def build_refit_part(settings: RefitPartSettings, dataset: str, output: str, device: str = "auto") -> str:
+    """Carry out some refits of a run and write their statistics.
+
+    Parameters
+    ----------
+    settings : RefitPartSettings
+        The run, and which refits; refit 0 is the run with its labels as they are.
+    dataset : str
+        The labelled data set.
+    output : str
+        The ``.zarr.zip`` file to write.
+    device : str
+        Where to train, not part of the settings.
+
+    Returns
+    -------
+    str
+        One line that says what was done.
+
+    Raises
+    ------
+    UserError
+        If no pair of groups can be tested by refits, or the labels of one subject differ between its samples.
+    """
+    run = settings["run"]
+    prepared = prepare(run, dataset, chosen_device(device))
+    subjects, unit = np.unique(np.array(prepared.training.subjects, dtype=object).astype(str), return_inverse=True)
+    strata, names = strata_of(prepared, dataset, settings["within"], unit)
+    labels = of_subjects([prepared.target.tolist(), *prepared.labels.values()], unit, subjects, "target or groups")
+    drawn = draw_relabellings(labels, strata, settings["refits"], settings["seed"])
+    pairs, refused = testable(prepared, unit, settings["minimum_group_size"])
+    numbers = range(settings["first"], min(settings["last"] + 1, len(drawn.giver)))
+    epochs = run["training"]["epochs"]
+    updates = epochs * Trainer(prepared).batches.in_an_epoch
+    steps = snapshot_updates(run["training"]["snapshots"], updates)
+    found = []
+    with deterministic(prepared.device):
+        for number in numbers if pairs else ():
+            relabelled = with_labels_of(prepared, drawn.giver[number], unit)
+            found.append(statistics_of(retrained(relabelled, steps, updates), pairs))
+    family = found[0] if found else statistics_of(None, [])
+    attributes = {
+        "labellings": len(drawn.giver),
+        "enumerated": drawn.enumerated,
+        "message": drawn.message,
+        "digest": hashlib.sha256(drawn.giver.astype("<i8").tobytes()).hexdigest(),
+        "strata": names,
+        "pairs": len(pairs),
+        "refused": refused,
+    }
+    write_packed(_as_tree(found, family, list(numbers) if pairs else [], attributes), output)
+    return f"{run['name']}: refits {numbers.start} to {numbers.stop - 1} of {settings['refits']}, {len(pairs)} pairs of groups"
+
+
+# ---------------------------------------------------------------------- labels
+
+
+def of_subjects(columns: Sequence[Sequence[Any]], unit: np.ndarray, subjects: np.ndarray, what: str) -> np.ndarray:
+    """Number of each subject's combination of labels, shape (subjects,).
+
+    Raises
+    ------
+    UserError
+        If the samples of one subject differ.
+    """
+    combinations = list(zip(*columns, strict=True))
+    numbers = {combination: i for i, combination in enumerate(dict.fromkeys(combinations))}
+    codes = np.array([numbers[combination] for combination in combinations], dtype=np.int64)
+    result = np.zeros(len(subjects), dtype=np.int64)
+    result[unit] = codes
+    differs = result[unit] != codes
+    if differs.any():
+        raise UserError(
+            f"the samples of the subject '{subjects[unit[np.argmax(differs)]]}' differ in {what}, but labels are permuted "
+            "by subject: give all of a subject's samples the same ones."
+        )
+    return result
+
+
+def strata_of(
+    prepared: Prepared, dataset: str, within: Sequence[str], unit: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
+    """Number of each subject's stratum, and the groupings that make the strata.
+
+    Labels are permuted within the groupings asked for, and within whatever the target is crossed with: where groups are
+    diagnosis x sex, the diagnosis is permuted within each sex.
+    """
+    samples = open_labelled(dataset)
+    trained = samples.isel(
+        sample=np.flatnonzero(np.isin([str(i) for i in samples["id"].values], prepared.training.ids))
+    )
+    columns = columns_of(trained, within, "statistics.within")
+    target = prepared.target.tolist()
+    for name in dict.fromkeys(itertools.chain(*prepared.crossed)):
+        if not _determines(prepared.labels[name], target):
+            columns[name] = prepared.labels[name]
+    subjects = np.unique(unit)
+    if not columns:
+        return np.zeros(len(subjects), dtype=np.int64), []
+    return of_subjects(list(columns.values()), unit, subjects, " or ".join(columns)), list(columns)
+
+
+def _determines(labels: Sequence[str | None], target: Sequence[int]) -> bool:
+    """Whether each label comes with one target alone, as a diagnosis does where it is the target."""
+    pairs = {pair for pair in zip(labels, target, strict=True) if pair[0] is not None}
+    return len({label for label, _ in pairs}) == len(pairs)
+
+
+def draw_relabellings(labels: np.ndarray, strata: np.ndarray, refits: int, seed: int) -> Relabellings:
+    """Permute labels within strata at random, or list all that differ where there are no more than asked for.
+
+    Parameters
+    ----------
+    labels, strata : ndarray of int, shape (subjects,)
+        Number of each subject's labels, and of its stratum.
+    refits : int
+        How many, beside the labels as they are.
+    seed : int
+        Refit b depends on this and on b alone.
+
+    Raises
+    ------
+    UserError
+        If all subjects of each stratum have the same labels.
+    """
+    members = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
+    distinct = math.prod(_arrangements(labels[units]) for units in members)
+    if distinct == 1:
+        raise UserError(
+            "all labels are equal within each stratum, so there is nothing to permute: use fewer strata (statistics.within), "
+            "or do not ask for refits."
+        )
+    identity = np.arange(len(labels))
+    if distinct <= refits + 1:
+        rows = [identity]
+        for arrangement in itertools.product(*(_every_arrangement(labels[units]) for units in members)):
+            giver = identity.copy()
+            for units, wanted in zip(members, arrangement, strict=True):
+                giver[units] = units[_givers(labels[units], wanted)]
+            if not np.array_equal(labels[giver], labels):
+                rows.append(giver)
+        message = f"only {distinct} labellings are possible, no more than the {refits} refits asked for: all were used"
+        return Relabellings(np.stack(rows), True, message)
+    giver = np.tile(identity, (refits + 1, 1))
+    for b in range(1, refits + 1):
+        generator = np.random.default_rng([seed, b])
+        for units in members:
+            giver[b, units] = generator.permutation(units)
+    possible = distinct if distinct < 1e6 else f"about {distinct:.1e}"
+    return Relabellings(giver, False, f"{refits} of {possible} possible labellings were drawn with seed {seed}")
+
+
+def _arrangements(labels: np.ndarray) -> int:
+    """Number of different orders of some labels."""
+    counts = np.unique(labels, return_counts=True)[1].tolist()
+    return math.factorial(sum(counts)) // math.prod(map(math.factorial, counts))
+
+
+def _every_arrangement(labels: np.ndarray) -> Iterator[tuple[int, ...]]:
+    """Every different order of some labels."""
+
+    def orders(left: Counter[int], length: int) -> Iterator[tuple[int, ...]]:
+        if not length:
+            yield ()
+        for label in sorted(left):
+            if left[label]:
+                rest = left.copy()
+                rest[label] -= 1
+                for order in orders(rest, length - 1):
+                    yield (label, *order)
+
+    return orders(Counter(labels.tolist()), len(labels))
+
+
+def _givers(labels: np.ndarray, wanted: Sequence[int]) -> np.ndarray:
+    """For each place the number of a subject that has the label wanted there, each subject once."""
+    order, places = np.argsort(labels, kind="stable"), np.argsort(np.array(wanted), kind="stable")
+    givers = np.empty(len(labels), dtype=np.int64)
+    givers[places] = order
+    return givers
+
+
+def with_labels_of(prepared: Prepared, giver: np.ndarray, unit: np.ndarray) -> Prepared:
+    """Give each subject the target and the groups of another, and the network its initial weights again.
+
+    Parameters
+    ----------
+    prepared : Prepared
+        The training as it was.
+    giver : ndarray of int, shape (subjects,)
+        Whose labels each subject gets.
+    unit : ndarray of int, shape (samples,)
+        Number of each sample's subject.
+    """
+    first_row = np.unique(unit, return_index=True)[1]
+    source = first_row[giver[unit]]  # any sample of the giver: all have the same labels
+    target = prepared.target[torch.from_numpy(source).to(prepared.target.device)]
+    answer = prepared.answer if prepared.settings["task"] == "autoencoder" else target
+    labels = {name: [column[row] for row in source] for name, column in prepared.labels.items()}
+    relabelled = replace(prepared, training=replace(prepared.training, target=target, answer=answer), labels=labels)
+    return relabelled.with_initial_weights()
+
+
+def testable(prepared: Prepared, unit: np.ndarray, minimum: int) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """Pairs of groups that refits test, and for each other pair one sentence that says why not."""
+    task, target = prepared.settings["task"], np.array(prepared.target.tolist(), dtype=object)
+    pairs, refused = [], {}
+    for grouping in grouped(prepared.groups(), prepared.crossed):
+        for a, b in grouping.pairs:
+            sizes = {group: len(set(unit[grouping.labels == group])) for group in (a, b)}
+            smallest = min(sizes, key=lambda group: sizes[group])
+            if sizes[smallest] < minimum:
+                refused[comparison_name(a, b)] = (
+                    f"The group '{smallest}' has {sizes[smallest]} subject{'s' if sizes[smallest] != 1 else ''}, fewer than "
+                    f"the {minimum} that a test needs: leave it out or merge it with another."
+                )
+            elif task == "classifier" and not exchangeable(task, target, grouping.labels, a, b):
+                refused[comparison_name(a, b)] = (
+                    f"The groups '{a}' and '{b}' share a target, within which labels can be exchanged after training: see "
+                    "the permutation test."
+                )
+            else:
+                pairs.append((a, b))
+    return pairs, refused
+
+
+# ---------------------------------------------------------------------- trainings
+
+
+def retrained(prepared: Prepared, steps: Sequence[int], updates: int) -> xr.DataTree:
+    """Train once more, and record what compares the groups at some updates.
+
+    Parameters
+    ----------
+    prepared : Prepared
+        What to train on, with the initial weights.
+    steps : sequence of int
+        The updates to record.
+    updates : int
+        How many to make.
+    """
+    trainer = Trainer(prepared)
+    with watch(
+        prepared.model,
+        prepared.groups(),
+        crossed=prepared.crossed,
+        statistics=("gradient", "contrast", "cosine"),
+        steps=steps,
+        layers=prepared.settings["introspection"]["layers"],
+        quiet=True,
+    ) as watcher:
+        for update in range(updates):
+            trainer.gradient(update, watcher)
+            watcher.step()
+            trainer.step()
+    return watcher.trajectories
+
+
+def statistics_of(tree: xr.DataTree | None, pairs: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
+    """Every statistic of a training, as flat arrays of one length.
+
+    Parameters
+    ----------
+    tree : DataTree or None
+        What was recorded; None of nothing.
+    pairs : sequence of (str, str)
+        The comparisons.
+
+    Returns
+    -------
+    dict of str to ndarray
+        ``value``; ``above``, whether it lies above the noise floor; and what each belongs to: ``layer``, ``statistic``,
+        ``step``, ``index`` (0 for the whole layer), ``group_a``, ``group_b``, ``comparison``.
+    """
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*PLACES, "value", "above")}
+    for a, b in pairs:
+        assert tree is not None
+        steps = tree["step"].values
+        sizes = tree["group_size"].sel(group=[a, b]).values
+        for layer, node in tree["layers"].children.items():
+            contrast = tree[f"contrasts/{comparison_name(a, b)}/{layer}"]
+            values = _of_layer(node.to_dataset(), contrast.to_dataset(), (a, b), sizes)
+            for statistic in STATISTICS:
+                value, above = values[statistic]
+                count = value.shape[1]
+                index = np.arange(1, count + 1) if statistic in SPECTRAL else np.zeros(1, dtype=np.int64)
+                parts["step"].append(np.repeat(steps, count))
+                parts["index"].append(np.tile(index, len(steps)))
+                parts["value"].append(value.ravel())
+                parts["above"].append(above.ravel())
+                words = {"layer": layer, "statistic": statistic, "group_a": a, "group_b": b}
+                for name, word in {**words, "comparison": comparison_name(a, b)}.items():
+                    parts[name].append(np.full(value.size, word, dtype=object))
+    empty = {name: np.zeros(0, dtype=object if name in WORDS else np.int64) for name in parts}
+    return {name: np.concatenate(arrays) if arrays else empty[name] for name, arrays in parts.items()}
+
+
+WORDS = ("layer", "statistic", "group_a", "group_b", "comparison")
+PLACES = (*WORDS, "step", "index")
+
+
+def _of_layer(
+    node: xr.Dataset, contrast: xr.Dataset, pair: tuple[str, str], sizes: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Statistics of one layer and pair, and whether each is above the noise floor, shape (steps, values) each.
+
+    They are those of `autospec.statistics.measures`, from recorded spectra.
+    """
+    a, b = (node["gradient"].sel(group=group).values.astype(np.float64) for group in pair)
+    floor_a, floor_b = (node["gradient_noise_floor"].sel(group=group).values[:, None] for group in pair)
+    limits = node["rank_limit"].sel(group=list(pair)).values
+    above = (a > floor_a) & (b > floor_b)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ranks = [effective_rank(np.nan_to_num(each))[:, None] for each in (a, b)]
+    of_contrast = contrast["gradient"].values.astype(np.float64)
+    contrast_above = of_contrast > contrast["gradient_noise_floor"].values[:, None]
+    count, both = int(min(a.shape[1], limits.min())), int(min(a.shape[1], limits.sum()))
+    return {
+        "contrast": (of_contrast[:, :both], contrast_above[:, :both]),
+        "difference": ((a / sizes[:, :1] - b / sizes[:, 1:])[:, :count], above[:, :count]),
+        "cosine": (contrast["cosine"].values.astype(np.float64)[:, None], above[:, :1]),
+        "effective_rank": (ranks[0] - ranks[1], above[:, :1]),
+        "distance": (np.sqrt(np.nansum(np.square(of_contrast), axis=1, keepdims=True)), contrast_above[:, :1]),
+    }
+
+
+def _as_tree(
+    found: Sequence[dict[str, np.ndarray]],
+    family: dict[str, np.ndarray],
+    numbers: Sequence[int],
+    attributes: dict[str, Any],
+) -> xr.DataTree:
+    size = len(family["value"])
+    coordinates: dict[str, Any] = {
+        name: ("test", family[name].astype(np.dtypes.StringDType()) if name in WORDS else family[name])
+        for name in PLACES
+    }
+    value = np.array([each["value"] for each in found], dtype=np.float32).reshape(len(numbers), size)
+    above = np.array([each["above"] for each in found], dtype=bool).reshape(len(numbers), size)
+    dataset = xr.Dataset(
+        {
+            "value": (("refit", "test"), value, {"description": "of each refit; refit 0 has the true labels"}),
+            "above": (("refit", "test"), above, {"description": "whether it lies above the noise floor"}),
+        },
+        coords={"refit": ("refit", np.array(numbers, dtype=np.int64)), **coordinates},
+        attrs=attributes,
+    )
+    return xr.DataTree(dataset)

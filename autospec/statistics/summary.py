@@ -1,0 +1,167 @@
+"""The summary of an analysis: one row for each run, layer and comparison of two groups."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from autospec.paths import result
+from autospec.statistics.table import read_tests
+from autospec.storage import written_whole
+from autospec.trajectories import open_trajectories
+
+COLUMNS = {
+    "experiment": "Name of the experiment.",
+    "run": "Name of the run.",
+    "seed": "Seed of the initial weights.",
+    "architecture": "The network.",
+    "task": "autoencoder or classifier.",
+    "hidden": "Widths of the hidden layers.",
+    "activation": "Activation function.",
+    "layer": "Name of the parameter.",
+    "group_a": "First group.",
+    "group_b": "Second group.",
+    "samples_a": "Samples of the first group at the last recorded step.",
+    "samples_b": "Samples of the second group.",
+    "final_loss": "Loss of the last batch.",
+    "measure": "What was measured on held-out samples: accuracy, or the share of variance explained.",
+    "performance": "Its value.",
+    "chance": "What guessing, or the mean of the training samples, reaches.",
+    "at_chance": "Whether the run did no better than that; empty where no samples were held out.",
+    "first_step": "First recorded step.",
+    "last_step": "Last recorded step.",
+    "sigma1_a_first": "Largest singular value of the first group's share of the gradient, first recorded step.",
+    "sigma1_b_first": "The same of the second group.",
+    "sigma1_a_last": "Largest singular value of the first group's share, last recorded step.",
+    "sigma1_b_last": "The same of the second group.",
+    "log2_ratio_last": "Base-2 logarithm of the last two's ratio; empty where one is not above its noise floor.",
+    "alignment_last": "Alignment of the whole batch's factors at the last recorded step, where it is defined.",
+    "paper_values": "Share of the gradient's singular values that the paper's t-test over steps calls significant, of "
+    "those above the noise floor; no evidence about groups.",
+    "permutation_p": "Smallest family-wise p of the contrast's singular values when labels are permuted.",
+    "refit_p": "Smallest family-wise p of the contrast's singular values when trainings are repeated with permuted "
+    "labels.",
+}
+
+
+class SummarySettings(TypedDict):
+    """What the stage reads from the configuration."""
+
+    variance: str
+    runs: list[dict[str, Any]]
+
+
+def build_summary(settings: SummarySettings, inputs: list[str], output: str) -> str:
+    """Write the summary as a tab-separated table.
+
+    Parameters
+    ----------
+    settings : SummarySettings
+        Every training: experiment, run, seed, network, and the name of the run whose tests belong to it.
+    inputs : list of str
+        Every file that is read; they stand at the paths of `autospec.paths`, below the current folder.
+    output : str
+        The table to write.
+
+    Returns
+    -------
+    str
+        One line that says what the table holds.
+    """
+    rows = []
+    for about in settings["runs"]:
+        tree = open_trajectories(result("run", experiment=about["experiment"], run=about["run"]))
+        tests = read_tests(result("tests", experiment=about["experiment"], run=about["tests"]))
+        described = {name: about[name] for name in list(COLUMNS)[:7]}
+        rows += [{**described, **row} for row in summarise(tree, tests, settings["variance"])]
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    with written_whole(output) as temporary:
+        table.to_csv(temporary, sep="\t", index=False, float_format="%.6g")
+    return f"{output}: {len(table)} rows of {len(settings['runs'])} runs"
+
+
+def summarise(tree: xr.DataTree, tests: pd.DataFrame, variance: str) -> list[dict[str, Any]]:
+    """Rows of one run: one for each layer and each pair of groups that was tested.
+
+    Parameters
+    ----------
+    tree : xarray.DataTree
+        Trajectories of the run.
+    tests : DataFrame
+        Its table of tests.
+    variance : {"student", "welch"}
+        Which of the paper's t-tests is counted.
+
+    Returns
+    -------
+    list of dict
+        Keys are those of `COLUMNS` from ``layer`` on.
+    """
+    performance = tree.attrs.get("performance") or {}
+    measure = next((name for name in ("accuracy", "explained") if name in performance), None)
+    steps = tree["step"].values
+    about = {
+        "final_loss": float(tree["training/loss"].values[-1]) if "training" in tree else np.nan,
+        "measure": measure,
+        "performance": performance.get(measure, np.nan),
+        "chance": performance.get("chance", np.nan),
+        "at_chance": performance.get("at_chance"),
+        "first_step": int(steps[0]),
+        "last_step": int(steps[-1]),
+    }
+    sizes = tree["group_size"].isel(step=-1)
+    pairs = tests[["group_a", "group_b"]].drop_duplicates().itertuples(index=False, name=None)
+    by_pair = {pair: tests[(tests["group_a"] == pair[0]) & (tests["group_b"] == pair[1])] for pair in pairs}
+    rows = []
+    for layer, node in tree["layers"].children.items():
+        for (group_a, group_b), of_pair in by_pair.items():
+            here = of_pair[of_pair["layer"] == layer]
+            rows.append(
+                {
+                    "layer": layer,
+                    "group_a": group_a,
+                    "group_b": group_b,
+                    "samples_a": int(sizes.sel(group=group_a)),
+                    "samples_b": int(sizes.sel(group=group_b)),
+                    **about,
+                    **_largest(node, group_a, group_b),
+                    "alignment_last": float(node["alignment"].values[-1, 0]) if "alignment" in node else np.nan,
+                    "paper_values": _share_of_values(here, f"paper_{variance}"),
+                    **{f"{test}_p": _smallest(here, test) for test in ("permutation", "refit")},
+                }
+            )
+    return rows
+
+
+def _largest(node: xr.DataTree, group_a: str, group_b: str) -> dict[str, float]:
+    """Both groups' largest singular values, first and last, and the last's ratio."""
+    if "gradient" not in node:
+        names = ("sigma1_a_first", "sigma1_b_first", "sigma1_a_last", "sigma1_b_last", "log2_ratio_last")
+        return dict.fromkeys(names, np.nan)
+    both = [group_a, group_b]
+    values = node["gradient"].sel(group=both, index=1).transpose("group", "step").values.astype(float)
+    floor = node["gradient_noise_floor"].sel(group=both).transpose("group", "step").values
+    resolved = bool((values[:, -1] > floor[:, -1]).all())
+    return {
+        "sigma1_a_first": values[0, 0],
+        "sigma1_b_first": values[1, 0],
+        "sigma1_a_last": values[0, -1],
+        "sigma1_b_last": values[1, -1],
+        "log2_ratio_last": float(np.log2(values[0, -1] / values[1, -1])) if resolved else np.nan,
+    }
+
+
+def _share_of_values(rows: pd.DataFrame, test: str) -> float:
+    """Share of the gradient's resolved singular values that the paper's test calls significant."""
+    values = rows[(rows["test"] == test) & (rows["statistic"] == "gradient") & rows["step"].isna()]
+    resolved = values[~values["below_floor"]]
+    return float(resolved["significant"].mean()) if len(resolved) else np.nan
+
+
+def _smallest(rows: pd.DataFrame, test: str) -> float:
+    """Smallest family-wise p of the contrast's singular values."""
+    p = rows.loc[(rows["test"] == test) & (rows["statistic"] == "contrast"), "p_adjusted"].dropna()
+    return float(p.min()) if len(p) else np.nan

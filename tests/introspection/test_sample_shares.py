@@ -1,0 +1,203 @@
+"""Each sample's share against its definition, run literally, and weighted sums of shares against plain sums."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import autospec
+from autospec.introspection import WatchError
+from autospec.introspection.sample_shares import FactoredShares, StackedShares, sample_shares
+
+from .families import FAMILIES, N
+from .oracle import share_by_copies
+
+MEMBERS = {"one sample": np.arange(N) == 3, "several": np.arange(N) % 5 < 2}
+
+
+def weights(*members):
+    return torch.from_numpy(np.stack(members).astype(np.float64))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shares_are_those_of_the_definition(name):
+    problem = FAMILIES[name]()
+    problem.model.double()
+    found = sample_shares(problem.model, problem.loss, N)
+    for which, member in MEMBERS.items():
+        expected = share_by_copies(problem, member)
+        assert expected.keys() == found.keys()
+        for key, share in expected.items():
+            (mine,) = found[key].weighted_sums(weights(member))
+            assert float((mine - share).abs().max()) <= 1e-9 * float(share.abs().max()), (which, key)
+
+
+def test_in_single_precision_shares_are_exact_to_its_rounding():
+    problem = FAMILIES["2-D network"]()
+    found = sample_shares(problem.model, problem.loss, N)
+    for key, share in share_by_copies(problem, MEMBERS["several"]).items():
+        (mine,) = found[key].weighted_sums(weights(MEMBERS["several"]))
+        assert mine.dtype == torch.float64
+        assert found[key].dtype == torch.float32
+        assert float((mine - share).abs().max()) <= 1e-5 * float(share.abs().max())
+
+
+def everything(model):
+    tensors = {**model.state_dict(), **{f"{key}.grad": p.grad for key, p in model.named_parameters()}}
+    return {key: None if value is None else value.clone() for key, value in tensors.items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(
+        (a is None and second[key] is None) or torch.equal(a, second[key]) for key, a in first.items()
+    )
+
+
+def test_the_model_its_buffers_gradients_and_random_numbers_stay_as_they_are():
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
+    x = torch.randn(10, 5)
+    model(x).sum().backward()
+    before, states = everything(model), (torch.get_rng_state(), random.getstate())
+    drawn = []
+
+    def loss(model):
+        random.random()
+        output = model(x)
+        drawn.append(output.detach())
+        return output.square().mean()
+
+    sample_shares(model, loss, 10)
+    assert model.training
+    assert same(before, everything(model))
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert torch.equal(drawn[0], model(x).detach())  # the units that the next training step will drop
+
+
+def test_a_watcher_around_the_same_model_records_as_if_nothing_had_happened():
+    def run(asks):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 6)), torch.randn(9, 6)
+        optimizer = torch.optim.Adam(model.parameters())
+        with autospec.watch(model, ["a", "b", "b"] * 3, quiet=True) as watcher:
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss = (model(x) - x).square().mean()
+                if asks:
+                    sample_shares(model, lambda model: (model(x) - x).square().mean(), 9)
+                loss.backward()
+                if asks:
+                    sample_shares(model, lambda model: (model(x) - x).square().mean(), 9)
+                watcher.step()
+                optimizer.step()
+        return watcher.trajectories
+
+    plain, asked = run(False), run(True)
+    for name in ("0.weight", "2.weight"):
+        assert plain[f"layers/{name}"].to_dataset().equals(asked[f"layers/{name}"].to_dataset())
+
+
+def test_few_rows_stay_factors_and_many_become_matrices():
+    linear = nn.Sequential(nn.Linear(30, 4), nn.Tanh(), nn.Linear(4, 30))
+    x = torch.randn(8, 30)
+    for each in sample_shares(linear, lambda model: model(x).square().mean(), 8).values():
+        assert isinstance(each, FactoredShares)
+    recurrent, series = nn.RNN(6, 5, batch_first=True), torch.randn(8, 20, 6)
+    for each in sample_shares(recurrent, lambda model: model(series)[0].square().mean(), 8).values():
+        assert isinstance(each, StackedShares)
+
+
+@pytest.fixture
+def forms():
+    """The same shares as factors, with one to three rows a sample, and as matrices."""
+    generator = torch.Generator().manual_seed(1)
+    sample = np.array([2, 0, 1, 1, 3, 4, 2, 2, 5])
+    activation, adjoint = (torch.randn(len(sample), width, generator=generator).double() for width in (11, 3))
+    factored = FactoredShares(activation, adjoint, sample, 6, torch.float32)
+    expected = torch.zeros(6, 3, 11, dtype=torch.float64)
+    for row, number in enumerate(sample):
+        expected[number] += torch.outer(adjoint[row], activation[row])
+    return factored, factored.stacked(), expected
+
+
+def test_weighted_sums_are_plain_sums(forms):
+    *shares, expected = forms
+    w = torch.randn(7, 6, generator=torch.Generator().manual_seed(2)).double()
+    right = torch.einsum("bi,imn->bmn", w, expected)
+    for each in shares:
+        assert each.shape == (3, 11)
+        assert each.rows.tolist() == [1, 2, 3, 1, 1, 1]
+        assert torch.allclose(each.weighted_sums(w), right, atol=1e-12)
+        transposed = FactoredShares(forms[0].adjoint, forms[0].activation, forms[0].sample, 6, torch.float32)
+        assert torch.allclose(transposed.weighted_sums(w), right.mT, atol=1e-12)
+
+
+# Samples 0 to 5 have 1, 2, 3, 1, 1 and 1 rows.
+MEMBERSHIPS = {
+    "fewer rows": [[0, 1], [3], [0, 4, 5]],
+    "more rows": [[0, 1, 2, 3], [1, 2, 5], [0, 1, 2, 3, 5]],
+    "both": [[0], [1, 2, 3, 4, 5], []],
+}
+
+
+@pytest.mark.parametrize("groups", MEMBERSHIPS.values(), ids=MEMBERSHIPS)
+@pytest.mark.parametrize("together", [1, 2, 10])
+def test_sums_over_groups_in_bounded_memory(forms, monkeypatch, groups, together):
+    members = np.zeros((len(groups), 6), dtype=bool)
+    for row, group in zip(members, groups, strict=True):
+        row[group] = True
+    right = torch.stack([forms[2][group].sum(0) for group in groups])
+    high = FactoredShares(forms[0].adjoint, forms[0].activation, forms[0].sample, 6, torch.float32)
+    for each, expected in ((forms[0], right), (high, right.mT), (forms[1], right)):
+        monkeypatch.setattr("autospec.introspection.sample_shares.CHUNK", together * each.numbers_formed)
+        parts = list(each.group_sums(members))
+        assert [part.start for part, _ in parts] == list(range(0, 3, together))
+        assert torch.allclose(torch.cat([sums for _, sums in parts]), expected, atol=1e-12)
+
+
+def test_units_add_up_and_samples_are_left_out(forms):
+    unit = np.array([1, 0, -1, 1, 0, 2])
+    expected = torch.stack([forms[2][unit == number].sum(0) for number in range(3)])
+    for each in forms[:2]:
+        units = each.of_units(unit)
+        assert units.rows.tolist() == [3, 2, 1]
+        assert torch.allclose(units.weighted_sums(torch.eye(3, dtype=torch.float64)), expected, atol=1e-12)
+        kept = each.of_units(np.array([0, 1, -1, 2, 3, 4]))
+        assert kept.samples == 5
+        assert torch.allclose(kept.weighted_sums(torch.eye(5).double()), forms[2][[0, 1, 3, 4, 5]], atol=1e-12)
+
+
+def test_reduced_shares_keep_singular_values_and_inner_products(forms):
+    w = torch.randn(4, 6, generator=torch.Generator().manual_seed(3)).double()
+    full = forms[1].weighted_sums(w)
+    sparse = torch.zeros(6, 5, 12, dtype=torch.float64)
+    sparse[:, 1:4, :11] = forms[2]  # rows and columns that no sample reaches
+    for each in (forms[0], StackedShares(sparse, forms[0].rows, torch.float32)):
+        reduced = each.reduced()
+        assert reduced.shape == ((3, 9) if each is forms[0] else (3, 11))
+        mine = reduced.weighted_sums(w)
+        assert torch.allclose(torch.linalg.svdvals(mine), torch.linalg.svdvals(full), atol=1e-12)
+        assert torch.allclose(mine.flatten(1) @ mine.flatten(1).T, full.flatten(1) @ full.flatten(1).T, atol=1e-11)
+
+
+def test_reduced_shares_that_are_not_finite_stay_as_they_are(forms):
+    activation = forms[0].activation.clone()
+    activation[2, 3] = torch.nan
+    broken = FactoredShares(activation, forms[0].adjoint, forms[0].sample, 6, torch.float32)
+    assert broken.reduced().shape == (3, 11)
+
+
+def test_what_cannot_be_traced_is_refused():
+    model, x = nn.Linear(5, 2), torch.randn(10, 5)
+    with pytest.raises(WatchError, match="9 labels"):
+        sample_shares(model, lambda model: model(x).sum(), 9)
+    with pytest.raises(WatchError, match="valid= has the shape"):
+        sample_shares(model, lambda model: model(x).sum(), 10, valid=np.ones(10))
+    with pytest.raises(WatchError, match="no watched layer has as many rows"):
+        sample_shares(model, lambda model: model(x).sum(), 10, valid=np.ones((10, 3)))
+    twin = copy.deepcopy(model)
+    with pytest.raises(WatchError, match="no call of the model"):
+        sample_shares(model, lambda model: twin(x).sum(), 10)

@@ -1,0 +1,315 @@
+"""Refits: whose labels are permuted and how, the trainings, p by counting, parts and seeds, bad input."""
+
+import json
+from collections import Counter
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from scipy import stats
+
+from autospec import specs
+from autospec.config import parse_config
+from autospec.errors import UserError
+from autospec.statistics.null import holm
+from autospec.statistics.refit import average, build_refit, evaluate_refits, joined
+from autospec.statistics.refit_part import (
+    build_refit_part,
+    draw_relabellings,
+    retrained,
+    statistics_of,
+    strata_of,
+    with_labels_of,
+)
+from autospec.statistics.table import read_tests
+from autospec.storage import open_store
+from autospec.training.prepare import prepare
+from autospec.training.snapshots import open_snapshots
+from tests.statistics.people import contrast_by_autograd, settings_of, train, write_people
+from tests.study import SETTINGS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These small networks are not worth several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """A data set with a clear difference of diagnoses."""
+    return write_people(tmp_path_factory.mktemp("people") / "people.zarr.zip", effect=2.0)
+
+
+def settings(first: int, last: int, refits: int, run: dict | None = None, **changed) -> dict:
+    """Settings of a part."""
+    part = {"first": first, "last": last, "refits": refits, "seed": 3, "within": [], "minimum_group_size": 3}
+    return {"run": run or settings_of("classifier"), **part, **changed}
+
+
+def refits(path) -> xr.Dataset:
+    """What a part holds."""
+    return open_store(path, "refits").to_dataset()
+
+
+# ---------------------------------------------------------------------- labels
+
+
+def test_labels_are_permuted_within_strata_and_each_refit_depends_on_its_number_alone():
+    labels, strata = np.array([0, 1] * 20), np.repeat([0, 1, 2, 3], 10)
+    many, few = (draw_relabellings(labels, strata, count, seed=5).giver for count in (30, 7))
+    np.testing.assert_array_equal(many[:8], few)
+    np.testing.assert_array_equal(many[0], np.arange(40))
+    for giver in many:
+        assert sorted(giver) == list(range(40))
+        np.testing.assert_array_equal(strata[giver], strata)
+    assert len({tuple(labels[giver]) for giver in many}) > 25
+    other = draw_relabellings(labels, strata, 7, seed=6).giver
+    assert (other[1:] != few[1:]).any()
+
+
+def test_where_fewer_labellings_are_possible_all_are_used_once():
+    labels, strata = np.array([0, 0, 1, 2, 1, 1]), np.array([0, 0, 0, 0, 1, 1])
+    found = draw_relabellings(labels, strata, 99, seed=0)
+    assert found.enumerated
+    assert "only 12 labellings are possible, no more than the 99" in found.message
+    expected = {(*first, 1, 1) for first in set(permutations([0, 0, 1, 2]))}
+    assert len(expected) == 12
+    assert Counter(tuple(labels[giver]) for giver in found.giver) == Counter(expected)
+    assert all(sorted(giver) == list(range(6)) for giver in found.giver)
+    np.testing.assert_array_equal(labels[found.giver[0]], labels)
+
+
+def test_equal_labels_are_a_mistake():
+    with pytest.raises(UserError, match="all labels are equal within each stratum"):
+        draw_relabellings(np.array([0, 0, 1]), np.array([0, 0, 1]), 19, 0)
+
+
+def test_target_and_groups_move_together_by_subject_within_sex_where_that_is_crossed(tmp_path):
+    dataset = write_people(tmp_path / "people.zarr.zip", twice=True)
+    prepared = prepare(settings_of("classifier", ["diagnosis x sex", "site"]), str(dataset), CPU)
+    subjects = np.array(prepared.training.subjects)
+    names, unit = np.unique(subjects, return_inverse=True)
+    assert len(subjects) == 2 * len(names)
+    strata, columns = strata_of(prepared, str(dataset), ["site"], unit)
+    assert columns == ["site", "sex"]
+    assert len(set(strata)) == 4
+    giver = draw_relabellings(prepared.target.numpy()[np.unique(unit, return_index=True)[1]], strata, 19, 0).giver[4]
+    moved = with_labels_of(prepared, giver, unit)
+    target = np.array(moved.classes)[moved.target.numpy()]
+    assert target.tolist() == moved.labels["diagnosis"]
+    assert torch.equal(moved.answer, moved.target)
+    assert moved.labels["sex"] == prepared.labels["sex"]
+    assert moved.labels["site"] == prepared.labels["site"]
+    assert target.tolist() != prepared.labels["diagnosis"]
+    assert (target[::2] == target[1::2]).all()  # both samples of a subject
+    assert Counter(target) == Counter(prepared.labels["diagnosis"])
+    assert moved.x is prepared.x
+
+
+def test_samples_of_one_subject_with_different_labels_are_a_mistake(tmp_path):
+    from autospec.datasets.labelled import labelled, write_labelled
+
+    x = np.random.default_rng(0).normal(size=(20, 8))
+    target = ["SZ", "HC", "SZ", "HC", *["SZ", "HC"] * 8]
+    subjects = ["a", "a", *(f"s{i:02d}" for i in range(18))]
+    write_labelled(
+        labelled(x, ("region",), [str(i) for i in range(20)], target, {}, {}, subjects), tmp_path / "people.zarr.zip"
+    )
+    run = settings_of("classifier", held_out=0.0)
+    with pytest.raises(UserError, match="the samples of the subject 'a' differ in target or groups"):
+        build_refit_part(settings(0, 5, 19, run), str(tmp_path / "people.zarr.zip"), str(tmp_path / "part"), "cpu")
+
+
+# ---------------------------------------------------------------------- trainings
+
+
+def test_a_refit_is_the_whole_training_again_measured_as_defined(people, tmp_path):
+    run = settings_of("classifier")
+    prepared = train(run, people, tmp_path / "w.pt")
+    build_refit_part(settings(0, 3, 19), str(people), str(tmp_path / "part.zarr.zip"), "cpu")
+    found = refits(tmp_path / "part.zarr.zip")
+    assert found["refit"].values.tolist() == [0, 1, 2, 3]
+    labels = np.array(prepared.labels["target"])
+    for step in (0, 2, 5):
+        brute = contrast_by_autograd(
+            prepared, open_snapshots(tmp_path / "w.pt").weights(step), labels == "HC", labels == "SZ"
+        )
+        for layer, values in brute.items():
+            part = found.isel(test=(found["layer"] == layer) & (found["step"] == step)).isel(refit=0)
+            contrast = part["value"].values[part["statistic"].values == "contrast"]
+            np.testing.assert_allclose(contrast, values, rtol=2e-5, atol=1e-6 * values[0])
+            distance = part["value"].values[part["statistic"].values == "distance"]
+            np.testing.assert_allclose(distance, np.sqrt((values**2).sum()), rtol=2e-5)
+    # Labels that were permuted before training give other weights, so other shares of the same people.
+    at_the_end = found.isel(test=(found["step"] == 5) & (found["statistic"] == "distance"))["value"].values
+    assert len({tuple(row) for row in at_the_end}) == 4
+
+
+def test_a_refit_is_the_same_whatever_was_trained_before_it(people):
+    prepared = prepare(settings_of("classifier"), str(people), CPU)
+    unit = np.arange(len(prepared.training))
+    giver = np.random.default_rng(0).permutation(len(unit))
+
+    def once() -> np.ndarray:
+        return statistics_of(retrained(with_labels_of(prepared, giver, unit), [0, 5], 6), [("HC", "SZ")])["value"]
+
+    first = once()
+    retrained(with_labels_of(prepared, unit, unit), [0, 5], 6)
+    np.testing.assert_array_equal(first, once())
+
+
+def test_parts_together_are_the_refits_of_one_job(people, tmp_path):
+    for name, first, last in (("whole", 0, 5), ("0", 0, 2), ("1", 3, 5), ("2", 6, 8)):
+        build_refit_part(settings(first, last, 5), str(people), str(tmp_path / f"{name}.zarr.zip"), "cpu")
+    parts = [refits(tmp_path / f"{name}.zarr.zip") for name in ("1", "0", "2")]
+    assert parts[2].sizes["refit"] == 0
+    xr.testing.assert_identical(joined(parts), refits(tmp_path / "whole.zarr.zip"))
+    with pytest.raises(UserError, match=r"hold the refits \[3, 4, 5\], but 0 to 5 are needed"):
+        joined(parts[:1])
+    assert (tmp_path / "whole.zarr.zip").read_bytes() != (tmp_path / "0.zarr.zip").read_bytes()
+
+
+def test_the_stage_finds_a_difference_that_the_network_learned(people, tmp_path):
+    build_refit_part(settings(0, 39, 39), str(people), str(tmp_path / "part.zarr.zip"), "cpu")
+    table, described = tmp_path / "refit.tsv", tmp_path / "refit.json"
+    stage = {"name": "people/net", "alpha": 0.05, "refits": 39}
+    build_refit(stage, [[str(tmp_path / "part.zarr.zip")]], str(table), str(described))
+    found, words = read_tests(table), json.loads(described.read_text())
+    assert found["test"].unique().tolist() == ["refit"]
+    assert found["comparison"].unique().tolist() == ["HC - SZ"]
+    assert set(found["statistic"]) == {"contrast", "difference", "cosine", "effective_rank", "distance"}
+    # Here the shares of two classes oppose each other less, the more there is to learn.
+    cosine = found.query("statistic == 'cosine' and layer == 'encoder.0.weight'")
+    assert cosine["significant"].all()
+    assert (cosine["effect_low"] > 0).all()
+    assert found["p"].min() == pytest.approx(1 / 40)
+    assert "repeated 39 times" in words["method"]
+    assert "3 updates (0 to 5)" in words["method"]
+    assert words["family"].startswith(f"{found['p'].notna().sum()} tests: contrast (")
+    assert words["refused"] == {}
+    assert any("no p is below 0.025" in message for message in words["messages"])
+
+
+def test_pairs_within_a_target_and_small_groups_are_left_to_others(people, tmp_path):
+    run = settings_of("classifier", ["diagnosis x sex"])
+    build_refit_part(settings(0, 1, 19, run), str(people), str(tmp_path / "part.zarr.zip"), "cpu")
+    found = refits(tmp_path / "part.zarr.zip")
+    assert found.attrs["strata"] == ["sex"]
+    refused = dict(found.attrs["refused"])
+    assert "see the permutation test" in refused["sex=F - sex=M"]
+    assert set(found["comparison"].values) == {
+        "diagnosis=HC - diagnosis=SZ",
+        *(f"diagnosis=HC & sex={a} - diagnosis=SZ & sex={b}" for a in "FM" for b in "FM"),
+    }
+    few = settings(0, 1, 19, minimum_group_size=30)
+    build_refit_part(few, str(people), str(tmp_path / "few.zarr.zip"), "cpu")
+    stage = {"name": "people/net", "alpha": 0.05, "refits": 19}
+    paths = str(tmp_path / "refit.tsv"), str(tmp_path / "refit.json")
+    build_refit(stage, [[str(tmp_path / "few.zarr.zip")]], *paths)
+    assert read_tests(paths[0]).empty
+    assert (
+        "fewer than the 30 that a test needs" in json.loads((tmp_path / "refit.json").read_text())["refused"]["HC - SZ"]
+    )
+
+
+# ---------------------------------------------------------------------- p-values
+
+
+def made_up(refits: int, tests: int, seed: int = 0, **attributes) -> xr.Dataset:
+    """Refits of one layer with made-up values: contrast, then cosine, then difference, a third each."""
+    generator = np.random.default_rng(seed)
+    statistics = np.repeat(["contrast", "cosine", "difference"], tests // 3)
+    text = np.dtypes.StringDType()
+    words = {"layer": "a.weight", "group_a": "x", "group_b": "y", "comparison": "x - y"}
+    return xr.Dataset(
+        {
+            "value": (("refit", "test"), generator.normal(size=(refits, tests))),
+            "above": (("refit", "test"), np.ones((refits, tests), dtype=bool)),
+        },
+        coords={
+            "refit": np.arange(refits),
+            **{name: ("test", np.full(tests, word).astype(text)) for name, word in words.items()},
+            "statistic": ("test", statistics.astype(text)),
+            "step": ("test", np.arange(tests)),
+            "index": ("test", np.where(statistics == "cosine", 0, 1)),
+        },
+        attrs={"labellings": refits, "digest": "d", "pairs": 1, **attributes},
+    )
+
+
+def test_p_counts_refits_that_are_as_extreme_and_the_maximum_holds_the_family():
+    data = made_up(20, 9)
+    table = evaluate_refits(data, 0.5).set_index("step")
+    values = data["value"].values
+    z = np.abs(values - values.mean(0)) / values.std(0)
+    largest = z.max(1)
+    for test in range(9):
+        row = table.loc[test]
+        assert row["p"] == pytest.approx(sum(z[b, test] >= z[0, test] for b in range(20)) / 20)
+        assert row["p_adjusted"] == pytest.approx(sum(largest[b] >= z[0, test] for b in range(20)) / 20)
+        assert row["estimate"] == pytest.approx(values[0, test])
+        assert row["effect_size"] == pytest.approx((values[0, test] - values[:, test].mean()) / values[:, test].std())
+    np.testing.assert_allclose(table["p_bh"], stats.false_discovery_control(table["p"]))
+    np.testing.assert_allclose(table["p_holm"], holm(table["p"].to_numpy()))
+    assert (table["significant"] == (table["p_adjusted"] <= 0.5)).all()
+    assert table["index"].isna().sum() == 3
+
+
+def test_ties_count_and_values_below_the_floor_are_not_tested():
+    data = made_up(20, 9)
+    data["value"][:, 0] = 1.0  # the same under all labellings
+    data["above"][0, 1] = False  # below as observed, above elsewhere
+    data["above"][1:, 2] = False  # above as observed alone
+    data["value"][7, 4] = np.nan
+    table = evaluate_refits(data, 0.05).set_index("step")
+    assert table.loc[0, "p"] == 1
+    assert table["p"].isna().to_numpy().nonzero()[0].tolist() == [1, 2, 4]
+    assert table["below_floor"].to_numpy().nonzero()[0].tolist() == [1, 4]
+    assert not table.loc[[0, 1, 2, 4], "significant"].any()
+    # What is not tested is no part of the family, except that a rule must not look at the observed labels alone.
+    kept = data.isel(test=[0, 1, 3, 5, 6, 7, 8])
+    np.testing.assert_allclose(
+        evaluate_refits(kept, 0.05)["p_adjusted"], table["p_adjusted"].drop([2, 4]).to_numpy(), equal_nan=True
+    )
+
+
+def test_seeds_are_averaged_labelling_by_labelling_and_must_share_labellings():
+    one, two = made_up(20, 9, seed=1), made_up(20, 9, seed=2)
+    mean = average([one, two])
+    np.testing.assert_allclose(mean["value"], (one["value"] + two["value"]) / 2)
+    with pytest.raises(UserError, match="the seeds' refits have other labellings"):
+        average([one, two.assign_attrs(digest="other")])
+
+
+# ---------------------------------------------------------------------- the workflow's jobs
+
+
+def config(**statistics):
+    """The small study's config with refits."""
+    changed = json.loads(json.dumps(SETTINGS))
+    changed["experiments"]["small"]["runs"]["judge"].update(refit=True, training={"further_seeds": [4]})
+    changed["statistics"] = {"refits": 50, "refits_per_job": 20, **statistics}
+    return parse_config(changed)
+
+
+def test_parts_cover_every_refit_once_and_the_first_has_the_labels_as_they_are():
+    parts = [specs.refit_part_settings(config(), "small", "judge", part) for part in specs.refit_parts(config())]
+    assert [(part["first"], part["last"]) for part in parts] == [(0, 20), (21, 40), (41, 50)]
+
+
+def test_what_is_recorded_of_the_run_does_not_repeat_its_refits():
+    plain = specs.refit_part_settings(config(), "small", "judge", 0)
+    assert specs.refit_part_settings(config(alpha=0.01, permutations=20), "small", "judge", 0) == plain
+    assert specs.refit_part_settings(config(seed=7), "small", "judge", 0) != plain
+    again = config()
+    recorded = again.introspection.model_copy(update={"every": 3})
+    assert specs.refit_part_settings(again.model_copy(update={"introspection": recorded}), "small", "judge", 0) == plain
+    assert specs.refit_part_settings(config(), "small", "judge-seed-4", 0)["run"]["training"]["seed"] == 4
