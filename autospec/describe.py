@@ -50,3 +50,15 @@ def performance_words(performance: dict[str, Any] | None) -> str:
     inside.append(f"N = {performance['held_out']}")
     words = f"{MEASURES[measure]} {performance[measure]:.2f} ({', '.join(inside)})"
     return f"at chance on held-out data, hence grey: {words}" if performance.get("at_chance") else f"held-out {words}"
+
+
+def data_words(dataset: dict[str, Any] | None) -> str:
+    """What a reader must know of the data that a run was trained on, by the data set's own attributes; often nothing."""
+    said = []
+    if dataset and dataset.get("simulated"):
+        said.append("simulated data")
+    if dataset and dataset.get("stand_in_template"):
+        said.append("stand-in template")
+    if dataset and dataset.get("downsampled"):
+        said.append(f"averaged into voxels of {' x '.join(f'{edge:g}' for edge in dataset['voxel_mm'])} mm")
+    return ", ".join(said)

@@ -94,7 +94,9 @@ def print_tables(results: Path) -> None:
         relu, sigmoid, tanh = (trees[name, f"autoencoder_{width[name]}_{kind}"] for kind in ("relu", "sigmoid", "tanh"))
         row(name, *distance(sigmoid, tanh), *distance(relu, tanh))
 
-    head("experiment", "jump between recorded steps, median of absolute log2", "largest jump", "sigma_1, last over first")
+    head(
+        "experiment", "jump between recorded steps, median of absolute log2", "largest jump", "sigma_1, last over first"
+    )
     for name in experiments:
         tree = trees[name, f"autoencoder_{width[name]}_relu"]
         curves = np.array([largest(tree, layer) for layer in layers(tree)])

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from autospec import specs
 from autospec.config import parse_config
-from autospec.describe import performance_words
+from autospec.describe import data_words, performance_words
 from autospec.errors import UserError
 from autospec.figures import page, panel
 from autospec.figures.differences import GREYS, draw_cells, draw_differences, edges, log_ratio, marks, of_pair
@@ -173,6 +173,16 @@ def test_a_run_at_chance_is_drawn_in_greys_that_dashes_tell_apart_and_says_so(tr
     assert mesh.get_cmap() is GREYS
     tree.attrs["performance"]["at_chance"] = False
     assert draw_spectra(figure(), tree, [1], NAMES)[0, 1].get_lines()[1].get_color() == GROUP_COLOURS[0]
+
+
+def test_simulated_data_and_the_stand_in_are_named_by_the_data_sets_own_words(tree, tests):
+    assert data_words(tree.attrs.get("dataset")) == ""
+    tree.attrs["dataset"] = {"simulated": True, "stand_in_template": True, "downsampled": True, "voxel_mm": [16.0] * 3}
+    words = "simulated data, stand-in template, averaged into voxels of 16 x 16 x 16 mm"
+    assert data_words(tree.attrs["dataset"]) == words
+    place = figure()
+    draw_panel(place, SPECTRA, tree, None, DRAWING, note=words)
+    assert words in place.texts[1].get_text().replace("\n", " ")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
+from autospec.describe import data_words
 from autospec.figures.layout import panel_height
 from autospec.figures.panel import ROW_HEIGHT_MM, draw_key, draw_panel, key_height_mm, layers_of
 from autospec.figures.selection import shown_layers
@@ -129,6 +130,8 @@ def _page(
     ratios = [HEAD_MM, sum(heights), key_mm, max(1e-3, height_mm - used)]
     head, body, foot, _ = figure.subfigures(4, 1, height_ratios=ratios, squeeze=False)[:, 0]
     head.text(2 / width_mm, 0.45, heading, fontsize=10, fontweight="bold", va="center")
+    notes = {data_words(trees[panel["run"]].attrs.get("dataset")): None for panel in panels}
+    head.text(1 - 2 / width_mm, 0.45, "; ".join(filter(None, notes)), fontsize=6.5, ha="right", va="center")
     places = body.subfigures(len(rows), COLUMNS, squeeze=False, height_ratios=heights)
     for row, beside in zip(rows, places, strict=True):
         for panel, place in zip(row, beside, strict=False):

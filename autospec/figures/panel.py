@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
-from autospec.describe import content, network, performance_words
+from autospec.describe import content, data_words, network, performance_words
 from autospec.errors import UserError
 from autospec.figures.differences import difference_key, difference_words, draw_differences, of_pair
 from autospec.figures.layout import KEY_LINE_MM, panel_height, wrap, write_heading
@@ -48,6 +48,7 @@ def draw_panel(
     tests: pd.DataFrame | None,
     settings: Any,
     most_layers: int | None = None,
+    note: str = "",
 ) -> np.ndarray:
     """Draw a panel: spectra, the differences of two groups, or spectra along positions.
 
@@ -65,6 +66,8 @@ def draw_panel(
         ``singular_values`` and ``variance``.
     most_layers : int, optional
         Draw only so many layers, and say so; all of them by default.
+    note : str
+        What a reader must know of the data; a page says it once, at its top.
 
     Returns
     -------
@@ -91,7 +94,7 @@ def draw_panel(
         axes = draw_spectra(figure, tree, settings["singular_values"], layers)
     if len(layers) < len(everything):
         words.append(f"{len(layers)} of {len(everything)} layers")
-    write_heading(figure, f"{panel['letter']}   {network(panel)}", "; ".join(filter(None, words)))
+    write_heading(figure, f"{panel['letter']}   {network(panel)}", "; ".join(filter(None, [*words, note])))
     return axes
 
 
@@ -168,7 +171,8 @@ def build_panel(settings: PanelSettings, run: str, tests: str | None, outputs: l
         body_mm = panel_height(max(1, len(layers_of(panel, tree))), ROW_HEIGHT_MM)
         figure = Figure(figsize=(width_mm * MM, (body_mm + key_mm) * MM))
         body, foot = figure.subfigures(2, 1, height_ratios=[body_mm, key_mm], squeeze=False)[:, 0]
-        draw_panel(body, panel, tree, read_tests(tests) if tests else None, settings)
+        note = data_words(tree.attrs.get("dataset"))
+        draw_panel(body, panel, tree, read_tests(tests) if tests else None, settings, note=note)
         draw_key(foot, [panel], tree, settings, width_mm, key_mm)
         save(figure, outputs, settings["dots_per_inch"])
     return f"panel {panel['letter']}: {content(panel)}"
