@@ -278,7 +278,7 @@ def test_the_demo_plus_a_cohort_plans_both(cohort):
     config = cohort.config()
     digits = yaml.safe_load((ROOT / "config.yaml").read_text())
     config["datasets"]["mnist"] = digits["datasets"]["mnist"]
-    config["experiments"] = digits["experiments"]
+    config["experiments"] = {"mnist_mlp": digits["experiments"]["mnist_mlp"]}
     cohort.write(config)
     planned = cohort.planned()
     assert "Training mnist_mlp/classifier_32_relu" in planned
