@@ -488,7 +488,7 @@ class Config(Settings):
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
         for name, dataset in self.datasets.items():
-            if self.cohort is None and not isinstance(dataset, MnistDataset | SinusoidsDataset):
+            if self.cohort is None and name in self.cohort_datasets:
                 raise ValueError(f"datasets.{name} is made from a cohort: name one under cohort")
             if isinstance(dataset, MapsDataset) and self.ica.timecourses == "atlas":
                 raise ValueError(f"datasets.{name} needs maps of networks, which ica.timecourses: atlas does not make")
@@ -581,6 +581,11 @@ class Config(Settings):
         """Labels that a data set's samples have; None where only its files say."""
         settings = self.datasets[dataset]
         return list(settings.classes) if isinstance(settings, MnistDataset | SinusoidsDataset) else None
+
+    @property
+    def cohort_datasets(self) -> list[str]:
+        """Names of the data sets that are made from the cohort."""
+        return [name for name in self.datasets if self.groups_of(name) is None]
 
     @property
     def needs_networks(self) -> bool:

@@ -102,14 +102,8 @@ def figures(config: Config) -> dict[str, tuple[str, bool]]:
             for name, experiment in config.experiments.items()
             if specs.compared_pairs(experiment)
         },
-        **{figure_of(config, name): (name, False) for name in config.experiments},
+        **{specs.figure_name(experiment, name): (name, False) for name, experiment in config.experiments.items()},
     }
-
-
-def figure_of(config: Config, experiment: str) -> str:
-    """What an experiment's figure is called: its number, or the experiment's name."""
-    number = config.experiments[experiment].figure
-    return experiment if number is None else str(number)
 
 
 def every_run(config: Config) -> list[tuple[str, str]]:
@@ -166,11 +160,7 @@ def of_report(config: Config) -> list[str]:
     if config.cohort is not None:
         paths += [result(kind) for kind in ("participants", "exclusions", "cohort")]
         paths += [result("view", view=view, extension="png") for view in specs.views(config)]
-        paths += [
-            result("dataset", dataset=name)
-            for name, each in config.datasets.items()
-            if each.kind not in ("mnist", "sinusoids")
-        ]
+        paths += [result("dataset", dataset=name) for name in config.cohort_datasets]
     for name, experiment in config.experiments.items():
         paths.append(result("dataset", dataset=experiment.dataset))
         paths += [path for path in panels(config, name) if path.endswith(".png")]

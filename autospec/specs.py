@@ -10,7 +10,7 @@ import hashlib
 import json
 from typing import Any
 
-from autospec.config import Config, Experiment, MnistDataset, Panel, SinusoidsDataset
+from autospec.config import Config, Experiment, MnistDataset, Panel
 from autospec.custom_model import module_file
 from autospec.provenance import fingerprint
 
@@ -265,6 +265,11 @@ def heading(experiment: Experiment) -> str:
     return f"{number}{experiment.title}"
 
 
+def figure_name(experiment: Experiment, name: str) -> str:
+    """What an experiment's figure is called: its number, or the experiment's name."""
+    return name if experiment.figure is None else str(experiment.figure)
+
+
 def supplement_name(experiment: Experiment, name: str) -> str:
     """What the page with the comparisons of every run is called: S and the figure's number, or the experiment's name."""
     return f"s_{name}" if experiment.figure is None else f"s{experiment.figure}"
@@ -317,7 +322,7 @@ def report_settings(config: Config) -> dict[str, Any]:
         "experiments": [
             {
                 "name": name,
-                "key": name if experiment.figure is None else str(experiment.figure),
+                "key": figure_name(experiment, name),
                 "heading": heading(experiment),
                 "supplement": supplement_name(experiment, name) if compared_pairs(experiment) else None,
                 "title": experiment.title,
@@ -341,10 +346,7 @@ def _reported_cohort(config: Config) -> dict[str, Any] | None:
     """What the report shows of the cohort: its data sets and pictures, by name."""
     if config.cohort is None:
         return None
-    datasets = [
-        name for name, dataset in config.datasets.items() if not isinstance(dataset, MnistDataset | SinusoidsDataset)
-    ]
-    return {"datasets": datasets, "views": views(config)}
+    return {"datasets": config.cohort_datasets, "views": views(config)}
 
 
 def views(config: Config) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -202,9 +202,14 @@ def group_labels(dataset: xr.Dataset, grouping: str | None) -> list[str | None]:
     return [None if label in ("", MISSING) else str(label) for label in dataset[name].values]
 
 
+def samples_with(dataset: xr.Dataset, ids: Collection[str]) -> xr.Dataset:
+    """The samples of these ids alone, in the data set's own order."""
+    return dataset.isel(sample=np.flatnonzero([str(name) in ids for name in dataset["id"].values]))
+
+
 def subjects_of(dataset: xr.Dataset) -> list[str]:
     """Whose each sample is: the unit of splits and permutations; each sample's own id where nobody has several."""
-    return [str(name) for name in dataset["subject" if "subject" in dataset.coords else "id"].values]
+    return [str(name) for name in dataset["subject" if "subject" in dataset.variables else "id"].values]
 
 
 def covariates_of(dataset: xr.Dataset) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from autospec.datasets.labelled import open_labelled, subjects_of
+from autospec.datasets.labelled import open_labelled, samples_with, subjects_of
 from autospec.errors import UserError
 from autospec.introspection.sample_shares import SampleShares, sample_shares
 from autospec.statistics import confounds as checks
@@ -132,8 +132,7 @@ def file_digest(path: str) -> str:
 
 def study_of(samples: xr.Dataset, prepared: Prepared, run: Snapshots) -> Study:
     """Take the samples that a network was trained on, with what is known of them."""
-    ids = [str(name) for name in samples["id"].values]
-    trained = samples.isel(sample=np.flatnonzero(np.isin(ids, prepared.training.ids)))
+    trained = samples_with(samples, set(prepared.training.ids))
     return Study(
         run.settings["task"],
         np.array([str(label) for label in trained["target"].values], dtype=object),

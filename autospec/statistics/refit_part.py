@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from autospec.datasets.labelled import open_labelled
+from autospec.datasets.labelled import open_labelled, samples_with
 from autospec.errors import UserError
 from autospec.statistics.measures import SPECTRAL, STATISTICS, effective_rank
 from autospec.statistics.study import columns_of, exchangeable, grouped
@@ -146,10 +146,7 @@ def strata_of(
     Labels are permuted within the groupings asked for, and within whatever the target is crossed with: where groups are
     diagnosis x sex, the diagnosis is permuted within each sex.
     """
-    samples = open_labelled(dataset)
-    trained = samples.isel(
-        sample=np.flatnonzero(np.isin([str(i) for i in samples["id"].values], prepared.training.ids))
-    )
+    trained = samples_with(open_labelled(dataset), set(prepared.training.ids))
     columns = columns_of(trained, within, "statistics.within")
     target = prepared.target.tolist()
     for name in dict.fromkeys(itertools.chain(*prepared.crossed)):

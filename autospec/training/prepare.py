@@ -14,16 +14,13 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from autospec.datasets.labelled import group_labels, open_labelled
+from autospec.datasets.labelled import group_labels, open_labelled, subjects_of
 from autospec.datasets.split import held_out_rows
 from autospec.errors import UserError
 from autospec.models import build_model
 
 from .device import free_memory, out_of_memory
 from .settings import RunSettings
-
-# How the table of participants writes a label that is not known.
-MISSING = ("", "n/a")
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ def prepare(settings: RunSettings, dataset: str, device: torch.device) -> Prepar
     data = hashlib.sha256(Path(dataset).read_bytes()).hexdigest()[:16]
     target = [str(label) for label in samples["target"].values]
     classes = tuple(sorted(set(target)))
-    ids, subjects = _identities(samples)
+    ids, subjects = [str(name) for name in samples["id"].values], subjects_of(samples)
     training = settings["training"]
     held_out = held_out_rows(subjects, target, training["held_out"], training["split_seed"])
     labels, crossed = groupings_of(samples, settings["groupings"])
@@ -208,9 +205,8 @@ def groupings_of(
     names = dict.fromkeys(part for name in wanted for part in name.split(" x "))
 
     def column(name: str | None) -> list[str | None]:
-        if name == "diagnosis" and "grouping_diagnosis" not in samples:
-            name = None
-        return [None if label in MISSING else label for label in group_labels(samples, name)]
+        targets = name == "diagnosis" and "grouping_diagnosis" not in samples
+        return group_labels(samples, None if targets else name)
 
     return {name: column(name) for name in names} or {"target": column(None)}, crossed
 
@@ -235,11 +231,6 @@ def standardised(x: np.ndarray, training: np.ndarray) -> np.ndarray:
     # Rounding of the mean leaves a constant feature with a deviation that is not quite zero.
     constant = deviation <= 1e-12 * np.abs(mean)
     return ((exact - mean) / np.where(constant, 1.0, deviation)).astype(np.float32)
-
-
-def _identities(samples: xr.Dataset) -> tuple[list[str], list[str]]:
-    ids = [str(name) for name in samples["id"].values]
-    return ids, [str(name) for name in samples["subject"].values] if "subject" in samples.variables else ids
 
 
 def _require_fewer_groups(
