@@ -22,7 +22,7 @@ from .parameters import WatchedParameter
 from .pending import Pending, Sorting
 from .rows import Place, RowMap, map_rows
 from .scaling import LossScale
-from .spectra import column_gram, float64
+from .spectra import column_gram, float64, irregular
 from .workspace import Workspace
 
 # Row maps of batches of different shapes, before all are probed anew.
@@ -397,6 +397,8 @@ class Capture:
                 use.call.forget()
                 self._latest_adjoint = None
                 self.workspace.forget(column_gram)
+        if self.shares and len(uses) == 1 and scale == 1 and not gradient.is_sparse:
+            pending.shares.note_gradient(gradient)
         if self.audited is not None:
             flat = float64(gradient.to_dense() if gradient.is_sparse else gradient).reshape(layer.shape) / scale
             pending.arrived = flat if pending.arrived is None else pending.arrived + flat
@@ -514,18 +516,7 @@ def _checksum(tensor: Tensor) -> float | None:
         return None
     flat = tensor.reshape(-1)
     # Weights without regularity notice rows or columns that change places, which a plain sum would not.
-    return float(flat @ _irregular(len(flat), tensor.dtype))
-
-
-_irregular_weights: dict[torch.dtype, Tensor] = {}
-
-
-def _irregular(count: int, dtype: torch.dtype) -> Tensor:
-    weights = _irregular_weights.get(dtype)
-    if weights is None or len(weights) < count:
-        weights = torch.arange(count, dtype=torch.float64).mul_(0.6180339887498949).frac_().sub_(0.5).to(dtype)
-        _irregular_weights[dtype] = weights
-    return weights[:count]
+    return float(flat @ irregular(len(flat), tensor.dtype))
 
 
 def _signature(value: Any, sorts: bool) -> Any:

@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from .errors import WatchError
-from .factors import Factors, Lookup, Product
+from .factors import Factors, Lookup, Product, square
 from .groups import Assignment
-from .spectra import column_gram, float64, gram_of_few, lower_gram, row_gram
+from .spectra import column_gram, float64, gram_by_rows, gram_of_few, irregular, lower_gram, row_gram
 from .workspace import LARGEST_KEPT, Workspace
 
 # Products of at most this many numbers are formed in float64 from the start.
 SMALL = 2**20
 # A sum of shares this much smaller than they are has lost too much to float32, and is formed again in float64.
 CANCELLED = 0.2
+# The same where the rounding is known: relative to the share, with half of what every spectrum keeps to.
+ROUNDED = 5e-7
+# Largest deviation of a gradient's product with a vector from that of the rows, in units of rounding (measured: 5.4).
+ROUNDING_OF_IMAGE = 8.0
 # Below this many rows, as a fraction of the matrix's smaller side, the factors are kept instead of the share.
 FEW_ROWS = 0.75
 
@@ -148,7 +152,9 @@ class Shares:
         self.slots: dict[bytes, int] = {}
         self.products: dict[bytes, list[tuple[Tensor, Tensor]]] = {}
         self.lookups: dict[bytes, list[Lookup]] = {}
+        self.squares: dict[bytes, Tensor] = {}
         self.room: Tensor | None = None
+        self.batch: tuple[Tensor, Tensor] | None = None
         self.formed = False
         self.constant = False
         self.held: list[tuple[Factors, Sorting]] | None = []
@@ -173,7 +179,9 @@ class Shares:
                 factors.activation.split(sorting.counts),
                 strict=True,
             )
-            if not self.formed and max(counts.values()) < FEW_ROWS * min(self.shape):
+            self.batch = None  # the gradient of one use alone says what the batch's share is
+            few = max(counts.values()) < FEW_ROWS * min(self.shape)
+            if not self.formed and (few or (self.constant and not self.products and self._rows_are_cheaper())):
                 for key, adjoint, activation in parts:
                     self.products.setdefault(key, []).append((adjoint, activation))
                 return
@@ -187,12 +195,55 @@ class Shares:
                 self.lookups.setdefault(key, []).append(part)
                 continue
             self._form()
+            if part.in_pieces and (self.room is None or self.room.dtype == torch.float64):
+                matrix, first = self._place(key, part.adjoint, torch.float64)
+                squares = part.add_pieces(matrix.zero_() if first else matrix)
+                self.squares[key] = squares if first else self.squares[key] + squares
+                continue
             matrix, first = self._place(key, part.adjoint)
             share = part.with_(part.activation.to(matrix.dtype), part.adjoint.to(matrix.dtype)).share()
             if first:
                 matrix.copy_(share)
             else:
                 matrix += share
+
+    def _rows_are_cheaper(self) -> bool:
+        """Whether products with the Gram matrix of rows that stay the same cost less than the shares; float64 counts twice."""
+        outputs, inputs = self.shape
+        rows = max(self.counts.values())
+        by_rows = 4 * rows * (rows + outputs)
+        return outputs <= inputs and by_rows < 2 * inputs * (rows + 2 * outputs)
+
+    def note_gradient(self, gradient: Tensor) -> None:
+        """Note the gradient that arrived where the rows are kept: it may spare the product for the whole batch.
+
+        What is kept of it is its Gram matrix and its product with one vector, since it belongs to the user, who may change it.
+        """
+        products = [pair for pairs in self.products.values() for pair in pairs]
+        alone = not self.formed and not self.lookups and len(products) == len(self.products)
+        if not products or not alone or gradient.is_cuda or gradient.dtype != products[0][0].dtype:
+            return
+        matrix = gradient.reshape(self.shape)
+        self.batch = (lower_gram(matrix, self.workspace), matrix @ irregular(self.shape[1], matrix.dtype))
+
+    def _gram_of_batch(self, grams: Mapping[bytes, Tensor]) -> Tensor | None:
+        """Gram matrix of the gradient that arrived, if it is the sum of the rows' shares and these do not nearly cancel.
+
+        Two matrices that have the same product with a vector without regularity are the same (Freivalds 1977), to rounding.
+        """
+        if self.batch is None or set(grams) != set(self.products):
+            return None
+        gram, image = self.batch
+        if not _norm(gram) > CANCELLED * sum(map(_norm, grams.values())):
+            return None
+        parts, walk = [], 0.0
+        for ((adjoint, activation),) in self.products.values():
+            seen = self.workspace.memo(activation, _image, lasting=self.constant)
+            parts.append(adjoint.T @ seen)
+            walk += float(torch.dot(seen, seen)) * float(square(adjoint)) / len(adjoint)
+        images = torch.stack(parts)
+        unit = torch.finfo(image.dtype).eps * (math.sqrt(walk) + float(images.norm(dim=1).sum()))
+        return gram if float((image - images.sum(0)).norm()) <= ROUNDING_OF_IMAGE * unit else None
 
     def _form(self) -> None:
         """Form the matrices of the products that were kept; from now on shares are matrices."""
@@ -211,17 +262,18 @@ class Shares:
         else:
             matrix.addmm_(adjoint.T, activation)
 
-    def _place(self, key: bytes, like: Tensor) -> tuple[Tensor, bool]:
-        """Where the matrix of a cell lies, and whether nothing is there yet."""
+    def _place(self, key: bytes, like: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, bool]:
+        """Where the matrix of a cell lies, and whether nothing is there yet; of that type, where it is the first."""
         slot = self.slots.get(key)
         if slot is not None:
             return self._matrices[slot], False
         slot = self.slots[key] = len(self.slots) + 1  # the first place is for the sum
         if self.room is None or len(self.room) <= slot:
             small = sum(self.counts.values()) * math.prod(self.shape) <= SMALL and like.device.type != "mps"
-            dtype = (
-                torch.float64 if small and self.room is None else like.dtype if self.room is None else self.room.dtype
-            )
+            if self.room is not None:
+                dtype = self.room.dtype
+            elif dtype is None:
+                dtype = torch.float64 if small else like.dtype
             room = self.workspace.take((max(slot, len(self.counts)) + 1, *self.shape), dtype, like.device)
             if self.room is not None:
                 room[:slot] = self.room[:slot]
@@ -292,28 +344,54 @@ class Shares:
             grams = lower_gram(self.matrices(groups), self.workspace)
             self._repair(groups, grams)
             return [(list(range(len(groups))), grams)]
-        sizes = [sum(self.counts[key] for key in cells) for cells in groups]
-        few = [i for i, size in enumerate(sizes) if size < FEW_ROWS * min(self.shape)]
-        full = [i for i in range(len(groups)) if i not in few]
-        results = []
-        if full:
-            results.append((full, lower_gram(self.matrices([groups[i] for i in full]), self.workspace)))
-        for i in few:
-            pairs = [pair for key in groups[i] for pair in self.products[key]]
-            adjoint, activation = pairs[0] if len(pairs) == 1 else tuple(map(torch.cat, zip(*pairs, strict=True)))
-            gram = gram_of_few(activation, adjoint, self.workspace, self.constant and len(pairs) == 1)
-            results.append(([i], gram.unsqueeze(0)))
+        unions = [cells for cells in groups if 1 < len(cells) < len(self.counts)]
+        if unions and max(self.counts.values()) >= FEW_ROWS * min(self.shape):
+            self._form()
+            return self.grams(groups)
+        return self._grams_of_rows(groups)
+
+    def _grams_of_rows(self, groups: Sequence[Sequence[bytes]]) -> list[tuple[list[int], Tensor]]:
+        """Gram matrices where the rows are kept: from the rows' own where that is cheaper than the share."""
+        found: dict[int, Tensor] = {}
+        for i, cells in enumerate(groups):
+            pairs = [pair for key in cells for pair in self.products[key]]
+            if sum(self.counts[key] for key in cells) < FEW_ROWS * min(self.shape):
+                adjoint, activation = pairs[0] if len(pairs) == 1 else tuple(map(torch.cat, zip(*pairs, strict=True)))
+                found[i] = gram_of_few(activation, adjoint, self.workspace, self.constant and len(pairs) == 1)
+            elif len(pairs) == 1 and self.constant:
+                found[i] = gram_by_rows(*pairs[0], self.workspace)
+        of_cells = {groups[i][0]: gram for i, gram in found.items() if len(groups[i]) == 1}
+        rest = [i for i in range(len(groups)) if i not in found]
+        batch = self._gram_of_batch(of_cells) if rest and len(groups[rest[0]]) == len(self.counts) else None
+        if batch is not None:
+            found[rest.pop(0)] = batch
+        by_size: dict[int, list[int]] = {}
+        for i, gram in found.items():
+            by_size.setdefault(len(gram), []).append(i)
+        results = [(some, torch.stack([found[i] for i in some])) for some in by_size.values()]
+        if rest:
+            formed = [groups[i] for i in rest]
+            grams = lower_gram(self.matrices(formed), self.workspace)
+            self._repair(formed, grams, {key: _norm(gram) for key, gram in of_cells.items()})
+            results.append((rest, grams))
         return results
 
-    def _repair(self, groups: Sequence[Sequence[bytes]], grams: Tensor) -> None:
+    def _repair(self, groups: Sequence[Sequence[bytes]], grams: Tensor, of_cell: Mapping[bytes, float] = {}) -> None:
         """Form again in float64 what has nearly cancelled, as the batch's gradient does near a stationary point."""
-        if not self.held or self.room is None or self.room.dtype == torch.float64 or grams.is_cuda:
+        exact = self.room is not None and self.room.dtype == torch.float64 and not self.squares
+        if not self.held or exact or grams.is_cuda:
             return
         norms = grams.diagonal(dim1=1, dim2=2).sum(1).sqrt().tolist()
-        of_cell = {cells[0]: norm for cells, norm in zip(groups, norms, strict=True) if len(cells) == 1}
+        alone = {cells[0]: norm for cells, norm in zip(groups, norms, strict=True) if len(cells) == 1}
+        of_cell = {**of_cell, **alone}
         for i, cells in enumerate(groups):
-            parts = sum(of_cell.get(key, math.inf) for key in cells)
-            if len(cells) > 1 and math.isfinite(parts) and norms[i] < CANCELLED * parts:
+            if all(key in self.squares for key in cells):
+                # Rounding is a matrix without structure, whose largest singular value is that much of its norm.
+                largest = min(1.0, sum(side**-0.5 for side in self.shape))
+                parts = largest * math.sqrt(sum(float(self.squares[key]) for key in cells)) / ROUNDED
+            else:
+                parts = CANCELLED * sum(of_cell.get(key, math.inf) for key in cells) if len(cells) > 1 else 0.0
+            if math.isfinite(parts) and norms[i] < parts:
                 grams[i] = lower_gram(self._wide_share(cells))
 
     def _wide_share(self, cells: Sequence[bytes]) -> Tensor:
@@ -546,6 +624,16 @@ class Pending:
             activation = part.activation if isinstance(part, Lookup) else float64(part.activation)
             exact = part.with_(activation, float64(part.adjoint)).share()
             self.exact[key] = self.exact[key] + exact if key in self.exact else exact
+
+
+def _norm(gram: Tensor) -> float:
+    """Frobenius norm of the matrix with that Gram matrix."""
+    return math.sqrt(max(float(gram.trace()), 0.0))
+
+
+def _image(activation: Tensor, _: Workspace) -> Tensor:
+    """Product of rows with a vector without regularity."""
+    return activation @ irregular(activation.shape[1], activation.dtype)
 
 
 def cells_of_groups(keys: Mapping[bytes, object] | Sequence[bytes], groups: int) -> list[list[bytes]]:

@@ -23,9 +23,10 @@ MORE = 16
 # Largest error that is accepted, in units of the largest value; half of what every recorded spectrum keeps to.
 TOLERANCE = 5e-7
 ITERATIONS = 6
-# Rough costs in seconds, one core: of an iteration and of a Gram matrix for each product of their sizes, of eigenvalues for
-# each cube of the side, and of the many calls of an iteration.
-ITERATION_COST, GRAM_COST, EIGENVALUE_COST, CALLS_COST = 5e-11, 4e-11, 1.4e-10, 4e-4
+# Rough costs in seconds, one core: of a product with a block and of a Gram matrix for each product of their sizes, of
+# eigenvalues for each cube and each square of the side, and of the many calls of the iterations.
+PRODUCT_COST, GRAM_COST, CUBE_COST, SQUARE_COST, CALLS_COST = 5e-11, 4e-11, 8e-11, 2.2e-8, 3e-4
+PRODUCTS = 5  # in a step, on average
 
 
 @dataclass
@@ -50,8 +51,8 @@ class Found:
 def worthwhile(rows: int, width: int, count: int) -> bool:
     """Whether following that many values is cheaper than a decomposition, which does more work at a lower speed."""
     side, block = min(rows, width), count + MORE
-    followed = 3 * ITERATION_COST * rows * width * block + CALLS_COST
-    decomposed = GRAM_COST * side * rows * width + EIGENVALUE_COST * side**3
+    followed = PRODUCTS * PRODUCT_COST * rows * width * block + CALLS_COST
+    decomposed = GRAM_COST * side * rows * width + CUBE_COST * side**3 + SQUARE_COST * side**2
     return 2 * block <= side and followed < decomposed
 
 

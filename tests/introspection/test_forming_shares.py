@@ -1,0 +1,237 @@
+"""The ways in which shares are formed: products spared, sums in pieces; each against float64."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import autospec
+from autospec.introspection import factors, pending
+from autospec.introspection.factors import Convolution, Product
+from autospec.introspection.pending import Shares, Sorting
+from autospec.introspection.spectra import gram_by_rows, singular_values
+from autospec.introspection.workspace import Workspace
+
+CELLS = [b"a", b"b"]
+
+
+def sorting(*counts):
+    return Sorting(None, list(counts), CELLS[: len(counts)], np.zeros(sum(counts), dtype=np.int64))
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradient_noted(scale=1.0, outside=None):
+    """Shares of two cells of 40 and 30 rows in a 200 x 90 matrix, with the gradient that is said to have arrived."""
+    activation, adjoint = draw(70, 90), draw(70, 200, seed=1)
+    shares = Shares((200, 90), Workspace())
+    shares.add(Product(activation, adjoint), sorting(40, 30))
+    exact = adjoint.double().T @ activation.double()
+    arrived = scale * (adjoint.T @ activation)
+    shares.note_gradient(arrived if outside is None else arrived + outside)
+    return shares, exact
+
+
+def spectra(shares, groups):
+    found = {}
+    for places, grams in shares.grams(groups):
+        for place, values in zip(places, singular_values([grams])[0], strict=True):
+            found[place] = values
+    return [found[i] for i in range(len(groups))]
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "scaled", "penalty", "one entry"])
+def test_the_gradient_that_arrived_stands_for_the_batch_only_if_it_is_the_sum_of_the_shares(wrong, monkeypatch):
+    outside = {"penalty": 1e-4 * draw(200, 90, seed=2), "one entry": torch.zeros(200, 90)}.get(wrong)
+    if wrong == "one entry":
+        outside[17, 5] = 0.05
+    formed = []
+    monkeypatch.setattr(
+        Shares, "matrices", lambda self, groups, of=Shares.matrices: formed.append(groups) or of(self, groups)
+    )
+    shares, exact = gradient_noted(1.0001 if wrong == "scaled" else 1.0, outside)
+    values = spectra(shares, [CELLS, [CELLS[0]], [CELLS[1]]])
+    assert bool(formed) == (wrong != "nothing")
+    right = torch.linalg.svdvals(exact)
+    assert float((values[0][:70] - right[:70]).abs().max() / right[0]) < 2e-7
+
+
+def test_a_batch_whose_shares_nearly_cancel_is_formed_and_not_taken_from_the_gradient():
+    activation, adjoint = draw(40, 90), draw(40, 200, seed=1)
+    both = torch.cat([activation, activation])
+    opposed = torch.cat([adjoint, -adjoint + 1e-4 * draw(40, 200, seed=2)])
+    shares = Shares((200, 90), Workspace())
+    shares.add(Product(both, opposed), sorting(40, 40))
+    shares.note_gradient(opposed.T @ both)
+    right = torch.linalg.svdvals(opposed.double().T @ both.double())
+    values = spectra(shares, [CELLS, [CELLS[0]], [CELLS[1]]])[0]
+    assert float((values - right).abs().max() / right[0]) < 1e-6
+
+
+def test_a_second_use_makes_the_first_gradient_stale():
+    shares, exact = gradient_noted()
+    activation, adjoint = draw(20, 90, seed=5), draw(20, 200, seed=6)
+    shares.add(Product(activation, adjoint), sorting(12, 8))
+    right = torch.linalg.svdvals(exact + adjoint.double().T @ activation.double())
+    values = spectra(shares, [CELLS, [CELLS[0]], [CELLS[1]]])[0]
+    assert float((values - right).abs().max() / right[0]) < 2e-7
+
+
+def test_a_penalty_that_begins_after_the_audited_step_is_in_no_spectrum():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(150, 100), nn.Tanh(), nn.Linear(100, 150))
+    x, labels = draw(60, 150), ["a", "b", "c"] * 20
+    twin = copy.deepcopy(model)
+    with autospec.watch(model, labels, statistics=("gradient",), quiet=True) as watcher:
+        for step in range(3):
+            model.zero_grad()
+            loss = F.mse_loss(model(x), x)
+            (loss + 1e-3 * model[0].weight.square().sum() if step else loss).backward()
+            watcher.step()
+    twin = twin.double()
+    F.mse_loss(twin(x.double()), x.double()).backward()
+    right = torch.linalg.svdvals(twin[0].weight.grad)
+    recorded = watcher.trajectories["layers/0.weight/gradient"].sel(group="all").values
+    for step in range(3):
+        assert np.abs(recorded[step, :60] - right[:60].numpy()).max() / float(right[0]) < 1e-6
+
+
+@pytest.mark.parametrize("inputs", [784, 130])
+def test_a_share_of_unchanging_input_without_the_product(inputs):
+    activation, adjoint = draw(128, inputs), draw(128, 32, seed=1)
+    gram = gram_by_rows(adjoint, activation, Workspace())
+    right = torch.linalg.svdvals(adjoint.double().T @ activation.double())
+    values = singular_values([gram])[0]
+    assert float((values - right).abs().max() / right[0]) < 1e-12
+
+
+@pytest.mark.parametrize("crossed", [(), (("diagnosis", "sex"),)])
+def test_an_unchanging_wide_input_gives_the_shares_of_every_grouping(crossed):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 8), nn.Tanh(), nn.Linear(8, 2))
+    x = draw(50, 300)
+    labels = {"diagnosis": ["SZ", "HC"] * 25, "sex": ["F", "F", "M", "M", "M"] * 10}
+    exact = copy.deepcopy(model).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    states = []
+    with autospec.watch(model, labels, statistics=("gradient",), crossed=crossed, quiet=True) as watcher:
+        for _ in range(3):
+            states.append(copy.deepcopy(model.state_dict()))
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            watcher.step()
+            optimizer.step()
+    tree = watcher.trajectories
+    for step, state in enumerate(states):
+        exact.load_state_dict(state)
+        hidden = exact[0](x.double())
+        hidden.retain_grad()
+        exact[2](torch.tanh(hidden)).square().mean().backward()
+        columns = {name: np.array(values) for name, values in labels.items()}
+        for group in tree.group.values:
+            rows = np.ones(50, dtype=bool)
+            for part in [] if group == "all" else group.split(" & "):
+                name, label = part.split("=")
+                rows &= columns[name] == label
+            share = hidden.grad[rows].T @ x.double()[rows]
+            right = torch.linalg.svdvals(share).numpy()
+            found = tree["layers/0.weight/gradient"].sel(group=group).values[step]
+            assert np.abs(found - right).max() / right[0] < 1e-6, (step, group)
+
+
+FORMS = {
+    "plain": {},
+    "padding": {"padding": 2},
+    "stride": {"stride": 3, "padding": 1},
+    "dilation": {"dilation": 2, "padding": 4},
+    "longer than the kernel needs": {"stride": 4},
+    "circular": {"padding": 2, "padding_mode": "circular"},
+}
+TRANSPOSED = {
+    "plain": {},
+    "padding": {"padding": 2},
+    "stride": {"stride": 3, "padding": 1},
+    "output padding": {"stride": 3, "padding": 1, "output_padding": 2},
+    "dilation": {"dilation": 2, "padding": 3},
+}
+
+
+@pytest.mark.parametrize("piece", [factors.PIECE, 400])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(nn.Conv1d, form) for form in FORMS.values()] + [(nn.ConvTranspose1d, form) for form in TRANSPOSED.values()],
+    ids=[*FORMS, *(f"transposed, {form}" for form in TRANSPOSED)],
+)
+def test_a_convolution_in_pieces_has_the_gradient_that_autograd_has(kind, options, piece, monkeypatch):
+    monkeypatch.setattr(factors, "PIECE", piece)
+    torch.manual_seed(0)
+    layer = kind(4, 6, 5, **options).double()
+    found = []
+    original = Convolution.add_pieces
+    monkeypatch.setattr(Convolution, "add_pieces", lambda self, total: found.append(self) or original(self, total))
+    x = draw(9, 4, 23).double()
+    with autospec.watch(layer, ["a", "b", "b"] * 3, statistics=("gradient",), quiet=True) as watcher:
+        output = layer(x)
+        (output * draw(*output.shape, seed=3)).sum().backward()
+        gradient = layer.weight.grad.clone()
+        watcher.step()
+    assert found, "this form is not formed in pieces"
+    right = torch.linalg.svdvals(gradient.reshape(gradient.shape[0], -1))
+    recorded = watcher.trajectories["layers/weight/gradient"].sel(group="all").values[0]
+    assert np.abs(recorded - right.numpy()).max() / float(right[0]) < 1e-6  # recorded as float32
+
+
+def test_sums_in_pieces_keep_to_the_bar_where_groups_cancel():
+    """The shares of two classes oppose each other a hundred times as much as their sum is large."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(5, 8, 5, padding=2), nn.ReLU(), nn.Conv1d(8, 8, 5, padding=2))
+    exact = copy.deepcopy(model).double()
+    half = draw(30, 5, 120)
+    x = torch.cat([half, half + 1e-3 * draw(30, 5, 120, seed=1)])
+    sign = torch.cat([torch.ones(30), -torch.ones(30)])[:, None, None]
+    with autospec.watch(model, ["a"] * 30 + ["b"] * 30, statistics=("gradient",), quiet=True) as watcher:
+        (model(x) * sign).mean().backward()
+        adjoint = sign.expand(60, 8, 120).double() / (60 * 8 * 120)
+        watcher.step()
+    hidden = torch.relu(model[0](x)).double()
+    weight = exact[2].weight.detach().requires_grad_()
+    F.conv1d(hidden, weight, padding=2).backward(adjoint)
+    right = torch.linalg.svdvals(weight.grad.reshape(8, -1)).numpy()
+    recorded = watcher.trajectories["layers/2.weight/gradient"]
+    assert recorded.sel(group="a").values[0, 0] > 50 * right[0]
+    # The first value alone: the sum has rank one, and what lies below is the rounding of the adjoints themselves.
+    assert abs(recorded.sel(group="all").values[0, 0] - right[0]) / right[0] < 1e-6
+
+
+def test_the_rounding_of_pieces_is_estimated_on_the_safe_side():
+    """Both kinds of sums, of terms of either sign and of terms that agree, against float64."""
+    for seed, mean in ((0, 0.0), (1, 1.0)):
+        part = Convolution(
+            draw(40, 12, 150, seed=seed) + mean,
+            draw(40, 16, 146, seed=seed + 10) + mean,
+            (16, 12, 5), (1,), (0,), (1,), 1, False, (0,),
+        )  # fmt: skip
+        total = torch.zeros(16, 60, dtype=torch.float64)
+        square = part.add_pieces(total)
+        right = part.with_(part.activation.double(), part.adjoint.double()).share()
+        error = float((total - right).norm())
+        assert error < float(square) ** 0.5 < 30 * error
+
+
+def test_repair_is_told_by_the_rounding_of_pieces(monkeypatch):
+    """A sum that the pieces' rounding would spoil is formed again."""
+    monkeypatch.setattr(pending, "ROUNDED", 1e-30)
+    repaired = []
+    original = Shares._wide_share
+    monkeypatch.setattr(Shares, "_wide_share", lambda self, cells: repaired.append(cells) or original(self, cells))
+    torch.manual_seed(0)
+    layer = nn.Conv1d(3, 4, 3)
+    with autospec.watch(layer, ["a", "b"] * 4, statistics=("gradient",), quiet=True) as watcher:
+        layer(draw(8, 3, 20)).square().mean().backward()
+        watcher.step()
+    assert repaired
