@@ -495,7 +495,14 @@ class WatchTracked(Watch):
 
     title = '**autospec.watch(solver="tracked")**'
     least = ("activation", "adjoint")
-    options: ClassVar[Mapping[str, str]] = {"solver": "tracked"}
+    options: ClassVar[Mapping[str, object]] = {"solver": "tracked"}
+
+
+class WatchLeading(WatchTracked):
+    """The same, the eight leading values alone."""
+
+    title = '**autospec.watch(solver="tracked", singular_values=8)**'
+    options: ClassVar[Mapping[str, object]] = {"solver": "tracked", "singular_values": 8}
 
 
 CONTESTANTS: dict[str, type[Contestant]] = {
@@ -512,4 +519,5 @@ CONTESTANTS: dict[str, type[Contestant]] = {
     "torch-func-in-place": TorchFuncInPlace,
     "watch": Watch,
     "watch-tracked": WatchTracked,
+    "watch-leading": WatchLeading,
 }

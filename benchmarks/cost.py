@@ -298,6 +298,8 @@ def measure_all(options: argparse.Namespace) -> list[dict]:
     from contestants import CONTESTANTS
     from models import CASES
 
+    kept = Path(options.keep) if options.keep else None
+    known = json.loads(kept.read_text()) if kept and kept.exists() else []
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for model in options.models:
@@ -306,10 +308,24 @@ def measure_all(options: argparse.Namespace) -> list[dict]:
             run_child(job | {"job": "data", "contestant": "nobody"})
             for name in options.statistics:
                 for contestant in dict.fromkeys(["plain", *options.contestants]):
-                    if CONTESTANTS[contestant].takes_part(STATISTICS[name]):
-                        print(f"{model}, {name}: {contestant}", file=sys.stderr, flush=True)
-                        results.append(judge(job | {"statistics": name, "contestant": contestant}))
+                    if not CONTESTANTS[contestant].takes_part(STATISTICS[name]):
+                        continue
+                    mine = job | {"statistics": name, "contestant": contestant}
+                    before = [result for result in known if same_job(result, mine)]
+                    if before:
+                        results.append(before[0])
+                        continue
+                    print(f"{model}, {name}: {contestant}", file=sys.stderr, flush=True)
+                    results.append(judge(mine))
+                    if kept:
+                        known.append(results[-1])
+                        kept.write_text(json.dumps(known))
     return results
+
+
+def same_job(result: dict, job: dict) -> bool:
+    """Whether a result is of that job; where its data lay does not matter."""
+    return all(result[key] == value for key, value in job.items() if key != "data")
 
 
 def judge(job: dict) -> dict:
@@ -439,7 +455,7 @@ def report(options: argparse.Namespace, results: list[dict]) -> str:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
     clock = "Wall time, synchronised" if options.device != "cpu" else "Processor time, one thread"
     machine = processor() + (f"; {results[0]['device_name']}" if options.device != "cpu" else "")
-    arguments = [argument for argument in options.command if argument != "--write"]
+    arguments = shown(options.command)
     return "\n".join(
         [
             f"`{' '.join(['python benchmarks/cost.py', *arguments])}` on {machine}; "
@@ -451,6 +467,13 @@ def report(options: argparse.Namespace, results: list[dict]) -> str:
             table(results),
         ]
     )
+
+
+def shown(command: list[str]) -> list[str]:
+    """The options that decide what is measured."""
+    keep = [i for i, argument in enumerate(command) if argument == "--keep"]
+    left_out = {*keep, *(i + 1 for i in keep)}
+    return [argument for i, argument in enumerate(command) if i not in left_out and argument != "--write"]
 
 
 def write(text: str) -> None:
@@ -473,6 +496,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="blocks of each (default 5)")
     parser.add_argument("--block", type=int, help="steps in a block (default: by model, 8 to 20)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--keep", metavar="FILE", help="keep results there, and go on from those that it holds already")
     parser.add_argument("--quick", action="store_true", help="a few steps of two contestants, one model")
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
     options = parser.parse_args(arguments)
