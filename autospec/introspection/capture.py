@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .audit import Audit
+from .audit import Audit, cancels
 from .errors import WatchError
 from .factors import Convolution, Lookup, Product, shares_by_position, single
 from .groups import Assignment, Groups
@@ -92,7 +92,8 @@ class WatchedLayer(WatchedParameter):
         self.also, self.places = found.also, found.places
         self.uses: list[Use] = []
         self.pending: Pending | None = None
-        self.handle: RemovableHandle | None = None
+        self.handles: list[RemovableHandle] = []
+        self.left: tuple[int, int] | None = None
         self.inputs: list[ConstantInput | None] = []
         self.sorted_input: tuple[ConstantInput, Sorting, Tensor] | None = None
         self.rank_limit: np.ndarray | None = None
@@ -103,6 +104,21 @@ class WatchedLayer(WatchedParameter):
     def clear(self) -> None:
         """Forget what is pending."""
         self.uses, self.inputs, self.pending = [], [], None
+
+    def note_gradient(self, parameter: Tensor) -> None:
+        """Note in which state a backward pass left the parameter's gradient."""
+        assert parameter.grad is not None
+        self.left = (id(parameter.grad), parameter.grad._version)
+
+    def was_zeroed(self) -> bool:
+        """Whether zero_grad() has discarded the gradient since the last backward pass."""
+        gradient = self.parameter.grad
+        if gradient is None or self.pending is None:
+            return True
+        if (gradient.coalesce().values() if gradient.is_sparse else gradient).any():
+            return False
+        # It may have come as zero: then nobody has written to it since.  Writing to .data leaves no trace there.
+        return self.left != (id(gradient), gradient._version) or not cancels(self.pending)
 
 
 class Capture:
@@ -195,9 +211,9 @@ class Capture:
             handle.remove()
         self._handles, self._owners = [], []
         for layer in self.layers:
-            if layer.handle is not None:
-                layer.handle.remove()
-            layer.handle = layer.sorted_input = None
+            for handle in layer.handles:
+                handle.remove()
+            layer.handles, layer.sorted_input = [], None
         self.clear()
         self.workspace.release()
         self._forward = None
@@ -226,8 +242,11 @@ class Capture:
             self._forward = None
             return
         for layer in self.layers:
-            if layer.handle is None and layer.parameter.requires_grad:
-                layer.handle = layer.parameter.register_hook(self._gradient_hook(layer))
+            if not layer.handles and layer.parameter.requires_grad:
+                layer.handles = [
+                    layer.parameter.register_hook(self._gradient_hook(layer)),
+                    layer.parameter.register_post_accumulate_grad_hook(layer.note_gradient),
+                ]
         try:
             self._forward = Forward(self.assignment, self._row_map(args, kwargs), self.valid)
         except WatchError as error:
@@ -449,10 +468,8 @@ class Capture:
     def _discard_zeroed(self) -> None:
         """Forget, at the first gradient of a backward pass, what zero_grad() has discarded since the last one."""
         for layer in self.layers:
-            if layer.pending is not None:
-                before = layer.parameter.grad
-                if before is None or not (before.coalesce().values() if before.is_sparse else before).any():
-                    layer.pending, layer.inputs = None, []
+            if layer.pending is not None and layer.was_zeroed():
+                layer.pending, layer.inputs = None, []
 
     # ------------------------------------------------------------------ rows
 
