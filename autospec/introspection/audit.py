@@ -86,8 +86,9 @@ class Audit:
         fraction = float(outside / torch.linalg.matrix_norm(pending.arrived))
         if name not in self._found["outside"]:
             warnings.warn(
-                f"{fraction:.2g} of the gradient of '{name}' comes from no sample's row (a penalty on the "
-                "weights, for example): the groups' shares do not contain it.",
+                f"{fraction:.2g} of the gradient of '{name}' comes from no sample's row, and the groups' shares do not contain "
+                "it: a penalty on the weights is one, but a use of the weight outside its layer should be replaced by a call "
+                "of the layer, or the weight left out with layers=.",
                 stacklevel=5,
             )
         self._found["outside"][name] = max(self._found["outside"].get(name, 0.0), fraction)
