@@ -482,10 +482,15 @@ class Capture:
         if self._sortings[0] is not forward.assignment:
             self._sortings = (forward.assignment, {})
         cache = self._sortings[1]
-        lengths = getattr(getattr(use.call, "sequences", None), "lengths", None)
-        form = None if lengths is None else tuple(lengths.tolist())
-        key = (*use.call.order_key(use.place), use.number, id(forward.row_map), id(forward.valid), items, form)
-        if key not in cache or isinstance(use.call, LookupCall):
+        key = (
+            *use.call.order_key(use.place),
+            use.number,
+            id(forward.row_map),
+            id(forward.valid),
+            items,
+            use.call.layout(),
+        )
+        if key not in cache:
             cache[key] = Sorting.by_cell(
                 self._samples_of_items(layer, use, items), forward.assignment, forward.valid, layer.parameter.device
             )
