@@ -333,8 +333,13 @@ class Shares:
         lookups = [lookup for key in cells for lookup in self.lookups[key]]
         index = torch.cat([lookup.activation for lookup in lookups])
         adjoint = torch.cat([float64(lookup.adjoint) for lookup in lookups])
-        there, which = torch.unique(index.to(adjoint.device), return_inverse=True)
-        return adjoint.new_zeros(len(there), adjoint.shape[1]).index_add_(0, which, adjoint)
+        index, count = index.to(adjoint.device), min(len(index), lookups[0].size)
+        if not adjoint.is_cuda:
+            there, index = torch.unique(index, return_inverse=True)
+            count = len(there)
+        elif count == len(index):  # counting those that differ would wait for the device
+            index = torch.searchsorted(index.sort().values, index)
+        return adjoint.new_zeros(count, adjoint.shape[1]).index_add_(0, index, adjoint)
 
 
 class RowStack:
@@ -416,11 +421,13 @@ class IndexStack:
 
     def __init__(self, width: int) -> None:
         self.width = width
+        self.count = 0
         self.counts: Tensor | None = None
 
     def add(self, index: Tensor) -> None:
         """Append rows that have their one at these columns."""
-        counts = torch.bincount(index, minlength=self.width)
+        self.count += len(index)
+        counts = index.new_zeros(self.width).index_add_(0, index, torch.ones_like(index))
         self.counts = counts if self.counts is None else self.counts + counts
 
     @staticmethod
@@ -428,7 +435,7 @@ class IndexStack:
         """Singular values of all rows of several stacks together, descending."""
         counts = torch.stack([stack.counts for stack in stacks if stack.counts is not None]).sum(0)
         spectrum = float64(counts).sqrt().sort(descending=True).values
-        return spectrum[: int(counts.sum())]
+        return spectrum[: sum(stack.count for stack in stacks)]
 
 
 class Pending:
