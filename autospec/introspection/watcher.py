@@ -262,8 +262,9 @@ class Watcher:
             record = self._measurement.record(self._count)
             self._recorded += 1
             (self._records if self._sink is None else self._buffer).append(record)
-            if self._measurement.due or self._capture.audited is not None:
-                self._finish()
+            calibrating = self._budget is not None and self._budget.every is None
+            if self._measurement.due or self._capture.audited is not None or calibrating:
+                self._finish()  # a step that is timed bears the whole of its cost
             self._prove(record)
             if self._sink is not None and len(self._buffer) >= self._sink.steps_per_chunk:
                 self._flush()
