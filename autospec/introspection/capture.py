@@ -417,10 +417,11 @@ class Capture:
                 self._latest_adjoint = None
                 self.workspace.forget(column_gram)
         if self.audited is not None:
-            flat = float64(gradient.to_dense() if gradient.is_sparse else gradient).reshape(layer.shape) / scale
+            flat = float64(gradient.to_dense() if gradient.is_sparse else gradient).reshape(layer.shape)
+            flat = flat if scale is None else flat / scale
             pending.arrived = flat if pending.arrived is None else pending.arrived + flat
 
-    def _gather_use(self, layer: WatchedLayer, pending: Pending, use: Use, scale: float, exact: bool) -> None:
+    def _gather_use(self, layer: WatchedLayer, pending: Pending, use: Use, scale: Tensor | None, exact: bool) -> None:
         factors = use.call.factors(use.parameter, use.arrival.adjoints, self.workspace)
         pending.dtype = _coarsest(pending.dtype, use.dtype, use.call.outputs[0].dtype, factors.adjoint.dtype)
         layer.inputs.append(use.constant)
@@ -430,7 +431,7 @@ class Capture:
             out = sorting.left_out
             left = factors.with_(factors.activation[out], float64(single(factors.adjoint[out])))
             left = left if isinstance(left, Lookup) else left.with_(float64(single(left.activation)), left.adjoint)
-            share = left.share() / scale
+            share = left.share() if scale is None else left.share() / scale
             pending.arrived = -share if pending.arrived is None else pending.arrived - share
         kept = layer.sorted_input
         if use.constant is not None and kept is not None and kept[1] is sorting and kept[0].same(use.constant):
@@ -446,7 +447,7 @@ class Capture:
             adjoint = latest[2]
         else:
             adjoint = sorting.sort(single(factors.adjoint), self.workspace)
-            adjoint = adjoint if scale == 1 else adjoint / scale
+            adjoint = adjoint if scale is None else adjoint / scale
             self._latest_adjoint = (factors.adjoint, sorting, adjoint)
         factors = factors.with_(activation, adjoint)
         if isinstance(factors, Convolution) and self.unfolded:

@@ -18,7 +18,7 @@ from .errors import WatchError
 from .factors import Factors, Lookup, Product
 from .groups import Assignment
 from .spectra import column_gram, float64, gram_of_few, lower_gram, row_gram
-from .workspace import LARGEST_KEPT, Workspace
+from .workspace import LARGEST_KEPT, Workspace, to_device
 
 # Products of at most this many numbers are formed in float64 from the start.
 SMALL = 2**20
@@ -92,11 +92,11 @@ class Sorting:
         present = np.flatnonzero(counts)
         in_order = len(order) == len(samples) and bool((order == np.arange(len(order))).all())
         return cls(
-            None if in_order else torch.from_numpy(order).to(device),
+            None if in_order else to_device(torch.from_numpy(order), device),
             counts[present].tolist(),
             [assignment.members[i].tobytes() for i in present],
             positions[order],
-            None if kept.all() else torch.from_numpy(np.flatnonzero(~kept)).to(device),
+            None if kept.all() else to_device(torch.from_numpy(np.flatnonzero(~kept)), device),
             masked,
         )
 
@@ -118,7 +118,7 @@ class Sorting:
             places = _places(positions, count)
             table = np.full((count, int(places.max()) + 1), -1)
             table[positions, places] = np.arange(len(positions))
-            self._tables[cell, device] = torch.from_numpy(table).to(device)
+            self._tables[cell, device] = to_device(torch.from_numpy(table), device)
         return self._tables[cell, device]
 
 

@@ -16,7 +16,7 @@ from ..errors import WatchError
 from ..factors import Product, single
 from ..gates import Adjoints, Scan, Weights, adjoints, scan
 from ..hooks import Hook
-from ..workspace import Workspace
+from ..workspace import Workspace, to_device
 from .call import LayerCall, OnCall
 
 # Deviation of the layer's output, computed again, that only another dropout mask explains.
@@ -41,8 +41,8 @@ class _Sequences:
             self.lengths = self.valid.sum(0)
             self.order = given.sorted_indices
             # Known here, so that nothing waits for a GPU to count them.
-            self.places = self.valid.flatten().nonzero().squeeze(1).to(given.data.device, non_blocking=True)
-            self.valid = self.valid.to(given.data.device, non_blocking=True)
+            self.places = to_device(self.valid.flatten().nonzero().squeeze(1), given.data.device)
+            self.valid = to_device(self.valid, given.data.device)
         self.first, self.single = module.batch_first, not self.packed and given.ndim == 2  # type: ignore[union-attr]
 
     def apart(self, tensor: Tensor) -> Tensor:
@@ -69,15 +69,15 @@ class _Sequences:
         if self.lengths is None:
             return tensor.flip(0)
         steps = torch.arange(len(tensor)).unsqueeze(1)
-        source = torch.where(steps < self.lengths, self.lengths - 1 - steps, steps).to(tensor.device, non_blocking=True)
-        return tensor.gather(0, source.unsqueeze(-1).expand(tensor.shape))
+        source = torch.where(steps < self.lengths, self.lengths - 1 - steps, steps)
+        return tensor.gather(0, to_device(source, tensor.device).unsqueeze(-1).expand(tensor.shape))
 
     def at_end(self, tensor: Tensor, final: Tensor) -> None:
         """Add the derivative at the last state to that at the last step of each sequence, in place."""
         if self.lengths is None:
             tensor[-1] += final
         else:
-            last = self.lengths.to(tensor.device, non_blocking=True) - 1
+            last = to_device(self.lengths, tensor.device) - 1
             tensor[last, torch.arange(tensor.shape[1], device=tensor.device)] += final
 
     def samples_of_rows(self, samples: np.ndarray, steps: int) -> np.ndarray:
