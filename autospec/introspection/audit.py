@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .pending import Pending
 from .rows import RowMap
@@ -74,14 +75,8 @@ class Audit:
         """Compare the sum of the shares with the gradient that arrived; warn of what came from no row."""
         if pending.arrived is None:
             return
-        matrices = [float64(pending.shares.matrix([key])) for key in pending.shares.counts]
-        outside = torch.linalg.matrix_norm(pending.arrived - torch.stack(matrices).sum(0))
-        scale = max(float(torch.linalg.matrix_norm(matrix)) for matrix in matrices)
-        unit = (
-            torch.finfo(pending.dtype or torch.float32).eps
-            * scale
-            * max(sum(pending.rows.values()), *pending.shape) ** 0.5
-        )
+        total, unit = _sum_of_shares(pending)
+        outside = torch.linalg.matrix_norm(pending.arrived - total)
         deviation = float(outside) / unit if unit else 0.0
         if not np.isfinite(deviation):
             return
@@ -91,8 +86,9 @@ class Audit:
         fraction = float(outside / torch.linalg.matrix_norm(pending.arrived))
         if name not in self._found["outside"]:
             warnings.warn(
-                f"{fraction:.2g} of the gradient of '{name}' comes from no sample's row (a penalty on the "
-                "weights, for example): the groups' shares do not contain it.",
+                f"{fraction:.2g} of the gradient of '{name}' comes from no sample's row, and the groups' shares do not contain "
+                "it: a penalty on the weights is one, but a use of the weight outside its layer should be replaced by a call "
+                "of the layer, or the weight left out with layers=.",
                 stacklevel=5,
             )
         self._found["outside"][name] = max(self._found["outside"].get(name, 0.0), fraction)
@@ -127,3 +123,20 @@ class Audit:
                 continue
             error = float(np.abs(recorded[group, usable] - exact[index[usable] - 1]).max() / scale)
             self._found["largest_error"] = max(self._found["largest_error"], error)
+
+
+def cancels(pending: Pending) -> bool:
+    """Whether the shares sum to zero, up to rounding; True where none are recorded."""
+    if not pending.shares.counts:
+        return True
+    total, unit = _sum_of_shares(pending)
+    return float(torch.linalg.matrix_norm(total)) <= GUARD_TOLERANCE * unit
+
+
+def _sum_of_shares(pending: Pending) -> tuple[Tensor, float]:
+    """Sum of the groups' shares, and the unit of its rounding."""
+    matrices = [float64(pending.shares.matrix([key])) for key in pending.shares.counts]
+    scale = max(float(torch.linalg.matrix_norm(matrix)) for matrix in matrices)
+    rounding = torch.finfo(pending.dtype or torch.float32).eps
+    unit = rounding * scale * max(sum(pending.rows.values()), *pending.shape) ** 0.5
+    return torch.stack(matrices).sum(0), unit

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .audit import Audit
+from .audit import Audit, cancels
 from .errors import WatchError
 from .factors import Convolution, Lookup, Product, shares_by_position, single
 from .groups import Assignment, Groups
@@ -92,7 +92,8 @@ class WatchedLayer(WatchedParameter):
         self.also, self.places = found.also, found.places
         self.uses: list[Use] = []
         self.pending: Pending | None = None
-        self.handle: RemovableHandle | None = None
+        self.handles: list[RemovableHandle] = []
+        self.left: tuple[int, int] | None = None
         self.inputs: list[ConstantInput | None] = []
         self.sorted_input: tuple[ConstantInput, Sorting, Tensor] | None = None
         self.rank_limit: np.ndarray | None = None
@@ -103,6 +104,21 @@ class WatchedLayer(WatchedParameter):
     def clear(self) -> None:
         """Forget what is pending."""
         self.uses, self.inputs, self.pending = [], [], None
+
+    def note_gradient(self, parameter: Tensor) -> None:
+        """Note in which state a backward pass left the parameter's gradient."""
+        assert parameter.grad is not None
+        self.left = (id(parameter.grad), parameter.grad._version)
+
+    def was_zeroed(self) -> bool:
+        """Whether zero_grad() has discarded the gradient since the last backward pass."""
+        gradient = self.parameter.grad
+        if gradient is None or self.pending is None:
+            return True
+        if (gradient.coalesce().values() if gradient.is_sparse else gradient).any():
+            return False
+        # It may have come as zero: then nobody has written to it since.  Writing to .data leaves no trace there.
+        return self.left != (id(gradient), gradient._version) or not cancels(self.pending)
 
 
 class Capture:
@@ -195,9 +211,9 @@ class Capture:
             handle.remove()
         self._handles, self._owners = [], []
         for layer in self.layers:
-            if layer.handle is not None:
-                layer.handle.remove()
-            layer.handle = layer.sorted_input = None
+            for handle in layer.handles:
+                handle.remove()
+            layer.handles, layer.sorted_input = [], None
         self.clear()
         self.workspace.release()
         self._forward = None
@@ -226,8 +242,11 @@ class Capture:
             self._forward = None
             return
         for layer in self.layers:
-            if layer.handle is None and layer.parameter.requires_grad:
-                layer.handle = layer.parameter.register_hook(self._gradient_hook(layer))
+            if not layer.handles and layer.parameter.requires_grad:
+                layer.handles = [
+                    layer.parameter.register_hook(self._gradient_hook(layer)),
+                    layer.parameter.register_post_accumulate_grad_hook(layer.note_gradient),
+                ]
         try:
             self._forward = Forward(self.assignment, self._row_map(args, kwargs), self.valid)
         except WatchError as error:
@@ -397,13 +416,14 @@ class Capture:
                 use.call.forget()
                 self._latest_adjoint = None
                 self.workspace.forget(column_gram)
-        if self.shares and len(uses) == 1 and scale == 1 and not gradient.is_sparse:
+        if self.shares and len(uses) == 1 and scale is None and not gradient.is_sparse:
             pending.shares.note_gradient(gradient)
         if self.audited is not None:
-            flat = float64(gradient.to_dense() if gradient.is_sparse else gradient).reshape(layer.shape) / scale
+            flat = float64(gradient.to_dense() if gradient.is_sparse else gradient).reshape(layer.shape)
+            flat = flat if scale is None else flat / scale
             pending.arrived = flat if pending.arrived is None else pending.arrived + flat
 
-    def _gather_use(self, layer: WatchedLayer, pending: Pending, use: Use, scale: float, exact: bool) -> None:
+    def _gather_use(self, layer: WatchedLayer, pending: Pending, use: Use, scale: Tensor | None, exact: bool) -> None:
         factors = use.call.factors(use.parameter, use.arrival.adjoints, self.workspace)
         pending.dtype = _coarsest(pending.dtype, use.dtype, use.call.outputs[0].dtype, factors.adjoint.dtype)
         layer.inputs.append(use.constant)
@@ -413,7 +433,7 @@ class Capture:
             out = sorting.left_out
             left = factors.with_(factors.activation[out], float64(single(factors.adjoint[out])))
             left = left if isinstance(left, Lookup) else left.with_(float64(single(left.activation)), left.adjoint)
-            share = left.share() / scale
+            share = left.share() if scale is None else left.share() / scale
             pending.arrived = -share if pending.arrived is None else pending.arrived - share
         kept = layer.sorted_input
         if use.constant is not None and kept is not None and kept[1] is sorting and kept[0].same(use.constant):
@@ -429,7 +449,7 @@ class Capture:
             adjoint = latest[2]
         else:
             adjoint = sorting.sort(single(factors.adjoint), self.workspace)
-            adjoint = adjoint if scale == 1 else adjoint / scale
+            adjoint = adjoint if scale is None else adjoint / scale
             self._latest_adjoint = (factors.adjoint, sorting, adjoint)
         factors = factors.with_(activation, adjoint)
         if isinstance(factors, Convolution) and self.unfolded:
@@ -451,10 +471,8 @@ class Capture:
     def _discard_zeroed(self) -> None:
         """Forget, at the first gradient of a backward pass, what zero_grad() has discarded since the last one."""
         for layer in self.layers:
-            if layer.pending is not None:
-                before = layer.parameter.grad
-                if before is None or not (before.coalesce().values() if before.is_sparse else before).any():
-                    layer.pending, layer.inputs = None, []
+            if layer.pending is not None and layer.was_zeroed():
+                layer.pending, layer.inputs = None, []
 
     # ------------------------------------------------------------------ rows
 
@@ -467,10 +485,15 @@ class Capture:
         if self._sortings[0] is not forward.assignment:
             self._sortings = (forward.assignment, {})
         cache = self._sortings[1]
-        lengths = getattr(getattr(use.call, "sequences", None), "lengths", None)
-        form = None if lengths is None else tuple(lengths.tolist())
-        key = (*use.call.order_key(use.place), use.number, id(forward.row_map), id(forward.valid), items, form)
-        if key not in cache or isinstance(use.call, LookupCall):
+        key = (
+            *use.call.order_key(use.place),
+            use.number,
+            id(forward.row_map),
+            id(forward.valid),
+            items,
+            use.call.layout(),
+        )
+        if key not in cache:
             cache[key] = Sorting.by_cell(
                 self._samples_of_items(layer, use, items), forward.assignment, forward.valid, layer.parameter.device
             )

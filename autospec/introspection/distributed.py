@@ -83,6 +83,7 @@ class Processes:
                 mine = own.indices.get(width, {}).get(key)
                 none = torch.zeros(width, dtype=torch.int64, device=like.device)
                 stack = table[key] = IndexStack(width)
+                stack.count = sum(each.get("indices", {}).get(width, {}).get(key, 0) for each in descriptions)
                 stack.counts = self._sum(none if mine is None or mine.counts is None else mine.counts.clone())
             total.note_width("activation", width)
         positions = max(each["positions"] for each in there)
@@ -157,7 +158,9 @@ def _describe(pending: Pending | None) -> dict[str, Any]:
         "sizes": pending.sizes,
         "rows": pending.rows,
         "shares": bool(pending.shares.counts),
-        "indices": list(pending.indices),
+        "indices": {
+            width: {key: stack.count for key, stack in table.items()} for width, table in pending.indices.items()
+        },
         "positions": max((len(total) for total in pending.by_position.values()), default=0),
         "exact": bool(pending.exact),
         "arrived": pending.arrived is not None,

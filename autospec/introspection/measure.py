@@ -22,6 +22,7 @@ CONTRASTS = ("contrast", "cosine", "angles")
 # Decompositions are put off until there are this many steps, or this much memory of Gram matrices, to solve together.
 STEPS_TOGETHER = 16
 BYTES_TOGETHER = 2**23
+BYTES_TOGETHER_ON_A_GPU = 2**28  # to decompose, the processor waits for it
 
 
 @dataclass
@@ -147,7 +148,8 @@ class Measurement:
     @property
     def due(self) -> bool:
         """Whether enough has been put off for `finish`."""
-        return len(self._open) >= STEPS_TOGETHER or self._open_bytes >= BYTES_TOGETHER
+        most = BYTES_TOGETHER_ON_A_GPU if self.layers[0].parameter.is_cuda else BYTES_TOGETHER
+        return len(self._open) >= STEPS_TOGETHER or self._open_bytes >= most
 
     def _factor_jobs(
         self,

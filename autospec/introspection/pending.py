@@ -18,7 +18,7 @@ from .errors import WatchError
 from .factors import Factors, Lookup, Product, square
 from .groups import Assignment
 from .spectra import column_gram, float64, gram_by_rows, gram_of_few, irregular, lower_gram, row_gram
-from .workspace import LARGEST_KEPT, Workspace
+from .workspace import LARGEST_KEPT, Workspace, to_device
 
 # Products of at most this many numbers are formed in float64 from the start.
 SMALL = 2**20
@@ -96,11 +96,11 @@ class Sorting:
         present = np.flatnonzero(counts)
         in_order = len(order) == len(samples) and bool((order == np.arange(len(order))).all())
         return cls(
-            None if in_order else torch.from_numpy(order).to(device),
+            None if in_order else to_device(torch.from_numpy(order), device),
             counts[present].tolist(),
             [assignment.members[i].tobytes() for i in present],
             positions[order],
-            None if kept.all() else torch.from_numpy(np.flatnonzero(~kept)).to(device),
+            None if kept.all() else to_device(torch.from_numpy(np.flatnonzero(~kept)), device),
             masked,
         )
 
@@ -122,7 +122,7 @@ class Sorting:
             places = _places(positions, count)
             table = np.full((count, int(places.max()) + 1), -1)
             table[positions, places] = np.arange(len(positions))
-            self._tables[cell, device] = torch.from_numpy(table).to(device)
+            self._tables[cell, device] = to_device(torch.from_numpy(table), device)
         return self._tables[cell, device]
 
 
@@ -411,8 +411,13 @@ class Shares:
         lookups = [lookup for key in cells for lookup in self.lookups[key]]
         index = torch.cat([lookup.activation for lookup in lookups])
         adjoint = torch.cat([float64(lookup.adjoint) for lookup in lookups])
-        there, which = torch.unique(index.to(adjoint.device), return_inverse=True)
-        return adjoint.new_zeros(len(there), adjoint.shape[1]).index_add_(0, which, adjoint)
+        index, count = index.to(adjoint.device), min(len(index), lookups[0].size)
+        if not adjoint.is_cuda:
+            there, index = torch.unique(index, return_inverse=True)
+            count = len(there)
+        elif count == len(index):  # counting those that differ would wait for the device
+            index = torch.searchsorted(index.sort().values, index)
+        return adjoint.new_zeros(count, adjoint.shape[1]).index_add_(0, index, adjoint)
 
 
 class RowStack:
@@ -494,11 +499,13 @@ class IndexStack:
 
     def __init__(self, width: int) -> None:
         self.width = width
+        self.count = 0
         self.counts: Tensor | None = None
 
     def add(self, index: Tensor) -> None:
         """Append rows that have their one at these columns."""
-        counts = torch.bincount(index, minlength=self.width)
+        self.count += len(index)
+        counts = index.new_zeros(self.width).index_add_(0, index, torch.ones_like(index))
         self.counts = counts if self.counts is None else self.counts + counts
 
     @staticmethod
@@ -506,7 +513,7 @@ class IndexStack:
         """Singular values of all rows of several stacks together, descending."""
         counts = torch.stack([stack.counts for stack in stacks if stack.counts is not None]).sum(0)
         spectrum = float64(counts).sqrt().sort(descending=True).values
-        return spectrum[: int(counts.sum())]
+        return spectrum[: sum(stack.count for stack in stacks)]
 
 
 class Pending:

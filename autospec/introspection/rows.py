@@ -446,14 +446,17 @@ def _nan_rows(twin: nn.Module, watched: Collection[Place]) -> Iterator[dict[Plac
             handle.remove()
 
 
+_DETACHED = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+
+
 class _FunctionalUses(TorchFunctionMode):
-    """Notices a watched matrix that meets other data outside its layer, as in ``x @ layer.weight``."""
+    """Notices a watched matrix, or what is made of it, that meets data outside its layer: ``x @ (2 * layer.weight)``."""
 
     def __init__(self, twin: nn.Module, watched: Collection[Place]) -> None:
         super().__init__()
         modules = dict(twin.named_modules())
         self.names = {id(modules[name].get_parameter(key)): f"{name}.{key}" if name else key for name, key in watched}
-        self.views: list[Tensor] = []
+        self.derived: list[Tensor] = []
         self.inside = 0
         self.found: tuple[str, str] | None = None
 
@@ -471,9 +474,11 @@ class _FunctionalUses(TorchFunctionMode):
         others = [t for t in tensors if id(t) not in self.names and not isinstance(t, nn.Parameter) and t.ndim]
         if others and self.found is None:
             self.found = (name, getattr(func, "__name__", str(func)))
-        elif isinstance(result, Tensor) and result._is_view() and not others:
-            self.names[id(result)] = name
-            self.views.append(result)  # an identity is only unique while its object lives
+        elif not others and func not in _DETACHED:
+            for tensor in _tensors(result):
+                if tensor.ndim:  # a number, such as a penalty, is no weight any more
+                    self.names[id(tensor)] = name
+                    self.derived.append(tensor)  # an identity is only unique while its object lives
         return result
 
 

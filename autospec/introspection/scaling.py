@@ -20,12 +20,12 @@ class LossScale:
     """
 
     def __init__(self) -> None:
-        self._found: tuple[int, float | Tensor] = (-1, 1.0)
+        self._found: tuple[int, Tensor | None] = (-1, None)
 
-    def of(self, backward: int) -> float:
-        """Scale of a backward pass."""
+    def of(self, backward: int) -> Tensor | None:
+        """Scale of a backward pass, a tensor that holds one number; None where it is not scaled."""
         number, scale = self._found
-        return float(scale) if number == backward else 1.0
+        return scale if number == backward else None
 
     def listen(self) -> None:
         """Begin to listen."""
@@ -41,7 +41,7 @@ class LossScale:
             if not _listeners:
                 torch.amp.GradScaler.scale = _original.pop()  # type: ignore[method-assign]
 
-    def began(self, scale: float | Tensor) -> None:
+    def began(self, scale: Tensor) -> None:
         """Note the scale of the backward pass that is beginning."""
         self._found = (torch._C._current_graph_task_id(), scale)
 
@@ -49,14 +49,14 @@ class LossScale:
 def _scale(scaler: Any, outputs: Any) -> Any:
     scaled = _original[0](scaler, outputs)
     if scaler.is_enabled():
-        scale = scaler.get_scale()
+        scale = scaler._get_scale_async()  # as a number it would have to be waited for
         for tensor in scaled if isinstance(scaled, list | tuple) else [scaled]:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(_hook(scale))
     return scaled
 
 
-def _hook(scale: float) -> Callable[[Tensor], None]:
+def _hook(scale: Tensor) -> Callable[[Tensor], None]:
     def begins(_: Tensor) -> None:
         for listener in _listeners:
             listener.began(scale)

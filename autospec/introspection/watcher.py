@@ -143,6 +143,7 @@ class Watcher:
         self._recorded = 0
         self._count = 0
         self._set_labels(groups, valid)
+        self._labelled, self._labelled_in_a_row = False, 0
         self._active = False
         self._buffer: list[Record] = []
         self._records: list[Record] = []
@@ -232,6 +233,7 @@ class Watcher:
             If a label was not among those given at the start.
         """
         self._set_labels(labels, valid)
+        self._labelled = True
 
     def step(self) -> None:
         """Close one step of the training: compute and keep its spectra if the schedule says so.
@@ -260,13 +262,15 @@ class Watcher:
             record = self._measurement.record(self._count)
             self._recorded += 1
             (self._records if self._sink is None else self._buffer).append(record)
-            if self._measurement.due or self._capture.audited is not None:
-                self._finish()
+            calibrating = self._budget is not None and self._budget.every is None
+            if self._measurement.due or self._capture.audited is not None or calibrating:
+                self._finish()  # a step that is timed bears the whole of its cost
             self._prove(record)
             if self._sink is not None and len(self._buffer) >= self._sink.steps_per_chunk:
                 self._flush()
         self._capture.clear()
         self._capture.masked = False
+        self._notice_missing_labels()
         end = time.perf_counter()
         self._seconds["watching"] += end - begin
         if self._budget is not None:
@@ -275,6 +279,21 @@ class Watcher:
             self._budget.took(self._count, time.process_time() if on_cpu else end, self._capture.recording)
         self._count += 1
         self._plan()
+
+    def _notice_missing_labels(self) -> None:
+        """Warn, once, of a recorded step without set_groups() after two that each had one: the old labels stayed."""
+        if not self._capture.recording:
+            self._labelled = False
+            return
+        if not self._labelled and self._labelled_in_a_row >= 2:
+            warnings.warn(
+                f"set_groups() was called for each step before, but not for step {self._count}: it was recorded with the labels "
+                "of the batch before (said once).",
+                stacklevel=3,
+            )
+            self._labelled_in_a_row = -sys.maxsize
+        self._labelled_in_a_row = self._labelled_in_a_row + 1 if self._labelled else min(self._labelled_in_a_row, 0)
+        self._labelled = False
 
     def discard(self) -> None:
         """Forget what has arrived since the last step, as after a pass that ran out of memory and is made again.

@@ -59,3 +59,8 @@ class Workspace:
         """Give everything up."""
         self._tensors, self._taken, self._known = {}, {}, {}
         self._lasting, self._still = {}, {}
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Bring a table that was made on the processor to a device, without waiting for what the device has yet to do."""
+    return tensor.to(device, non_blocking=device.type != "mps")

@@ -1,5 +1,7 @@
 """A mistake gives one sentence that says what, where and what to do."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -411,3 +413,21 @@ def test_a_nested_model_is_called_as_a_whole_and_not_in_parts():
         loss = network[0](torch.randn(N, 5, 4))[0].sum()
         with pytest.raises(WatchError, match=r"'0\.weight_ih_l0' was used outside of a call of the watched model"):
             loss.backward()
+
+
+@pytest.mark.parametrize("labelled", [[0, 1], [0], [], [0, 1, 2, 3, 4, 5]], ids=str)
+def test_a_batch_for_which_set_groups_was_forgotten_is_noticed_once(labelled):
+    network = model()
+    with autospec.watch(network, LABELS, quiet=True) as watcher, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(6):
+            if step in labelled:
+                watcher.set_groups(LABELS)
+            steps_of(network, watcher, torch.randn(N, 4))
+    said = [str(each.message) for each in caught]
+    if labelled == [0, 1]:
+        assert len(said) == 1
+        assert "not for step 2" in said[0]
+        assert caught[0].filename == __file__
+    else:
+        assert said == []

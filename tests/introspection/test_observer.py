@@ -249,6 +249,75 @@ def test_micro_batches_accumulate_to_the_full_batch(parts):
     xr.testing.assert_equal(tree["layers/0.weight/rank_limit"], full["layers/0.weight/rank_limit"])
 
 
+def silent_in_the_first_half():
+    """Return a batch, and a network and a loss that give zero gradients on its first half."""
+    model, x = nn.Sequential(nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 5)), batch()
+    with torch.no_grad():
+        model[0].weight.abs_()
+        model[0].bias.zero_()
+    x = torch.cat([-x[:12].abs(), x[12:].abs()])  # every unit is off, then on
+    return model, x
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["one layer", "every layer"])
+def test_a_gradient_that_is_zero_after_one_micro_batch_is_not_taken_for_zero_grad(whole):
+    model, x = silent_in_the_first_half()
+    weight = torch.ones(N, 1)
+    weight[:12] = 0.0 if whole else 1.0  # a part that does not count in the loss
+    full = record(Problem(model, x, lambda y: (y * weight).tanh().square().mean(), LABELS))
+    model.zero_grad()
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for rows in torch.arange(N).chunk(2):
+            watcher.set_groups([LABELS[i] for i in rows])
+            ((model(x[rows]) * weight[rows]).tanh().square().mean() / 2).backward()
+            if rows[0] == 0:
+                assert not model[0].weight.grad.any()
+                assert bool(model[2].bias.grad.any()) != whole
+        watcher.step()
+    tree = watcher.trajectories
+    for layer in ("0.weight", "2.weight"):
+        for statistic in ("gradient", "activation", "adjoint"):
+            for group in full.group.values:
+                expected = spectrum(full, layer, statistic, group)
+                assert error(spectrum(tree, layer, statistic, group), expected) < 2e-6
+    xr.testing.assert_equal(tree.group_size, full.group_size)
+    xr.testing.assert_equal(tree["layers/0.weight/rank_limit"], full["layers/0.weight/rank_limit"])
+
+
+ZEROING = {
+    "set to None": lambda model: model.zero_grad(),
+    "in place": lambda model: model.zero_grad(set_to_none=False),
+    "through .data": lambda model: [p.grad.data.zero_() for p in model.parameters()],
+}
+
+
+@pytest.mark.parametrize("zero", ZEROING)
+def test_every_way_to_zero_gradients_discards(zero):
+    problem = Problem(smooth(), batch(), loss_of, LABELS)
+    expected = record(problem)
+    with autospec.watch(problem.model, LABELS, quiet=True) as watcher:
+        problem.model.zero_grad()
+        (3 * loss_of(problem.model(batch() + 1))).backward()
+        ZEROING[zero](problem.model)
+        problem.loss().backward()
+        watcher.step()
+    for layer in ("0.weight", "2.weight"):
+        xr.testing.assert_equal(watcher.trajectories[f"layers/{layer}"].dataset, expected[f"layers/{layer}"].dataset)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_gradient_that_came_as_zero_is_discarded_by_zero_grad_like_any_other(set_to_none):
+    model, x = silent_in_the_first_half()
+    expected = record(Problem(model, x[12:], loss_of, LABELS[12:]))
+    model.zero_grad()
+    with autospec.watch(model, LABELS[12:], quiet=True) as watcher:
+        for rows in (x[:12], x[12:]):
+            model.zero_grad(set_to_none=set_to_none)
+            loss_of(model(rows)).backward()
+        watcher.step()
+    xr.testing.assert_equal(watcher.trajectories["layers/0.weight"].dataset, expected["layers/0.weight"].dataset)
+
+
 def test_two_forward_passes_of_one_batch_in_one_backward_pass_count_its_samples_once():
     model, x = smooth(), batch()
     with autospec.watch(model, LABELS) as watcher:

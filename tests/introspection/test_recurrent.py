@@ -212,3 +212,34 @@ def test_lengths_that_change_from_step_to_step_are_followed(family, by_hand):
             for step in (1, 2):
                 np.testing.assert_allclose(found[step], expected, rtol=0, atol=1e-6 * np.nanmax(expected))
             assert np.nanmax(np.abs(found[0] - expected)) > 1e-2 * np.nanmax(expected)
+
+
+class Trimming(nn.Module):
+    """Packs sequences by lengths that it finds in the data itself."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        lengths = (x[..., 0] != 0).sum(1)
+        return torch.tanh(self.layer(pack_padded_sequence(x, lengths, True, enforce_sorted=False))[1])
+
+
+def test_the_same_lengths_in_another_order_are_followed_where_the_model_finds_them_itself():
+    model, x = Trimming(nn.GRU(4, 5, batch_first=True)), normal(N, T, 4)
+    first, second = (
+        x * (torch.arange(T) < torch.tensor(lengths).unsqueeze(1)).unsqueeze(2) for lengths in (LENGTHS, LENGTHS[::-1])
+    )
+    trees = []
+    for batches in ([first, second], [second]):
+        with autospec.watch(model, LABELS, quiet=True) as watcher:
+            for batch in batches:
+                model.zero_grad()
+                weighted(model(batch)).backward()
+                watcher.step()
+        trees.append(watcher.trajectories.isel(step=[-1]))
+    for name in trees[0]["layers"].children:
+        for statistic in ("gradient", "activation", "adjoint"):
+            found, expected = (tree[f"layers/{name}/{statistic}"].values for tree in trees)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.nanmax(expected))

@@ -234,6 +234,10 @@ FUNCTIONAL_USES = {
     "linear": lambda x, w: F.linear(x, w),
     "einsum": lambda x, w: torch.einsum("nf,gf->ng", x, w),
     "masked": lambda x, w: x @ (w * torch.eye(6)),
+    "scaled": lambda x, w: x @ (w * 2),
+    "normalised": lambda x, w: F.linear(x, w / w.norm(dim=1, keepdim=True)),
+    "in parts": lambda x, w: x @ torch.cat(w.exp().chunk(2)).relu(),
+    "by its index": lambda x, w: x + (2 * w)[torch.arange(N) % 6],
 }
 
 
@@ -252,6 +256,22 @@ def test_a_weight_used_nowhere_but_outside_its_layer_is_refused_by_name():
         model(x)
         with pytest.raises(WatchError, match=r"gradient reached 'inner\.weight' that did not come through its layer"):
             (x @ model.inner.weight.T).sum().backward()
+
+
+@pytest.mark.parametrize("detached", [lambda w: w.detach(), lambda w: w.data, lambda w: (3 * w.T).detach()])
+def test_a_use_without_a_gradient_is_no_functional_use(detached):
+    problem = Problem(Functional(lambda x, w: x @ detached(w)), torch.randn(N, 6), mean_square, LABELS)
+    tree = record(problem)
+    assert tree.attrs["audit"]["outside"] == {}
+    assert_exact(tree, problem, members(LABELS, N))
+
+
+@pytest.mark.parametrize("derived", [lambda w: w, lambda w: 2 * w], ids=["as it is", "scaled"])
+def test_without_groups_a_use_outside_the_layer_is_reported_by_name_with_what_to_do(derived):
+    problem = Problem(Functional(lambda x, w: x @ derived(w)), torch.randn(N, 6), mean_square, None)
+    with pytest.warns(UserWarning, match=r"'first\.weight'.*outside its layer.*call of the layer.*layers="):
+        tree = record(problem)
+    assert list(tree.attrs["audit"]["outside"]) == ["first.weight"]
 
 
 def test_a_penalty_inside_the_forward_pass_is_no_functional_use():

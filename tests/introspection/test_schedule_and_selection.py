@@ -225,6 +225,17 @@ def test_a_budget_chooses_every_kth_step_once_and_keeps_to_it(monkeypatch, budge
     }
 
 
+def test_a_budget_counts_decompositions_that_are_otherwise_put_off(monkeypatch):
+    clock, solve = Clock(monkeypatch, extra=0.0), Measurement._solve
+
+    def slow(jobs):
+        clock.now += 2.0 * bool(jobs)
+        solve(jobs)
+
+    monkeypatch.setattr(Measurement, "_solve", staticmethod(slow))
+    assert clock.train(10, budget=0.1).trajectories.attrs["schedule"]["every"] == 20
+
+
 def test_a_schedule_chosen_by_a_budget_is_frozen_whatever_steps_take_later(monkeypatch):
     clock = Clock(monkeypatch)
     watcher = clock.train(80, training=lambda step: 1.0 if step < 10 else 0.01, budget=0.1)

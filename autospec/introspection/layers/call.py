@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -48,6 +49,10 @@ class LayerCall(ABC):
     def order_key(self, place: tuple[str, str]) -> tuple[str, ...]:
         """What has the same items in the same order: a place is a module's and a parameter's name."""
         return place
+
+    def layout(self) -> Any:
+        """What the sample of each item depends on, beside the sample of each entry; to be compared with that of other calls."""
+        return None
 
     def constant(self, parameter: str) -> Tensor | None:
         """The tensor that alone makes the activation: where it is data and stays the same, so does the activation."""

@@ -35,6 +35,10 @@ class LookupCall(LayerCall):
         """Items are indices; padding has no share in the weight."""
         return samples if self.kept is None else samples[self.kept.cpu().numpy()]
 
+    def layout(self) -> Any:
+        """Where the padding is."""
+        return None if self.kept is None else self.kept.cpu().numpy().tobytes()
+
     def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Lookup:
         """The indices and the derivative at the output, without padding."""
         adjoint = adjoints[0]

@@ -16,7 +16,7 @@ from ..errors import WatchError
 from ..factors import Product, single
 from ..gates import Adjoints, Scan, Weights, adjoints, scan
 from ..hooks import Hook
-from ..workspace import Workspace
+from ..workspace import Workspace, to_device
 from .call import LayerCall, OnCall
 
 # Deviation of the layer's output, computed again, that only another dropout mask explains.
@@ -40,23 +40,24 @@ class _Sequences:
             self.valid = torch.arange(int(counts[0])) < counts.unsqueeze(1)
             self.lengths = self.valid.sum(0)
             self.order = given.sorted_indices
-            self.valid = self.valid.to(given.data.device)
+            # Known here, so that nothing waits for a GPU to count them.
+            self.places = to_device(self.valid.flatten().nonzero().squeeze(1), given.data.device)
+            self.valid = to_device(self.valid, given.data.device)
         self.first, self.single = module.batch_first, not self.packed and given.ndim == 2  # type: ignore[union-attr]
 
     def apart(self, tensor: Tensor) -> Tensor:
         """Bring data, an output or the derivative at it, into the layout."""
         if self.packed:
             steps, sequences = self.valid.shape
-            return tensor.new_zeros(steps, sequences, tensor.shape[-1]).masked_scatter_(
-                self.valid.unsqueeze(-1), tensor
-            )
+            filled = tensor.new_zeros(steps * sequences, tensor.shape[-1]).index_copy_(0, self.places, tensor)
+            return filled.unflatten(0, (steps, sequences))
         if self.single:
             return tensor.unsqueeze(1)
         return tensor.transpose(0, 1) if self.first else tensor
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Rows of valid steps, time first; shape (rows, width)."""
-        return tensor[self.valid] if self.packed else tensor.flatten(0, 1)
+        return tensor.flatten(0, 1).index_select(0, self.places) if self.packed else tensor.flatten(0, 1)
 
     def state(self, tensor: Tensor) -> Tensor:
         """Bring a first or last state, or the derivative at it, into the layout: (layers, sequence, width)."""
@@ -68,15 +69,15 @@ class _Sequences:
         if self.lengths is None:
             return tensor.flip(0)
         steps = torch.arange(len(tensor)).unsqueeze(1)
-        source = torch.where(steps < self.lengths, self.lengths - 1 - steps, steps).to(tensor.device)
-        return tensor.gather(0, source.unsqueeze(-1).expand(tensor.shape))
+        source = torch.where(steps < self.lengths, self.lengths - 1 - steps, steps)
+        return tensor.gather(0, to_device(source, tensor.device).unsqueeze(-1).expand(tensor.shape))
 
     def at_end(self, tensor: Tensor, final: Tensor) -> None:
         """Add the derivative at the last state to that at the last step of each sequence, in place."""
         if self.lengths is None:
             tensor[-1] += final
         else:
-            last = self.lengths.to(tensor.device) - 1
+            last = to_device(self.lengths, tensor.device) - 1
             tensor[last, torch.arange(tensor.shape[1], device=tensor.device)] += final
 
     def samples_of_rows(self, samples: np.ndarray, steps: int) -> np.ndarray:
@@ -132,6 +133,11 @@ class RecurrentCall(LayerCall):
             with torch.no_grad(), torch.autocast(self.inputs[0].device.type, enabled=False):
                 self._found = (tuple(adjoints), self._compute(adjoints, workspace))
         return self._found[1][parameter]
+
+    def layout(self) -> Any:
+        """Lengths of the sequences, and the order in which they were packed."""
+        lengths, order = self.sequences.lengths, self.sequences.order
+        return None if lengths is None else (tuple(lengths.tolist()), None if order is None else tuple(order.tolist()))
 
     def order_key(self, place: tuple[str, str]) -> tuple[str, ...]:
         """All weights of the module have the same rows."""
@@ -282,7 +288,7 @@ class RecurrentCall(LayerCall):
             torch.set_rng_state(self.generator)
             for _ in range(module.num_layers - 1):
                 if self.sequences.packed:
-                    ones = x.new_ones(int(self.sequences.valid.sum()), width)
+                    ones = x.new_ones(len(self.sequences.places), width)
                     masks.append(self.sequences.apart(F.dropout(ones, module.dropout, True)))
                 else:
                     masks.append(F.dropout(x.new_ones(*x.shape[:2], width), module.dropout, True))
