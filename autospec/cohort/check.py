@@ -154,7 +154,7 @@ def _examine(
     name, which = participant.id, f"{scan.label}: " if scan.label else ""
     try:
         found = [_header(scan, networks, participant.done.repetition_time)] if scan.bold else []
-        motion = motion_of([scan.confounds] if scan.confounds else [], participant.phenotype)
+        motion = motion_of([scan.confounds] if scan.confounds else [], scan.row or participant.phenotype)
     except UserError as error:
         return [], Exclusion(name, "functional", which + str(error).rstrip("."), bad=True)
     problem = motion_problem(motion, settings["max_mean_fd"], settings["min_volumes"])
