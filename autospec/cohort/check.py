@@ -20,8 +20,8 @@ from autospec.errors import UserError
 BRAIN_MM3 = 60_304 * 27.0
 SECONDS_PER_VALUE = 2.0 / (60_304 * 150)
 BYTES_PER_SECOND = 80e6
-# Each participant is a process of its own, which imports its libraries first.
-SECONDS_TO_START = 3.0
+# Each participant is a process of its own, which imports its libraries, loads the template and draws a picture.
+SECONDS_TO_START = 4.0
 # What a number takes on the disk: four bytes of a map, hardly smaller when gzipped, and text of time courses, twice.
 BYTES_PER_MAP_VALUE = 3.6
 BYTES_PER_COURSE_VALUE = 22.0
