@@ -115,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     }.items():
         sub.add_argument(f"--{name}", nargs="?", const="", default="", required=name == "bold", help=help)
     _add_bad_subject(sub)
+    _add_networks_device(sub)
     sub.add_argument("--output", required=True, help="the participant's folder")
 
     sub = stage("precomputed", _precomputed, "take one participant's networks as GIFT or TReNDS computed them")
@@ -256,6 +257,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--converged", action="store_true", help="iterate to convergence, not as GIFT does")
     sub.add_argument("--gift-files", action="store_true", help="write results under GIFT's names as well")
     _add_bad_subject(sub)
+    _add_networks_device(sub)
 
     sub = command("schema", _schema, "write the JSON schema and the table of settings from the typed config")
     sub.add_argument("--root", default=str(Path(__file__).resolve().parent.parent))
@@ -266,6 +268,10 @@ def _add_bad_subject(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--on-bad-subject", choices=["fail", "exclude"], default="fail", help="what to do with data that cannot be used"
     )
+
+
+def _add_networks_device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu or cuda")
 
 
 def _add_participants(sub: argparse.ArgumentParser) -> None:
@@ -311,7 +317,8 @@ def _subject(options: Any) -> tuple[str, dict[str, Any]]:
 
     kinds = ("bold", "sidecar", "confounds", "description", "mask", "template", "atlas")
     files: Any = {kind: getattr(options, kind) or None for kind in kinds}
-    return build_networks(_spec(options, NetworksSettings)[0], files, options.on_bad_subject, options.output), {}
+    settings = _spec(options, NetworksSettings)[0]
+    return build_networks(settings, files, options.on_bad_subject, options.output, options.device), {}
 
 
 def _precomputed(options: Any) -> tuple[str, dict[str, Any]]:
@@ -524,6 +531,7 @@ def _ica(options: Any) -> tuple[str, dict[str, Any]]:
         },
         ica={name: value for name, value in chosen.items() if value is not None},
         on_bad_subject=options.on_bad_subject,
+        device=options.device,
     )
     return analyse_derivatives(options.derivatives, options.output, request), {}
 

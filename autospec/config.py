@@ -124,7 +124,7 @@ class FreesurferDataset(Settings):
     kind: Literal["freesurfer"]
     """The kind of data set."""
     icv: Literal["none", "proportional", "residual"] = "none"
-    """Nothing; each volume as a share of the intracranial volume; or less what a line predicts from that."""
+    """Nothing; each volume as a share of the intracranial volume; or less what a line predicts from that, fitted to those trained on."""
 
 
 Dataset = Annotated[

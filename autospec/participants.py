@@ -327,7 +327,7 @@ def dataset_settings(config: Config, name: str) -> dict[str, Any]:
             "standardise": not scaled,
         }
     assert isinstance(dataset, FreesurferDataset)
-    # Splits come with the experiments; until then everybody is for training.
+    # Everybody: each training fits line and scale again, to those whom it trains on.
     return {
         "name": name,
         "icv": dataset.icv,

@@ -15,7 +15,8 @@ import zarr
 import autospec
 from autospec.cohort.tables import build_cohort
 from autospec.datasets import labelled as labelled_module
-from autospec.datasets.freesurfer import adjust, build_volumes, make_features
+from autospec.datasets.freesurfer import build_volumes, make_features
+from autospec.datasets.intracranial import adjust
 from autospec.datasets.labelled import (
     covariates_of,
     group_labels,

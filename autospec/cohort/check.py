@@ -1,4 +1,4 @@
-"""What a cohort would give, before any job: from names of files, tables and headers of images."""
+"""What a cohort would give, before any job: from names of files, tables and headers of images, .mat and HDF5 files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from autospec.cohort.files import listed
 from autospec.cohort.images import Header, read_header, require_mni, time_between_volumes
 from autospec.cohort.motion import motion_of, motion_problem
+from autospec.cohort.precomputed import shape_of
 from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates
 from autospec.cohort.subjects import CohortSettings, Scan
 from autospec.errors import UserError
@@ -19,8 +20,8 @@ from autospec.errors import UserError
 BRAIN_MM3 = 60_304 * 27.0
 SECONDS_PER_VALUE = 2.0 / (60_304 * 150)
 BYTES_PER_SECOND = 80e6
-# Each participant is a process of its own, which imports its libraries first.
-SECONDS_TO_START = 3.0
+# Each participant is a process of its own, which imports its libraries, loads the template and draws a picture.
+SECONDS_TO_START = 4.0
 # What a number takes on the disk: four bytes of a map, hardly smaller when gzipped, and text of time courses, twice.
 BYTES_PER_MAP_VALUE = 3.6
 BYTES_PER_COURSE_VALUE = 22.0
@@ -55,6 +56,8 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     headers: list[Header] = field(default_factory=list)
     """Of the images that can be used."""
+    networks: dict[str, int] = field(default_factory=dict)
+    """Files of time courses that were computed before, by their number of networks."""
 
     def lines(self) -> list[str]:
         """The report, for a person to read."""
@@ -74,6 +77,10 @@ class Report:
                 f"{fewest} in every image" if fewest == most else f"{fewest} to {most}; data sets are cut to the fewest"
             )
             text.append(f"volumes: {same}")
+        if self.networks:
+            counts = "; ".join(f"{number} ({count} time courses)" for number, count in self.networks.items())
+            text.append(f"networks computed before: {counts}")
+        if self.headers:
             text.append(
                 f"time and disk: about {_duration(self.seconds)} of one core, {max(1, self.bytes / 1e6):,.0f} MB"
             )
@@ -81,6 +88,16 @@ class Report:
         if not self.exclusions:
             text.append("left out: nobody")
         return text + [f"warning: {warning}" for warning in self.warnings]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What headers say of one functional run: of an image, or of time courses that were computed before."""
+
+    volumes: int
+    header: Header | None = None
+    time: float = 0.0
+    networks: int | None = None
 
 
 def check_cohort(settings: CohortSettings, networks: int = 53, voxel_mm: float | None = 3.0) -> Report:
@@ -106,7 +123,7 @@ def check_cohort(settings: CohortSettings, networks: int = 53, voxel_mm: float |
     """
     cohort = candidates(settings)
     exclusions = list(cohort.exclusions)
-    images: list[tuple[Header, float]] = []
+    seen: list[_Seen] = []
     taking_part: list[Participant] = []
     functional = 0
     for each in cohort.participants:
@@ -115,7 +132,7 @@ def check_cohort(settings: CohortSettings, networks: int = 53, voxel_mm: float |
             found, exclusion = _examine(each, scan, networks, settings)
             if exclusion is None:
                 used += 1
-                images += found
+                seen += found
             elif exclusion.bad and settings["on_bad_subject"] == "fail":
                 raise UserError(
                     f"sub-{each.id} cannot be used: {exclusion.reason}; correct the data, or set on_bad_subject: exclude."
@@ -125,7 +142,7 @@ def check_cohort(settings: CohortSettings, networks: int = 53, voxel_mm: float |
         functional += bool(used)
         if used or each.freesurfer:
             taking_part.append(each)
-    return _report(cohort, taking_part, functional, images, exclusions, networks, voxel_mm)
+    return _report(cohort, taking_part, functional, seen, exclusions, networks, voxel_mm)
 
 
 def planned_cohort(
@@ -143,50 +160,54 @@ def planned_cohort(
     networks, voxel_mm
         As for `check_cohort`.
     """
-    images = [(header, repetition_time)] * len(cohort.scans)
-    return _report(cohort, cohort.participants, len(cohort.functional), images, cohort.exclusions, networks, voxel_mm)
+    seen = [_Seen(header.volumes, header, repetition_time)] * len(cohort.scans)
+    return _report(cohort, cohort.participants, len(cohort.functional), seen, cohort.exclusions, networks, voxel_mm)
 
 
 def _examine(
     participant: Participant, scan: Scan, networks: int, settings: CohortSettings
-) -> tuple[list[tuple[Header, float]], Exclusion | None]:
-    """Header and repetition time of an image, where it is one, or why it cannot be used."""
+) -> tuple[list[_Seen], Exclusion | None]:
+    """What headers say of a run, or why it cannot be used."""
     name, which = participant.id, f"{scan.label}: " if scan.label else ""
     try:
-        found = [_header(scan, networks, participant.done.repetition_time)] if scan.bold else []
-        motion = motion_of([scan.confounds] if scan.confounds else [], participant.phenotype)
+        found = [_look(scan, networks, participant.done.repetition_time)] if scan.file else []
+        motion = motion_of([scan.confounds] if scan.confounds else [], scan.row or participant.phenotype)
     except UserError as error:
         return [], Exclusion(name, "functional", which + str(error).rstrip("."), bad=True)
     problem = motion_problem(motion, settings["max_mean_fd"], settings["min_volumes"])
     wanted = settings["min_volumes"]
-    for header, _ in found:
-        if not problem and wanted is not None and motion.usable_volumes is None and header.volumes < wanted:
-            problem = f"{header.volumes} volumes, fewer than min_volumes ({wanted})"
+    for each in found:
+        if not problem and wanted is not None and motion.usable_volumes is None and each.volumes < wanted:
+            problem = f"{each.volumes} volumes, fewer than min_volumes ({wanted})"
     return found, Exclusion(name, "functional", which + problem) if problem else None
 
 
-def _header(scan: Scan, networks: int, usual_time: float | None) -> tuple[Header, float]:
-    """Header and repetition time of an image that can be used; raises UserError otherwise."""
+def _look(scan: Scan, networks: int, usual_time: float | None) -> _Seen:
+    """What headers say of a run that can be used; raises UserError otherwise."""
+    if not scan.bold:
+        volumes, count = shape_of(scan)
+        return _Seen(volumes, networks=count)
     header = read_header(scan.bold)
     require_mni(header)
     time = time_between_volumes(scan.bold, scan.sidecar, usual_time)
     if header.volumes < networks:
         raise UserError(f"{scan.bold} has {header.volumes} volumes, too few for {networks} networks.")
-    return header, time
+    return _Seen(header.volumes, header, time)
 
 
 def _report(
     cohort: Cohort,
     taking_part: list[Participant],
     functional: int,
-    images: list[tuple[Header, float]],
+    seen: list[_Seen],
     exclusions: list[Exclusion],
     networks: int,
     voxel_mm: float | None,
 ) -> Report:
-    headers = [header for header, _ in images]
-    times = Counter(f"{time:g} s" for _, time in images)
-    volumes = [header.volumes for header in headers]
+    headers = [each.header for each in seen if each.header is not None]
+    times = Counter(f"{each.time:g} s" for each in seen if each.header is not None)
+    volumes = [each.volumes for each in seen]
+    counts = Counter(str(each.networks) for each in seen if each.networks is not None)
     return Report(
         layout=cohort.layout,
         kind=cohort.kind,
@@ -204,8 +225,9 @@ def _report(
         volumes=(min(volumes), max(volumes)) if volumes else None,
         seconds=sum(SECONDS_TO_START + predicted_seconds(header, voxel_mm) for header in headers),
         bytes=sum(predicted_bytes(header, networks, voxel_mm) for header in headers),
-        warnings=_warnings(headers, times, cohort),
+        warnings=_warnings(headers, times, counts, cohort),
         headers=headers,
+        networks=_sorted(counts),
     )
 
 
@@ -230,8 +252,12 @@ def _grids(headers: list[Header]) -> dict[str, int]:
     return words
 
 
-def _warnings(headers: list[Header], times: Counter[str], cohort: Cohort) -> list[str]:
+def _warnings(headers: list[Header], times: Counter[str], counts: Counter[str], cohort: Cohort) -> list[str]:
     warnings = []
+    if len(counts) > 1:
+        warnings.append(
+            f"time courses have different numbers of networks ({listed(sorted(counts))}); data sets need one number"
+        )
     if len(_grids(headers)) > 1:
         warnings.append(
             "images lie on several grids; set ica.grid to template or to a voxel size for data sets of maps"

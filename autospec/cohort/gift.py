@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autospec.cohort.bids import join
 from autospec.cohort.files import existing, file_problem, listed, natural_key
@@ -25,6 +27,7 @@ MAPS = re.compile(r"(?P<prefix>.*)_sub(?P<subject>\d+)_component_ica_s(?P<sessio
 SCALED = re.compile(r"(?P<prefix>.*)_ica_c(?P<subject>\d+)-(?P<session>\d+)\.mat")
 UNSCALED = re.compile(r"(?P<prefix>.*)_ica_br(?P<subject>\d+)\.mat")
 Key = tuple[int, int]
+Value = TypeVar("Value")
 
 
 def read_gift(folder: str, settings: CohortSettings) -> list[Subject]:
@@ -138,9 +141,10 @@ def read_timecourses(path: str) -> np.ndarray:
     import numpy as np
 
     if path.endswith(".mat"):
-        courses, maps = _read_mat(path)
         # GIFT writes them either way round; the maps say which side counts the networks.
-        return courses if maps is None or courses.shape[1] == len(maps) else courses.T
+        time, _ = shape_of(path)
+        courses = _read_mat(path)[0]
+        return courses if len(courses) == time else courses.T
     courses = np.squeeze(_image(path).get_fdata())
     if courses.ndim != 2:
         raise UserError(f"{path} has the shape {courses.shape}: an image of time courses is time x network.")
@@ -200,8 +204,70 @@ def _image(path: str) -> nibabel.Nifti1Pair:
     return image
 
 
+def shape_of(path: str, maps: str = "", mask: str = "") -> tuple[int, int]:
+    """Say how many time points and networks a subject's results have, without reading them.
+
+    Parameters
+    ----------
+    path, maps, mask : str
+        As in `read_timecourses` and `read_maps`; empty where there is none.
+
+    Raises
+    ------
+    UserError
+        If a file cannot be opened, lacks a variable, or time courses, maps and mask do not fit each other.
+    """
+    networks = None
+    if path.endswith(".mat"):
+        shapes = _of_mat(path, lambda array: tuple(array.shape[::-1]))
+        time, found = _courses(path, shapes, len)
+        if "ic" in shapes:
+            networks, voxels = shapes["ic"][0], shapes["ic"][-1]
+            if found != networks and time == networks:
+                time, found = found, time
+            if mask and voxels != _voxels(mask):
+                raise UserError(
+                    f"{path} lists {voxels} voxels, but {mask} has {_voxels(mask)}: they are not of one analysis."
+                )
+    else:
+        sides = [side for side in _image(path).shape if side > 1]
+        if len(sides) != 2:
+            raise UserError(f"{path} has the shape {_image(path).shape}: an image of time courses is time x network.")
+        time, found = sides
+        if maps:
+            shape = _image(maps).shape
+            networks = shape[3] if len(shape) == 4 else 1
+    if networks is not None and found != networks:
+        raise UserError(
+            f"{path} has time courses of {found} networks, but {maps if maps not in ('', path) else 'it'} has maps of {networks}: "
+            "they are not of one analysis."
+        )
+    return time, found
+
+
+@cache
+def _voxels(mask: str) -> int:
+    """How many voxels a mask has."""
+    return int((_image(mask).get_fdata() > 0).sum())
+
+
+def _courses(path: str, found: dict[str, Value], dimensions: Callable[[Value], int]) -> Value:
+    """What was found of the time courses; raises UserError where there are none."""
+    if "tc" not in found or dimensions(found["tc"]) != 2:
+        raise UserError(f"{path} holds no time courses 'tc' (alone or in 'compSet'): is it a result of GIFT?")
+    return found["tc"]
+
+
 def _read_mat(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Time courses, as they lie in the file, and maps (network x voxel), of a .mat file."""
+    import numpy as np
+
+    found = _of_mat(path, lambda array: np.asarray(array).T)
+    return _courses(path, found, lambda array: array.ndim), found.get("ic")
+
+
+def _of_mat(path: str, take: Callable[[Any], Value]) -> dict[str, Value]:
+    """What is wanted of time courses ``tc`` and maps ``ic`` of a .mat file, which come with their axes reversed."""
     import h5py
     import numpy as np
     import scipy.io
@@ -213,18 +279,10 @@ def _read_mat(path: str) -> tuple[np.ndarray, np.ndarray | None]:
             with h5py.File(path, "r") as file:
                 place = file["compSet"] if isinstance(file.get("compSet"), h5py.Group) else file
                 # HDF5 holds MATLAB's arrays with their axes reversed.
-                found = {
-                    name: np.asarray(place[name]).T
-                    for name in ("tc", "ic")
-                    if isinstance(place.get(name), h5py.Dataset)
-                }
-        else:
-            content = scipy.io.loadmat(path, squeeze_me=False)
-            struct = content["compSet"][0, 0] if "compSet" in content else content
-            names = struct.dtype.names or () if isinstance(struct, np.ndarray | np.void) else struct
-            found = {name: np.asarray(struct[name]) for name in ("tc", "ic") if name in names}
+                return {name: take(place[name]) for name in ("tc", "ic") if isinstance(place.get(name), h5py.Dataset)}
+        content = scipy.io.loadmat(path, squeeze_me=False)
+        struct = content["compSet"][0, 0] if "compSet" in content else content
+        names = struct.dtype.names or () if isinstance(struct, np.ndarray | np.void) else struct
+        return {name: take(np.asarray(struct[name]).T) for name in ("tc", "ic") if name in names}
     except (OSError, ValueError, NotImplementedError, KeyError):
         raise UserError(f"{path} is no readable .mat file: copy it again.") from None
-    if "tc" not in found or found["tc"].ndim != 2:
-        raise UserError(f"{path} holds no time courses 'tc' (alone or in 'compSet'): is it a result of GIFT?")
-    return found["tc"], found.get("ic")

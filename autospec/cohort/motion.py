@@ -66,14 +66,19 @@ def motion_of(confounds: list[str], phenotype: Mapping[str, str] | None) -> Moti
         The participant's row, whose ``FD`` and ``Frames OK`` are taken where there are no tables.
     """
     tables = [motion_of_table(read_table(path)) for path in confounds]
-    if not tables:
-        return _of_phenotype(phenotype or {})
-    known = [(each.mean_fd, each.volumes or 0) for each in tables if each.mean_fd is not None]
-    total = sum(volumes for _, volumes in known)
+    return together(tables) if tables else _of_phenotype(phenotype or {})
+
+
+def together(runs: list[Motion]) -> Motion:
+    """Motion over several runs, each counted by its volumes, or all alike where somebody's volumes are not known."""
+    known = [(each.mean_fd, each.volumes or each.usable_volumes) for each in runs if each.mean_fd is not None]
+    weights = [volumes or 0 for _, volumes in known] if all(volumes for _, volumes in known) else [1] * len(known)
+    total = sum(weights)
+    volumes, usable = ([getattr(each, what) for each in runs] for what in ("volumes", "usable_volumes"))
     return Motion(
-        mean_fd=sum(mean * volumes for mean, volumes in known) / total if total else None,
-        volumes=sum(each.volumes or 0 for each in tables),
-        usable_volumes=sum(each.usable_volumes or 0 for each in tables),
+        mean_fd=sum((mean or 0.0) * w for (mean, _), w in zip(known, weights, strict=True)) / total if total else None,
+        volumes=None if None in volumes else sum(volumes),
+        usable_volumes=None if None in usable else sum(usable),
     )
 
 

@@ -88,21 +88,34 @@ def read_phenotypes(path: str, id_column: str | None = None) -> Phenotypes:
     UserError
         If there is no column of ids, an id stands twice, or an id could not name a folder.
     """
+    columns, by_id = read_rows(path, id_column)
+    if twice := [name for name, rows in by_id.items() if len(rows) > 1]:
+        raise UserError(f"{path} has several rows for {listed(twice)}: keep one row for each participant.")
+    return Phenotypes(path, columns, {name: rows[0] for name, rows in by_id.items()})
+
+
+def read_rows(path: str, id_column: str | None = None) -> tuple[list[str], dict[str, list[dict[str, str]]]]:
+    """Read a table in which a participant may have several rows.
+
+    Returns
+    -------
+    columns : list of str
+        Without that of ids.
+    rows : dict of str to list of dict
+        Cells by column, the rows of each id in the table's order.
+
+    Raises
+    ------
+    UserError
+        If there is no column of ids, or an id could not name a folder.
+    """
     table = read_table(path)
     place = _id_place(path, table.columns, id_column)
-    rows: dict[str, dict[str, str]] = {}
-    twice: list[str] = []
+    rows: dict[str, list[dict[str, str]]] = {}
     for cells in table.rows:
-        name = checked_id(cells[place], path)
-        if name in rows:
-            twice.append(name)
-        rows[name] = {
-            column: cell for i, (column, cell) in enumerate(zip(table.columns, cells, strict=True)) if i != place
-        }
-    if twice:
-        raise UserError(f"{path} has several rows for {listed(twice)}: keep one row for each participant.")
-    columns = [column for i, column in enumerate(table.columns) if i != place]
-    return Phenotypes(path, columns, rows)
+        row = {column: cell for i, (column, cell) in enumerate(zip(table.columns, cells, strict=True)) if i != place}
+        rows.setdefault(checked_id(cells[place], path), []).append(row)
+    return [column for i, column in enumerate(table.columns) if i != place], rows
 
 
 def _id_place(path: str, columns: list[str], id_column: str | None) -> int:

@@ -20,6 +20,13 @@ def read_timecourses(scan: Scan) -> np.ndarray:
     return gift.read_timecourses(scan.timecourses)
 
 
+def shape_of(scan: Scan) -> tuple[int, int]:
+    """How many time points and networks there are, from headers alone; raises UserError where a variable is missing."""
+    if scan.components:
+        return trends.shape_of(scan.timecourses, scan.components, scan.position)
+    return gift.shape_of(scan.timecourses, scan.maps, scan.mask)
+
+
 def write_timecourses(scan: Scan, repetition_time: float | None, path: str) -> None:
     """Write a subject's time courses as a table, and what is known of them beside it.
 

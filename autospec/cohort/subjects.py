@@ -89,6 +89,8 @@ class Scan:
     space: str = ""
     label: str = ""
     """What tells it from others of its subject, such as ses-1_run-2; empty unless all of a subject are taken."""
+    row: dict[str, str] = field(default_factory=dict, hash=False)
+    """Its own row of the table of participants, where that has a row for each image."""
 
     @property
     def file(self) -> str:

@@ -1,13 +1,18 @@
-"""A plain table of paths: ``participants.tsv`` with a column ``bold``."""
+"""A plain table of paths: ``participants.tsv`` with a column ``bold``, a row a participant or a row an image."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from autospec.cohort.files import existing, file_problem, natural_key
-from autospec.cohort.phenotypes import read_phenotypes
+from autospec.cohort.bids import entities_of
+from autospec.cohort.files import existing, file_problem, listed, natural_key
+from autospec.cohort.phenotypes import Person, describe, read_rows
 from autospec.cohort.subjects import MISSING, CohortSettings, Done, Scan, Subject
 from autospec.errors import UserError
+
+# Columns that say which image a row is of; without them the image's name is asked, where it is one of BIDS.
+OF_IMAGES = {"task": ("task", "task_id"), "ses": ("session", "session_id", "ses"), "run": ("run", "run_id")}
 
 
 def read_paths(folder: str, settings: CohortSettings) -> list[Subject]:
@@ -18,31 +23,86 @@ def read_paths(folder: str, settings: CohortSettings) -> list[Subject]:
     folder : str
         The folder with ``participants.tsv``; relative paths in the table start there.
     settings : CohortSettings
-        Names of columns, and another table if wanted.
+        Names of columns, which images, and another table if wanted.
 
     Returns
     -------
     list of Subject
-        One a row; a row whose ``bold`` is ``n/a`` has no image.
+        One an id; a row whose ``bold`` is ``n/a`` has no image.
 
     Raises
     ------
     UserError
-        If the table cannot be read or has no column ``bold``.
+        If the table cannot be read or has no column ``bold``; if rows of one id contradict each other, or name several
+        images and no rule chooses.
     """
     path = settings["phenotypes"] or str(Path(folder) / "participants.tsv")
-    table = read_phenotypes(path, settings["columns"].get("id"))
-    if "bold" not in table.columns:
+    columns, by_id = read_rows(path, settings["columns"].get("id"))
+    if "bold" not in columns:
         raise UserError(f"{path} has no column 'bold': add one with the path of each participant's 4-D image.")
     subjects = []
-    for name, row in table.rows.items():
-        bold, confounds = (_path(folder, row.get(column, "")) for column in ("bold", "confounds"))
-        scan = Scan(bold=bold, confounds=confounds, sidecar=existing(_beside(bold)) if bold else "")
-        problem = file_problem(bold) if bold else ""
-        if confounds and not problem:
-            problem = file_problem(confounds)
-        subjects.append(Subject(name, row, (scan,) if bold else (), Done(), problem, path))
+    for name, rows in by_id.items():
+        if len(rows) > 1:
+            _require_agreement(name, rows, settings, path)
+        scans, problem = _choose(name, [_scan(folder, row, len(rows) > 1) for row in rows], settings, path)
+        files = [file for scan in scans for file in (scan.bold, scan.confounds) if file]
+        problem = problem or next(filter(None, map(file_problem, files)), "")
+        subjects.append(Subject(name, rows[0], scans, Done(), problem, path))
     return sorted(subjects, key=lambda subject: natural_key(subject.id))
+
+
+def _scan(folder: str, row: dict[str, str], several: bool) -> Scan:
+    """The image of a row, with what is known of which one it is."""
+    bold, confounds = (_path(folder, row.get(column, "")) for column in ("bold", "confounds"))
+    small = {column.lower(): cell for column, cell in reversed(row.items())}
+    known = entities_of(Path(bold).name)
+    for entity, names in OF_IMAGES.items():
+        cell = next((small[name] for name in names if small.get(name, MISSING) not in ("", MISSING)), "")
+        if cell:
+            known[entity] = cell.removeprefix(f"{entity}-")
+    return Scan(
+        bold=bold,
+        confounds=confounds,
+        sidecar=existing(_beside(bold)) if bold else "",
+        task=known.get("task", ""),
+        session=known.get("ses", ""),
+        run=known.get("run", ""),
+        row=row if several else {},
+    )
+
+
+def _choose(name: str, scans: list[Scan], settings: CohortSettings, path: str) -> tuple[tuple[Scan, ...], str]:
+    """Images that the settings ask for, in the table's order, or why there are none."""
+    images = [scan for scan in scans if scan.bold]
+    if len({scan.bold for scan in images}) < len(images):
+        raise UserError(f"{path} has several rows for {name} with the same image: keep one row for each image.")
+    wanted = {what: value for what in ("task", "session", "run") if (value := settings[what]) is not None}
+    kept = [scan for scan in images if all(_same(getattr(scan, what), value) for what, value in wanted.items())]
+    if images and not kept:
+        asked = listed([f"{what} {value}" for what, value in wanted.items()])
+        return (), f"none of its images has {asked} (a column of that name, or the image's name, says so)"
+    if len(kept) > 1 and settings["scans"] == "one":
+        raise UserError(
+            f"{path} has several rows for {name}: {listed([Path(scan.bold).name for scan in kept])}; choose with task, "
+            "session or run, set scans to first or all, or keep one row."
+        )
+    return tuple(kept[:1] if settings["scans"] == "first" else kept), ""
+
+
+def _same(found: str, wanted: str) -> bool:
+    """Whether a value is the one that is asked for; 01 is 1."""
+    return found == wanted or (found.isdecimal() and wanted.isdecimal() and int(found) == int(wanted))
+
+
+def _require_agreement(name: str, rows: list[dict[str, str]], settings: CohortSettings, path: str) -> None:
+    """Refuse rows of one participant that make different people of it; ages may differ from session to session."""
+    people = [describe(row, settings, path) for row in rows]
+    alike = {repr(replace(each, age="") if isinstance(each, Person) else each) for each in people}
+    if len(alike) > 1:
+        raise UserError(
+            f"the rows for {name} in {path} contradict each other in diagnosis, sex, site or a grouping: "
+            "write the same in each of them."
+        )
 
 
 def _path(folder: str, cell: str) -> str:

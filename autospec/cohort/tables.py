@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autospec.cohort.files import digest_of, natural_key, read_json
-from autospec.cohort.motion import Motion, motion_of, motion_problem
+from autospec.cohort.motion import Motion, motion_of, motion_problem, together
 from autospec.cohort.record import (
     DICTIONARY,
     EXCLUSIONS,
@@ -99,7 +99,7 @@ def write_cohort(cohort: Cohort, settings: CohortSettings, statuses: Mapping[str
         used: list[_Used] = []
         for name, scan in each.named_scans.items():
             status = _status(name, statuses)
-            motion = motion_of(_confounds([scan]), each.phenotype)
+            motion = motion_of(_confounds([scan]), scan.row or each.phenotype)
             problem = _functional_problem(status, motion, settings)
             if status.get("status") == "excluded" and settings["on_bad_subject"] == "fail":
                 raise UserError(
@@ -171,8 +171,10 @@ def _row(participant: Participant, used: list[_Used], settings: CohortSettings) 
     known = MISSING not in (person.diagnosis, person.sex)
     scans = [each.scan for each in used]
     motion = motion_of(_confounds(scans or participant.scans), participant.phenotype)
+    if any(scan.row for scan in scans):
+        motion = together([each.motion for each in used])
     digests = [each.digest for each in used]
-    together = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+    joined = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
     return {
         "participant_id": f"sub-{participant.id}",
         "diagnosis": person.diagnosis,
@@ -189,7 +191,7 @@ def _row(participant: Participant, used: list[_Used], settings: CohortSettings) 
         "bold": ";".join(scan.file for scan in scans),
         "confounds": ";".join(_confounds(scans)),
         "freesurfer": participant.freesurfer,
-        "functional_digest": together if len(digests) > 1 else "".join(digests),
+        "functional_digest": joined if len(digests) > 1 else "".join(digests),
         "structural_digest": digest_of(_structural_files(participant.freesurfer)),
     }
 

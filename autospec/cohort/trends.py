@@ -112,6 +112,21 @@ def read_timecourses(data: str, components: str, position: int) -> np.ndarray:
     """
     import h5py
 
+    shape_of(data, components, position)
+    numbers = whole_numbers(components)
+    with h5py.File(data, "r") as file:
+        values = file[DATASET][position]
+    rows = values.reshape(COMPONENTS, -1) if values.ndim == 1 else values
+    return rows[[number - 1 for number in numbers]].T
+
+
+def shape_of(data: str, components: str, position: int) -> tuple[int, int]:
+    """Say how many time points and networks a subject's results have, without reading them.
+
+    Parameters and errors are those of `read_timecourses`.
+    """
+    import h5py
+
     if problem := file_problem(data):
         raise UserError(f"{problem}.")
     numbers = whole_numbers(components)
@@ -119,20 +134,18 @@ def read_timecourses(data: str, components: str, position: int) -> np.ndarray:
         with h5py.File(data, "r") as file:
             names = sorted(file)
             array = file.get(DATASET)
-            shape: tuple[int, ...] = () if array is None else array.shape
-            fits = len(shape) in (2, 3) and position < shape[0]
-            values = array[position] if fits else None
+            shape: tuple[int, ...] = getattr(array, "shape", ())
     except OSError:
         raise UserError(f"{data} is no HDF5 file, or is cut short: copy it again.") from None
     if DATASET not in names:
         raise UserError(f"{data} holds no '{DATASET}', only {names}: is it TReNDS' file?")
-    if values is None:
+    if len(shape) not in (2, 3) or position >= shape[0]:
         raise UserError(f"{data} holds an array of shape {shape}, which has no subject {position + 1}.")
-    if values.ndim == 1 and values.size % COMPONENTS:
+    if len(shape) == 2 and shape[1] % COMPONENTS:
         raise UserError(f"{data} cannot be divided into {COMPONENTS} components: is it TReNDS' file?")
-    rows = values.reshape(COMPONENTS, -1) if values.ndim == 1 else values
-    if min(numbers) < 1 or max(numbers) > len(rows):
+    rows, time = (COMPONENTS, shape[1] // COMPONENTS) if len(shape) == 2 else shape[1:]
+    if min(numbers) < 1 or max(numbers) > rows:
         raise UserError(
-            f"{components} names components {min(numbers)} to {max(numbers)}, but they are counted from 1 to {len(rows)}."
+            f"{components} names components {min(numbers)} to {max(numbers)}, but they are counted from 1 to {rows}."
         )
-    return rows[[number - 1 for number in numbers]].T
+    return time, len(numbers)

@@ -1,20 +1,23 @@
-"""FreeSurfer's volumes as a labelled data set: [sample, region]."""
+"""FreeSurfer's volumes as a labelled data set: [sample, region].
+
+Line and scale are fitted to everybody here.  A training fits both again to the samples that it trains on; what comes out
+is the same as if it had begun with volumes in mm^3 (`autospec.training.prepare`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
 from autospec.cohort.files import listed
 from autospec.cohort.phenotypes import matched
+from autospec.datasets.intracranial import Adjustment, adjust
 from autospec.datasets.labelled import write_samples
 from autospec.datasets.participants import read_half
 from autospec.errors import UserError
 from autospec.freesurfer import Volumes, read_volumes
-
-Adjustment = Literal["none", "proportional", "residual"]
 
 
 class VolumesSettings(TypedDict):
@@ -163,35 +166,6 @@ def make_features(
     return Features(
         standardise(adjusted, training), [r for r, keep in zip(regions, varies, strict=True) if keep], notes
     )
-
-
-def adjust(volumes: np.ndarray, intracranial: np.ndarray, icv: Adjustment, training: np.ndarray) -> np.ndarray:
-    """Account for the size of the head.
-
-    Parameters
-    ----------
-    volumes : ndarray, shape (subjects, regions)
-    intracranial : ndarray, shape (subjects,)
-    icv : {"none", "proportional", "residual"}
-        Nothing; each volume as a share of the head; or each volume less what a straight line predicts from the head.
-    training : ndarray of bool, shape (subjects,)
-        Subjects to whom the line is fitted.
-
-    Raises
-    ------
-    UserError
-        If there are too few to fit a line.
-    """
-    if icv == "none":
-        return volumes
-    if icv == "proportional":
-        return volumes / intracranial[:, None]
-    if training.sum() < 3 or np.ptp(intracranial[training]) == 0:
-        raise UserError("icv is residual, which needs at least three training participants whose heads differ in size.")
-    centred = intracranial - intracranial[training].mean()
-    fitted = volumes[training] - volumes[training].mean(0)
-    slope = centred[training] @ fitted / (centred[training] ** 2).sum()
-    return volumes - np.outer(centred, slope)
 
 
 def standardise(values: np.ndarray, training: np.ndarray) -> np.ndarray:

@@ -18,16 +18,15 @@ from autospec.cohort.files import listed, read_json, read_table
 from autospec.cohort.record import EXCLUSIONS, read_participants, read_scans
 from autospec.errors import UserError
 from autospec.figures.style import GROUP_COLOURS, MM, STYLE, save
-from autospec.ica.derivative import subject_files
+from autospec.ica.derivative import note_on_data, subject_files
 from autospec.ica.images import read_volumes, same_grid, to_grid
-from autospec.ica.template import DOMAINS, STAND_IN_AFFINE, STAND_IN_SHAPE
+from autospec.ica.template import DOMAINS, STAND_IN_AFFINE, STAND_IN_KIND, STAND_IN_SHAPE
 
 ROW_MM = 31.0
 NETWORKS_A_ROW = 9  # where domains are not known
 # One colour a network of a domain, the palette's, then darker and lighter ones.
 NETWORK_COLOURS = (*GROUP_COLOURS, "#F0E442", "#000000", "#882255", "#44AA99", "#999933", "#AA4499", "#117733", "#88CCEE",
                    "#661100", "#6699CC", "#DDCC77")  # fmt: skip
-NO_CONCLUSIONS = "not for conclusions about brains"
 
 
 class ViewSettings(TypedDict):
@@ -163,13 +162,9 @@ def columns_of(folder: Path, subject: str) -> list[str]:
 
 def note_of(quality: list[dict[str, Any]]) -> str:
     """What a picture must say of its data: from what stands beside them, never from the config."""
-    said = []
-    if any(each.get("Simulated") for each in quality):
-        said.append("simulated data")
-    if any((each.get("Template") or {}).get("Kind") == "stand-in template" for each in quality):
-        said.append("stand-in template, not NeuroMark 1.0")
-    words = f"{', '.join(said)}: {NO_CONCLUSIONS}"
-    return words[0].upper() + words[1:] if said else ""
+    kinds = {(each.get("Template") or {}).get("Kind") for each in quality}
+    simulated = any(bool(each.get("Simulated")) for each in quality)
+    return note_on_data(simulated, STAND_IN_KIND if STAND_IN_KIND in kinds else None)
 
 
 def _note(figure: Figure, results: Results) -> None:

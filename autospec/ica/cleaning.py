@@ -148,6 +148,25 @@ def connectivity(timecourses: np.ndarray) -> np.ndarray:
     return (z + z.T) / 2
 
 
+def power_spectra(timecourses: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """Periodogram of each time course, under a Hann window.
+
+    Parameters
+    ----------
+    timecourses : ndarray, shape (volumes, networks)
+    step : float
+        Seconds between volumes.
+
+    Returns
+    -------
+    frequencies : ndarray, shape (frequencies,)
+        In Hz, without 0.
+    power : ndarray, shape (frequencies, networks)
+    """
+    frequencies, power = periodogram(timecourses.astype(np.float64), fs=1 / step, window="hann", axis=0)
+    return frequencies[1:], power[1:]
+
+
 def spectral_summary(timecourses: np.ndarray, step: float) -> dict[str, np.ndarray]:
     """Say whether time courses look like those of networks: slow, not noise.
 
@@ -164,8 +183,7 @@ def spectral_summary(timecourses: np.ndarray, step: float) -> dict[str, np.ndarr
         to tell; ``dynamic_range``: largest power less the smallest at any higher frequency, of a spectrum whose
         largest power is 1; ``peak_hz``: frequency of the largest power.
     """
-    frequencies, power = periodogram(timecourses.astype(np.float64), fs=1 / step, window="hann", axis=0)
-    frequencies, power = frequencies[1:], power[1:]
+    frequencies, power = power_spectra(timecourses, step)
     slow = power[(frequencies > SLOW_HZ[0]) & (frequencies <= SLOW_HZ[1])].sum(axis=0)
     fast = power[(frequencies >= FAST_HZ[0]) & (frequencies <= FAST_HZ[1])].sum(axis=0)
     ratio = np.divide(slow, fast, out=np.full(power.shape[1], np.nan), where=fast > 0)

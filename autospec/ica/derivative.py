@@ -41,6 +41,7 @@ def subject_files(subject: str) -> dict[str, str]:
         "cleaned": f"{start}-cleaned_timeseries.tsv",
         "connectivity": f"{start}-fnc_relmat.tsv",
         "quality": f"{start}-scica_qc.json",
+        "picture": f"{start}-scica_qc.png",
         "status": STATUS,
     }
 
@@ -146,6 +147,15 @@ def template_record(template: Template) -> dict[str, Any]:
     if template.kind == STAND_IN_KIND:
         record["Note"] = "Made with the stand-in template: not NeuroMark 1.0, and not for conclusions about brains."
     return record
+
+
+def note_on_data(simulated: bool, template_kind: str | None) -> str:
+    """What a picture must say of its data: that they are simulated, or that the template is the stand-in."""
+    said = ["simulated data"] * simulated
+    if template_kind == STAND_IN_KIND:
+        said.append("stand-in template, not NeuroMark 1.0")
+    words = f"{', '.join(said)}: not for conclusions about brains"
+    return words[0].upper() + words[1:] if said else ""
 
 
 def write_gift_files(

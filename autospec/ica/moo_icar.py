@@ -59,12 +59,15 @@ class MooIcar:
         Weightings visited, the starting one included, as GIFT counts them.
     rank : int
         How many dimensions the whitened data have.
+    device : str
+        Where it was computed: "cpu" or "cuda".
     """
 
     maps: np.ndarray
     timecourses: np.ndarray
     accepted_steps: np.ndarray
     rank: int
+    device: str
 
 
 def moo_icar(
@@ -85,7 +88,8 @@ def moo_icar(
         False: NeuroMark's line search, as in GIFT.  True: ascent of the same objective from the same start to where
         its gradient along the sphere vanishes.  The maps can differ much from the former.
     device : str, optional
-        "cpu", or "cuda" and its kind; None is the processor.
+        "cpu"; "cuda" and its kind; "auto" for CUDA where there is one that has room, else the processor; None is the
+        processor.
 
     Returns
     -------
@@ -97,11 +101,21 @@ def moo_icar(
         If the arrays do not fit each other, hold NaN or infinity, have fewer volumes than networks, or have a volume
         or a reference that is constant.
     """
-    import torch
-
     if dtype not in ("float32", "float64"):
         raise UserError(f"moo_icar computes in 'float32' or 'float64', not in '{dtype}'.")
     place = device_of(device)
+    try:
+        return _found(bold, references, dtype, converged, place)
+    except RuntimeError:  # a GPU whose memory others hold, or that lets one process in at a time
+        if device != "auto" or place.type == "cpu":
+            raise
+    return _found(bold, references, dtype, converged, device_of("cpu"))
+
+
+def _found(bold: Any, references: Any, dtype: str, converged: bool, place: torch.device) -> MooIcar:
+    """What `moo_icar` returns, computed in one place."""
+    import torch
+
     precision = getattr(torch, dtype)
     data = _checked(bold, "bold", "volume", place)
     maps = _checked(references, "references", "reference", place)
@@ -127,7 +141,9 @@ def moo_icar(
         weights, accepted = _converge(objective) if converged else _line_search(objective)
         found = weights.to(precision) @ whitened
         timecourses = centred @ found.T / data.shape[1]
-        return MooIcar(found.cpu().numpy(), timecourses.cpu().numpy(), accepted.cpu().numpy(), len(whitened))
+        return MooIcar(
+            found.cpu().numpy(), timecourses.cpu().numpy(), accepted.cpu().numpy(), len(whitened), place.type
+        )
 
 
 class _Objective:
@@ -318,13 +334,17 @@ def _along_sphere(vectors: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 
 
 def device_of(device: str | None) -> torch.device:
-    """Where to compute: "cpu" (also for None) or "cuda"; raises UserError if there is no such device."""
+    """Where to compute: "cpu" (also for None), "cuda", or what "auto" finds; raises UserError if it is not there."""
     import torch
 
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device or "cpu")
     except RuntimeError:
-        raise UserError(f"there is no device '{device}': moo_icar runs on 'cpu' or 'cuda'.") from None
+        raise UserError(
+            f"there is no device '{device}': moo_icar runs on 'cpu' or 'cuda', or 'auto' chooses."
+        ) from None
     if place.type not in ("cpu", "cuda"):
         raise UserError(f"moo_icar needs float64, so it runs on 'cpu' or 'cuda', not on '{device}'.")
     if place.type == "cuda" and not torch.cuda.is_available():

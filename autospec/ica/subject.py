@@ -7,7 +7,7 @@ What GIFT does over a whole cohort, its mask and the scaling of its maps, are fu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -22,6 +22,7 @@ from autospec.ica.derivative import (
     check_subject,
     folder_written_whole,
     network_records,
+    note_on_data,
     on_voxels,
     subject_files,
     template_record,
@@ -46,6 +47,7 @@ from autospec.ica.images import (
     write_image,
 )
 from autospec.ica.moo_icar import device_of, moo_icar
+from autospec.ica.picture import Shown, write_picture
 from autospec.ica.preprocessing import (
     STRATEGIES,
     choose_confounds,
@@ -59,6 +61,7 @@ from autospec.ica.preprocessing import (
 from autospec.ica.scaling import cohort_modes, scale_maps, scale_timecourses, shift_and_scale_maps
 from autospec.ica.template import (
     LEAST_COVERAGE,
+    Network,
     Template,
     analysis_grid,
     correlate_rows,
@@ -132,7 +135,18 @@ class _Scan:
     volumes: int
     confound_names: list[str]
     motion: dict[str, Any] | None
+    displacement: np.ndarray | None
     warnings: list[str]
+
+
+@dataclass(frozen=True)
+class _Courses:
+    """A subject's time courses, (volumes, networks), and what is regressed from them before connectivity."""
+
+    scaled: np.ndarray
+    unscaled: np.ndarray
+    confounds: np.ndarray | None
+    networks: Sequence[Network]
 
 
 def build_subject(
@@ -156,7 +170,7 @@ def build_subject(
     output : path-like
         The subject's folder.  It appears whole or not at all.
     device : str, optional
-        Where components are computed: "cpu" or "cuda"; None is the processor.
+        Where components are computed: "cpu", "cuda" or "auto", as for `moo_icar`; None is the processor.
 
     Returns
     -------
@@ -288,14 +302,14 @@ def _write_networks(
         "VoxelsCovered": int(covered.sum()),
         "OverlapWithBrain": voxels.overlap,
         "Rank": found.rank,
+        "Device": found.device,
         "TemplateMatch": dict(zip(template.labels, correlate_rows(found.maps, references), strict=True)),
         "Coverage": dict(zip(template.labels, shares, strict=True)),
         "AcceptedSteps": dict(zip(template.labels, found.accepted_steps, strict=True)),
     }
     confounds = scan.confounds if settings["confounds_on"] == "timecourses" else None
-    _write_courses(
-        settings, subject, scan, record, quality, timecourses, found.timecourses, confounds, template.labels, folder
-    )
+    courses = _Courses(timecourses, found.timecourses, confounds, template.networks)
+    _write_courses(settings, subject, scan, record, quality, courses, folder)
     if settings["gift_number"] is not None:
         write_gift_files(folder / "gift", settings["gift_number"], networks, covered, affine, timecourses)
     return len(timecourses)
@@ -326,9 +340,9 @@ def _write_timecourses(
         values, found = atlas_timecourses(bold, atlas, labels, scan.kept, settings["smoothing_fwhm_mm"])
     source = {"Atlas": Path(atlas).name} if atlas else {"Precomputed": True}
     record = _record(settings, files, scan, scan.warnings) | source
-    _write_courses(
-        settings, subject, scan, record, {}, scale_timecourses(values), values, scan.confounds, found, folder
-    )
+    networks = [Network(k, label, "", "") for k, label in enumerate(found, start=1)]
+    courses = _Courses(scale_timecourses(values), values, scan.confounds, networks)
+    _write_courses(settings, subject, scan, record, {}, courses, folder)
     return len(values)
 
 
@@ -338,21 +352,22 @@ def _write_courses(
     scan: _Scan,
     record: dict[str, Any],
     quality: dict[str, Any],
-    timecourses: np.ndarray,
-    unscaled: np.ndarray,
-    confounds: np.ndarray | None,
-    labels: list[str],
+    courses: _Courses,
     folder: Path,
 ) -> None:
     """Write time courses, their cleaned version, connectivity and quality."""
-    names = subject_files(subject)
-    cleaned = clean_timecourses(unscaled, scan.step, confounds, settings["despike"], settings["low_pass_hz"])
+    names, timecourses = subject_files(subject), courses.scaled
+    labels = [network.label for network in courses.networks]
+    cleaned = clean_timecourses(
+        courses.unscaled, scan.step, courses.confounds, settings["despike"], settings["low_pass_hz"]
+    )
+    correlated = connectivity(cleaned)
     described = {"Description": "Time course of each network, one a column; one row a volume."}
     write_table(timecourses, labels, folder / names["timecourses"], record | described)
     described = {"Description": "Time courses as connectivity is computed from them."}
     write_table(cleaned, labels, folder / names["cleaned"], record | described)
     described = {"Description": "Fisher's z of the Pearson correlation of every two cleaned time courses; diagonal 0."}
-    write_square(connectivity(cleaned), labels, folder / names["connectivity"], record | described)
+    write_square(correlated, labels, folder / names["connectivity"], record | described)
     spectra = spectral_summary(timecourses, scan.step)
     quality = quality | {
         "Subject": subject,
@@ -370,6 +385,19 @@ def _write_courses(
         "Warnings": record["Warnings"],
     }
     write_json(quality, folder / names["quality"])
+    match = quality.get("TemplateMatch")
+    shown = Shown(
+        title=f"sub-{subject}: {len(labels)} networks, {len(timecourses)} volumes, {scan.step:g} s apart",
+        note=note_on_data(scan.simulated, (record.get("Template") or {}).get("Kind")),
+        networks=courses.networks,
+        match=None if match is None else np.array(list(match.values())),
+        connectivity=correlated,
+        timecourses=timecourses,
+        step=scan.step,
+        displacement=scan.displacement,
+        much=MUCH_MOTION_MM,
+    )
+    write_picture(shown, folder / names["picture"])
 
 
 def _scan(settings: TimecourseSettings, files: SubjectFiles, volumes: int, step: float) -> _Scan:
@@ -408,7 +436,15 @@ def _scan(settings: TimecourseSettings, files: SubjectFiles, volumes: int, step:
             "volumes were left out in between; filters and spectra treat the others as if they were adjacent"
         )
     return _Scan(
-        step, any(bool(each.get("Simulated")) for each in described), confounds, kept, volumes, names, motion, warnings
+        step=step,
+        simulated=any(bool(each.get("Simulated")) for each in described),
+        confounds=confounds,
+        kept=kept,
+        volumes=volumes,
+        confound_names=names,
+        motion=motion,
+        displacement=None if displacement is None else displacement[kept],
+        warnings=warnings,
     )
 
 

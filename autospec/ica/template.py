@@ -130,9 +130,8 @@ def recognise(path: str | Path, maps: np.ndarray, affine: np.ndarray) -> str:
         return NEUROMARK_KIND
     peaks = neuromark_peaks()
     if maps.shape[3] == len(peaks):
-        blobs = blobs_at(peaks, maps.shape[:3], affine)
         inside = maps.any(axis=3)
-        if min(correlate_rows(maps[inside].T, blobs[inside].T)) > 0.999:
+        if min(correlate_rows(maps[inside].T, blobs_at(peaks, np.argwhere(inside), affine).T)) > 0.999:
             return STAND_IN_KIND
     return CUSTOM_KIND
 
@@ -170,29 +169,31 @@ def template_digest(maps: np.ndarray, affine: np.ndarray) -> str:
 
 def stand_in_template() -> Template:
     """Build the stand-in: 53 Gaussian blobs of 8 mm at the published peaks, within the MNI brain, on a 3 mm grid."""
-    maps = blobs_at(neuromark_peaks(), STAND_IN_SHAPE, STAND_IN_AFFINE)
-    maps[~mni_brain(STAND_IN_SHAPE, STAND_IN_AFFINE)] = 0
+    brain = mni_brain(STAND_IN_SHAPE, STAND_IN_AFFINE)
+    maps = np.zeros((*STAND_IN_SHAPE, len(neuromark_peaks())), dtype=np.float32)
+    maps[brain] = blobs_at(neuromark_peaks(), np.argwhere(brain), STAND_IN_AFFINE)
     digest = template_digest(maps, STAND_IN_AFFINE)
     return Template(maps, STAND_IN_AFFINE.copy(), STAND_IN_KIND, digest, neuromark_networks(), STAND_IN)
 
 
-def blobs_at(peaks: np.ndarray, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+def blobs_at(peaks: np.ndarray, voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Gaussian blobs of height 1.
 
     Parameters
     ----------
     peaks : ndarray, shape (networks, 3)
         In millimetres.
-    shape, affine : tuple of int, ndarray (4, 4)
-        The grid.
+    voxels : ndarray of int, shape (voxels, 3)
+        Where on a grid.
+    affine : ndarray, shape (4, 4)
+        Of the grid.
 
     Returns
     -------
-    ndarray of float32, shape (X, Y, Z, networks)
+    ndarray of float32, shape (voxels, networks)
     """
-    voxels = np.stack(np.meshgrid(*(np.arange(length) for length in shape[:3]), indexing="ij"), axis=-1)
     millimetres = voxels @ affine[:3, :3].T + affine[:3, 3]
-    maps = np.empty((*shape[:3], len(peaks)), dtype=np.float32)
+    maps = np.empty((len(voxels), len(peaks)), dtype=np.float32)
     squares = (millimetres**2).sum(-1)
     for k, peak in enumerate(peaks):
         distances = squares - 2 * millimetres @ peak + peak @ peak

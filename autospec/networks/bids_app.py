@@ -15,6 +15,7 @@ from autospec.cohort.layouts import DESCRIPTION, description_of, is_simulated
 from autospec.cohort.subjects import Done, Scan
 from autospec.config import Ica, parse_config
 from autospec.errors import UserError
+from autospec.ica.moo_icar import device_of
 from autospec.ica.template import load_template
 from autospec.networks.subject import NetworksFiles, build_networks
 from autospec.participants import cohort_settings, network_settings
@@ -32,6 +33,8 @@ class Request:
     ica: dict[str, Any]
     """Settings that differ from the defaults, as under ``ica`` in a config."""
     on_bad_subject: Literal["fail", "exclude"] = "fail"
+    device: str = "auto"
+    """Where components are computed."""
 
 
 def analyse_derivatives(derivatives: str, output: str, request: Request) -> str:
@@ -56,6 +59,7 @@ def analyse_derivatives(derivatives: str, output: str, request: Request) -> str:
         If an argument, the template or, unless bad subjects are excluded, a participant's files cannot be used.
     """
     images = {name: value for name, value in request.images.items() if value is not None}
+    device_of(request.device)
     config = parse_config(
         {"cohort": {"kind": "folder", "folder": derivatives, **images}, "ica": request.ica}, "the command line"
     )
@@ -94,7 +98,7 @@ def _analyse(name: str, number: int, scan: Scan, template: str, ica: Ica, reques
     }
     chosen: Any = network_settings(ica, done, number if ica.gift_files else None)
     settings: Any = {"subject": name, "stand_in": template == "stand-in", "ica": chosen}
-    return build_networks(settings, files, request.on_bad_subject, str(Path(output) / f"sub-{name}"))
+    return build_networks(settings, files, request.on_bad_subject, str(Path(output) / f"sub-{name}"), request.device)
 
 
 def _wanted(labels: list[str] | None, there: list[str], root: str) -> list[str]:

@@ -25,7 +25,11 @@ class NetworksFiles(SubjectFiles):
 
 
 def build_networks(
-    settings: NetworksSettings, files: NetworksFiles, on_bad_subject: Literal["fail", "exclude"], output: str
+    settings: NetworksSettings,
+    files: NetworksFiles,
+    on_bad_subject: Literal["fail", "exclude"],
+    output: str,
+    device: str = "auto",
 ) -> str:
     """Find a participant's networks and write their folder.
 
@@ -38,6 +42,8 @@ def build_networks(
         Whether to stop at files that cannot be used, or to write that down as the reason of an exclusion.
     output : str
         The folder; it appears whole or not at all.
+    device : str
+        Where components are computed: "auto" takes CUDA where there is one, else the processor; or "cpu" or "cuda".
 
     Returns
     -------
@@ -62,4 +68,4 @@ def build_networks(
     if files["atlas"] is not None:
         return build_timecourses(chosen, subject, own, files["atlas"], None, output)
     template = "stand-in" if settings["stand_in"] else str(files["template"])
-    return build_subject(chosen, subject, own, template, output)
+    return build_subject(chosen, subject, own, template, output, device)

@@ -14,7 +14,8 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from autospec.datasets.labelled import group_labels, open_labelled, subjects_of
+from autospec.datasets.intracranial import adjust
+from autospec.datasets.labelled import covariates_of, group_labels, open_labelled, subjects_of
 from autospec.datasets.split import held_out_rows
 from autospec.errors import UserError
 from autospec.models import build_model
@@ -153,7 +154,7 @@ def prepare(settings: RunSettings, dataset: str, device: torch.device) -> Prepar
         bad = ids[int(np.argmax(~np.isfinite(x).reshape(len(x), -1).all(1)))]
         raise UserError(f"{dataset} holds values that are not finite, first in '{bad}': correct the data set.")
     if samples.attrs.get("kind") == "freesurfer":
-        x = standardised(x, ~held_out)
+        x = standardised(_without_heads(samples, x, ~held_out), ~held_out)
     numbers = torch.tensor([classes.index(label) for label in target])
 
     def rows(chosen: np.ndarray) -> Rows:
@@ -209,6 +210,18 @@ def groupings_of(
         return group_labels(samples, None if targets else name)
 
     return {name: column(name) for name in names} or {"target": column(None)}, crossed
+
+
+def _without_heads(samples: xr.Dataset, x: np.ndarray, training: np.ndarray) -> np.ndarray:
+    """Volumes less what a line, fitted to the training samples, predicts from the size of the head, where that is wanted.
+
+    The data set's own line was fitted to everybody.  Residuals are linear in the volumes, so the second line takes away
+    exactly what the first took too much or too little, up to a constant and the scale, which are fitted next.
+    """
+    if samples.attrs.get("icv") != "residual":
+        return x
+    heads = covariates_of(samples)["intracranial_volume"]
+    return adjust(x.astype(np.float64), heads, "residual", training)
 
 
 def standardised(x: np.ndarray, training: np.ndarray) -> np.ndarray:

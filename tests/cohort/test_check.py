@@ -4,6 +4,7 @@ import gzip
 import re
 import time
 
+import h5py
 import nibabel
 import numpy as np
 import pytest
@@ -125,6 +126,78 @@ def test_images_that_differ_are_warned_of(tmp_path):
     assert "several grids" in text
     assert "repetition times differ" in text
     assert "some images say that they are simulated" in text
+
+
+def mat_files(folder, count):
+    """GIFT's results as .mat files of version 7.3: HDF5 with the axes of every array reversed."""
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[4:6, 4:6, 4:6] = 1
+    nibabel.save(nibabel.Nifti1Image(mask[..., None], AFFINE), folder / "PMask.nii")
+    participants(folder / "participants.tsv", [(f"{i}", "HC", "M", "20") for i in range(1, count + 1)])
+    for i in range(1, count + 1):
+        with h5py.File(folder / f"P_ica_c{i}-1.mat", "w", userblock_size=512) as file:
+            file["tc"], file["ic"] = np.zeros((5, 40)), np.zeros((8, 5))
+
+
+def test_mat_files_are_opened_and_their_variables_and_shapes_verified(tmp_path):
+    mat_files(tmp_path, 7)
+    with h5py.File(tmp_path / "P_ica_c2-1.mat", "w") as file:
+        file["ic"] = np.zeros((8, 5))
+    with h5py.File(tmp_path / "P_ica_c3-1.mat", "w") as file:
+        file["tc"], file["ic"] = np.zeros((5, 40)), np.zeros((9, 5))
+    with h5py.File(tmp_path / "P_ica_c4-1.mat", "w") as file:
+        file["tc"], file["ic"] = np.zeros((6, 40)), np.zeros((8, 5))
+    cut = tmp_path / "P_ica_c5-1.mat"
+    cut.write_bytes(cut.read_bytes()[:3000])
+    with h5py.File(tmp_path / "P_ica_c6-1.mat", "w") as file:  # the other way round, and of other networks
+        file["tc"], file["ic"] = np.zeros((30, 4)), np.zeros((8, 4))
+    report = check_cohort(settings(tmp_path))
+    said = {each.id: each.reason for each in report.exclusions}
+    assert sorted(said) == ["2", "3", "4", "5"]
+    assert "holds no time courses 'tc'" in said["2"]
+    assert "lists 9 voxels, but" in said["3"]
+    assert "time courses of 6 networks, but it has maps of 5" in said["4"]
+    assert "no readable .mat file" in said["5"]
+    assert (report.functional, report.volumes, report.networks) == (3, (30, 40), {"4": 1, "5": 2})
+    text = "\n".join(report.lines())
+    assert "volumes: 30 to 40; data sets are cut to the fewest" in text
+    assert "networks computed before: 4 (1 time courses); 5 (2 time courses)" in text
+    assert "different numbers of networks (4, 5)" in text
+    with pytest.raises(UserError, match="sub-2 cannot be used"):
+        check_cohort(settings(tmp_path, on_bad_subject="fail"))
+    assert sum("fewer than min_volumes (35)" in each.reason for each in check_cohort(settings(tmp_path, min_volumes=35)).exclusions) == 1  # fmt: skip
+
+
+def test_mat_files_of_cobres_size_are_checked_quickly(tmp_path):
+    mat_files(tmp_path, 157)
+    started = time.perf_counter()
+    assert check_cohort(settings(tmp_path)).networks == {"5": 157}
+    assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "said"),
+    [
+        ((157, 14000), "COBRE_dataset", None),
+        ((157, 100, 140), "COBRE_dataset", None),
+        ((157, 14001), "COBRE_dataset", "cannot be divided into 100 components"),
+        ((157, 2, 140), "COBRE_dataset", "components 1 to 100, but they are counted from 1 to 2"),
+        ((156, 14000), "COBRE_dataset", r"shape \(156, 14000\), which has no subject 157"),
+        ((157, 14000), "other", "holds no 'COBRE_dataset', only"),
+    ],
+)
+def test_trends_file_is_opened_and_its_shape_verified(tmp_path, shape, name, said):
+    with h5py.File(tmp_path / "COBRE_AllData.h5", "w") as file:
+        file.create_dataset(name, shape, "f4")
+    write(tmp_path / "labels_COBRE.csv", "1\n" * 68 + "2\n" * 89)
+    write(tmp_path / "correct_indices_GSP.csv", "1\n50\n100\n")
+    chosen = settings(tmp_path, on_bad_subject="fail")
+    if said is None:
+        report = check_cohort(chosen)
+        assert (report.functional, report.volumes, report.networks) == (157, (140, 140), {"3": 157})
+    else:
+        with pytest.raises(UserError, match=said):
+            check_cohort(chosen)
 
 
 @pytest.mark.parametrize("dtype", [">i2", "<f4", "uint8"])

@@ -16,7 +16,10 @@ from autospec.cohort import gift, nitrc, trends
 from autospec.cohort.bids import entities_of, read_bids
 from autospec.cohort.layouts import description_of, is_simulated, read_layout, recognise
 from autospec.cohort.precomputed import read_timecourses, write_timecourses
+from autospec.cohort.record import read_participants, read_scans
+from autospec.cohort.selection import candidates
 from autospec.cohort.subjects import Done, Scan
+from autospec.cohort.tables import build_cohort
 from autospec.errors import UserError
 from tests.cohort.trees import AFFINE, cobre, confounds, fmriprep, image, participants, settings, write
 
@@ -343,6 +346,82 @@ def test_a_table_elsewhere_is_recognised_and_one_without_paths_refused(tmp_path)
     participants(table, [("1", "HC")], ("id", "dx"))
     with pytest.raises(UserError, match="no column 'bold'"):
         read_layout(str(tmp_path / "data"), settings(tmp_path, layout="table", phenotypes=str(table)))
+
+
+def table_of_images(folder, rows, columns=("participant_id", "diagnosis", "sex", "session", "run", "FD", "bold")):
+    """A table of paths with a row an image; images of different lengths."""
+    for number, row in enumerate(rows):
+        if row[-1] != "n/a":
+            image(folder / row[-1], volumes=8 + number)
+    return participants(folder / "participants.tsv", rows, columns)
+
+
+IMAGES = [
+    ("1", "HC", "M", "pre", "01", "0.1", "one.nii.gz"),
+    ("1", "HC", "M", "pre", "02", "0.5", "two.nii.gz"),
+    ("2", "SZ", "F", "pre", "01", "0.2", "three.nii.gz"),
+    ("1", "HC", "M", "ses-post", "01", "0.3", "four.nii.gz"),
+]
+
+
+def test_a_table_may_have_a_row_for_each_image(tmp_path):
+    table_of_images(tmp_path, IMAGES)
+    with pytest.raises(
+        UserError, match=r"several rows for 1: one.nii.gz, two.nii.gz, four.nii.gz; choose with task, ses"
+    ):
+        read_layout(str(tmp_path), settings(tmp_path))
+    cohort = candidates(settings(tmp_path, scans="all", max_mean_fd=0.4))
+    assert list(cohort.scans) == ["1_ses-pre_run-01", "1_ses-pre_run-02", "1_ses-post_run-01", "2_ses-pre_run-01"]
+    statuses = {}
+    for number, name in enumerate(cohort.scans):
+        statuses[name] = str(write(tmp_path / f"{name}.json", f'{{"status": "included", "digest": "{number}"}}'))
+    build_cohort(settings(tmp_path, scans="all", max_mean_fd=0.4), statuses, str(tmp_path / "made"))
+    rows = {row["id"]: row for row in read_scans(str(tmp_path / "made/participants.tsv"))}
+    # Each image has its own row's motion: the second run moved too much, and it alone is left out.
+    assert {name: row["mean_fd"] for name, row in rows.items()} == {
+        "1_ses-pre_run-01": "0.1",
+        "1_ses-post_run-01": "0.3",
+        "2_ses-pre_run-01": "0.2",
+    }
+    people = read_participants(str(tmp_path / "made/participants.tsv"))
+    assert [(row["id"], row["mean_fd"]) for row in people] == [("1", "0.2"), ("2", "0.2")]
+    assert "ses-pre_run-02: mean framewise displacement of 0.500 mm" in (tmp_path / "made/exclusions.tsv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "files"),
+    [
+        ({"scans": "first"}, {"1": "one.nii.gz", "2": "three.nii.gz"}),
+        ({"session": "pre", "run": "2", "scans": "one"}, {"1": "two.nii.gz"}),
+        ({"session": "post"}, {"1": "four.nii.gz"}),
+    ],
+)
+def test_rows_of_a_table_are_chosen_by_session_and_run(tmp_path, more, files):
+    table_of_images(tmp_path, IMAGES)
+    found = {each.id: each for each in read_layout(str(tmp_path), settings(tmp_path, **more))[1]}
+    assert {name: each.scans[0].bold.split("/")[-1] for name, each in found.items() if each.scans} == files
+    for name in set(found) - set(files):
+        assert found[name].problem.startswith("none of its images has session")
+
+
+def test_names_of_bids_tell_a_tables_images_apart(tmp_path):
+    rows = [("1", "SZ", f"sub-1_ses-{which}_task-rest_bold.nii.gz") for which in "ab"]
+    table_of_images(tmp_path, rows, ("participant_id", "diagnosis", "bold"))
+    assert list(candidates(settings(tmp_path, scans="all")).scans) == ["1_ses-a", "1_ses-b"]
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (("1", "SZ", "M", "pre", "03", "0.1", "five.nii.gz"), "rows for 1 in .* contradict each other"),
+        (("1", "HC", "M", "pre", "03", "0.1", "one.nii.gz"), "several rows for 1 with the same image"),
+        (("1", "HC", "M", "pre", "02", "0.1", "five.nii.gz"), "cannot be told from other images by session and run"),
+    ],
+)
+def test_rows_that_do_not_fit_each_other_are_refused(tmp_path, row, sentence):
+    table_of_images(tmp_path, [*IMAGES, row])
+    with pytest.raises(UserError, match=sentence):
+        candidates(settings(tmp_path, scans="all"))
 
 
 # GIFT

@@ -1,5 +1,6 @@
 """MOO-ICAR against GIFT's output, against a second implementation, and against bad input."""
 
+import importlib
 import subprocess
 import sys
 
@@ -10,9 +11,12 @@ from scipy.optimize import minimize
 
 import autospec.ica
 from autospec.errors import UserError
+from autospec.ica.moo_icar import device_of
 from autospec.ica.preprocessing import preprocess
 from tests.ica.conftest import correlations
 from tests.ica.loop import mean_log_cosh, plain_moo_icar
+
+module = importlib.import_module("autospec.ica.moo_icar")  # the package's attribute of that name is the function
 
 
 @pytest.mark.parametrize(("dtype", "gate"), [("float64", 0.999999), ("float32", 0.9999)])
@@ -191,6 +195,33 @@ def test_bad_options_are_refused_in_one_sentence(options, sentence):
 def test_a_missing_graphics_card_is_said():
     with pytest.raises(UserError, match="no CUDA device"):
         autospec.ica.moo_icar(*heavy_tailed(), device="cuda")
+
+
+def test_auto_is_cuda_where_there_is_one(monkeypatch):
+    """Which device is chosen; the computation on it is the next test's, where there is a GPU."""
+    for there, kind in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert device_of("auto").type == kind
+        assert device_of(None).type == "cpu"
+
+
+def test_a_graphics_card_without_room_leaves_the_work_to_the_processor(monkeypatch):
+    data = heavy_tailed()
+    expected = autospec.ica.moo_icar(*data, device="cpu")
+    carried_out = module._found
+
+    def found(bold, references, dtype, converged, place):
+        if place.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return carried_out(bold, references, dtype, converged, place)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "_found", found)
+    there = autospec.ica.moo_icar(*data, device="auto")
+    assert there.device == "cpu"
+    np.testing.assert_array_equal(there.maps, expected.maps)
+    with pytest.raises(torch.OutOfMemoryError):  # whoever asks for CUDA by name is told
+        autospec.ica.moo_icar(*data, device="cuda")
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from autospec import open_trajectories, specs
+from autospec.datasets.freesurfer import make_features
 from autospec.datasets.labelled import labelled, open_labelled, write_labelled
 from autospec.errors import UserError
 from autospec.training import prepare, train_run
@@ -103,6 +104,39 @@ def test_volumes_are_standardised_on_the_training_samples_alone(study, tmp_path)
     assert (
         torch.equal(prepare(settings, people(tmp_path, "maps", raw), torch.device("cpu")).x[0], prepared.x[0]) is False
     )
+
+
+def test_the_line_from_heads_to_volumes_is_fitted_to_the_training_samples_alone(study, tmp_path):
+    """From volumes to what the network sees, against least squares in mm^3 by numpy."""
+    generator = np.random.default_rng(4)
+    heads = generator.normal(1.5e6, 1.5e5, size=12)
+    volumes = 1000 + heads[:, None] * generator.uniform(1e-3, 4e-3, size=6) + generator.normal(0, 150, size=(12, 6))
+    volumes[10:] *= 3  # whoever is held out would bend a line through everybody
+    names = [f"sub-{number:02d}" for number in range(12)]
+    everybody = np.ones(12, dtype=bool)
+    made = make_features(volumes, list("abcdef"), heads, names, "residual", everybody)
+    dataset = labelled(
+        made.x,
+        ("region",),
+        names,
+        DIAGNOSIS,
+        {"sex": SEX},
+        {"kind": "freesurfer", "icv": "residual"},
+        covariates={"intracranial_volume": list(heads)},
+    )
+    write_labelled(dataset, tmp_path / "volumes.zarr.zip")
+    settings = settings_of(study, [], held_out=0.25)
+    prepared = prepare(settings, str(tmp_path / "volumes.zarr.zip"), torch.device("cpu"))
+    trained = np.isin(names, prepared.training.ids)
+    assert 0 < (~trained).sum() < 12
+    design = np.stack([np.ones(12), heads], axis=1)
+    line = np.linalg.lstsq(design[trained], volumes[trained], rcond=None)[0]
+    rest = volumes - design @ line
+    expected = (rest - rest[trained].mean(0)) / rest[trained].std(0)
+    np.testing.assert_allclose(prepared.training.x.numpy(), expected[trained], atol=1e-4)
+    np.testing.assert_allclose(prepared.held_out.x.numpy(), expected[~trained], rtol=1e-4, atol=1e-4)
+    # A line through everybody is another one.
+    assert np.abs(made.x[~trained] - expected[~trained]).max() > 0.1
 
 
 def test_scaling_is_that_of_the_training_rows():

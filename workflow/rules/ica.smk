@@ -48,6 +48,8 @@ else:
             "../../envs/autospec.yaml"
         threads: 1
         resources:
+            # No gpu=1: of its seconds a job needs the GPU for a part of one, so jobs share it instead of taking turns.
+            device="auto",
             on_bad_subject=CONFIG.cohort.on_bad_subject,
         params:
             spec=lambda wildcards: specs.spec(
@@ -61,7 +63,8 @@ else:
             " python -m autospec subject --spec {params.spec:q} --bold {input.bold:q} --sidecar {input.sidecar:q}"
             " --confounds {input.confounds:q} --description {input.description:q} --mask {input.mask:q}"
             " --template {input.template:q} --atlas {input.atlas:q} --on-bad-subject {resources.on_bad_subject}"
-            " --output {output.folder:q} --resources {output.resources:q} 2>&1 | tee {log:q}"
+            " --device {resources.device} --output {output.folder:q}"
+            " --resources {output.resources:q} 2>&1 | tee {log:q}"
 
 
 if CONFIG.ica.mask == "gift":
