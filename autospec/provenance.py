@@ -9,6 +9,7 @@ fingerprint alone.
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import json
 import sys
@@ -16,8 +17,11 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 PACKAGE = "autospec"
+# Distributions with another name than what is imported; those not listed here are looked for, which takes a while.
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "PyYAML"}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -38,7 +42,7 @@ def fingerprint(*modules: str, root: Path = ROOT) -> str:
         16 hexadecimal digits.
     """
     closure, packages = import_closure(modules, root)
-    parts = {name: _code_digest(_module_file(name, root)) for name in sorted(closure)}
+    parts = {name: _module(name, root).digest for name in sorted(closure)}
     versions = {name: _version(name) for name in sorted(packages)}
     return hashlib.sha256(json.dumps([parts, versions], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -55,7 +59,7 @@ def import_closure(modules: tuple[str, ...], root: Path = ROOT) -> tuple[set[str
         reached.add(name)
         parents = name.split(".")[:-1]
         waiting += [".".join(parents[: i + 1]) for i in range(len(parents))]
-        for imported in _imports(name, root):
+        for imported in _module(name, root).imports:
             if imported.split(".")[0] != PACKAGE:
                 packages.add(imported.split(".")[0])
             elif _module_file(imported, root) is not None:
@@ -63,15 +67,33 @@ def import_closure(modules: tuple[str, ...], root: Path = ROOT) -> tuple[set[str
     return reached, packages - set(sys.stdlib_module_names)
 
 
+class _Module(NamedTuple):
+    """What a fingerprint takes of a module: absolute names of all it imports, wherever in it, and a digest of its code."""
+
+    imports: tuple[str, ...]
+    digest: str
+
+
 @cache
-def _imports(name: str, root: Path) -> tuple[str, ...]:
-    """Absolute names of everything a module imports, wherever in it the import stands."""
+def _module(name: str, root: Path) -> _Module:
     file = _module_file(name, root)
     if file is None:
         raise ModuleNotFoundError(f"{name} is no module below {root}")
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    # Collecting garbage meanwhile takes longer than parsing, and a tree is none until it is dropped as a whole.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+        return _Module(tuple(_imports(tree, package)), _code_digest(tree))
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _imports(tree: ast.Module, package: str) -> list[str]:
     found: list[str] = []
-    for node in _run_time_nodes(_tree(file)):
+    for node in _run_time_nodes(tree):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -82,7 +104,7 @@ def _imports(name: str, root: Path) -> tuple[str, ...]:
             found.append(base)
             if base.split(".")[0] == PACKAGE:  # "from autospec.x import y": y may be a module
                 found += [f"{base}.{alias.name}" for alias in node.names]
-    return tuple(found)
+    return found
 
 
 def _run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
@@ -98,6 +120,7 @@ def _run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
             yield from _run_time_nodes(child)
 
 
+@cache
 def _module_file(name: str, root: Path) -> Path | None:
     base = root.joinpath(*name.split("."))
     for file in (base / "__init__.py", base.with_suffix(".py")):
@@ -106,18 +129,8 @@ def _module_file(name: str, root: Path) -> Path | None:
     return None
 
 
-@cache
-def _tree(file: Path) -> ast.Module:
-    return _parsed(file)
-
-
-def _parsed(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"), str(file))
-
-
-@cache
-def _code_digest(file: Path) -> str:
-    tree = _parsed(file)  # anew, since it is changed below; a deep copy takes three times as long
+def _code_digest(tree: ast.Module) -> str:
+    """Digest of the code without docstrings, which are taken out of the tree."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
             ast.get_docstring(node, clean=False) is not None
@@ -130,7 +143,7 @@ def _code_digest(file: Path) -> str:
 def _version(package: str) -> str:
     """Installed version of the distribution that provides an import name."""
     try:
-        return metadata.version(package)
+        return metadata.version(DISTRIBUTIONS.get(package, package))
     except metadata.PackageNotFoundError:
         names = _distributions().get(package)
         return metadata.version(names[0]) if names else "not installed"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,21 @@ import torch
 
 def do_nothing(*_: Any) -> None:
     """Stand for a hook in a copy."""
+
+
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make compiled code leave its graph here and call the function as it is.
+
+    What torch has for this imports the compiler at the first call, which takes a second: too long where nothing is
+    compiled, and then the compiler has not been imported.
+    """
+    disabled = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return (disabled if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+
+    return called
 
 
 class Hook:
@@ -24,7 +41,7 @@ class Hook:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
-    @torch._disable_dynamo  # compiled code leaves the graph here and calls the hook as it is
+    @outside_graphs
     def __call__(self, *args: Any) -> Any:
         """Do what the hook is for."""
         return self.function(*args)

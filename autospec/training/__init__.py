@@ -4,6 +4,7 @@
 settings      what the stage reads from the configuration
 prepare       samples, labels, the split and the network of a run, for everyone who needs the same
 batches       in which order samples come, and in which parts
+optimizers    Adam and SGD
 loop          one update: the gradient, in parts where memory asks for them; evaluation
 performance   what the network does on samples that were held out
 snapshots     weights at some updates: which, written, and opened again

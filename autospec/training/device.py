@@ -53,24 +53,26 @@ def environment(device: torch.device) -> dict[str, Any]:
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
     """Use deterministic algorithms in float32 as it is, and put torch's settings back afterwards."""
-    # The workspace is CUDA's condition for deterministic matrix products; it is read when the first is computed.
-    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    if device.type == "cuda" and workspace is None:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    # Read when the first matrix product is computed on CUDA, and when something is compiled first.
+    variables = {"TORCHINDUCTOR_DETERMINISTIC": "1"}
+    if device.type == "cuda":
+        variables["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    new = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(new)
+    # torch.use_deterministic_algorithms does the same but for importing the compiler, which takes a second.
+    mode = torch.get_deterministic_debug_mode()
     memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     memory.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)
         memory.fill_uninitialized_memory = fill
-        if workspace is None:
-            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        for name in new:
+            os.environ.pop(name, None)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

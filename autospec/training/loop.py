@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from autospec.errors import UserError
 
 from .batches import Batches, parts
 from .device import free_memory, out_of_memory, random_state, restore_random_state
+from .optimizers import OPTIMIZERS
 from .performance import (
     autoencoder_performance,
     classifier_performance,
@@ -73,9 +74,7 @@ class Trainer:
         self.model, self.device = prepared.model, prepared.device
         training = prepared.settings["training"]
         self.name = prepared.settings["name"]
-        rate = training["learning_rate"]
-        optimizers: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-        self.optimizer = optimizers[training["optimizer"]](self.model.parameters(), lr=rate)
+        self.optimizer = OPTIMIZERS[training["optimizer"]](self.model.parameters(), training["learning_rate"])
         batch = training["batch"]
         self.batches = Batches(len(prepared.training), None if batch == "full" else int(batch), training["seed"])
         self._half = HALF.get(training["precision"])
@@ -133,7 +132,7 @@ class Trainer:
         if self.scaler is None:
             self.optimizer.step()
         else:
-            self.scaler.step(self.optimizer)
+            self.scaler.step(cast(Any, self.optimizer))
             self.scaler.update()
 
     def evaluate(self, rows: Rows) -> tuple[float, np.ndarray]:

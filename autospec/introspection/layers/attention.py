@@ -11,13 +11,12 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from ..hooks import Hook
+from ..hooks import Hook, outside_graphs
 from .call import OnCall
 from .linear import LinearCall
 
@@ -41,7 +40,7 @@ class _Products(TorchFunctionMode):
         super().__init__()
         self.weights, self.on_call = weights, on_call
 
-    @torch._disable_dynamo  # compiled code runs the attention as it is while somebody looks on
+    @outside_graphs  # compiled code runs the attention as it is while somebody looks on
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
