@@ -372,18 +372,20 @@ class Shares:
         if rest:
             formed = [groups[i] for i in rest]
             grams = lower_gram(self.matrices(formed), self.workspace)
-            self._repair(formed, grams, {key: _norm(gram) for key, gram in of_cells.items()})
+            self._repair(formed, grams, of_cells)
             results.append((rest, grams))
         return results
 
-    def _repair(self, groups: Sequence[Sequence[bytes]], grams: Tensor, of_cell: Mapping[bytes, float] = {}) -> None:
+    def _repair(
+        self, groups: Sequence[Sequence[bytes]], grams: Tensor, known: Mapping[bytes, Tensor] | None = None
+    ) -> None:
         """Form again in float64 what has nearly cancelled, as the batch's gradient does near a stationary point."""
         exact = self.room is not None and self.room.dtype == torch.float64 and not self.squares
         if not self.held or exact or grams.is_cuda:
             return
         norms = grams.diagonal(dim1=1, dim2=2).sum(1).sqrt().tolist()
-        alone = {cells[0]: norm for cells, norm in zip(groups, norms, strict=True) if len(cells) == 1}
-        of_cell = {**of_cell, **alone}
+        of_cell = {key: _norm(gram) for key, gram in (known or {}).items()}
+        of_cell |= {cells[0]: norm for cells, norm in zip(groups, norms, strict=True) if len(cells) == 1}
         for i, cells in enumerate(groups):
             if all(key in self.squares for key in cells):
                 # Rounding is a matrix without structure, whose largest singular value is that much of its norm.
