@@ -159,6 +159,7 @@ def refit_part_settings(config: Config, experiment: str, run: str, part: int) ->
         "refits": statistics.refits,
         "seed": statistics.seed,
         "within": statistics.within,
+        "conditional_on": statistics.conditional_on,
         "minimum_group_size": statistics.minimum_group_size,
     }
 

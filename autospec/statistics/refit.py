@@ -145,7 +145,8 @@ def evaluate_refits(refits: xr.Dataset, alpha: float) -> pd.DataFrame:
         null.holm(p),
     ]
     below_floor = ~(above[0] & finite)
-    adjusted[:, below_floor] = np.nan
+    # Without a p: below the noise floor as observed, or where an imbalance of a confounder remains.
+    adjusted[:, below_floor | bool(refits.attrs.get("imbalance"))] = np.nan
     effects = np.where(tested, [effect, low, high], np.nan)
     return tidy(
         family.assign(
@@ -172,6 +173,11 @@ def describe(refits: xr.Dataset, table: pd.DataFrame, settings: RefitSettings, s
     attributes = refits.attrs
     count = attributes["labellings"]
     within = f" within {' and '.join(attributes['strata'])}" if attributes["strata"] else ""
+    if attributes.get("conditional_on"):
+        within += (
+            f", conditionally on {' and '.join(attributes['conditional_on'])} by a logistic model of the target (Berrett et "
+            "al. 2020)"
+        )
     averaged = f", averaged over {seeds} trainings from different seeds" if seeds > 1 else ""
     tested = int(table["p"].notna().sum())
     too_few = null.too_few_labellings(count, tested, settings["alpha"])
@@ -197,7 +203,8 @@ def describe(refits: xr.Dataset, table: pd.DataFrame, settings: RefitSettings, s
             f"{tested} tests: {', '.join(family) or 'nothing above the noise floor'}, over {attributes['pairs']} comparisons; "
             f"maximum over all of them, {count} labellings."
         ),
-        "messages": [each for each in (attributes["message"], too_few) if each],
+        "messages": [each for each in (attributes["message"], attributes.get("imbalance"), too_few) if each],
+        "balance": attributes.get("balance") or None,
         "labellings": count,
         "enumerated": bool(attributes["enumerated"]),
         "refused": dict(attributes["refused"]),

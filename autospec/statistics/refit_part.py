@@ -7,17 +7,25 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 
 from autospec.datasets.labelled import open_labelled, samples_with
 from autospec.errors import UserError
 from autospec.statistics.measures import SPECTRAL, STATISTICS, effective_rank
-from autospec.statistics.study import columns_of, exchangeable, grouped
+from autospec.statistics.permutations import (
+    balance_of,
+    conditional_givers,
+    means_of_units,
+    propensity_logits,
+    remaining_imbalance,
+)
+from autospec.statistics.study import columns_of, exchangeable, grouped, numbers_of
 from autospec.statistics.table import comparison_name
 from autospec.storage import write_packed
 from autospec.training.device import chosen_device, deterministic
@@ -37,6 +45,7 @@ class RefitPartSettings(TypedDict):
     refits: int
     seed: int
     within: list[str]
+    conditional_on: list[str]
     minimum_group_size: int
 
 
@@ -52,11 +61,17 @@ class Relabellings:
         Whether these are all that differ.
     message : str
         How they came about.
+    balance : list of dict
+        Of a conditional drawing: `autospec.statistics.permutations.balance_of` each pair of targets.
+    imbalance : str
+        Why no p may be given, or empty.
     """
 
     giver: np.ndarray
     enumerated: bool
     message: str
+    balance: list[dict[str, Any]] = field(default_factory=list)
+    imbalance: str = ""
 
 
 def build_refit_part(settings: RefitPartSettings, dataset: str, output: str, device: str = "auto") -> str:
@@ -88,7 +103,13 @@ def build_refit_part(settings: RefitPartSettings, dataset: str, output: str, dev
     subjects, unit = np.unique(np.array(prepared.training.subjects, dtype=object).astype(str), return_inverse=True)
     strata, names = strata_of(prepared, dataset, settings["within"], unit)
     labels = of_subjects([prepared.target.tolist(), *prepared.labels.values()], unit, subjects, "target or groups")
-    drawn = draw_relabellings(labels, strata, settings["refits"], settings["seed"])
+    count, seed = settings["refits"], settings["seed"]
+    numbers_of_subjects = confounders_of(prepared, dataset, settings["conditional_on"], unit)
+    if numbers_of_subjects is None:
+        drawn = draw_relabellings(labels, strata, count, seed)
+    else:
+        target = prepared.target.numpy(force=True)[np.unique(unit, return_index=True)[1]]
+        drawn = draw_conditional_relabellings(target, prepared.classes, strata, numbers_of_subjects, count, seed)
     pairs, refused = testable(prepared, unit, settings["minimum_group_size"])
     numbers = range(settings["first"], min(settings["last"] + 1, len(drawn.giver)))
     epochs = run["training"]["epochs"]
@@ -106,6 +127,9 @@ def build_refit_part(settings: RefitPartSettings, dataset: str, output: str, dev
         "message": drawn.message,
         "digest": hashlib.sha256(drawn.giver.astype("<i8").tobytes()).hexdigest(),
         "strata": names,
+        "conditional_on": settings["conditional_on"],
+        "balance": drawn.balance,
+        "imbalance": drawn.imbalance,
         "pairs": len(pairs),
         "refused": refused,
     }
@@ -206,6 +230,67 @@ def draw_relabellings(labels: np.ndarray, strata: np.ndarray, refits: int, seed:
             giver[b, units] = generator.permutation(units)
     possible = distinct if distinct < 1e6 else f"about {distinct:.1e}"
     return Relabellings(giver, False, f"{refits} of {possible} possible labellings were drawn with seed {seed}")
+
+
+def confounders_of(prepared: Prepared, dataset: str, names: Sequence[str], unit: np.ndarray) -> pd.DataFrame | None:
+    """Covariates of each subject that labels are drawn conditionally on; None where there are none."""
+    if not names:
+        return None
+    trained = samples_with(open_labelled(dataset), set(prepared.training.ids))
+    return means_of_units(numbers_of(trained, names, "statistics.conditional_on"), unit, np.bincount(unit))
+
+
+def draw_conditional_relabellings(
+    target: np.ndarray, classes: Sequence[str], strata: np.ndarray, confounders: pd.DataFrame, refits: int, seed: int
+) -> Relabellings:
+    """Draw whose labels each subject gets so that targets depend on confounders as the observed ones do.
+
+    Parameters
+    ----------
+    target, strata : ndarray of int, shape (subjects,)
+        Number of each subject's target, and of its stratum.
+    classes : sequence of str
+        Names of the targets.
+    confounders : DataFrame, shape (subjects, confounders)
+        One column each.
+    refits : int
+        How many, beside the labels as they are.
+    seed : int
+        Refit b depends on this and on b alone.
+
+    Notes
+    -----
+    As `autospec.statistics.permutations.draw_conditional_labellings`, with the log odds of each target against the first
+    from a logistic model of these two (Begg and Gray 1984, "Calculation of polychotomous logistic regression parameters
+    using individualized regressions", Biometrika 71).
+    """
+    values = confounders.to_numpy()
+    logits = np.zeros((len(target), len(classes)))
+    for k in range(1, len(classes)):
+        logits[:, k] = propensity_logits(values, target == k, among=(target == 0) | (target == k))
+    giver = conditional_givers(target, logits, strata, refits, seed)
+    drawn = target[giver]
+    if (drawn == target).all():
+        raise UserError(
+            "all labels are equal within each stratum, so there is nothing to permute: use fewer strata (statistics.within), "
+            "or do not ask for refits."
+        )
+    balance: list[dict[str, Any]] = []
+    imbalance = ""
+    for a, b in itertools.combinations(range(len(classes)), 2):
+        of_pair = balance_of(drawn == a, confounders, drawn == b)
+        name = comparison_name(classes[a], classes[b])
+        balance += [
+            {"comparison": name, **{str(key): value for key, value in row.items()}}
+            for row in of_pair.to_dict("records")
+        ]
+        imbalance = imbalance or remaining_imbalance(of_pair)
+    moved = (drawn[1:] != target).mean()
+    message = (
+        f"{refits} labellings were drawn conditionally on {', '.join(confounders.columns)} with seed {seed}; on average "
+        f"{moved:.0%} of the subjects have another target than the observed one"
+    )
+    return Relabellings(giver, False, message, balance, imbalance)
 
 
 def _arrangements(labels: np.ndarray) -> int:

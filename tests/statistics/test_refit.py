@@ -5,6 +5,7 @@ from collections import Counter
 from itertools import permutations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -17,6 +18,7 @@ from autospec.statistics.null import holm
 from autospec.statistics.refit import average, build_refit, evaluate_refits, joined
 from autospec.statistics.refit_part import (
     build_refit_part,
+    draw_conditional_relabellings,
     draw_relabellings,
     retrained,
     statistics_of,
@@ -50,7 +52,15 @@ def people(tmp_path_factory):
 
 def settings(first: int, last: int, refits: int, run: dict | None = None, **changed) -> dict:
     """Settings of a part."""
-    part = {"first": first, "last": last, "refits": refits, "seed": 3, "within": [], "minimum_group_size": 3}
+    part = {
+        "first": first,
+        "last": last,
+        "refits": refits,
+        "seed": 3,
+        "within": [],
+        "conditional_on": [],
+        "minimum_group_size": 3,
+    }
     return {"run": run or settings_of("classifier"), **part, **changed}
 
 
@@ -126,6 +136,58 @@ def test_samples_of_one_subject_with_different_labels_are_a_mistake(tmp_path):
     run = settings_of("classifier", held_out=0.0)
     with pytest.raises(UserError, match="the samples of the subject 'a' differ in target or groups"):
         build_refit_part(settings(0, 5, 19, run), str(tmp_path / "people.zarr.zip"), str(tmp_path / "part"), "cpu")
+
+
+def test_targets_are_drawn_as_the_confounder_makes_them_likely_with_the_balance_reported():
+    generator = np.random.default_rng(4)
+    motion = generator.normal(size=120)
+    target = generator.permuted(np.repeat([0, 1, 2], 40))
+    order = np.argsort(motion + 4 * (generator.random(120) - 0.5))
+    target[order] = np.sort(target)  # the more motion, the higher the target's number
+    confounders, strata = pd.DataFrame({"motion": motion}), np.arange(120) % 2
+    found = draw_conditional_relabellings(target, ["a", "b", "c"], strata, confounders, 200, seed=1)
+    assert not found.enumerated
+    np.testing.assert_array_equal(found.giver[0], np.arange(120))
+    assert all(sorted(giver) == list(range(120)) for giver in found.giver)
+    assert (strata[found.giver] == strata).all()
+    assert {each["comparison"] for each in found.balance} == {"a - b", "a - c", "b - c"}
+    of_motion = {each["comparison"]: each for each in found.balance if each["confounder"] == "motion"}
+    for (a, b), name in (((0, 1), "a - b"), ((0, 2), "a - c"), ((1, 2), "b - c")):
+        one, two = motion[target == a], motion[target == b]
+        pooled = np.sqrt((one.var() * len(one) + two.var() * len(two)) / (len(one) + len(two) - 2))
+        assert of_motion[name]["observed"] == pytest.approx((one.mean() - two.mean()) / pooled)
+        assert of_motion[name]["median"] < -0.4  # plain permutations have none
+    assert not found.imbalance
+    few = draw_conditional_relabellings(target, ["a", "b", "c"], strata, confounders, 7, seed=1).giver
+    np.testing.assert_array_equal(found.giver[:8], few)
+
+
+def test_where_the_model_of_the_target_is_wrong_no_p_is_given(tmp_path):
+    from autospec.datasets.labelled import labelled, write_labelled
+
+    generator = np.random.default_rng(0)
+    age = generator.normal(size=60)
+    target = np.where(np.abs(age) > np.median(np.abs(age)), "SZ", "HC").tolist()  # no line, but a hill
+    ids = [f"{i:02d}" for i in range(60)]
+    x = generator.normal(size=(60, 8))
+    write_labelled(
+        labelled(x, ("region",), ids, target, {}, {}, covariates={"age": age.tolist()}), tmp_path / "people.zarr.zip"
+    )
+    run = settings_of("classifier", held_out=0.0)
+    part = settings(0, 19, 19, run, conditional_on=["age"])
+    build_refit_part(part, str(tmp_path / "people.zarr.zip"), str(tmp_path / "part.zarr.zip"), "cpu")
+    stage = {"name": "people/net", "alpha": 0.05, "refits": 19}
+    paths = str(tmp_path / "refit.tsv"), str(tmp_path / "refit.json")
+    build_refit(stage, [[str(tmp_path / "part.zarr.zip")]], *paths)
+    table, words = read_tests(paths[0]), json.loads((tmp_path / "refit.json").read_text())
+    assert len(table) > 0
+    assert table["p"].isna().all()
+    assert not table["significant"].any()
+    assert "conditionally on age by a logistic model of the target" in words["method"]
+    assert any("'age squared'" in message and "no p is given" in message for message in words["messages"])
+    assert [each["imbalanced"] for each in words["balance"]] == [False, True]
+    with pytest.raises(UserError, match=r"statistics\.conditional_on names 'iq'"):
+        build_refit_part({**part, "conditional_on": ["iq"]}, str(tmp_path / "people.zarr.zip"), "part", "cpu")
 
 
 # ---------------------------------------------------------------------- trainings
