@@ -70,6 +70,12 @@ def tests_found(config: Config, test: str, experiment: str, run: str) -> list[st
     return [result(kind, experiment=experiment, run=run) for kind in (test, f"{test}_described")] if made else []
 
 
+def refit_confounds(config: Config, experiment: str, run: str) -> list[str]:
+    """What a run's refits say on motion and the like; empty where there are none, or nobody asks."""
+    made = config.experiments[experiment].runs[run].refit and config.statistics.confounds
+    return [result("refit_confounds", experiment=experiment, run=run)] if made else []
+
+
 def of_panel(config: Config, kind: str, experiment: str, panel: str) -> list[str]:
     """Trajectories of the run that a panel draws, or its tests where the panel compares two groups."""
     return _of_panels(kind, experiment, [specs.find_panel(config, experiment, panel)])
