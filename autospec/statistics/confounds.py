@@ -30,29 +30,9 @@ from autospec.statistics.covariates import (
 from autospec.statistics.permutation_test import NullDistributions, evaluate
 from autospec.statistics.permutations import Comparison, compare, draw_labellings
 from autospec.statistics.study import Question, Study, columns_of
+from autospec.statistics.table import CONFOUNDS_COLUMNS
 from autospec.storage import written_whole
 
-COLUMNS = {
-    "comparison": "The comparison of diagnoses that is looked into.",
-    "check": (
-        "labels: the diagnoses themselves; motion: high against low mean framewise displacement, split at the median; site: "
-        "the two largest sites; sex; matched: the diagnoses among people matched for age, sex and motion; shuffled: the "
-        "diagnoses, shuffled once.  Of a classifier, labels, matched and shuffled are by refits."
-    ),
-    "layer": "Name of the parameter; empty for the whole network.",
-    "group_a": "Label of the first group of this test.",
-    "group_b": "Label of the second group.",
-    "n_a": "Subjects in the first group.",
-    "n_b": "Subjects in the second group.",
-    "largest_statistic": (
-        "Largest of the tested statistics' distances from their mean over permutations, in their standard deviations."
-    ),
-    "largest_low": "Lower end of its 95 % interval: the shifts that a test by the same permutations would not reject.",
-    "largest_high": "Upper end of that interval.",
-    "p": "Family-wise p of that layer, or of the whole network; empty where nothing is tested.",
-    "balance": "Differences of the two groups' means in standard deviations; of sex, of the shares of men.",
-    "note": "What a reader should know.",
-}
 STATISTICS = ("contrast", "distance")
 WITHIN_TARGET = "permuted within each target, of which the classifier has seen nothing else"
 
@@ -272,27 +252,8 @@ def write(checks: Sequence[Check], distributions: Sequence[NullDistributions], a
 def write_table(rows: Sequence[Mapping[Hashable, Any]], path: str) -> None:
     """Write rows as a tab-separated table; it appears whole or not at all."""
     with written_whole(path) as temporary:
-        found = pd.DataFrame(rows, columns=list(COLUMNS))
+        found = pd.DataFrame(rows, columns=list(CONFOUNDS_COLUMNS))
         found.to_csv(temporary, sep="\t", index=False, float_format="%.6g")
-
-
-def read_table(path: str) -> pd.DataFrame:
-    """Read such a table; labels such as "NA" stay text.
-
-    Raises
-    ------
-    UserError
-        If it is none.
-    """
-    numbers = ("n_a", "n_b", "largest_statistic", "largest_low", "largest_high", "p")
-    try:
-        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
-        table = table.assign(**{name: pd.to_numeric(table[name], errors="coerce") for name in numbers})
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is no readable table of confounds ({error}): make it again.") from None
-    for name in ("n_a", "n_b"):
-        table[name] = table[name].astype("Int64")
-    return table[list(COLUMNS)]
 
 
 def rows_of(check: Check, n_a: int, n_b: int, table: pd.DataFrame) -> list[dict[Hashable, Any]]:

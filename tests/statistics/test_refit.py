@@ -15,7 +15,6 @@ from autospec import specs
 from autospec.config import parse_config
 from autospec.datasets.labelled import open_labelled, samples_with
 from autospec.errors import UserError
-from autospec.statistics.confounds import read_table
 from autospec.statistics.covariates import matched_samples
 from autospec.statistics.null import holm
 from autospec.statistics.refit import average, build_refit, evaluate_refits, joined
@@ -29,7 +28,7 @@ from autospec.statistics.refit_part import (
     strata_of,
     with_labels_of,
 )
-from autospec.statistics.table import read_tests
+from autospec.statistics.table import read_confounds, read_tests
 from autospec.storage import open_store
 from autospec.training.prepare import prepare
 from autospec.training.snapshots import open_snapshots
@@ -300,7 +299,7 @@ def test_what_refits_say_beside_a_comparison_of_diagnoses(people, tmp_path):
     stage = {"name": "people/net", "alpha": 0.05, "refits": 25}
     paths = [str(tmp_path / f"refit.{ending}") for ending in ("tsv", "json", "confounds.tsv")]
     build_refit(stage, [[str(tmp_path / "part.zarr.zip")]], *paths)
-    rows = read_table(paths[2])
+    rows = read_confounds(paths[2])
     assert list(rows["check"].unique()) == ["labels", "matched", "shuffled"]
     whole = rows[rows["layer"] == ""].set_index("check")
     # The checks are no part of the run's own table.

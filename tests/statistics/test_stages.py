@@ -18,13 +18,12 @@ from autospec.errors import UserError
 from autospec.introspection.groups import Groups
 from autospec.introspection.sample_shares import sample_shares
 from autospec.statistics import permute
-from autospec.statistics.confounds import COLUMNS as CHECKED
 from autospec.statistics.matching import matched_pairs, standardised_difference
 from autospec.statistics.permutation_test import permutation_test
 from autospec.statistics.permutations import compare, draw_labellings
 from autospec.statistics.permute import build_permutation, shares_at
 from autospec.statistics.study import exchangeable, grouped
-from autospec.statistics.table import read_tests
+from autospec.statistics.table import CONFOUNDS_COLUMNS, read_tests
 from autospec.storage import open_store
 from autospec.training.prepare import prepare
 from autospec.training.snapshots import open_snapshots
@@ -301,7 +300,7 @@ def checked(folder: Path, dataset: Path, **changed) -> pd.DataFrame:
     """Rows of the whole network, by check."""
     train(settings_of("autoencoder", epochs=3, snapshots=[0, 2]), dataset, folder / "w.pt")
     found = Found(folder, dataset, [folder / "w.pt"], confounds=True, **changed).confounds
-    assert list(found.columns) == list(CHECKED)
+    assert list(found.columns) == list(CONFOUNDS_COLUMNS)
     return found[found["layer"] == ""].set_index("check")
 
 
