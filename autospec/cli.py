@@ -173,6 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--described", required=True, help="JSON file that describes the test")
     sub.add_argument("--confounds", required=True, help="table that asks whether it is just motion")
     sub.add_argument("--null", nargs="?", help="store of the statistics under every labelling, where they are kept")
+    sub.add_argument("--refit", nargs="?", help="table of what the run's refits say on motion and the like, if any")
 
     sub = stage("refit-part", _refit_part, "train again and again with permuted labels")
     sub.add_argument("--dataset", required=True)
@@ -183,6 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--parts", required=True, nargs="+", help="refits, in one folder a seed")
     sub.add_argument("--output", required=True)
     sub.add_argument("--described", required=True, help="JSON file that describes the test")
+    sub.add_argument("--confounds", required=True, help="table that asks whether it is just motion")
 
     sub = stage("test", _test, "put all tests of a run's groups into one table")
     sub.add_argument("--run", required=True, dest="trajectories")
@@ -403,7 +405,10 @@ def _permute(options: Any) -> tuple[str, dict[str, Any]]:
     outputs = Outputs(
         table=options.output, described=options.described, confounds=options.confounds, null=options.null or None
     )
-    return build_permutation(settings, code, options.dataset, options.weights, outputs, options.work), {}
+    message = build_permutation(
+        settings, code, options.dataset, options.weights, outputs, options.work, options.refit or None
+    )
+    return message, {}
 
 
 def _refit_part(options: Any) -> tuple[str, dict[str, Any]]:
@@ -420,7 +425,8 @@ def _refit(options: Any) -> tuple[str, dict[str, Any]]:
     for path in options.parts:
         of_seeds.setdefault(Path(path).parent, []).append(path)
     parts = list(of_seeds.values())
-    return build_refit(_spec(options, RefitSettings)[0], parts, options.output, options.described), {}
+    settings = _spec(options, RefitSettings)[0]
+    return build_refit(settings, parts, options.output, options.described, options.confounds), {}
 
 
 def _test(options: Any) -> tuple[str, dict[str, Any]]:

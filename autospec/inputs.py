@@ -70,6 +70,22 @@ def tests_found(config: Config, test: str, experiment: str, run: str) -> list[st
     return [result(kind, experiment=experiment, run=run) for kind in (test, f"{test}_described")] if made else []
 
 
+def refit_confounds(config: Config, experiment: str, run: str) -> list[str]:
+    """What a run's refits say on motion and the like; empty where there are none, or nobody asks."""
+    made = config.experiments[experiment].runs[run].refit and config.statistics.confounds
+    return [result("refit_confounds", experiment=experiment, run=run)] if made else []
+
+
+def confounds_of(config: Config, experiment: str, run: str) -> list[str]:
+    """The table that asks whether a run's differences are just motion; empty where nobody asks."""
+    settings = config.experiments[experiment]
+    if not config.statistics.confounds or settings.dataset not in config.cohort_datasets:
+        return []
+    if specs.permuted(config, experiment, run):
+        return [result("confounds", experiment=experiment, run=run)]
+    return refit_confounds(config, experiment, run)
+
+
 def of_panel(config: Config, kind: str, experiment: str, panel: str) -> list[str]:
     """Trajectories of the run that a panel draws, or its tests where the panel compares two groups."""
     return _of_panels(kind, experiment, [specs.find_panel(config, experiment, panel)])
@@ -166,4 +182,5 @@ def of_report(config: Config) -> list[str]:
         paths += [path for path in panels(config, name) if path.endswith(".png")]
         for run in experiment.runs:
             paths += [result(kind, experiment=name, run=run) for kind in ("run", "run_resources", "tests")]
+            paths += confounds_of(config, name, run)
     return list(dict.fromkeys(paths))

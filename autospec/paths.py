@@ -32,6 +32,7 @@ PATHS = {
     "refits": "results/refits/{experiment}/{run}/{part}.zarr.zip",
     "refits_resources": "results/refits/{experiment}/{run}/{part}.json",
     "refit": "results/statistics/{experiment}/{run}.refit.tsv",
+    "refit_confounds": "results/statistics/{experiment}/{run}.refit.confounds.tsv",
     "refit_described": "results/statistics/{experiment}/{run}.refit.json",
     "refit_resources": "results/statistics/{experiment}/{run}.refit.resources.json",
     "tests": "results/statistics/{experiment}/{run}.tsv",

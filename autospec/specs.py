@@ -134,9 +134,13 @@ def test_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
 
 
 def permuted(config: Config, experiment: str, run: str) -> bool:
-    """Whether a run is tested by permutation: not where every group is a target that its network has seen."""
+    """Whether labels of a run are permuted: not where every group is a target that its network has seen.
+
+    Where participants have covariates, motion, site and sex are permuted within the targets of a classifier all the same.
+    """
     settings = config.experiments[experiment]
-    if settings.runs[run].task == "classifier" and not settings.groupings:
+    seen = settings.runs[run].task == "classifier" and not settings.groupings
+    if seen and not (config.statistics.confounds and settings.dataset in config.cohort_datasets):
         return False
     compared = any(panel.run == run and panel.compare is not None for panel in settings.panels)
     return config.statistics.permutation == "all" or (config.statistics.permutation == "compared" and compared)
@@ -159,7 +163,9 @@ def refit_part_settings(config: Config, experiment: str, run: str, part: int) ->
         "refits": statistics.refits,
         "seed": statistics.seed,
         "within": statistics.within,
+        "conditional_on": statistics.conditional_on,
         "minimum_group_size": statistics.minimum_group_size,
+        "confounds": statistics.confounds,
     }
 
 

@@ -1,7 +1,8 @@
 """Processor time of a permutation test: two networks of the paper's size, two groups, all measures, one thread.
 
-``python benchmarks/permutations.py`` prints one line a network.  A few of the scheduled steps are measured and the time
-is multiplied; drawing the labellings and the tables of all steps count once, in full.
+``python benchmarks/permutations.py`` prints one line a network.  A few of the steps that a training of 1,000 updates
+schedules, spread over them, are measured and the time is multiplied; drawing the labellings and the tables of all steps
+count once, in full.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from autospec.introspection.sample_shares import sample_shares
+from autospec.introspection.spectra import singular_values
+from autospec.statistics import measures
 from autospec.statistics.measures import STATISTICS
 from autospec.statistics.permutation_test import NullDistributions, evaluate
 from autospec.statistics.permutations import compare, draw_labellings
+from autospec.training.snapshots import snapshot_updates
 
+UPDATES = 1000
 BAR = 60.0  # seconds for 1,000 permutations and 20 steps
 
 
@@ -56,6 +61,8 @@ def seconds_of(make, statistics, permutations: int, measured: int, steps: int) -
     """Processor time of the parts, in seconds for all steps."""
     torch.manual_seed(0)
     model, x = make()
+    one = torch.ones(1, 64, 64, dtype=torch.float64)
+    torch.linalg.eigvalsh(one @ one)  # loading libraries is not counted
     labels = np.random.default_rng(0).permutation(np.where(np.arange(len(x)) % 2, "a", "b"))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     begin = time.process_time()
@@ -63,40 +70,55 @@ def seconds_of(make, statistics, permutations: int, measured: int, steps: int) -
     labellings = draw_labellings(comparison, permutations, seed=0)
     drawing = time.process_time() - begin
     distributions = NullDistributions(comparison, labellings, statistics)
-    taken = {"shares": 0.0, "statistics": 0.0}
-    for step in range(measured):
-        begin = time.process_time()
-        shares = sample_shares(model, lambda model: F.mse_loss(model(x), x), len(x))
-        between = time.process_time()
-        distributions.add(step, shares)
-        taken["shares"] += between - begin
-        taken["statistics"] += time.process_time() - between
+    taken = {"shares": 0.0, "statistics": 0.0, "eigenvalues": 0.0}
+
+    def timed(grams):
+        """LAPACK's part of the statistics."""
+        began = time.process_time()
+        values = singular_values(grams)
+        taken["eigenvalues"] += time.process_time() - began
+        return values
+
+    measures.singular_values = timed
+    scheduled = snapshot_updates(steps, UPDATES)
+    chosen = [scheduled[round((i + 0.5) * len(scheduled) / measured - 0.5)] for i in range(measured)]
+    for step in range(max(chosen) + 1):
+        if step in chosen:
+            begin = time.process_time()
+            shares = sample_shares(model, lambda model: F.mse_loss(model(x), x), len(x))
+            between = time.process_time()
+            distributions.add(step, shares)
+            taken["shares"] += between - begin
+            taken["statistics"] += time.process_time() - between
         optimizer.zero_grad()
         F.mse_loss(model(x), x).backward()
         optimizer.step()
-    for step in range(measured, steps):  # the tables of as many steps as there would be
-        distributions.steps[step] = distributions.steps[step % measured]
+    for place, step in enumerate(scheduled):  # the tables of as many steps as there would be
+        distributions.steps.setdefault(step, distributions.steps[chosen[place * measured // len(scheduled)]])
     begin = time.process_time()
     evaluate(distributions)
     tables = time.process_time() - begin
-    return {"drawing": drawing, **{key: value * steps / measured for key, value in taken.items()}, "tables": tables}
+    measures.singular_values = singular_values
+    found = {key: value * steps / measured for key, value in taken.items()}
+    return {**found, "tables": tables, "all": drawing + found["shares"] + found["statistics"] + tables}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--permutations", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=20, help="scheduled steps")
-    parser.add_argument("--measured", type=int, default=3, help="steps that are measured")
+    parser.add_argument("--measured", type=int, default=5, help="steps that are measured")
+    parser.add_argument("--only", default="", help="networks whose name holds this")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    chosen = {"gradient, contrast": ("contrast", "difference"), "all measures": STATISTICS}
-    print("| network | measures | seconds | of these shares | statistics | tables | bar |")
-    print("|---|---|---|---|---|---|---|")
-    for title, make in NETWORKS.items():
+    chosen = {"contrast, difference of spectra": ("contrast", "difference"), "all five": STATISTICS}
+    print("| network | measures | seconds | of these shares | statistics | of these eigenvalues | tables | bar |")
+    print("|---|---|---|---|---|---|---|---|")
+    for title, make in ((title, make) for title, make in NETWORKS.items() if options.only in title):
         for words, statistics in chosen.items():
             taken = seconds_of(make, statistics, options.permutations, options.measured, options.steps)
-            parts = " | ".join(f"{taken[key]:.1f}" for key in ("shares", "statistics", "tables"))
-            print(f"| {title} | {words} | {sum(taken.values()):.1f} | {parts} | {BAR:.0f} |", flush=True)
+            parts = " | ".join(f"{taken[key]:.1f}" for key in ("shares", "statistics", "eigenvalues", "tables"))
+            print(f"| {title} | {words} | {taken['all']:.1f} | {parts} | {BAR:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

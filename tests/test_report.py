@@ -2,14 +2,18 @@
 
 import re
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from autospec import specs
+from autospec.paths import result
+from autospec.report import build
 from autospec.report.build import build_report
 from autospec.report.words import difference_caption, position_caption, spectra_caption
-from autospec.statistics.table import read_tests, tidy
+from autospec.statistics.table import CONFOUNDS_COLUMNS, read_tests, tidy
 from autospec.trajectories import open_trajectories
 
 pytestmark = pytest.mark.browser
@@ -198,6 +202,9 @@ def test_the_caption_shows_the_paper_beside_the_valid_test_and_says_which_is_whi
             "step": 0,
             "index": k,
             "p_adjusted": p,
+            "effect_size": 5.2 - k,
+            "effect_low": 3.5 - k,
+            "effect_high": 7.0 - k,
             "significant": p < 0.05,
         }
         for k, p in ((1, 0.01), (2, 0.31))
@@ -208,8 +215,8 @@ def test_the_caption_shows_the_paper_beside_the_valid_test_and_says_which_is_whi
     assert "The marks are those of the test permutation." in words
     assert "paper (describes this run, no evidence about groups): " in words
     assert (
-        "1 of 2 singular values of the contrast have a family-wise p < 0.05; the smallest is 0.01; refit: not made"
-        in words
+        "1 of 2 singular values of the contrast have a family-wise p < 0.05; the smallest is 0.01 with an effect of 4.2 "
+        "(2.5 to 6) standard deviations; refit: not made" in words
     )
 
 
@@ -223,3 +230,47 @@ def test_captions_tell_how_the_network_did_on_held_out_data(study):
         position_caption(tree, ["0", "3"]),
     ):
         assert words.endswith("At chance on held-out data, hence grey: variance explained -0.20 (N = 6).")
+
+
+def test_is_it_just_motion_stands_in_one_table_beside_the_panels_that_compare_diagnoses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path(result("confounds", experiment="courses", run="coder"))
+    path.parent.mkdir(parents=True)
+    whole = {
+        "comparison": "SZ - HC",
+        "layer": "",
+        "group_a": "SZ",
+        "group_b": "HC",
+        "n_a": 12,
+        "n_b": 14,
+        "balance": "age +0.10",
+    }
+    checks = [("labels", 0.04, ""), ("motion", 0.002, ""), ("matched", np.nan, "an imbalance remains")]
+    rows = [
+        {
+            **whole,
+            "check": check,
+            "largest_statistic": 3.3,
+            "largest_low": 1.1,
+            "largest_high": 4.4,
+            "p": p,
+            "note": note,
+        }
+        for check, p, note in checks
+    ]
+    rows.append({**rows[0], "layer": "encoder.0.weight"})
+    pd.DataFrame(rows, columns=list(CONFOUNDS_COLUMNS)).to_csv(path, sep="\t", index=False)
+    panels = [
+        {"letter": "A", "run": "coder", "compare": None},
+        {"letter": "G", "run": "coder", "compare": ["SZ", "HC"]},
+        {"letter": "H", "run": "judge", "compare": ["SZ", "HC"]},
+    ]
+    settings = {"experiments": [{"name": "courses", "runs": {"coder": {}, "judge": {}}, "panels": panels}]}
+    (table,) = build._confounds_table(settings, [str(path)])
+    assert table["title"] == "Is it just motion?"
+    shown = [[cell.text for cell in row] for row in table["rows"]]
+    assert len(shown) == 3  # the whole network's
+    assert shown[1][:9] == ["courses", "coder", "G", "SZ - HC", "motion", "SZ", "HC", "12 and 14", "3.3 (1.1 to 4.4)"]
+    assert shown[2][9] == "–"
+    assert shown[2][-1] == "an imbalance remains"
+    assert build._confounds_table(settings, []) == []

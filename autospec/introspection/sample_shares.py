@@ -24,13 +24,14 @@ from .groups import Assignment, Groups
 from .parameters import find_parameters
 from .pending import Pending, Sorting
 from .rows import generators_kept
-from .spectra import float64
+from .spectra import BLOCKS, CANCELLED, SMALLEST_IN_BLOCKS, float64, lower_gram
 from .workspace import Workspace
 
 # Numbers formed at a time by `group_sums`.
 CHUNK = 2**22
-# Groups with more rows than this part of all are summed with weights, which spares the copy of their rows.
+# Groups with more rows than this part of all, and narrow factors, are summed with weights, which spares the copy of rows.
 MANY_ROWS = 0.75
+FEW_COLUMNS = 32
 
 
 class SampleShares(ABC):
@@ -118,6 +119,36 @@ class SampleShares(ABC):
     def _sums(self, members: np.ndarray) -> Tensor:
         return self.weighted_sums(torch.from_numpy(members.astype(np.float64)).to(self.device))
 
+    def group_grams(self, members: np.ndarray) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        r"""Gram matrices of many groups' shares, on the smaller side, in bounded memory.
+
+        Parameters
+        ----------
+        members : ndarray of bool, shape (groups, samples)
+            Who is in each group.
+
+        Yields
+        ------
+        slice, Tensor, Tensor
+            Which groups; :math:`G G^\top` of their shares G, of which the lower triangle is valid; and
+            :math:`G S^\top + S G^\top` with the sum S of all shares; each of shape (groups, s, s), float64.
+        """
+        total = self.total()
+        for part, sums in self.group_sums(members):
+            yield part, *_grams(sums, total)
+
+    def total(self) -> Tensor:
+        """Sum of all shares, shape (m, n), float64."""
+        return self.weighted_sums(torch.ones(1, self.samples, dtype=torch.float64, device=self.device))[0]
+
+
+def _grams(sums: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Gram matrices of shares on the smaller side, lower triangles, and the symmetric products with their total."""
+    if total.shape[0] > total.shape[1]:
+        sums, total = sums.mT, total.mT
+    cross = sums @ total.mT
+    return lower_gram(sums), cross + cross.mT
+
 
 class StackedShares(SampleShares):
     """One matrix for each sample.
@@ -199,21 +230,69 @@ class FactoredShares(SampleShares):
 
     def _sums(self, members: np.ndarray) -> Tensor:
         """Products of the rows of the members, or of the others where these are fewer."""
+        narrow, wide = self._narrow_and_wide()
+        if self._fewest(members) > MANY_ROWS * len(self.sample) or narrow.shape[1] <= FEW_COLUMNS:
+            return super()._sums(members)
+        others, index, rows = self._fewer_rows(members)
+        product = rows.mT @ wide[index]
+        return self._as_stored(narrow.T @ wide - product if others else product)
+
+    def _fewest(self, members: np.ndarray) -> int:
+        """Most rows that a group has, or that its others have: whichever is fewer."""
+        counts = members[:, self.sample].sum(1)
+        return min(int(counts.max(initial=0)), int((len(self.sample) - counts).max(initial=0)))
+
+    def _fewer_rows(self, members: np.ndarray) -> tuple[bool, Tensor, Tensor]:
+        """Rows of the members, or of the others where these are fewer.
+
+        Returns
+        -------
+        bool, Tensor, Tensor
+            Whether they are the others'; their numbers, shape (groups, most); the narrower factor there, zero where a
+            group with fewer rows is filled up with rows that are not its own.
+        """
         of_rows = members[:, self.sample]
         counts = of_rows.sum(1)
-        others = len(self.sample) - counts.min() < counts.max()
+        others = bool(len(self.sample) - counts.min() < counts.max())
         if others:
             of_rows, counts = ~of_rows, len(self.sample) - counts
         most = int(counts.max())
-        if most > MANY_ROWS * len(self.sample):
-            return super()._sums(members)
         index = torch.from_numpy(np.argsort(~of_rows, axis=1, kind="stable")[:, :most].copy()).to(self.device)
-        narrow, wide = self._narrow_and_wide()
-        rows = narrow[index]
-        if counts.min() < most:  # groups with fewer rows are filled up with rows of the others
+        rows = self._narrow_and_wide()[0][index]
+        if counts.min() < most:
             rows[torch.arange(most)[None] >= torch.from_numpy(counts)[:, None]] = 0
-        product = rows.mT @ wide[index]
-        return self._as_stored(narrow.T @ wide - product if others else product)
+        return others, index, rows
+
+    def group_grams(self, members: np.ndarray) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        r"""As of any shares; from inner products of the wider factor's rows where a group has fewer of them than columns.
+
+        With D the group's rows of the narrower factor and A those of the wider, :math:`G G^\top = D^\top (A A^\top) D`,
+        and the inner products are the same for all groups.
+        """
+        narrow, wide = self._narrow_and_wide()
+        most = self._fewest(members)
+        if narrow.shape[1] <= FEW_COLUMNS or most >= min(wide.shape[1], MANY_ROWS * len(self.sample)):
+            yield from super().group_grams(members)
+            return
+        inner = wide @ wide.T
+        total = narrow.T @ wide
+        with_total = wide @ total.T
+        whole = total @ total.T
+        # Mean product of a row's squared norms: a share far below it has cancelled, and is formed before it is squared.
+        usual = inner.trace() * narrow.square().sum() / len(narrow) ** 2
+        numbers = most * (len(narrow) + most + 2 * narrow.shape[1]) + 3 * narrow.shape[1] ** 2
+        count = max(1, CHUNK // numbers)
+        for start in range(0, len(members), count):
+            part = slice(start, min(start + count, len(members)))
+            others, index, rows = self._fewer_rows(members[part])
+            between = inner[index].gather(2, index[:, None].expand(-1, index.shape[1], -1))
+            own = _lower_product(rows, between @ rows)
+            if not bool((own.diagonal(dim1=1, dim2=2).sum(1) > CANCELLED**2 * usual * index.shape[1]).all()):
+                yield part, *_grams(self._sums(members[part]), self.total())
+                continue
+            cross = rows.mT @ with_total[index]
+            cross = cross + cross.mT
+            yield (part, whole - cross + own, 2 * whole - cross) if others else (part, own, cross)
 
     def _narrow_and_wide(self) -> tuple[Tensor, Tensor]:
         """The factor with fewer columns, and the other one."""
@@ -230,13 +309,11 @@ class FactoredShares(SampleShares):
         )
 
     def reduced(self) -> FactoredShares:
-        """The same with the rows of each factor in a basis of the space that they span, where they are few."""
-        activation, adjoint = (
-            torch.linalg.qr(side.T, mode="r").R.T.contiguous()
-            if len(side) < side.shape[1] and bool(torch.isfinite(side).all())  # LAPACK may not return from NaN
-            else side
-            for side in (self.activation, self.adjoint)
-        )
+        """The same without columns of zeros, and with few rows of a factor in a basis of the space that they span.
+
+        A unit that is off for every sample has a column of zeros in both layers beside it.
+        """
+        activation, adjoint = (_reduced(side) for side in (self.activation, self.adjoint))
         return FactoredShares(activation, adjoint, self.sample, self.samples, self.dtype)
 
     def stacked(self) -> StackedShares:
@@ -257,6 +334,27 @@ class FactoredShares(SampleShares):
     @property
     def numbers_formed(self) -> int:  # noqa: D102
         return max(1, (len(self.sample) + min(self.shape)) * sum(self.shape))
+
+
+def _reduced(rows: Tensor) -> Tensor:
+    """Rows with the same inner products and no more columns than needed."""
+    used = (rows != 0).any(0)
+    used[:1] |= ~used.any()  # a matrix has a column
+    rows = rows if bool(used.all()) else rows[:, used]
+    if len(rows) < rows.shape[1] and bool(torch.isfinite(rows).all()):  # LAPACK may not return from NaN
+        return torch.linalg.qr(rows.T, mode="r").R.T.contiguous()
+    return rows
+
+
+def _lower_product(rows: Tensor, other: Tensor) -> Tensor:
+    """Compute the lower triangle of the symmetric products ``rows.mT @ other``, each of shape (groups, s, s)."""
+    size = rows.shape[2]
+    result = rows.new_zeros(len(rows), size, size)
+    block = size if size < SMALLEST_IN_BLOCKS else -(-size // BLOCKS)
+    for start in range(0, size, block):
+        stop = min(start + block, size)
+        result[:, start:stop, :stop] = rows[:, :, start:stop].mT @ other[:, :, :stop]
+    return result
 
 
 class _Gathered(Pending):

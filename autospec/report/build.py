@@ -23,9 +23,18 @@ from autospec.figures.differences import of_pair
 from autospec.figures.selection import shown_groups
 from autospec.paths import result
 from autospec.report.template import PAGE
-from autospec.report.words import VIEWS, difference_caption, page_caption, position_caption, spectra_caption
+from autospec.report.words import (
+    VIEWS,
+    difference_caption,
+    effect_words,
+    interval_words,
+    page_caption,
+    position_caption,
+    smallest_p,
+    spectra_caption,
+)
 from autospec.statistics.paper import WHAT_IT_IS_NOT
-from autospec.statistics.table import read_tests
+from autospec.statistics.table import read_confounds, read_tests
 from autospec.storage import written_whole
 from autospec.trajectories import open_trajectories
 
@@ -77,6 +86,7 @@ def build_report(settings: ReportSettings, inputs: list[str], output: str) -> st
     tables = [
         _table("runs", "Runs", *_runs_table(settings)),
         _table("tests", "Tests of groups", *_tests_table(settings)),
+        *_confounds_table(settings, inputs),
         _table("audit", "Exactness", *_audit_table(settings)),
     ]
     tables = tables if experiments else []
@@ -186,7 +196,8 @@ def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
                         "resolved values": int((~values["below_floor"]).sum()),
                         "paper: significant values": int(values["significant"].sum()),
                         "paper: significant steps": int(steps["significant"].sum()),
-                        **{f"{test}: smallest p": _smallest(here[test]) for test in ("permutation", "refit")},
+                        "paper: Hedges' g": effect_words(smallest_p(values)),
+                        **{key: value for test in ("permutation", "refit") for key, value in _valid(here, test)},
                     }
                 )
     test = {"student": "Student's", "welch": "Welch's"}[settings["variance"]]
@@ -195,15 +206,66 @@ def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
         f"Of the gradient. Columns “paper”: {test} two-tailed t-test of {scale}, p < {settings['alpha']:g}, "
         "uncorrected, of resolved values alone: those that lie above the noise floor in both groups at every step and "
         f"change over training. {WHAT_IT_IS_NOT} Columns “permutation” and “refit”, the valid tests: the smallest "
-        "family-wise p of the contrast's singular values, where that test applies to the run and the groups."
+        "family-wise p of the contrast's singular values, where that test applies to the run and the groups; the family is every "
+        "statistic, layer, step and value that the run's description in results/statistics counts. Effects, with 95 % "
+        "intervals: Hedges' g of the paper's tests, elsewhere the distance from the mean over labellings in their standard "
+        "deviations, of the value with the smallest p."
     )
     return caption, rows
 
 
-def _smallest(rows: pd.DataFrame) -> float:
-    """Smallest family-wise p of the contrast's singular values; NaN where that was not tested."""
-    p = rows.loc[rows["statistic"] == "contrast", "p_adjusted"].dropna()
-    return float(p.min()) if len(p) else np.nan
+def _valid(here: dict[str, pd.DataFrame], test: str) -> list[tuple[str, Any]]:
+    """Smallest family-wise p of the contrast's singular values, and the effect that it stands for."""
+    rows = here[test]
+    found = smallest_p(rows[rows["statistic"] == "contrast"])
+    p = np.nan if found is None else float(found["p_adjusted"])
+    return [(f"{test}: smallest p", p), (f"{test}: effect", effect_words(found))]
+
+
+def _confounds_table(settings: ReportSettings, inputs: list[str]) -> list[dict[str, Any]]:
+    """Is it just motion?  The same test beside each comparison of diagnoses, next to the panels that show it."""
+    rows = []
+    for experiment in settings["experiments"]:
+        for run in experiment["runs"]:
+            kinds = ("confounds", "refit_confounds")
+            paths = [result(kind, experiment=experiment["name"], run=run) for kind in kinds]
+            there = [path for path in paths if path in inputs]
+            if not there:
+                continue
+            shown = [
+                panel["letter"]
+                for panel in experiment["panels"]
+                if panel["run"] == run and panel["compare"] is not None
+            ]
+            table = read_confounds(there[0])
+            for found in table[table["layer"] == ""].to_dict("records"):
+                effect = [found[name] for name in ("largest_statistic", "largest_low", "largest_high")]
+                rows.append(
+                    {
+                        "experiment": experiment["name"],
+                        "run": run,
+                        "panels": ", ".join(shown) or "–",
+                        "comparison": found["comparison"],
+                        "check": found["check"],
+                        "group": found["group_a"],
+                        "against": found["group_b"],
+                        "subjects": "–" if pd.isna(found["n_a"]) else f"{found['n_a']} and {found['n_b']}",
+                        "largest effect": interval_words(*effect),
+                        "p": found["p"],
+                        "balance": found["balance"] or "–",
+                        "note": found["note"] or "–",
+                    }
+                )
+    if not rows:
+        return []
+    caption = (
+        "The same test for the diagnoses (labels), for high against low motion, for the two largest sites, for sex, for the "
+        "diagnoses among subjects matched for age, sex and motion, and for diagnoses shuffled once. A difference that motion "
+        "or site shows as well, or that goes away among matched subjects, is no finding about the diagnosis. Family-wise p of "
+        "the whole network over the contrast's singular values and the layers' distances; effect: the largest statistic's "
+        "distance from its mean over labellings in their standard deviations, with its 95 % interval."
+    )
+    return [_table("confounds", "Is it just motion?", caption, rows)]
 
 
 def _audit_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 
@@ -125,12 +126,32 @@ def test_words(tests: pd.DataFrame, pair: list[str], variance: str, alpha: float
         if rows.empty:
             words.append(f"{name}: not made for these groups")
             continue
-        smallest = contrast["p_adjusted"].min()
+        smallest = smallest_p(contrast)
+        least = "none has one" if smallest is None else f"the smallest is {smallest['p_adjusted']:.3g}"
+        effect = "" if smallest is None else f" with an effect of {effect_words(smallest)} standard deviations"
         words.append(
             f"{name} ({valid}): {int(contrast['significant'].sum())} of {len(contrast)} singular values of the contrast "
-            f"have a family-wise p < {alpha:g}; the smallest is {smallest:.3g}"
+            f"have a family-wise p < {alpha:g}; {least}{effect}"
         )
     return f"Tests: {'; '.join(words)}."
+
+
+def smallest_p(rows: pd.DataFrame) -> pd.Series | None:
+    """The row with the smallest corrected p; None where there is none."""
+    p = rows["p_adjusted"].to_numpy(dtype=float)
+    return rows.iloc[int(np.nanargmin(p))] if np.isfinite(p).any() else None
+
+
+def effect_words(row: pd.Series | None) -> str:
+    """Size of an effect with its 95 % interval."""
+    if row is None:
+        return "–"
+    return interval_words(row["effect_size"], row["effect_low"], row["effect_high"])
+
+
+def interval_words(estimate: float, low: float, high: float) -> str:
+    """A number with its interval."""
+    return f"{estimate:.2g} ({low:.2g} to {high:.2g})" if np.isfinite(estimate) else "–"
 
 
 def _held_out(tree: xr.DataTree) -> str:

@@ -63,50 +63,45 @@ def labelled_spectra(
     size_first, size_second : ndarray, shape (labellings,)
         Samples in each group.
     """
-    shares = shares.reduced()
-    total = shares.weighted_sums(torch.ones(1, shares.samples, dtype=torch.float64, device=shares.device))[0]
     count = min(shares.shape)
-    spectra = np.empty((3, len(in_first), count))
+    shares = shares.reduced()
+    total = shares.total()
+    whole = total @ total.mT if total.shape[0] <= total.shape[1] else total.mT @ total
+    spectra = np.zeros((3, len(in_first), count))  # what the reduction left out is zero
     cosine = np.empty(len(in_first))
-    for part, sums in shares.group_sums(in_first):
-        sizes = (torch.from_numpy(size[part].astype(np.float64)).to(sums.device) for size in (size_first, size_second))
-        grams = gram_matrices(sums, total, *sizes)
-        spectra[:, part] = torch.stack(singular_values(grams)).cpu().numpy()
-        squares = [gram.diagonal(dim1=1, dim2=2).sum(1) for gram in grams]
-        inner = (torch.einsum("bmn,mn->b", sums, total) - squares[0]) / (squares[0] * squares[1]).sqrt()
-        cosine[part] = inner.clamp(-1, 1).cpu().numpy()
+    for part, own, cross in shares.group_grams(in_first):
+        sizes = (torch.from_numpy(size[part].astype(np.float64)).to(own.device) for size in (size_first, size_second))
+        grams = gram_matrices(own, cross, whole, *sizes)
+        spectra[:, part, : len(whole)] = torch.stack([singular_values([gram])[0] for gram in grams]).cpu().numpy()
+        first, second, twice = (each.diagonal(dim1=1, dim2=2).sum(1) for each in (*grams[:2], cross))
+        cosine[part] = ((twice / 2 - first) / (first * second).sqrt()).clamp(-1, 1).cpu().numpy()
     return LabelledSpectra(spectra[0], spectra[1], spectra[2], cosine)
 
 
-def gram_matrices(first: Tensor, total: Tensor, size_first: Tensor, size_second: Tensor) -> list[Tensor]:
-    """Gram matrices on the smaller side of the first group's share, of the second's, and of their contrast.
+def gram_matrices(
+    own: Tensor, cross: Tensor, whole: Tensor, size_first: Tensor, size_second: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gram matrices of the first group's share, of the second's, and of their contrast.
 
     Parameters
     ----------
-    first : Tensor
-        The first group's share under each labelling, shape (B, m, n), float64.
-    total : Tensor
-        Sum of both groups' shares, shape (m, n).
+    own, cross : Tensor
+        Of the first group's share under each labelling, as `SampleShares.group_grams` gives them, shape (B, s, s).
+    whole : Tensor
+        Gram matrix of the sum of both groups' shares, shape (s, s).
     size_first, size_second : Tensor
         Samples in each group, shape (B,), float64.
 
     Returns
     -------
-    list of Tensor
-        Three of shape (B, s, s), with s = min(m, n).
+    tuple of Tensor
+        Three of shape (B, s, s), of which the lower triangles are valid.
     """
-    if total.shape[0] > total.shape[1]:
-        first, total = first.mT, total.mT
-    own = first @ first.mT
-    cross = first @ total.mT
-    cross = cross + cross.mT
-    whole = total @ total.mT
-    second = whole - cross + own
-    # The contrast is G_a (1 / N_a + 1 / N_b) - S / N_b.
-    scale = (1 / size_first + 1 / size_second)[:, None, None]
-    part = (1 / size_second)[:, None, None]
-    contrast = scale.square() * own - scale * part * cross + part.square() * whole
-    return [own, second, contrast]
+    second = torch.sub(whole, cross).add_(own)
+    # The contrast is G_a (1 / N_a + 1 / N_b) - S / N_b, here times N_b / (1 / N_a + 1 / N_b), which leaves fewer products.
+    scale = (1 + size_second / size_first)[:, None, None]
+    contrast = (own * scale).sub_(cross).add_(whole / scale).mul_(scale / size_second.square()[:, None, None])
+    return own, second, contrast
 
 
 def effective_rank(spectrum: np.ndarray) -> np.ndarray:

@@ -308,21 +308,14 @@ def draw_conditional_labellings(
     """
     _check_count(permutations, seed)
     table = confounders_of_units(comparison, confounders)
+    label = comparison.in_first.astype(np.int64)
     logits = propensity_logits(table.to_numpy(), comparison.in_first)
-    middle = _swapped(comparison.in_first, logits, comparison.stratum, np.random.default_rng([seed, 0]))
-    in_first = np.empty((permutations + 1, len(middle)), dtype=bool)
-    in_first[0] = comparison.in_first
-    for b in range(1, permutations + 1):
-        in_first[b] = _swapped(middle, logits, comparison.stratum, np.random.default_rng([seed, b]))
+    giver = conditional_givers(
+        label, np.column_stack([np.zeros(len(logits)), logits]), comparison.stratum, permutations, seed
+    )
+    in_first = comparison.in_first[giver]
     balance = balance_of(in_first, table)
-    worst = balance[balance["imbalanced"]]
-    refused = ""
-    if len(worst):
-        name, observed = worst.iloc[0]["confounder"], worst.iloc[0]["observed"]
-        refused = (
-            f"the groups differ in '{name}' by {observed:.2f} standard deviations and the drawn labellings do not: the "
-            "model of the label does not describe the confounder, so no p is given; match the groups, or use strata."
-        )
+    refused = remaining_imbalance(balance)
     moved = (in_first[1:] != in_first[0]).mean()
     message = (
         f"{permutations} labellings were drawn conditionally on {', '.join(table.columns)} with seed {seed}; on "
@@ -331,9 +324,72 @@ def draw_conditional_labellings(
     return Labellings(in_first, False, message, balance, refused)
 
 
+def conditional_givers(
+    label: np.ndarray, logits: np.ndarray, stratum: np.ndarray, permutations: int, seed: int
+) -> np.ndarray:
+    """Whose label each unit gets in each labelling that depends on confounders as the observed one does.
+
+    Parameters
+    ----------
+    label : ndarray of int, shape (units,)
+        The observed labels, from 0.
+    logits : ndarray, shape (units, labels)
+        Log odds of each label against the first.
+    stratum : ndarray of int, shape (units,)
+        Number of each unit's stratum.
+    permutations : int
+        How many labellings beside the observed one.
+    seed : int
+        Labelling b depends on this and on b alone.
+
+    Returns
+    -------
+    ndarray of int, shape (permutations + 1, units)
+        Row 0 leaves all labels as they are.
+    """
+    middle = _exchanged(label, logits, stratum, np.random.default_rng([seed, 0]))
+    giver = np.empty((permutations + 1, len(label)), dtype=np.int64)
+    giver[0] = np.arange(len(label))
+    for b in range(1, permutations + 1):
+        giver[b] = middle[_exchanged(label[middle], logits, stratum, np.random.default_rng([seed, b]))]
+    return giver
+
+
+def remaining_imbalance(balance: pd.DataFrame) -> str:
+    """Say why no p may be given, where the drawn labellings do not share an imbalance; empty where they do."""
+    worst = balance[balance["imbalanced"]]
+    if not len(worst):
+        return ""
+    name, observed = worst.iloc[0]["confounder"], worst.iloc[0]["observed"]
+    return (
+        f"the groups differ in '{name}' by {observed:.2f} standard deviations and the drawn labellings do not: the "
+        "model of the label does not describe the confounder, so no p is given; match the groups, or use strata."
+    )
+
+
 def confounders_of_units(comparison: Comparison, confounders: Mapping[str, Any]) -> pd.DataFrame:
     """Confounders of each subject compared, the mean over its samples, shape (units, confounders)."""
-    rows = comparison.unit >= 0
+    return means_of_units(confounders, comparison.unit, comparison.sizes)
+
+
+def means_of_units(confounders: Mapping[str, Any], unit: np.ndarray, sizes: np.ndarray) -> pd.DataFrame:
+    """Mean of each confounder over a unit's samples, shape (units, confounders).
+
+    Parameters
+    ----------
+    confounders : mapping of str to array-like, shape (samples,)
+        Numbers.
+    unit : ndarray of int, shape (samples,)
+        Number of each sample's unit; -1 leaves it out.
+    sizes : ndarray of int, shape (units,)
+        Samples of each unit.
+
+    Raises
+    ------
+    UserError
+        If a confounder is missing for a sample, does not vary, or is not a number.
+    """
+    rows = unit >= 0
     columns = {}
     for name, column in confounders.items():
         if len(column) != len(rows):
@@ -346,7 +402,7 @@ def confounders_of_units(comparison: Comparison, confounders: Mapping[str, Any])
             raise UserError(f"the confounder '{name}' is not a number ({error}): use categories as strata.") from error
         if not np.isfinite(values).all():
             raise UserError(f"the confounder '{name}' is missing for some samples: leave them out or give it.")
-        columns[name] = np.bincount(comparison.unit[rows], values) / comparison.sizes
+        columns[name] = np.bincount(unit[rows], values) / sizes
         if np.ptp(columns[name]) == 0:
             raise UserError(f"the confounder '{name}' is the same for all subjects: leave it out.")
     if not columns:
@@ -354,7 +410,9 @@ def confounders_of_units(comparison: Comparison, confounders: Mapping[str, Any])
     return pd.DataFrame(columns)
 
 
-def propensity_logits(confounders: np.ndarray, in_first: np.ndarray, penalty: float = PENALTY) -> np.ndarray:
+def propensity_logits(
+    confounders: np.ndarray, in_first: np.ndarray, penalty: float = PENALTY, among: np.ndarray | None = None
+) -> np.ndarray:
     """Log odds of the first group given the confounders, by logistic regression with a ridge penalty.
 
     Parameters
@@ -365,13 +423,19 @@ def propensity_logits(confounders: np.ndarray, in_first: np.ndarray, penalty: fl
         The observed labels.
     penalty : float
         Half of it times the squared coefficients is added to minus the log likelihood; the intercept is free.
+    among : ndarray of bool, shape (units,), optional
+        Units that the model is fitted to, where others belong to neither group.
 
     Returns
     -------
     ndarray, shape (units,)
+        Of all units.
     """
-    standard = (confounders - confounders.mean(0)) / confounders.std(0)
-    design = np.column_stack([np.ones(len(standard)), standard])
+    fitted = np.ones(len(in_first), dtype=bool) if among is None else among
+    spread = confounders[fitted].std(0)
+    standard = (confounders - confounders[fitted].mean(0)) / np.where(spread > 0, spread, 1.0)
+    everyone = np.column_stack([np.ones(len(standard)), standard])
+    design, in_first = everyone[fitted], in_first[fitted]
     ridge = penalty * np.diag([0.0] + [1.0] * standard.shape[1])
     coefficients = np.zeros(design.shape[1])
     coefficients[0] = math.log(in_first.sum() / (~in_first).sum())
@@ -392,7 +456,7 @@ def propensity_logits(confounders: np.ndarray, in_first: np.ndarray, penalty: fl
         coefficients = coefficients - length * step
         if np.abs(length * step).max() < 1e-10:
             break
-    return design @ coefficients
+    return everyone @ coefficients
 
 
 def _penalised_loss(logits: np.ndarray, in_first: np.ndarray, coefficients: np.ndarray, penalty: float) -> float:
@@ -400,11 +464,11 @@ def _penalised_loss(logits: np.ndarray, in_first: np.ndarray, coefficients: np.n
     return float(likelihood + penalty / 2 * np.square(coefficients[1:]).sum())
 
 
-def _swapped(
-    in_first: np.ndarray, logits: np.ndarray, stratum: np.ndarray, generator: np.random.Generator, rounds: int = ROUNDS
+def _exchanged(
+    label: np.ndarray, logits: np.ndarray, stratum: np.ndarray, generator: np.random.Generator, rounds: int = ROUNDS
 ) -> np.ndarray:
-    """Rounds of exchanges of labels between random pairs of a stratum, with the odds of the propensity model."""
-    result = in_first.copy()
+    """Whose label each unit has after rounds of exchanges between random pairs of a stratum, with the model's odds."""
+    giver = np.arange(len(label))
     order = np.argsort(stratum, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(stratum))])[stratum[order]]
     # The first places of pairs: every second of a stratum that has a next one in it.
@@ -414,14 +478,15 @@ def _swapped(
     for _ in range(rounds):
         shuffled = _shuffled(stratum, generator)
         i, j = shuffled[pairs], shuffled[pairs + 1]
+        a, b = label[giver[i]], label[giver[j]]
         # Exchanged to not exchanged: the odds of one label there and the other here.
-        difference = np.where(result[i], logits[j] - logits[i], logits[i] - logits[j])
-        swap = (result[i] != result[j]) & (generator.random(len(pairs)) < 1 / (1 + np.exp(-difference)))
-        result[i[swap]], result[j[swap]] = result[j[swap]], result[i[swap]]
-    return result
+        difference = logits[i, b] + logits[j, a] - logits[i, a] - logits[j, b]
+        swap = generator.random(len(pairs)) < 1 / (1 + np.exp(-difference))
+        giver[i[swap]], giver[j[swap]] = giver[j[swap]], giver[i[swap]]
+    return giver
 
 
-def balance_of(in_first: np.ndarray, confounders: pd.DataFrame) -> pd.DataFrame:
+def balance_of(in_first: np.ndarray, confounders: pd.DataFrame, in_second: np.ndarray | None = None) -> pd.DataFrame:
     """Standardised mean differences of the confounders, of the observed labelling and of the drawn ones.
 
     A logistic model without penalty reproduces the observed mean exactly, so squares are compared too: they show where
@@ -433,6 +498,8 @@ def balance_of(in_first: np.ndarray, confounders: pd.DataFrame) -> pd.DataFrame:
         Row 0 is the observed labelling.
     confounders : DataFrame, shape (units, confounders)
         One column each.
+    in_second : ndarray of bool, shape (labellings, units), optional
+        The second group; by default everybody else.
 
     Returns
     -------
@@ -445,10 +512,11 @@ def balance_of(in_first: np.ndarray, confounders: pd.DataFrame) -> pd.DataFrame:
     plain = confounders.to_numpy(dtype=np.float64)
     values = np.column_stack([plain, np.square(plain - plain.mean(0))])
     names = [*confounders.columns, *(f"{name} squared" for name in confounders.columns)]
-    weights = in_first / in_first.sum(1, keepdims=True) - ~in_first / (~in_first).sum(1, keepdims=True)
-    groups = [values[in_first[0]], values[~in_first[0]]]
+    second = ~in_first if in_second is None else in_second
+    weights = in_first / in_first.sum(1, keepdims=True) - second / second.sum(1, keepdims=True)
+    groups = [values[in_first[0]], values[second[0]]]
     squares = sum(np.square(group - group.mean(0)).sum(0) for group in groups)
-    pooled = np.sqrt(squares / (len(values) - 2))
+    pooled = np.sqrt(squares / (sum(map(len, groups)) - 2))
     scale = np.where(pooled > 0, pooled, values.std(0))
     differences = (weights @ values) / scale
     observed = differences[0]

@@ -24,7 +24,7 @@ from autospec.statistics import subjects
 from autospec.statistics.permutation_test import NullDistributions, Tests, average_over_seeds, evaluate
 from autospec.statistics.permutations import compare, draw_conditional_labellings, draw_labellings
 from autospec.statistics.study import Question, Study, columns_of, exchangeable, grouped, numbers_of
-from autospec.statistics.table import COLUMNS, comparison_name, write_description, write_tests
+from autospec.statistics.table import COLUMNS, comparison_name, read_confounds, write_description, write_tests
 from autospec.storage import write_packed
 from autospec.training.prepare import Prepared, prepare
 from autospec.training.snapshots import Snapshots, open_snapshots
@@ -64,7 +64,13 @@ class Plan:
 
 
 def build_permutation(
-    settings: PermutationSettings, code: str, dataset: str, weights: Sequence[str], outputs: Outputs, work: str
+    settings: PermutationSettings,
+    code: str,
+    dataset: str,
+    weights: Sequence[str],
+    outputs: Outputs,
+    work: str,
+    refit: str | None = None,
 ) -> str:
     """Test every pair of groups of a run whose labels may be exchanged, and write the tables.
 
@@ -82,6 +88,8 @@ def build_permutation(
         Files to write.
     work : str
         Folder in which finished steps are kept until all are.
+    refit : str, optional
+        What refits of the run say in the table that asks whether it is just motion.
 
     Returns
     -------
@@ -101,7 +109,8 @@ def build_permutation(
     prepared = [prepare(run.settings, dataset, torch.device("cpu")) for run in runs]
     study = study_of(open_labelled(dataset), prepared[0], runs[0])
     plan = plan_questions(study, settings)
-    asked = checks.questions(study, plan.questions, settings) if settings["confounds"] else []
+    of_refits = read_confounds(refit) if refit else None
+    asked = checks.questions(study, plan.questions, settings, of_refits) if settings["confounds"] else []
     questions = [*plan.questions, *(check.question for check in asked if check.question is not None)]
     identity = json.dumps([settings, code, digest, of_weights], sort_keys=True)
     folder = Path(work) / settings["name"] / f"permutation-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"

@@ -6,7 +6,7 @@ compared; `autospec.statistics.refit_part` carries them out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -14,6 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from autospec.errors import UserError
+from autospec.statistics import confounds as checks
 from autospec.statistics import null
 from autospec.statistics.table import COLUMNS, tidy, write_description, write_tests
 from autospec.storage import open_store
@@ -29,7 +30,9 @@ class RefitSettings(TypedDict):
     refits: int
 
 
-def build_refit(settings: RefitSettings, parts: Sequence[Sequence[str]], output: str, described: str) -> str:
+def build_refit(
+    settings: RefitSettings, parts: Sequence[Sequence[str]], output: str, described: str, confounds: str
+) -> str:
     """Compare a run with its refits, and write the table and its description.
 
     Parameters
@@ -42,6 +45,8 @@ def build_refit(settings: RefitSettings, parts: Sequence[Sequence[str]], output:
         The tab-separated table to write.
     described : str
         The JSON file to write.
+    confounds : str
+        The table to write that asks whether it is just motion, as far as refits can say.
 
     Returns
     -------
@@ -54,9 +59,10 @@ def build_refit(settings: RefitSettings, parts: Sequence[Sequence[str]], output:
         If parts are missing, or do not belong together.
     """
     refits = average([joined([open_store(path, "refits").to_dataset() for path in files]) for files in parts])
-    table = evaluate_refits(refits, settings["alpha"])
+    table = evaluate_refits(main_of(refits), settings["alpha"])
     write_tests(table, output)
     write_description(describe(refits, table, settings, len(parts)), described)
+    checks.write_table(check_rows(refits, settings["alpha"]), confounds)
     pairs = refits.attrs["pairs"]
     return f"{settings['name']}: {pairs} {'pair' if pairs == 1 else 'pairs'} of groups tested by refits"
 
@@ -97,6 +103,61 @@ def average(of_seeds: Sequence[xr.Dataset]) -> xr.Dataset:
     value = np.mean([each["value"].values for each in of_seeds], axis=0, dtype=np.float64)
     above = np.all([each["above"].values for each in of_seeds], axis=0)
     return first.assign(value=(first["value"].dims, value), above=(first["above"].dims, above))
+
+
+def main_of(refits: xr.Dataset) -> xr.Dataset:
+    """The comparisons themselves, without the checks beside them."""
+    return refits.isel(test=refits["check"].values == "") if refits.sizes["refit"] else refits
+
+
+def check_rows(refits: xr.Dataset, alpha: float) -> list[dict[Hashable, Any]]:
+    """Rows of the table that asks whether it is just motion: labels, matched and shuffled, of each comparison of targets.
+
+    Parameters
+    ----------
+    refits : xarray.Dataset
+        All refits; those of matched subjects have the check ``matched``.
+    alpha : float
+        Level of significance.
+
+    Notes
+    -----
+    Among the matched, labels are exchanged within pairs before training, and everybody else keeps the true ones, so what
+    the network learned from the others is the same in all refits but for chance.  The shuffled twin is one of the refits,
+    chosen by the seed, in the place of the run, among the others with permuted labels.
+    """
+    rows: list[dict[Hashable, Any]] = []
+    attributes = refits.attrs
+    for name, about in dict(attributes.get("diagnoses", {})).items():
+        tests = refits.isel(
+            test=(refits["comparison"].values == name) & np.isin(refits["statistic"].values, checks.STATISTICS)
+        )
+        labels = main_of(tests)
+        pair = (str(labels["group_a"].values[0]), str(labels["group_b"].values[0]))
+
+        def add(
+            check: str, part: xr.Dataset, of: dict[str, Any], pair: tuple[str, str] = pair, name: str = name
+        ) -> None:
+            imbalance = "no p is given" in of["note"]
+            given = checks.Check(name, check, pair, None, of["balance"], of["note"], imbalance)
+            rows.extend(checks.rows_of(given, of["n_a"], of["n_b"], evaluate_refits(part, alpha)))
+
+        add("labels", labels, {**about, "note": attributes.get("imbalance", "").rstrip(".")})
+        matched = dict(attributes["matched"]).get(name)
+        if matched is not None:
+            part = tests.isel(test=tests["check"].values == "matched", refit=slice(matched["labellings"]))
+            add("matched", part.assign_attrs(imbalance=""), matched)
+        elif name in attributes["unmatched"]:
+            rows.append(checks.row(checks.Check(name, "matched", pair, None, note=attributes["unmatched"][name])))
+        permuted = np.arange(1, tests.sizes["refit"])
+        twin = int(np.random.default_rng([attributes["seed"], 2**31]).choice(permuted))
+        order = [twin, *permuted[permuted != twin]]
+        add(
+            "shuffled",
+            labels.isel(refit=order),
+            {**about, "balance": "", "note": f"refit {twin} in the place of the run"},
+        )
+    return rows
 
 
 def evaluate_refits(refits: xr.Dataset, alpha: float) -> pd.DataFrame:
@@ -145,7 +206,8 @@ def evaluate_refits(refits: xr.Dataset, alpha: float) -> pd.DataFrame:
         null.holm(p),
     ]
     below_floor = ~(above[0] & finite)
-    adjusted[:, below_floor] = np.nan
+    # Without a p: below the noise floor as observed, or where an imbalance of a confounder remains.
+    adjusted[:, below_floor | bool(refits.attrs.get("imbalance"))] = np.nan
     effects = np.where(tested, [effect, low, high], np.nan)
     return tidy(
         family.assign(
@@ -172,9 +234,15 @@ def describe(refits: xr.Dataset, table: pd.DataFrame, settings: RefitSettings, s
     attributes = refits.attrs
     count = attributes["labellings"]
     within = f" within {' and '.join(attributes['strata'])}" if attributes["strata"] else ""
+    if attributes.get("conditional_on"):
+        within += (
+            f", conditionally on {' and '.join(attributes['conditional_on'])} by a logistic model of the target (Berrett et "
+            "al. 2020)"
+        )
     averaged = f", averaged over {seeds} trainings from different seeds" if seeds > 1 else ""
     tested = int(table["p"].notna().sum())
     too_few = null.too_few_labellings(count, tested, settings["alpha"])
+    refits = main_of(refits)
     family = [
         f"{statistic} ({len(rows)} values)"
         for statistic, rows in table[table["p"].notna()].groupby("statistic", sort=False)
@@ -197,7 +265,8 @@ def describe(refits: xr.Dataset, table: pd.DataFrame, settings: RefitSettings, s
             f"{tested} tests: {', '.join(family) or 'nothing above the noise floor'}, over {attributes['pairs']} comparisons; "
             f"maximum over all of them, {count} labellings."
         ),
-        "messages": [each for each in (attributes["message"], too_few) if each],
+        "messages": [each for each in (attributes["message"], attributes.get("imbalance"), too_few) if each],
+        "balance": attributes.get("balance") or None,
         "labellings": count,
         "enumerated": bool(attributes["enumerated"]),
         "refused": dict(attributes["refused"]),

@@ -7,17 +7,33 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 
 from autospec.datasets.labelled import open_labelled, samples_with
 from autospec.errors import UserError
+from autospec.statistics.covariates import (
+    balance_in_words,
+    compares_targets,
+    described_by,
+    imbalance_after_matching,
+    matched_for,
+    matched_samples,
+)
 from autospec.statistics.measures import SPECTRAL, STATISTICS, effective_rank
-from autospec.statistics.study import columns_of, exchangeable, grouped
+from autospec.statistics.permutations import (
+    balance_of,
+    conditional_givers,
+    means_of_units,
+    propensity_logits,
+    remaining_imbalance,
+)
+from autospec.statistics.study import columns_of, exchangeable, grouped, numbers_of
 from autospec.statistics.table import comparison_name
 from autospec.storage import write_packed
 from autospec.training.device import chosen_device, deterministic
@@ -37,7 +53,18 @@ class RefitPartSettings(TypedDict):
     refits: int
     seed: int
     within: list[str]
+    conditional_on: list[str]
     minimum_group_size: int
+    confounds: bool
+
+
+class About(TypedDict):
+    """Who is compared."""
+
+    n_a: int
+    n_b: int
+    balance: str
+    note: str
 
 
 @dataclass(frozen=True)
@@ -52,11 +79,17 @@ class Relabellings:
         Whether these are all that differ.
     message : str
         How they came about.
+    balance : list of dict
+        Of a conditional drawing: `autospec.statistics.permutations.balance_of` each pair of targets.
+    imbalance : str
+        Why no p may be given, or empty.
     """
 
     giver: np.ndarray
     enumerated: bool
     message: str
+    balance: list[dict[str, Any]] = field(default_factory=list)
+    imbalance: str = ""
 
 
 def build_refit_part(settings: RefitPartSettings, dataset: str, output: str, device: str = "auto") -> str:
@@ -88,8 +121,15 @@ def build_refit_part(settings: RefitPartSettings, dataset: str, output: str, dev
     subjects, unit = np.unique(np.array(prepared.training.subjects, dtype=object).astype(str), return_inverse=True)
     strata, names = strata_of(prepared, dataset, settings["within"], unit)
     labels = of_subjects([prepared.target.tolist(), *prepared.labels.values()], unit, subjects, "target or groups")
-    drawn = draw_relabellings(labels, strata, settings["refits"], settings["seed"])
+    count, seed = settings["refits"], settings["seed"]
+    numbers_of_subjects = confounders_of(prepared, dataset, settings["conditional_on"], unit)
+    if numbers_of_subjects is None:
+        drawn = draw_relabellings(labels, strata, count, seed)
+    else:
+        target = prepared.target.numpy(force=True)[np.unique(unit, return_index=True)[1]]
+        drawn = draw_conditional_relabellings(target, prepared.classes, strata, numbers_of_subjects, count, seed)
     pairs, refused = testable(prepared, unit, settings["minimum_group_size"])
+    checked = checks_of(prepared, dataset, settings, pairs, unit, labels, strata) if settings["confounds"] else Checks()
     numbers = range(settings["first"], min(settings["last"] + 1, len(drawn.giver)))
     epochs = run["training"]["epochs"]
     updates = epochs * Trainer(prepared).batches.in_an_epoch
@@ -98,16 +138,26 @@ def build_refit_part(settings: RefitPartSettings, dataset: str, output: str, dev
     with deterministic(prepared.device):
         for number in numbers if pairs else ():
             relabelled = with_labels_of(prepared, drawn.giver[number], unit)
-            found.append(statistics_of(retrained(relabelled, steps, updates), pairs))
+            values = statistics_of(retrained(relabelled, steps, updates), pairs)
+            found.append(joined_statistics([values, *checked.statistics(number, steps, updates, unit)]))
     family = found[0] if found else statistics_of(None, [])
     attributes = {
         "labellings": len(drawn.giver),
         "enumerated": drawn.enumerated,
         "message": drawn.message,
-        "digest": hashlib.sha256(drawn.giver.astype("<i8").tobytes()).hexdigest(),
+        "digest": hashlib.sha256(
+            b"".join(each.giver.astype("<i8").tobytes() for each in (drawn, *(one.drawn for one in checked.matched)))
+        ).hexdigest(),
         "strata": names,
+        "conditional_on": settings["conditional_on"],
+        "balance": drawn.balance,
+        "imbalance": drawn.imbalance,
         "pairs": len(pairs),
         "refused": refused,
+        "diagnoses": checked.diagnoses,
+        "matched": {each.name: {**each.about, "labellings": len(each.drawn.giver)} for each in checked.matched},
+        "unmatched": checked.unmatched,
+        "seed": seed,
     }
     write_packed(_as_tree(found, family, list(numbers) if pairs else [], attributes), output)
     return f"{run['name']}: refits {numbers.start} to {numbers.stop - 1} of {settings['refits']}, {len(pairs)} pairs of groups"
@@ -208,6 +258,67 @@ def draw_relabellings(labels: np.ndarray, strata: np.ndarray, refits: int, seed:
     return Relabellings(giver, False, f"{refits} of {possible} possible labellings were drawn with seed {seed}")
 
 
+def confounders_of(prepared: Prepared, dataset: str, names: Sequence[str], unit: np.ndarray) -> pd.DataFrame | None:
+    """Covariates of each subject that labels are drawn conditionally on; None where there are none."""
+    if not names:
+        return None
+    trained = samples_with(open_labelled(dataset), set(prepared.training.ids))
+    return means_of_units(numbers_of(trained, names, "statistics.conditional_on"), unit, np.bincount(unit))
+
+
+def draw_conditional_relabellings(
+    target: np.ndarray, classes: Sequence[str], strata: np.ndarray, confounders: pd.DataFrame, refits: int, seed: int
+) -> Relabellings:
+    """Draw whose labels each subject gets so that targets depend on confounders as the observed ones do.
+
+    Parameters
+    ----------
+    target, strata : ndarray of int, shape (subjects,)
+        Number of each subject's target, and of its stratum.
+    classes : sequence of str
+        Names of the targets.
+    confounders : DataFrame, shape (subjects, confounders)
+        One column each.
+    refits : int
+        How many, beside the labels as they are.
+    seed : int
+        Refit b depends on this and on b alone.
+
+    Notes
+    -----
+    As `autospec.statistics.permutations.draw_conditional_labellings`, with the log odds of each target against the first
+    from a logistic model of these two (Begg and Gray 1984, "Calculation of polychotomous logistic regression parameters
+    using individualized regressions", Biometrika 71).
+    """
+    values = confounders.to_numpy()
+    logits = np.zeros((len(target), len(classes)))
+    for k in range(1, len(classes)):
+        logits[:, k] = propensity_logits(values, target == k, among=(target == 0) | (target == k))
+    giver = conditional_givers(target, logits, strata, refits, seed)
+    drawn = target[giver]
+    if (drawn == target).all():
+        raise UserError(
+            "all labels are equal within each stratum, so there is nothing to permute: use fewer strata (statistics.within), "
+            "or do not ask for refits."
+        )
+    balance: list[dict[str, Any]] = []
+    imbalance = ""
+    for a, b in itertools.combinations(range(len(classes)), 2):
+        of_pair = balance_of(drawn == a, confounders, drawn == b)
+        name = comparison_name(classes[a], classes[b])
+        balance += [
+            {"comparison": name, **{str(key): value for key, value in row.items()}}
+            for row in of_pair.to_dict("records")
+        ]
+        imbalance = imbalance or remaining_imbalance(of_pair)
+    moved = (drawn[1:] != target).mean()
+    message = (
+        f"{refits} labellings were drawn conditionally on {', '.join(confounders.columns)} with seed {seed}; on average "
+        f"{moved:.0%} of the subjects have another target than the observed one"
+    )
+    return Relabellings(giver, False, message, balance, imbalance)
+
+
 def _arrangements(labels: np.ndarray) -> int:
     """Number of different orders of some labels."""
     counts = np.unique(labels, return_counts=True)[1].tolist()
@@ -282,6 +393,148 @@ def testable(prepared: Prepared, unit: np.ndarray, minimum: int) -> tuple[list[t
     return pairs, refused
 
 
+# ---------------------------------------------------------------------- is it just motion?
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A comparison of matched subjects, whose labels are exchanged within matched pairs before training.
+
+    Everybody else keeps the true labels, and the network is trained on all.
+
+    Attributes
+    ----------
+    pair : (str, str)
+        The two groups.
+    prepared : Prepared
+        The training, with groups for the matched subjects alone.
+    drawn : Relabellings
+        Whose labels each subject gets.
+    about : dict
+        Who is compared.
+    """
+
+    pair: tuple[str, str]
+    prepared: Prepared
+    drawn: Relabellings
+    about: About
+
+    @property
+    def name(self) -> str:
+        """Both groups."""
+        return comparison_name(*self.pair)
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What refits say beside each comparison of the targets that were learned.
+
+    Attributes
+    ----------
+    diagnoses : dict
+        Who is compared, for each comparison of targets.
+    matched : list of Matched
+        The same comparisons among matched subjects.
+    unmatched : dict of str to str
+        Why there is none, by comparison.
+    """
+
+    diagnoses: dict[str, About] = field(default_factory=dict)
+    matched: list[Matched] = field(default_factory=list)
+    unmatched: dict[str, str] = field(default_factory=dict)
+
+    def statistics(
+        self, number: int, steps: Sequence[int], updates: int, unit: np.ndarray
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Train once more for each matched comparison; NaN where there are no more labellings."""
+        for each in self.matched:
+            possible = number < len(each.drawn.giver)
+            relabelled = with_labels_of(each.prepared, each.drawn.giver[number if possible else 0], unit)
+            found = statistics_of(retrained(relabelled, steps, updates), [each.pair], "matched")
+            kept = np.isin(found["statistic"], CHECKED)
+            found = {name: values[kept] for name, values in found.items()}
+            yield found if possible else {**found, "value": np.full(len(found["value"]), np.nan)}
+
+
+CHECKED = ("contrast", "distance")
+
+
+def checks_of(
+    prepared: Prepared,
+    dataset: str,
+    settings: RefitPartSettings,
+    pairs: Sequence[tuple[str, str]],
+    unit: np.ndarray,
+    labels: np.ndarray,
+    strata: np.ndarray,
+) -> Checks:
+    """Match the subjects of each comparison of targets, where the data set has covariates.
+
+    Parameters
+    ----------
+    prepared : Prepared
+        The training.
+    dataset : str
+        The labelled data set.
+    settings : RefitPartSettings
+        How many refits, from which seed.
+    pairs : sequence of (str, str)
+        The comparisons that refits test.
+    unit : ndarray of int, shape (samples,)
+        Number of each sample's subject.
+    labels, strata : ndarray of int, shape (subjects,)
+        Number of each subject's labels, and of its stratum.
+    """
+    trained = samples_with(open_labelled(dataset), set(prepared.training.ids))
+    checks = Checks()
+    if not matched_for(trained):
+        return checks
+    described, subjects = described_by(trained), list(prepared.training.subjects)
+    target = prepared.target.numpy(force=True)
+    for grouping in grouped(prepared.groups(), prepared.crossed):
+        for pair in grouping.pairs:
+            if pair not in pairs or not compares_targets(grouping.labels, pair, target):
+                continue
+            name = comparison_name(*pair)
+            checks.diagnoses[name] = _about(grouping.labels, pair, described, subjects, unit)[0]
+            partner = matched_samples(grouping.labels, pair, trained, subjects)
+            of_matched = np.where(partner >= 0, grouping.labels, np.array(None, dtype=object))
+            about, worst = _about(of_matched, pair, described, subjects, unit)
+            smallest, wanted = about["n_a"], settings["minimum_group_size"]
+            if smallest < wanted:
+                checks.unmatched[name] = (
+                    f"{smallest} matched pairs of subjects, fewer than the {wanted} that a test needs"
+                )
+                continue
+            # Whoever has no partner is a stratum alone, and so is each of two partners of different strata.
+            of_unit = np.full(len(labels), -1)
+            of_unit[unit] = partner
+            alone = np.where(of_unit >= 0, of_unit, len(labels) + np.arange(len(labels)))
+            within = np.unique(np.stack([alone, strata]), axis=1, return_inverse=True)[1].reshape(-1)
+            try:
+                drawn = draw_relabellings(labels, within, settings["refits"], settings["seed"])
+            except UserError:
+                checks.unmatched[name] = "no matched pair shares a stratum, so no labels can be exchanged"
+                continue
+            moved = f"labels exchanged within pairs before training: {drawn.message}"
+            about["note"] = imbalance_after_matching(worst) or moved
+            groups = replace(prepared, labels={"matched": list(of_matched)}, crossed=[])
+            checks.matched.append(Matched(pair, groups, drawn, about))
+    return checks
+
+
+def _about(
+    labels: np.ndarray,
+    pair: tuple[str, str],
+    described: dict[str, np.ndarray],
+    subjects: Sequence[str],
+    unit: np.ndarray,
+) -> tuple[About, float]:
+    balance, worst = balance_in_words(labels, pair, described, subjects)
+    n_a, n_b = (len(set(unit[labels == group])) for group in pair)
+    return About(n_a=n_a, n_b=n_b, balance=balance, note=""), worst
+
+
 # ---------------------------------------------------------------------- trainings
 
 
@@ -314,7 +567,7 @@ def retrained(prepared: Prepared, steps: Sequence[int], updates: int) -> xr.Data
     return watcher.trajectories
 
 
-def statistics_of(tree: xr.DataTree | None, pairs: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
+def statistics_of(tree: xr.DataTree | None, pairs: Sequence[tuple[str, str]], check: str = "") -> dict[str, np.ndarray]:
     """Every statistic of a training, as flat arrays of one length.
 
     Parameters
@@ -323,12 +576,14 @@ def statistics_of(tree: xr.DataTree | None, pairs: Sequence[tuple[str, str]]) ->
         What was recorded; None of nothing.
     pairs : sequence of (str, str)
         The comparisons.
+    check : str
+        Which check beside them it is for, if any.
 
     Returns
     -------
     dict of str to ndarray
         ``value``; ``above``, whether it lies above the noise floor; and what each belongs to: ``layer``, ``statistic``,
-        ``step``, ``index`` (0 for the whole layer), ``group_a``, ``group_b``, ``comparison``.
+        ``step``, ``index`` (0 for the whole layer), ``group_a``, ``group_b``, ``comparison``, ``check``.
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*PLACES, "value", "above")}
     for a, b in pairs:
@@ -347,13 +602,18 @@ def statistics_of(tree: xr.DataTree | None, pairs: Sequence[tuple[str, str]]) ->
                 parts["value"].append(value.ravel())
                 parts["above"].append(above.ravel())
                 words = {"layer": layer, "statistic": statistic, "group_a": a, "group_b": b}
-                for name, word in {**words, "comparison": comparison_name(a, b)}.items():
+                for name, word in {**words, "comparison": comparison_name(a, b), "check": check}.items():
                     parts[name].append(np.full(value.size, word, dtype=object))
     empty = {name: np.zeros(0, dtype=object if name in WORDS else np.int64) for name in parts}
     return {name: np.concatenate(arrays) if arrays else empty[name] for name, arrays in parts.items()}
 
 
-WORDS = ("layer", "statistic", "group_a", "group_b", "comparison")
+def joined_statistics(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Statistics of several trainings, one after the other."""
+    return {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
+
+
+WORDS = ("layer", "statistic", "group_a", "group_b", "comparison", "check")
 PLACES = (*WORDS, "step", "index")
 
 

@@ -58,6 +58,28 @@ COLUMNS: Mapping[str, str] = {
     ),
     "below_floor": "Whether rounding alone could have made the values; such rows are not tested.",
 }
+# The same of the table that asks whether it is just motion.
+CONFOUNDS_COLUMNS: Mapping[str, str] = {
+    "comparison": "The comparison of diagnoses that is looked into.",
+    "check": (
+        "labels: the diagnoses themselves; motion: high against low mean framewise displacement, split at the median; site: "
+        "the two largest sites; sex; matched: the diagnoses among people matched for age, sex and motion; shuffled: the "
+        "diagnoses, shuffled once.  Of a classifier, labels, matched and shuffled are by refits."
+    ),
+    "layer": "Name of the parameter; empty for the whole network.",
+    "group_a": "Label of the first group of this test.",
+    "group_b": "Label of the second group.",
+    "n_a": "Subjects in the first group.",
+    "n_b": "Subjects in the second group.",
+    "largest_statistic": (
+        "Largest of the tested statistics' distances from their mean over permutations, in their standard deviations."
+    ),
+    "largest_low": "Lower end of its 95 % interval: the shifts that a test by the same permutations would not reject.",
+    "largest_high": "Upper end of that interval.",
+    "p": "Family-wise p of that layer, or of the whole network; empty where nothing is tested.",
+    "balance": "Differences of the two groups' means in standard deviations; of sex, of the shares of men.",
+    "note": "What a reader should know.",
+}
 TEXT = ("layer", "statistic", "group_a", "group_b", "comparison", "test")
 WHOLE = ("step", "index")
 TRUE_OR_FALSE = ("significant", "below_floor")
@@ -107,6 +129,25 @@ def read_tests(path: str | Path) -> pd.DataFrame:
     if list(table.columns) != list(COLUMNS):
         raise UserError(f"{path} is no table of tests: its columns are {list(table.columns)}; make it again.")
     return table
+
+
+def read_confounds(path: str | Path) -> pd.DataFrame:
+    """Read a table that asks whether it is just motion; labels such as "NA" stay text.
+
+    Raises
+    ------
+    UserError
+        If it is none.
+    """
+    numbers = ("n_a", "n_b", "largest_statistic", "largest_low", "largest_high", "p")
+    try:
+        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+        table = table.assign(**{name: pd.to_numeric(table[name], errors="coerce") for name in numbers})
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is no readable table of confounds ({error}): make it again.") from None
+    for name in ("n_a", "n_b"):
+        table[name] = table[name].astype("Int64")
+    return table[list(CONFOUNDS_COLUMNS)]
 
 
 def write_description(description: Mapping[str, Any], path: str | Path) -> None:

@@ -158,6 +158,47 @@ def test_sums_over_groups_in_bounded_memory(forms, monkeypatch, groups, together
         assert torch.allclose(torch.cat([sums for _, sums in parts]), expected, atol=1e-12)
 
 
+@pytest.fixture(params=["narrow", "wide", "several rows a sample", "cancelled"])
+def many(request):
+    """Shares of forty samples, and their definition: wide enough for inner products of rows, or not."""
+    generator = torch.Generator().manual_seed(5)
+    sample = np.arange(40) if request.param != "several rows a sample" else np.sort(np.arange(60) % 40)
+    columns = 8 if request.param == "narrow" else 36
+    activation, adjoint = (torch.randn(len(sample), width, generator=generator).double() for width in (90, columns))
+    if request.param == "cancelled":  # every share is nearly that of another sample, turned round
+        activation[20:] = activation[:20] + 1e-6 * activation[20:]
+        adjoint[20:] = -adjoint[:20]
+    shares = FactoredShares(activation, adjoint, sample, 40, torch.float32)
+    return request.param, shares, shares.stacked().matrices
+
+
+def test_gram_matrices_of_groups_are_those_of_their_sums(many, monkeypatch):
+    name, shares, matrices = many
+    members = np.random.default_rng(0).permuted(np.tile(np.arange(40) % 2 == 0, (7, 1)), axis=1)
+    if name == "cancelled":
+        members[:] = np.arange(40) % 20 < 8
+    members[0] = np.arange(40) < 12  # another size
+    asked = []
+    plain = FactoredShares._sums
+    monkeypatch.setattr(FactoredShares, "_sums", lambda self, each: asked.append(len(each)) or plain(self, each))
+    monkeypatch.setattr("autospec.introspection.sample_shares.CHUNK", 2 * 10**4)
+    total = matrices.sum(0)
+    # Of shares a million times smaller than their parts, ten digits are left; squared before they cancel, none.
+    tolerance = 1e-10 if name == "cancelled" else 1e-13
+    for form in (shares, FactoredShares(shares.adjoint, shares.activation, shares.sample, 40, torch.float32)):
+        asked.clear()
+        parts = list(form.group_grams(members))
+        assert len(parts) > 1
+        assert (sum(asked) > 0) == (name in ("narrow", "cancelled"))
+        for part, own, cross in parts:
+            sums = torch.einsum("bi,imn->bmn", torch.from_numpy(members[part]).double(), matrices)
+            right = sums @ sums.mT
+            size = float(right.diagonal(dim1=1, dim2=2).sum(1).max())
+            assert float((own.tril() - right.tril()).abs().max()) < tolerance * size
+            right = sums @ total.T
+            assert float((cross - right - right.mT).abs().max()) < 10 * tolerance * max(size, float(right.abs().max()))
+
+
 def test_units_add_up_and_samples_are_left_out(forms):
     unit = np.array([1, 0, -1, 1, 0, 2])
     expected = torch.stack([forms[2][unit == number].sum(0) for number in range(3)])
@@ -181,6 +222,16 @@ def test_reduced_shares_keep_singular_values_and_inner_products(forms):
         mine = reduced.weighted_sums(w)
         assert torch.allclose(torch.linalg.svdvals(mine), torch.linalg.svdvals(full), atol=1e-12)
         assert torch.allclose(mine.flatten(1) @ mine.flatten(1).T, full.flatten(1) @ full.flatten(1).T, atol=1e-11)
+
+
+def test_a_unit_that_is_off_for_every_sample_is_left_out(forms):
+    adjoint = torch.cat([forms[0].adjoint, torch.zeros(9, 2).double()], 1)[:, [0, 3, 1, 2, 4]]
+    reduced = FactoredShares(forms[0].activation, adjoint, forms[0].sample, 6, torch.float32).reduced()
+    assert reduced.shape == (3, 9)
+    spectra = torch.linalg.svdvals(forms[2])
+    assert torch.allclose(torch.linalg.svdvals(reduced.stacked().matrices), spectra, atol=1e-12)
+    nothing = FactoredShares(forms[0].activation, torch.zeros_like(adjoint), forms[0].sample, 6, torch.float32)
+    assert nothing.reduced().shape == (1, 9)
 
 
 def test_reduced_shares_that_are_not_finite_stay_as_they_are(forms):

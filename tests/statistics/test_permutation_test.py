@@ -102,6 +102,24 @@ def test_wide_and_high_matrices_give_the_same():
             assert getattr(forms[0], name) == pytest.approx(getattr(other, name), abs=1e-12)
 
 
+def test_dead_units_and_inner_products_leave_every_p_as_it_is():
+    generator = torch.Generator().manual_seed(0)
+    activation, adjoint = (torch.randn(60, width, generator=generator).double() for width in (70, 44))
+    adjoint[:, ::8] = 0
+    factored = FactoredShares(activation, adjoint, np.arange(60), 60, torch.float32)
+    comparison = compare(["a", "b"] * 30, "a", "b")
+    labellings = draw_labellings(comparison, 60, seed=0)
+    tables = []
+    for shares in (factored, factored.stacked()):  # a matrix a sample, summed in double precision
+        shares.reduced = lambda shares=shares: (
+            shares if isinstance(shares, StackedShares) else type(shares).reduced(shares)
+        )
+        tables.append(permutation_test([0], lambda _, shares=shares: {"w": shares}, comparison, labellings).table)
+    assert (tables[0]["index"].max(), tables[0]["p"].notna().sum()) == (44, 38 + 30 + 3)
+    pd.testing.assert_frame_equal(tables[0][["p", "p_adjusted"]], tables[1][["p", "p_adjusted"]], check_exact=True)
+    assert tables[0]["estimate"].to_numpy() == pytest.approx(tables[1]["estimate"].to_numpy(), rel=1e-5, abs=1e-7)
+
+
 def test_effective_rank():
     assert measures.effective_rank(np.array([[3.0, 3.0, 3.0], [5.0, 0.0, 0.0]])) == pytest.approx([3.0, 1.0])
     uneven = np.array([0.5, 0.25, 0.25])

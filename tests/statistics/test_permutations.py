@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from scipy import optimize, stats
 from autospec.errors import UserError
 from autospec.statistics.permutations import (
     PENALTY,
-    _swapped,
+    _exchanged,
     balance_of,
     compare,
     draw_conditional_labellings,
@@ -163,11 +164,25 @@ def test_exchanges_sample_the_distribution_that_the_model_implies(stratum):
         row = np.array(row)
         if all(row[stratum == s].sum() == observed[stratum == s].sum() for s in np.unique(stratum)):
             odds[int(row @ (1 << np.arange(6)))] = math.exp(logits[row].sum())
-    drawn = [_swapped(observed, logits, stratum, np.random.default_rng([3, b])) for b in range(3000)]
+    label, of_labels = observed.astype(int), np.column_stack([np.zeros(6), logits])
+    drawn = [observed[_exchanged(label, of_labels, stratum, np.random.default_rng([3, b]))] for b in range(3000)]
     counts = np.bincount(np.stack(drawn) @ (1 << np.arange(6)), minlength=64)
     assert counts[list(odds)].sum() == 3000
     expected = np.array(list(odds.values())) / sum(odds.values()) * 3000
     assert stats.chisquare(counts[list(odds)], expected).pvalue > 0.001
+
+
+def test_exchanges_of_three_labels_sample_the_distribution_that_the_model_implies():
+    generator = np.random.default_rng(1)
+    logits = np.column_stack([np.zeros(5), generator.normal(size=(5, 2))])
+    label = np.array([0, 1, 2, 0, 1])
+    odds = {row: math.exp(logits[range(5), row].sum()) for row in set(itertools.permutations(label.tolist()))}
+    drawn = Counter(
+        tuple(label[_exchanged(label, logits, np.zeros(5, int), np.random.default_rng([3, b]))].tolist())
+        for b in range(3000)
+    )
+    expected = np.array(list(odds.values())) / sum(odds.values()) * 3000
+    assert stats.chisquare([drawn[row] for row in odds], expected).pvalue > 0.001
 
 
 def test_conditional_labellings_keep_the_balance_that_plain_ones_destroy(confounded):

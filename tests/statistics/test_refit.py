@@ -5,6 +5,7 @@ from collections import Counter
 from itertools import permutations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -12,18 +13,22 @@ from scipy import stats
 
 from autospec import specs
 from autospec.config import parse_config
+from autospec.datasets.labelled import open_labelled, samples_with
 from autospec.errors import UserError
+from autospec.statistics.covariates import matched_samples
 from autospec.statistics.null import holm
 from autospec.statistics.refit import average, build_refit, evaluate_refits, joined
 from autospec.statistics.refit_part import (
     build_refit_part,
+    checks_of,
+    draw_conditional_relabellings,
     draw_relabellings,
     retrained,
     statistics_of,
     strata_of,
     with_labels_of,
 )
-from autospec.statistics.table import read_tests
+from autospec.statistics.table import read_confounds, read_tests
 from autospec.storage import open_store
 from autospec.training.prepare import prepare
 from autospec.training.snapshots import open_snapshots
@@ -50,7 +55,16 @@ def people(tmp_path_factory):
 
 def settings(first: int, last: int, refits: int, run: dict | None = None, **changed) -> dict:
     """Settings of a part."""
-    part = {"first": first, "last": last, "refits": refits, "seed": 3, "within": [], "minimum_group_size": 3}
+    part = {
+        "first": first,
+        "last": last,
+        "refits": refits,
+        "seed": 3,
+        "within": [],
+        "conditional_on": [],
+        "confounds": False,
+        "minimum_group_size": 3,
+    }
     return {"run": run or settings_of("classifier"), **part, **changed}
 
 
@@ -128,6 +142,59 @@ def test_samples_of_one_subject_with_different_labels_are_a_mistake(tmp_path):
         build_refit_part(settings(0, 5, 19, run), str(tmp_path / "people.zarr.zip"), str(tmp_path / "part"), "cpu")
 
 
+def test_targets_are_drawn_as_the_confounder_makes_them_likely_with_the_balance_reported():
+    generator = np.random.default_rng(4)
+    motion = generator.normal(size=120)
+    target = generator.permuted(np.repeat([0, 1, 2], 40))
+    order = np.argsort(motion + 4 * (generator.random(120) - 0.5))
+    target[order] = np.sort(target)  # the more motion, the higher the target's number
+    confounders, strata = pd.DataFrame({"motion": motion}), np.arange(120) % 2
+    found = draw_conditional_relabellings(target, ["a", "b", "c"], strata, confounders, 200, seed=1)
+    assert not found.enumerated
+    np.testing.assert_array_equal(found.giver[0], np.arange(120))
+    assert all(sorted(giver) == list(range(120)) for giver in found.giver)
+    assert (strata[found.giver] == strata).all()
+    assert {each["comparison"] for each in found.balance} == {"a - b", "a - c", "b - c"}
+    of_motion = {each["comparison"]: each for each in found.balance if each["confounder"] == "motion"}
+    for (a, b), name in (((0, 1), "a - b"), ((0, 2), "a - c"), ((1, 2), "b - c")):
+        one, two = motion[target == a], motion[target == b]
+        pooled = np.sqrt((one.var() * len(one) + two.var() * len(two)) / (len(one) + len(two) - 2))
+        assert of_motion[name]["observed"] == pytest.approx((one.mean() - two.mean()) / pooled)
+        assert of_motion[name]["low"] < of_motion[name]["observed"] < of_motion[name]["high"]
+    assert of_motion["a - c"]["median"] < -0.8  # plain permutations have none
+    assert not found.imbalance
+    few = draw_conditional_relabellings(target, ["a", "b", "c"], strata, confounders, 7, seed=1).giver
+    np.testing.assert_array_equal(found.giver[:8], few)
+
+
+def test_where_the_model_of_the_target_is_wrong_no_p_is_given(tmp_path):
+    from autospec.datasets.labelled import labelled, write_labelled
+
+    generator = np.random.default_rng(0)
+    age = generator.normal(size=60)
+    target = np.where(np.abs(age) > np.median(np.abs(age)), "SZ", "HC").tolist()  # no line, but a hill
+    ids = [f"{i:02d}" for i in range(60)]
+    x = generator.normal(size=(60, 8))
+    write_labelled(
+        labelled(x, ("region",), ids, target, {}, {}, covariates={"age": age.tolist()}), tmp_path / "people.zarr.zip"
+    )
+    run = settings_of("classifier", held_out=0.0)
+    part = settings(0, 19, 19, run, conditional_on=["age"])
+    build_refit_part(part, str(tmp_path / "people.zarr.zip"), str(tmp_path / "part.zarr.zip"), "cpu")
+    stage = {"name": "people/net", "alpha": 0.05, "refits": 19}
+    paths = [str(tmp_path / f"refit.{ending}") for ending in ("tsv", "json", "confounds.tsv")]
+    build_refit(stage, [[str(tmp_path / "part.zarr.zip")]], *paths)
+    table, words = read_tests(paths[0]), json.loads((tmp_path / "refit.json").read_text())
+    assert len(table) > 0
+    assert table["p"].isna().all()
+    assert not table["significant"].any()
+    assert "conditionally on age by a logistic model of the target" in words["method"]
+    assert any("'age squared'" in message and "no p is given" in message for message in words["messages"])
+    assert [each["imbalanced"] for each in words["balance"]] == [False, True]
+    with pytest.raises(UserError, match=r"statistics\.conditional_on names 'iq'"):
+        build_refit_part({**part, "conditional_on": ["iq"]}, str(tmp_path / "people.zarr.zip"), "part", "cpu")
+
+
 # ---------------------------------------------------------------------- trainings
 
 
@@ -181,7 +248,7 @@ def test_the_stage_finds_a_difference_that_the_network_learned(people, tmp_path)
     build_refit_part(settings(0, 39, 39), str(people), str(tmp_path / "part.zarr.zip"), "cpu")
     table, described = tmp_path / "refit.tsv", tmp_path / "refit.json"
     stage = {"name": "people/net", "alpha": 0.05, "refits": 39}
-    build_refit(stage, [[str(tmp_path / "part.zarr.zip")]], str(table), str(described))
+    build_refit(stage, [[str(tmp_path / "part.zarr.zip")]], str(table), str(described), str(tmp_path / "confounds.tsv"))
     found, words = read_tests(table), json.loads(described.read_text())
     assert found["test"].unique().tolist() == ["refit"]
     assert found["comparison"].unique().tolist() == ["HC - SZ"]
@@ -212,12 +279,89 @@ def test_pairs_within_a_target_and_small_groups_are_left_to_others(people, tmp_p
     few = settings(0, 1, 19, minimum_group_size=30)
     build_refit_part(few, str(people), str(tmp_path / "few.zarr.zip"), "cpu")
     stage = {"name": "people/net", "alpha": 0.05, "refits": 19}
-    paths = str(tmp_path / "refit.tsv"), str(tmp_path / "refit.json")
+    paths = [str(tmp_path / f"refit.{ending}") for ending in ("tsv", "json", "confounds.tsv")]
     build_refit(stage, [[str(tmp_path / "few.zarr.zip")]], *paths)
     assert read_tests(paths[0]).empty
     assert (
         "fewer than the 30 that a test needs" in json.loads((tmp_path / "refit.json").read_text())["refused"]["HC - SZ"]
     )
+
+
+# ---------------------------------------------------------------------- is it just motion?
+
+
+def test_what_refits_say_beside_a_comparison_of_diagnoses(people, tmp_path):
+    run = settings_of("classifier")
+    prepared = train(run, people, tmp_path / "w.pt")
+    part = settings(0, 25, 25, run, confounds=True)
+    build_refit_part(part, str(people), str(tmp_path / "part.zarr.zip"), "cpu")
+    found = refits(tmp_path / "part.zarr.zip")
+    stage = {"name": "people/net", "alpha": 0.05, "refits": 25}
+    paths = [str(tmp_path / f"refit.{ending}") for ending in ("tsv", "json", "confounds.tsv")]
+    build_refit(stage, [[str(tmp_path / "part.zarr.zip")]], *paths)
+    rows = read_confounds(paths[2])
+    assert list(rows["check"].unique()) == ["labels", "matched", "shuffled"]
+    whole = rows[rows["layer"] == ""].set_index("check")
+    # The checks are no part of the run's own table.
+    main = read_tests(paths[0])
+    assert not main.duplicated(["layer", "statistic", "step", "index", "comparison"]).any()
+
+    # Labels: the maximum over the contrast and the distance alone, by hand.
+    names, checks = found["statistic"].values, found["check"].values
+    here = (checks == "") & np.isin(names, ["contrast", "distance"])
+    values = found["value"].values[:, here].astype(float)
+    kept = found["above"].values[:, here].mean(0) >= 0.5
+    z = np.abs(values[:, kept] - values[:, kept].mean(0)) / values[:, kept].std(0)
+    assert whole.loc["labels", "p"] == pytest.approx((z.max(1) >= z[0].max() - 1e-6).mean(), rel=1e-5)
+    # The shuffled twin is a refit, among the others with permuted labels: the run itself has no part in it.
+    twin = int(whole.loc["shuffled", "note"].split()[1])
+    values = values[1:][:, kept]
+    z = np.abs(values - values.mean(0)) / values.std(0)
+    assert whole.loc["shuffled", "p"] == pytest.approx((z.max(1) >= z[twin - 1].max() - 1e-6).mean(), rel=1e-5)
+
+    # Matched: the run's weights, and the contrast of the matched subjects by the definition.
+    labels, trained = np.array(prepared.labels["target"]), list(prepared.training.ids)
+    samples = samples_with(open_labelled(people), set(trained))
+    partner = matched_samples(labels.astype(object), ("HC", "SZ"), samples, list(prepared.training.subjects))
+    assert whole.loc["matched", "n_a"] == whole.loc["matched", "n_b"] == partner.max() + 1 < (labels == "HC").sum()
+    brute = contrast_by_autograd(
+        prepared,
+        open_snapshots(tmp_path / "w.pt").weights(5),
+        (labels == "HC") & (partner >= 0),
+        (labels == "SZ") & (partner >= 0),
+    )
+    for layer, right in brute.items():
+        here = (checks == "matched") & (found["layer"].values == layer) & (found["step"].values == 5)
+        mine = found["value"].values[0, here & (names == "contrast")]
+        np.testing.assert_allclose(mine, right, rtol=2e-5, atol=1e-6 * right[0])
+    assert "exchanged within pairs before training" in whole.loc["matched", "note"]
+
+
+def test_among_the_matched_only_partners_exchange_labels_and_everybody_else_keeps_them(people):
+    run = settings_of("classifier")
+    prepared = prepare(run, str(people), CPU)
+    unit = np.unique(np.array(prepared.training.subjects), return_inverse=True)[1]
+    labels = prepared.target.numpy()[np.unique(unit, return_index=True)[1]]
+    strata = np.zeros(len(labels), dtype=int)
+    part = settings(0, 30, 30, run, confounds=True)
+    (matched,) = checks_of(prepared, str(people), part, [("HC", "SZ")], unit, labels, strata).matched
+    partner = np.full(len(labels), -1)
+    partner[unit] = matched_samples(
+        np.array(prepared.labels["target"], dtype=object),
+        ("HC", "SZ"),
+        samples_with(open_labelled(people), set(prepared.training.ids)),
+        list(prepared.training.subjects),
+    )
+    for giver in matched.drawn.giver:
+        moved = giver != np.arange(len(giver))
+        assert (partner[moved] >= 0).all()
+        assert (partner[giver] == partner).all()
+    assert (matched.drawn.giver[1:] != np.arange(len(labels))).mean() > 0.2
+    assert Counter(matched.prepared.labels["matched"])[None] == (partner < 0).sum()
+    few = {**part, "minimum_group_size": 30}
+    found = checks_of(prepared, str(people), few, [("HC", "SZ")], unit, labels, strata)
+    assert not found.matched
+    assert "fewer than the 30 that a test needs" in found.unmatched["HC - SZ"]
 
 
 # ---------------------------------------------------------------------- p-values
@@ -228,7 +372,7 @@ def made_up(refits: int, tests: int, seed: int = 0, **attributes) -> xr.Dataset:
     generator = np.random.default_rng(seed)
     statistics = np.repeat(["contrast", "cosine", "difference"], tests // 3)
     text = np.dtypes.StringDType()
-    words = {"layer": "a.weight", "group_a": "x", "group_b": "y", "comparison": "x - y"}
+    words = {"layer": "a.weight", "group_a": "x", "group_b": "y", "comparison": "x - y", "check": ""}
     return xr.Dataset(
         {
             "value": (("refit", "test"), generator.normal(size=(refits, tests))),

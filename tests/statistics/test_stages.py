@@ -9,19 +9,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from autospec import inputs, specs
 from autospec.config import parse_config
 from autospec.datasets.labelled import open_labelled
 from autospec.errors import UserError
 from autospec.introspection.groups import Groups
+from autospec.introspection.sample_shares import sample_shares
 from autospec.statistics import permute
-from autospec.statistics.confounds import COLUMNS as CHECKED
 from autospec.statistics.matching import matched_pairs, standardised_difference
+from autospec.statistics.permutation_test import permutation_test
 from autospec.statistics.permutations import compare, draw_labellings
 from autospec.statistics.permute import build_permutation, shares_at
 from autospec.statistics.study import exchangeable, grouped
-from autospec.statistics.table import read_tests
+from autospec.statistics.table import CONFOUNDS_COLUMNS, read_tests
 from autospec.storage import open_store
 from autospec.training.prepare import prepare
 from autospec.training.snapshots import open_snapshots
@@ -57,7 +59,15 @@ def settings(**changed) -> dict:
 class Found:
     """What the stage wrote."""
 
-    def __init__(self, folder: Path, dataset: Path, weights: list[Path], null: bool = False, **changed) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dataset: Path,
+        weights: list[Path],
+        null: bool = False,
+        refit: str | None = None,
+        **changed,
+    ) -> None:
         paths = {name: str(folder / f"net.{name}") for name in ("table", "described", "confounds")}
         self.null = str(folder / "net.null.zarr.zip") if null else None
         self.message = build_permutation(
@@ -67,6 +77,7 @@ class Found:
             list(map(str, weights)),
             {**paths, "null": self.null},
             str(folder / "work"),
+            refit,
         )
         self.table = read_tests(paths["table"])
         self.described = json.loads(Path(paths["described"]).read_text())
@@ -289,7 +300,7 @@ def checked(folder: Path, dataset: Path, **changed) -> pd.DataFrame:
     """Rows of the whole network, by check."""
     train(settings_of("autoencoder", epochs=3, snapshots=[0, 2]), dataset, folder / "w.pt")
     found = Found(folder, dataset, [folder / "w.pt"], confounds=True, **changed).confounds
-    assert list(found.columns) == list(CHECKED)
+    assert list(found.columns) == list(CONFOUNDS_COLUMNS)
     return found[found["layer"] == ""].set_index("check")
 
 
@@ -312,8 +323,60 @@ def test_a_true_difference_stays_among_matched_people_and_goes_with_shuffled_lab
     assert (found.loc[["motion", "site", "sex", "shuffled"], "p"] > 0.05).all()
 
 
+def test_a_classifier_s_motion_site_and_sex_are_permuted_within_targets_and_its_labels_are_left_to_refits(tmp_path):
+    dataset = write_people(tmp_path / "people.zarr.zip", count=80, effect=2.0, motion_effect=2.0)
+    train(settings_of("classifier", epochs=3, snapshots=[0, 2]), dataset, tmp_path / "w.pt")
+    alone = Found(tmp_path, dataset, [tmp_path / "w.pt"], confounds=True).confounds
+    whole = alone[alone["layer"] == ""].set_index("check")
+    assert list(whole.index) == ["labels", "motion", "site", "sex", "matched", "shuffled"]
+    assert whole.loc["motion", "p"] == pytest.approx(1 / 40)
+    assert whole.loc[["motion", "site", "sex"], "note"].str.contains("permuted within each target").all()
+    assert whole.loc[["labels", "matched", "shuffled"], "p"].isna().all()
+    assert whole.loc[["labels", "matched", "shuffled"], "note"].str.contains("set refit to true").all()
+
+    given = alone[alone["check"].isin(["labels", "matched", "shuffled"])].assign(p=0.25, note="by refits")
+    given.to_csv(tmp_path / "refit.confounds.tsv", sep="\t", index=False)
+    both = Found(
+        tmp_path, dataset, [tmp_path / "w.pt"], confounds=True, refit=str(tmp_path / "refit.confounds.tsv")
+    ).confounds
+    whole = both[both["layer"] == ""].set_index("check")
+    assert list(whole.index) == ["labels", "motion", "site", "sex", "matched", "shuffled"]
+    assert whole.loc[["labels", "matched", "shuffled"], "p"].tolist() == [0.25] * 3
+
+
+def test_labels_that_a_classifier_has_not_seen_are_found_different_within_targets_as_often_as_alpha_says():
+    """Motion that depends on the diagnosis, and says nothing of the data beyond it."""
+    rejected = []
+    for repetition in range(120):
+        generator = np.random.default_rng([7, repetition])
+        target = np.repeat([0, 1], 16)
+        x = torch.from_numpy(generator.normal(size=(32, 6)) + 1.5 * target[:, None]).float()
+        motion = generator.random(32) < np.where(target, 0.75, 0.25)
+        if min(motion.sum(), (~motion).sum()) < 2:
+            continue
+        torch.manual_seed(repetition)
+        model = torch.nn.Linear(6, 2)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        answer = torch.from_numpy(target)
+
+        def loss(model, x=x, answer=answer):
+            return torch.nn.functional.cross_entropy(model(x), answer)
+
+        for _ in range(15):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+        comparison = compare(np.where(motion, "high", "low"), "high", "low", strata={"target": target.astype(str)})
+        labellings = draw_labellings(comparison, 19, seed=repetition)
+        shares = sample_shares(model, loss, 32)
+        table = permutation_test([15], lambda _, shares=shares: shares, comparison, labellings).table
+        rejected.append(table["p_adjusted"].min() <= 0.05)
+    # Within the exact interval of the level, at 99.9 %.
+    assert stats.binomtest(sum(rejected), len(rejected), 0.05).pvalue > 0.001
+
+
 def test_where_an_imbalance_remains_there_is_no_p(tmp_path, monkeypatch):
-    monkeypatch.setattr("autospec.statistics.confounds.BALANCED", 1e-9)
+    monkeypatch.setattr("autospec.statistics.covariates.BALANCED", 1e-9)
     dataset = write_people(tmp_path / "people.zarr.zip", effect=2.0)
     found = checked(tmp_path, dataset)
     assert np.isnan(found.loc["matched", "p"])

@@ -6,6 +6,7 @@ rule permute:
     input:
         dataset=lambda wildcards: inputs.dataset_of(CONFIG, wildcards.experiment),
         weights=lambda wildcards: inputs.of_every_seed(CONFIG, "weights", wildcards.experiment, wildcards.run),
+        refit=lambda wildcards: inputs.refit_confounds(CONFIG, wildcards.experiment, wildcards.run),
     output:
         table=result("permutation"),
         described=result("permutation_described"),
@@ -30,7 +31,7 @@ rule permute:
         "OMP_NUM_THREADS={threads} MKL_NUM_THREADS={threads}"
         " python -m autospec permute --spec {params.spec:q} --dataset {input.dataset:q} --weights {input.weights:q}"
         " --work work --output {output.table:q} --described {output.described:q} --confounds {output.confounds:q}"
-        " --null {output.null:q} --resources {output.resources:q} 2>&1 | tee {log:q}"
+        " --null {output.null:q} --refit {input.refit:q} --resources {output.resources:q} 2>&1 | tee {log:q}"
 
 
 rule refit_part:
@@ -68,6 +69,7 @@ rule refit:
     output:
         table=result("refit"),
         described=result("refit_described"),
+        confounds=result("refit_confounds"),
         resources=result("refit_resources"),
     log:
         result("log", stage="refit", job="{experiment}-{run}"),
@@ -81,7 +83,7 @@ rule refit:
         "Comparing {wildcards.experiment}/{wildcards.run} with its refits"
     shell:
         "python -m autospec refit --spec {params.spec:q} --parts {input.parts:q}"
-        " --output {output.table:q} --described {output.described:q}"
+        " --output {output.table:q} --described {output.described:q} --confounds {output.confounds:q}"
         " --resources {output.resources:q} 2>&1 | tee {log:q}"
 
 

@@ -17,7 +17,6 @@ from autospec.statistics.calibration.design import (
     GROUPS,
     HIDDEN,
     LEARNING_RATE,
-    MEETING,
     PAPER,
     PERMUTATION,
     POWER_REFIT_STEPS,
@@ -122,8 +121,6 @@ def expectation(task: str, test: str, confounding: str) -> dict[str, str]:
         return {"expected": "above", "offered": "no", "why": "the weights and adjoints have seen the labels"}
     if confounding != "none" and test in (PERMUTATION, REFIT):
         return {"expected": "above", "offered": "yes", "why": "the confounder is left out"}
-    if test == REFIT + MEETING["number"]:
-        return {"expected": "alpha", "offered": "no", "why": "refits of the workflow permute within strata alone"}
     return {"expected": "alpha", "offered": "yes", "why": ""}
 
 
