@@ -52,7 +52,9 @@ def test_each_run_is_tested_by_the_test_that_is_valid_for_it(smoke):
     assert len(p) > 0
     assert p.between(1 / 20, 1).all()  # 19 permutations: never 0
     described = json.loads(results(smoke, "statistics/freesurfer_mlp/classifier_8_relu.json").read_text())
-    assert set(described["tests"]) == {"paper", "refit"}
+    # labels are permuted within the target as well, but only to ask about motion and the like: of no pair of groups
+    assert set(described["tests"]) == {"paper", "permutation", "refit"}
+    assert "The test 'permutation' applied to no pair of groups." in described["which_test_applies"]
     assert set(described["columns"]) == set(judge.columns)
 
 
