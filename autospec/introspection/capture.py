@@ -20,7 +20,7 @@ from .hooks import Hook
 from .layers import LayerCall, LookupCall, rule_for
 from .parameters import WatchedParameter
 from .pending import Pending, Sorting
-from .rows import Place, RowMap, map_rows
+from .rows import Place, RowMap, map_rows, whole_numbers
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
 from .workspace import Workspace
@@ -170,8 +170,9 @@ class Capture:
         self.forwards = 0
         self._rows, self._batch_dim = rows, batch_dim
         self._row_maps: dict[Any, RowMap] = {}
+        self._by_content: dict[Any, tuple[int, ...]] = {}
         self._sorts = any(isinstance(module, nn.RNNBase) for module in model.modules())
-        self._sortings: tuple[Assignment | None, dict[Any, Sorting]] = (None, {})
+        self._sortings: tuple[Assignment | None, np.ndarray | None, dict[Any, Sorting]] = (None, None, {})
         self._forward: Forward | None = None
         self._handles: list[RemovableHandle] = []
         self._owners: list[tuple[WatchedLayer, nn.Module, str, torch.device]] = []
@@ -280,20 +281,31 @@ class Capture:
         samples = len(self.assignment.cells)
         if not watched:
             return RowMap({}, 0, ())
-        signature = (samples, _signature((args, kwargs), self._sorts), frozenset(watched))
+        signature = (samples, _signature((args, kwargs), self._sorts, samples), frozenset(watched))
         if len(self._row_maps) > ROW_MAPS_KEPT:
             self._row_maps.clear()
-        if signature not in self._row_maps:
+            self._by_content.clear()
+            self._sortings = (None, None, {})
+        content = self._content(signature, args, kwargs)
+        if (signature, content) not in self._row_maps:
             self._paused, begin = True, time.perf_counter()
             try:
                 found = map_rows(self.model, args, kwargs, samples, watched, self._batch_dim)
             finally:
                 self._paused = False
                 self.seconds += time.perf_counter() - begin
-            self._row_maps[signature] = found
+            self._by_content[signature] = found.by_content
+            content = self._content(signature, args, kwargs)
+            self._row_maps[signature, content] = found
             assert self.groups is not None
             self.audit.probed(found, self.groups.missing)
-        return self._row_maps[signature]
+        return self._row_maps[signature, content]
+
+    def _content(self, signature: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """What the inputs contain that the rows go by, as far as is known of inputs of this kind."""
+        chosen = self._by_content.get(signature, ())
+        numbers = whole_numbers(args, kwargs, signature[0]) if chosen else []
+        return tuple((i, numbers[i].cpu().numpy().tobytes()) for i in chosen)
 
     def _on_call(self, module_name: str, wanted: Mapping[str, WatchedLayer]) -> Callable[[LayerCall], Tensor | None]:
         def on_call(call: LayerCall) -> Tensor | None:
@@ -482,14 +494,13 @@ class Capture:
         if forward.assignment is None or forward.row_map is None:
             return Sorting.without_groups(items)
         # While the labels and the row map stay, so does the order; packed sequences bring another layout each time.
-        if self._sortings[0] is not forward.assignment:
-            self._sortings = (forward.assignment, {})
-        cache = self._sortings[1]
+        if self._sortings[0] is not forward.assignment or self._sortings[1] is not forward.valid:
+            self._sortings = (forward.assignment, forward.valid, {})
+        cache = self._sortings[2]
         key = (
             *use.call.order_key(use.place),
             use.number,
-            id(forward.row_map),
-            id(forward.valid),
+            forward.row_map,
             items,
             use.call.layout(),
         )
@@ -542,18 +553,18 @@ def _checksum(tensor: Tensor) -> float | None:
     return float(flat @ irregular(len(flat), tensor.dtype))
 
 
-def _signature(value: Any, sorts: bool) -> Any:
+def _signature(value: Any, sorts: bool, samples: int) -> Any:
     """Shapes of all tensors in the arguments, and options: with the same ones the rows lie in the same order.
 
-    A model that sorts its sequences by length has another order with other lengths, so there these belong to it.
+    Numbers of sequences by time step, as in a PackedSequence, belong to it; for numbers by sample see `RowMap.by_content`.
     """
     if isinstance(value, Tensor):
-        lengths = sorts and value.ndim == 1 and not value.is_floating_point() and value.device.type == "cpu"
-        return tuple(value.tolist()) if lengths else tuple(value.shape)
+        sizes = sorts and value.ndim == 1 and len(value) != samples and not value.is_floating_point()
+        return tuple(value.tolist()) if sizes and value.device.type == "cpu" else tuple(value.shape)
     if isinstance(value, Mapping):
-        return tuple((key, _signature(item, sorts)) for key, item in value.items())
+        return tuple((key, _signature(item, sorts, samples)) for key, item in value.items())
     if isinstance(value, list | tuple):
-        return tuple(_signature(item, sorts) for item in value)
+        return tuple(_signature(item, sorts, samples) for item in value)
     return value if isinstance(value, bool | int | str) else type(value).__name__
 
 

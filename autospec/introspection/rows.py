@@ -59,7 +59,7 @@ class Along:
         return self.marked and not self.shared
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowMap:
     """The result of a probe.
 
@@ -74,12 +74,16 @@ class RowMap:
         Forward passes that the probe took.
     batch_dims : tuple of int
         The dimension of each of the model's floating-point inputs that indexes samples.
+    by_content : tuple of int
+        Which of `whole_numbers` hold only for what they contain now: a model that sorts by length, or that has a layer for
+        each scanner, gives other rows to a sample whose length or scanner is another.
     """
 
     samples: dict[Place, list[np.ndarray]]
     passes: int
     batch_dims: tuple[int, ...]
     shared: Mapping[Place, Along] = field(default_factory=dict)
+    by_content: tuple[int, ...] = ()
 
 
 def code_words(count: int) -> np.ndarray:
@@ -233,8 +237,48 @@ def map_rows(
             "say which with batch_dim=."
         )
     reading, found = accepted[0]
+    with generators_kept(inputs), torch.set_grad_enabled(attention):
+        by_content = _by_content(twin, args, kwargs, inputs, reading, words, watched, found)
     shared = {place: along for place, along in reading.lookups.items() if along.shared}
-    return RowMap(found, len(words), reading.batch_dims, shared)
+    return RowMap(found, len(words), reading.batch_dims, shared, by_content)
+
+
+def whole_numbers(args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> list[Tensor]:
+    """Tensors of whole numbers or truth values with an entry for each sample: NaN cannot show what hangs on them."""
+    return [t for t in _tensors((args, kwargs)) if not (t.is_floating_point() or t.is_complex()) and samples in t.shape]
+
+
+def _by_content(
+    twin: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    inputs: Sequence[Tensor],
+    reading: Reading,
+    words: np.ndarray,
+    watched: Collection[Place],
+    found: Mapping[Place, list[np.ndarray]],
+) -> tuple[int, ...]:
+    """Which tensors of whole numbers the rows go by, as far as other numbers show.
+
+    The probe is repeated with each sample's numbers given to the next sample.  Numbers that are the same for all samples
+    show nothing, so they count among those that the rows go by.
+    """
+    samples = words.shape[1]
+    numbers = whole_numbers(args, kwargs, samples)
+    if samples == 1 or not numbers:
+        return ()
+    moved = [tensor.roll(1, tensor.shape.index(samples)) for tensor in numbers]
+    same = [torch.equal(before, after) for before, after in zip(numbers, moved, strict=True)]
+    if not all(same):
+        given = {id(before): after for before, after in zip(numbers, moved, strict=True)}
+        try:
+            other = _probe(twin, _replaced(args, given), _replaced(kwargs, given), inputs, reading, words, watched)
+            lasting = _same(found, other)
+        except WatchError:
+            lasting = False
+        if not lasting:
+            return tuple(range(len(numbers)))
+    return tuple(itertools.compress(range(len(numbers)), same))
 
 
 @dataclass(frozen=True)
@@ -531,7 +575,9 @@ def _finite(tensor: Tensor) -> Tensor:
 
 def _same(first: Mapping[Place, list[np.ndarray]], second: Mapping[Place, list[np.ndarray]]) -> bool:
     """Whether two readings give every row to the same sample, as in a batch of one."""
-    return all(np.array_equal(a, b) for key in first for a, b in zip(first[key], second[key], strict=True))
+    return {key: len(calls) for key, calls in first.items()} == {
+        key: len(calls) for key, calls in second.items()
+    } and all(np.array_equal(a, b) for key in first for a, b in zip(first[key], second[key], strict=True))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -103,7 +103,12 @@ def like_a_gpu(monkeypatch):
         twin = copy.deepcopy(model).to_empty(device="cpu")
         for tensor in (*twin.parameters(), *twin.buffers()):
             tensor.data.fill_(1)
-        return map_rows(twin, tuple(torch.ones_like(argument, device="cpu") for argument in args), kwargs, *rest)
+        return map_rows(twin, tuple(map(numbers_like, args)), kwargs, *rest)
+
+    def numbers_like(argument):
+        if argument.is_floating_point():
+            return torch.ones_like(argument, device="cpu")
+        return (torch.arange(argument.numel()) % 9).reshape(argument.shape)  # not the same words for every sample
 
     finished = []
 

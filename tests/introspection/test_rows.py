@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import autospec
 from autospec.introspection import WatchError
-from autospec.introspection.rows import code_words, decode
+from autospec.introspection.rows import code_words, decode, map_rows
 
 from .oracle import (
     Problem,
@@ -326,6 +326,83 @@ def test_an_option_that_changes_the_order_of_the_rows_is_probed_anew():
             watcher.step()
     gradient = watcher.trajectories["layers/inner.weight/gradient"].sel(group="a").values
     np.testing.assert_allclose(gradient[0], gradient[1], rtol=1e-5)
+
+
+class SortedByLength(nn.Module):
+    """Puts the samples in the order of their lengths, and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 4)
+
+    def forward(self, x, lengths):
+        order = lengths.argsort(stable=True)
+        return self.inner(x[order])[order.argsort()]
+
+
+class Scanners(nn.Module):
+    """A layer for each scanner, then one for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.others, self.head = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x, scanner):
+        hidden = x.new_zeros(len(x), 4)
+        for number, layer in enumerate((self.inner, self.others)):
+            chosen = scanner == number
+            if chosen.any():
+                hidden[chosen] = layer(x[chosen])
+        return self.head(torch.tanh(hidden))
+
+
+EQUAL = [0] * N
+MIXED = [0, 1, 1, 0, 1, 0, 0, 0, 1]
+OTHER = [1, 0, 1, 0, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("numbers", [[MIXED, OTHER, MIXED], [EQUAL, MIXED, OTHER]], ids=["mixed", "equal at first"])
+@pytest.mark.parametrize("family", [SortedByLength, Scanners])
+def test_rows_that_go_by_the_numbers_of_each_batch_are_traced_in_each(family, numbers):
+    model, x, where = family(), torch.randn(N, 6), members(LABELS, N)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for given in numbers:
+            model.zero_grad()
+            mean_square(model(x, torch.tensor(given))).backward()
+            watcher.step()
+    tree = watcher.trajectories
+    for step, given in enumerate(numbers):
+        reached = np.ones(N, bool) if family is SortedByLength else np.array(given) == 0
+        for group in "ab":
+            found = tree["layers/inner.weight/activation"].sel(group=group, step=step).values
+            expected = svdvals(x[where[group] & reached])
+            assert error(found[: len(expected)], expected) < 1e-6, (step, group)
+
+
+def test_numbers_that_leave_the_rows_where_they_are_are_not_traced_again(monkeypatch):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(30, 6), nn.Linear(6, 3)
+
+        def forward(self, tokens, padding):
+            return self.head((self.table(tokens) * ~padding.unsqueeze(-1)).sum(1))
+
+    probes = []
+
+    def counted(*args):
+        probes.append(args)
+        return map_rows(*args)
+
+    monkeypatch.setattr("autospec.introspection.capture.map_rows", counted)
+    model = Tokens()
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for _ in range(5):
+            model.zero_grad()
+            padding = torch.arange(T) > torch.randperm(N)[:, None] % T
+            mean_square(model(torch.randint(30, (N, T)), padding)).backward()
+            watcher.step()
+    assert len(probes) == 1
 
 
 def test_two_inputs_and_inputs_in_containers_are_marked_together():
