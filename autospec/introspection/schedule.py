@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
 from typing import Any
@@ -101,8 +102,9 @@ class Budget:
             self._times[recorded].append(now - self._last)
         self._last = now
         if step >= len(CALIBRATION) - 1 and all(self._times.values()):
-            plain = min(self._times[False])
-            extra = max(min(self._times[True]) - plain, 0.0)
+            # Medians: the shortest recorded step would promise less than a training pays on the whole.
+            plain = statistics.median(self._times[False])
+            extra = max(statistics.median(self._times[True]) - plain, 0.0)
             every = max(1, math.ceil(extra / (self.fraction * plain))) if plain > 0 else 1
             self.every = every if self._agree is None else self._agree(every)
 
