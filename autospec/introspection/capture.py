@@ -548,9 +548,10 @@ def _checksum(tensor: Tensor) -> float | None:
     """Notice changes that bypass torch, which only memory shared with numpy can have."""
     if tensor.device.type != "cpu" or not tensor.is_floating_point():
         return None
-    flat = tensor.reshape(-1)
-    # Weights without regularity notice rows or columns that change places, which a plain sum would not.
-    return float(flat @ irregular(len(flat), tensor.dtype))
+    rows = tensor.reshape(len(tensor), -1) if tensor.ndim > 1 else tensor.reshape(1, -1)
+    # Weights without regularity notice rows or columns that change places, which a plain sum would not.  They begin at
+    # another number for rows, so that rows and columns which change places with each other are noticed too.
+    return float((rows @ irregular(rows.shape[1], tensor.dtype)) @ irregular(len(rows) + 1, tensor.dtype)[1:])
 
 
 def _signature(value: Any, sorts: bool, samples: int) -> Any:

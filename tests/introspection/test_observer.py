@@ -634,7 +634,14 @@ def columns_exchanged_within_two_rows(x):
     x.numpy()[0, [0, 1]] = x.numpy()[0, [1, 0]].copy()
 
 
-@pytest.mark.parametrize("change", [by_torch, by_numpy, rows_exchanged_by_numpy, columns_exchanged_within_two_rows])
+def rows_and_columns_exchanged(x):
+    x.numpy()[:5, :5] = x.numpy()[:5, :5].T.copy()
+
+
+CHANGES = [by_torch, by_numpy, rows_exchanged_by_numpy, columns_exchanged_within_two_rows, rows_and_columns_exchanged]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("width", [7, 40])
 def test_an_input_changed_in_place_is_noticed(change, width, monkeypatch):
     if change is by_torch:  # as on a GPU, where no checksum is taken
