@@ -43,6 +43,29 @@ def test_the_oracle_computes_what_torch_computes(name):
         assert torch.allclose(share, as_matrix(parameter.grad), atol=1e-10), weight
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn1d"])
+def test_the_least_work_is_done_on_the_factors_of_the_step_and_has_every_part(name):
+    from bounds import factors_of, parts_of
+    from contestants import Contestant, layers_of, weight_gradient
+    from models import CASES, Batch
+
+    torch.manual_seed(0)
+    case = CASES[name]
+    x = torch.rand(12, 784) if name == "mlp" else torch.randn(12, 53, 9)
+    target = x if name == "mlp" else torch.arange(12) % 2
+    batch = Batch(x, target, ["a", "b", "b"] * 4)
+    plain = Contestant(case, case.make_model(), batch, ("gradient",))
+    plain.open()
+    for weight, (activation, adjoint) in factors_of(plain).items():
+        layer = layers_of(plain.model)[weight]
+        expected = layer.weight.grad
+        assert torch.allclose(weight_gradient(layer, activation, adjoint).reshape(expected.shape), expected, atol=1e-6)
+    parts = parts_of(plain, batch)
+    assert list(parts) == ["products", "Gram matrices", "eigenvalues"]
+    # each layer's batch is a product less; a share of fewer rows than columns has the values of its rows' matrix
+    assert sum(len(stack) for stack in parts["eigenvalues"]()) == 3 * len(layers_of(plain.model))
+
+
 def test_who_can_record_what():
     from contestants import CONTESTANTS
     from models import CASES, Batch
