@@ -1,8 +1,9 @@
 """What recording gradient spectra costs at least: ``python benchmarks/bounds.py``.
 
-Whatever the program, the groups' shares must be formed, their Gram matrices in float64, and these matrices' eigenvalues.
-Here just these three are timed for the models of cost.py, on factors that lie in memory sorted by group already, each of
-them as torch and numpy do it fastest, beside the plain step in turn.  Hooks, sorting, checks and Python come on top.
+Whatever the program, samples must be brought together by group, the groups' shares formed, their Gram matrices in float64,
+and these matrices' eigenvalues.  Here just these four are timed for the models of cost.py, each as torch and numpy do it
+fastest, beside the plain step in turn.  Data that stay the same are brought together once, which is not counted.  Hooks,
+checks and Python come on top.
 """
 
 from __future__ import annotations
@@ -38,12 +39,20 @@ def factors_of(plain: Contestant) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def parts_of(plain: Contestant, batch: Batch) -> dict[str, Callable[[], object]]:
-    """The three kinds of work, each for all layers."""
+    """The four kinds of work, each for all layers."""
     layers = layers_of(plain.model)
     products: list[Callable[[], Tensor]] = []
     matrices: list[Tensor] = []
     grams: list[Callable[[], Tensor]] = []
+    order = torch.cat(batch.rows_of_groups())
+    changing: list[tuple[Tensor, Tensor]] = []
     for name, (activation, adjoint) in factors_of(plain).items():
+        sides = (
+            (adjoint,)
+            if activation.shape == batch.x.shape and torch.equal(activation, batch.x)
+            else (activation, adjoint)
+        )
+        changing += [(side, torch.empty_like(side)) for side in sides]
         shares = []
         for rows in batch.rows_of_groups():
             a, d = activation[rows].contiguous(), adjoint[rows].contiguous()
@@ -70,6 +79,7 @@ def parts_of(plain: Contestant, batch: Batch) -> dict[str, Callable[[], object]]
         by_size.setdefault(len(matrix), []).append(matrix)
     stacks = [torch.stack(same) for same in by_size.values()]
     return {
+        "sorting": lambda: [torch.index_select(side, 0, order, out=room) for side, room in changing],
         "products": lambda: [product() for product in products],
         "Gram matrices": lambda: [gram() for gram in grams],
         "eigenvalues": lambda: [
@@ -110,8 +120,10 @@ def main() -> None:
     print(
         f"`python benchmarks/bounds.py` on {processor()}; torch {torch.__version__}, numpy {np.__version__}; one thread.\n"
     )
-    print("| model | plain step, ms | products | Gram matrices | eigenvalues | at least, times a plain step |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| model | plain step, ms | sorting | products | Gram matrices | eigenvalues | at least, times a plain step |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for name in options.models:
         step, taken = measure(CASES[name], options.repetitions)
         shares = {part: milliseconds / step for part, milliseconds in taken.items()}

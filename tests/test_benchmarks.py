@@ -61,7 +61,7 @@ def test_the_least_work_is_done_on_the_factors_of_the_step_and_has_every_part(na
         expected = layer.weight.grad
         assert torch.allclose(weight_gradient(layer, activation, adjoint).reshape(expected.shape), expected, atol=1e-6)
     parts = parts_of(plain, batch)
-    assert list(parts) == ["products", "Gram matrices", "eigenvalues"]
+    assert list(parts) == ["sorting", "products", "Gram matrices", "eigenvalues"]
     # each layer's batch is a product less; a share of fewer rows than columns has the values of its rows' matrix
     assert sum(len(stack) for stack in parts["eigenvalues"]()) == 3 * len(layers_of(plain.model))
 
