@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .audit import Audit, cancels
 from .errors import WatchError
-from .factors import Convolution, Lookup, Product, shares_by_position, single
+from .factors import Convolution, Factors, Lookup, Product, shares_by_position, single
 from .groups import Assignment, Groups
 from .hooks import Hook
 from .layers import LayerCall, LookupCall, rule_for
@@ -27,6 +27,8 @@ from .workspace import Workspace
 
 # Row maps of batches of different shapes, before all are probed anew.
 ROW_MAPS_KEPT = 64
+# Bytes of one item, a volume say, from which on it is not copied: fresh memory for all of them costs more than the copy.
+LARGE_ITEM = 2**18
 
 
 @dataclass
@@ -439,7 +441,7 @@ class Capture:
         factors = use.call.factors(use.parameter, use.arrival.adjoints, self.workspace)
         pending.dtype = _coarsest(pending.dtype, use.dtype, use.call.outputs[0].dtype, factors.adjoint.dtype)
         layer.inputs.append(use.constant)
-        sorting = self._sorting(layer, use, len(factors.activation))
+        sorting = self._sorting(layer, use, len(factors.activation), self._in_runs(factors))
         self.masked = self.masked or sorting.masked
         if sorting.left_out is not None and self.audited is not None:
             out = sorting.left_out
@@ -488,7 +490,13 @@ class Capture:
 
     # ------------------------------------------------------------------ rows
 
-    def _sorting(self, layer: WatchedLayer, use: Use, items: int) -> Sorting:
+    def _in_runs(self, factors: Factors) -> bool:
+        """Whether the items are so large that a sorted copy of them costs more than a product for each run of one cell."""
+        if not isinstance(factors, Convolution) or factors.adjoint.is_cuda or self.factor_statistics:
+            return False
+        return max(side.nbytes for side in (factors.activation, factors.adjoint)) >= LARGE_ITEM * len(factors.adjoint)
+
+    def _sorting(self, layer: WatchedLayer, use: Use, items: int, in_runs: bool) -> Sorting:
         """How to sort the items of one use by cell; computed once for each assignment of groups."""
         forward = use.forward
         if forward.assignment is None or forward.row_map is None:
@@ -503,10 +511,15 @@ class Capture:
             forward.row_map,
             items,
             use.call.layout(),
+            in_runs,
         )
         if key not in cache:
             cache[key] = Sorting.by_cell(
-                self._samples_of_items(layer, use, items), forward.assignment, forward.valid, layer.parameter.device
+                self._samples_of_items(layer, use, items),
+                forward.assignment,
+                forward.valid,
+                layer.parameter.device,
+                in_runs,
             )
         return cache[key]
 

@@ -39,11 +39,11 @@ class Sorting:
     Attributes
     ----------
     order : Tensor of int, shape (items kept,), or None
-        Items in the order of their cells; None if they stand so already.
+        Items in the order of their cells; None if they stay where they are.
     counts : list of int
-        Items of each cell that is present.
+        Items of each cell that is present, or of each run of items of one cell.
     keys : list of bytes
-        The cells: which groups each belongs to.
+        The cells: which groups each belongs to; a cell with several runs stands there as often.
     positions : ndarray of int, shape (items kept,)
         For each item, sorted: its place among the items of its sample, which is its position in time, say.
     left_out : Tensor of int, or None
@@ -67,7 +67,12 @@ class Sorting:
 
     @classmethod
     def by_cell(
-        cls, samples: np.ndarray, assignment: Assignment, valid: np.ndarray | None, device: torch.device
+        cls,
+        samples: np.ndarray,
+        assignment: Assignment,
+        valid: np.ndarray | None,
+        device: torch.device,
+        in_runs: bool = False,
     ) -> Sorting:
         """Sort by the cell of each item's sample.
 
@@ -81,6 +86,8 @@ class Sorting:
             Positions that count; it holds where the samples have as many items.
         device : torch.device
             Where the items are.
+        in_runs : bool
+            Leave the items where they are, and tell runs of one cell apart, if all of them count.
         """
         positions = _places(samples, len(assignment.cells))
         kept = np.ones(len(samples), dtype=bool)
@@ -90,6 +97,12 @@ class Sorting:
             if not kept.any():
                 raise WatchError("valid= leaves no row at all: mark the positions that count with True.")
         cells = assignment.cells[samples]
+        if in_runs and kept.all():
+            starts = np.flatnonzero(np.diff(cells, prepend=-1))
+            counts = np.diff(starts, append=len(cells))
+            return cls(
+                None, counts.tolist(), [assignment.members[i].tobytes() for i in cells[starts]], positions, None, masked
+            )
         order = np.argsort(cells, kind="stable")
         order = order[kept[order]]
         counts = np.bincount(cells[kept], minlength=len(assignment.members))

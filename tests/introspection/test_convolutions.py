@@ -6,6 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from autospec.introspection import capture
+from autospec.introspection.pending import Sorting
+
 from .families import CONVOLUTIONS, LABELS, N, convolution, normal, problem, weighted
 from .oracle import assert_exact, captures, error, members, record, share_by_copies, spectrum, svdvals
 
@@ -85,6 +88,32 @@ def test_unfolding_changes_the_activation_alone(case):
         same = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d) or layer.weight[0, 0].numel() == 1
         before, after = (tree[f"layers/{name}/activation"].values for tree in (plain, unfolded))
         assert np.allclose(before, after, equal_nan=True) == same
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_large_items_are_not_sorted_and_give_the_same_shares(case, monkeypatch):
+    monkeypatch.setattr(capture, "LARGE_ITEM", 0)
+    runs = []
+    monkeypatch.setattr(Sorting, "by_cell", classmethod(spied(Sorting.by_cell.__func__, runs)))
+    made = CONVOLUTIONS[case]()
+    tree = record(made, statistics=["gradient"], per_position="space")
+    assert_exact(tree, made, TABLE, ["gradient"])
+    assert any(sorting.order is None and len(sorting.keys) > len(set(sorting.keys)) for sorting in runs)
+    sorted_first = record(made, per_position="space")
+    for name, node in tree["layers"].children.items():
+        expected = sorted_first[f"layers/{name}"]
+        np.testing.assert_allclose(node["gradient"], expected["gradient"], rtol=0, atol=1e-6 * node["gradient"].max())
+        if "gradient_by_position" in node:
+            found, other = node["gradient_by_position"], expected["gradient_by_position"]
+            np.testing.assert_allclose(found, other, rtol=0, atol=1e-6 * other.max())
+
+
+def spied(by_cell, found):
+    def function(*args):
+        found.append(by_cell(*args))
+        return found[-1]
+
+    return function
 
 
 def shares_of_positions(made, layer, member):
