@@ -45,13 +45,18 @@ class Factors(ABC):
 
     def split(self, counts: Sequence[int]) -> list[Self]:
         """Cut into runs of items."""
-        parts = zip(self.activation.split(list(counts)), self.adjoint.split(list(counts)), strict=True)
+        counts = list(counts)
+        parts = zip(self.activation.split_with_sizes(counts), self.adjoint.split_with_sizes(counts), strict=True)
         return [self.with_(activation, adjoint) for activation, adjoint in parts]
+
+    def rows_of(self, items: int) -> int:
+        """Rank that so many items allow their share at most, as far as their number goes."""
+        return items
 
     @property
     def rows(self) -> int:
-        """Rank that the items allow their share at most, as far as their number goes."""
-        return len(self.activation)
+        """The same for all the items."""
+        return self.rows_of(len(self.activation))
 
     @abstractmethod
     def share(self) -> Tensor:
@@ -154,11 +159,10 @@ class Convolution(Factors):
     margins: tuple[tuple[int, ...], str] | None = None
     unfolded: bool = False
 
-    @property
-    def rows(self) -> int:
+    def rows_of(self, items: int) -> int:
         """Items x positions x groups."""
         positions = (self.activation if self.transposed else self.adjoint).shape[2:]
-        return len(self.adjoint) * math.prod(positions) * self.groups
+        return items * math.prod(positions) * self.groups
 
     def share(self) -> Tensor:
         """Compute the weight's gradient from these items alone, shape (first dimension, others)."""

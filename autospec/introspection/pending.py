@@ -188,8 +188,8 @@ class Shares:
                 counts[key] = counts.get(key, 0) + count
             parts = zip(
                 sorting.keys,
-                factors.adjoint.split(sorting.counts),
-                factors.activation.split(sorting.counts),
+                factors.adjoint.split_with_sizes(sorting.counts),
+                factors.activation.split_with_sizes(sorting.counts),
                 strict=True,
             )
             self.batch = None  # the gradient of one use alone says what the batch's share is
@@ -597,9 +597,9 @@ class Pending:
         if shares:
             self.shares.constant = constant
             self.shares.add(factors, sorting, backward)
-        parts = factors.split(sorting.counts)
-        for key, part in zip(sorting.keys, parts, strict=True):
-            self.rows[key] = self.rows.get(key, 0) + part.rows
+        for key, count in zip(sorting.keys, sorting.counts, strict=True):
+            self.rows[key] = self.rows.get(key, 0) + factors.rows_of(count)
+        parts = factors.split(sorting.counts) if statistics else []
         for statistic in statistics:
             if statistic == "activation" and isinstance(factors, Lookup):
                 self.note_width(statistic, factors.size)
