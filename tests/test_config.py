@@ -93,6 +93,7 @@ MISTAKES = [
     ("experiments.small.runs.net.hidden", "[]", ["hidden is an empty list"]),
     ("experiments.small.runs.net.hidden", "32", ["hidden is the number 32", "must be a list"]),
     ("experiments.small.runs.net.hidden", "[8, -3]", ["hidden (entry 2) is the number -3"]),
+    ("experiments.small.runs.net.hidden", "[0]", ["hidden (entry 1) is the number 0", "at least 1"]),
     ("experiments.small.panels", "[]", ["panels is an empty list"]),
     ("experiments.small.panels", "[{run: knot}]", ["a panel names the run 'knot'", "the runs are 'net'"]),
     ("experiments.small.panels", "[{run: net}, {run: net}]", ["stands twice"]),
