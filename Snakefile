@@ -80,3 +80,14 @@ rule all:
         inputs.pages(CONFIG),
         [inputs.panels(CONFIG, name) for name in CONFIG.experiments],
         participants.everything(CONFIG) if PEOPLE is not None else [],
+
+
+# Of a target that the config does not name, Snakemake says only that no rule makes it.  A Snakefile is not told the targets:
+# Snakemake's parser knows them, but takes a while, so it is asked about suspicious words alone, which may be an option's.
+unknown = {word: reason for word in sys.argv[1:] if (reason := inputs.unknown_target(CONFIG, word))}
+if unknown:
+    from snakemake.cli import get_argument_parser
+
+    for target in get_argument_parser().parse_known_args(sys.argv[1:])[0].targets:
+        if target in unknown:
+            raise WorkflowError(unknown[target])

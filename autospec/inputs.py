@@ -9,7 +9,7 @@ from typing import Any
 from autospec import custom_model, specs
 from autospec.config import Config, Panel
 from autospec.errors import UserError
-from autospec.paths import EXTENSIONS, PAGE_EXTENSIONS, result
+from autospec.paths import EXTENSIONS, PAGE_EXTENSIONS, PATHS, result
 
 
 def require_files(config: Config) -> None:
@@ -35,6 +35,57 @@ def require_files(config: Config) -> None:
                     f"the data set '{name}' needs the file {path}, which does not exist (looked in {Path.cwd()}): "
                     "correct the path in the config; relative paths start at the analysis folder."
                 )
+
+
+def unknown_target(config: Config, target: str) -> str | None:
+    """Say what a target names that the config does not have: a figure, an experiment, or a name in a result's path.
+
+    Parameters
+    ----------
+    config : Config
+    target : str
+        What somebody asks Snakemake for: ``figure_1``, ``experiment_mnist_mlp``, or the path of a result.
+
+    Returns
+    -------
+    str or None
+        One sentence that lists what there is; None for every other target, of which Snakemake knows more.
+    """
+    if re.fullmatch("(figure|experiment)_[A-Za-z0-9_]+", target):
+        there = [f"{kind}_{name}" for kind in ("figure", "experiment") for name in _names(config, kind, "") or []]
+        return None if target in there else f"this config has no target '{target}': it has {', '.join(there)}."
+    names = _names_in(target)
+    for kind, name in names.items():
+        known = _names(config, kind, names.get("experiment", ""))
+        if known is not None and name not in known:
+            return f"this config has no {kind} '{name}', which {target} needs: it has {', '.join(known) or 'none'}."
+    return None
+
+
+def _names_in(path: str) -> dict[str, str]:
+    """Names that a result's path is made of, by kind, such as ``{"experiment": "mnist_mlp"}``; none for other paths."""
+    for template in PATHS.values():
+        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[A-Za-z0-9_-]+)", re.escape(template))
+        if found := re.fullmatch(pattern, path):
+            return found.groupdict()
+    return {}
+
+
+def _names(config: Config, kind: str, experiment: str) -> list[str] | None:
+    """The config's names of a kind, those of runs and panels in one experiment; None where others know them."""
+    match kind:
+        case "dataset":
+            return list(config.datasets)
+        case "experiment":
+            return list(config.experiments)
+        case "figure":
+            return sorted(figures(config), key=lambda figure: figures(config)[figure][1])  # supplements last
+        case "run":
+            return [run for name, run in every_run(config) if name == experiment]
+        case "panel":
+            return [specs.panel_name(panel) for panel in config.experiments[experiment].panels]
+        case _:
+            return None
 
 
 def names_of(config: Config, kind: str) -> str:

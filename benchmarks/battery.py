@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,15 @@ sys.path.insert(0, str(ROOT))
 from autospec import specs  # noqa: E402
 from autospec.config import Config, parse_config, read_yaml  # noqa: E402
 from autospec.datasets.build import build_dataset  # noqa: E402
-from autospec.datasets.labelled import labelled, write_labelled  # noqa: E402
+from autospec.datasets.labelled import write_samples  # noqa: E402
+from autospec.datasets.maps import DIMENSIONS  # noqa: E402
 from autospec.datasets.sinusoids import build_sinusoids  # noqa: E402
 
 # The shape of a sample in COBRE, by the kind of data set: noise of this shape costs as much as data.
 SHAPES = {
     "freesurfer": {"region": 114},
     "timeseries": {"time": 140, "network": 53},
-    "maps": {"x": 53, "y": 63, "z": 52},
+    "maps": dict(zip(DIMENSIONS, (53, 63, 52), strict=True)),
 }
 # Participants of COBRE by diagnosis and sex.
 PARTICIPANTS = {("SZ", "M"): 63, ("SZ", "F"): 15, ("HC", "M"): 55, ("HC", "F"): 24}
@@ -70,13 +72,23 @@ def build(config: Config, dataset: str, path: str) -> None:
         build_sinusoids(specs.sinusoid_settings(config, dataset), path)
     else:
         dims = SHAPES[chosen.kind]
+        shape = tuple(dims.values())
         who = [pair for pair, count in PARTICIPANTS.items() for _ in range(count)]
-        x = np.random.default_rng(0).standard_normal((len(who), *dims.values()), dtype=np.float32)
+        noise = np.random.default_rng(0)
         diagnosis, sex = (list(labels) for labels in zip(*who, strict=True))
-        groupings = {"diagnosis": diagnosis, "sex": sex}
-        names = [f"{number:03d}" for number in range(len(who))]
-        attributes = {"kind": chosen.kind, "source": "noise"}
-        write_labelled(labelled(x, tuple(dims), names, diagnosis, groupings, attributes), path)
+        volumes = chosen.kind == "freesurfer"  # a training fits their dependence on the size of the head anew
+        write_samples(
+            (noise.standard_normal(shape, dtype=np.float32) for _ in who),
+            shape=shape,
+            dims=tuple(dims),
+            ids=[f"{number:03d}" for number in range(len(who))],
+            target=diagnosis,
+            groupings={"diagnosis": diagnosis, "sex": sex},
+            attributes={"kind": chosen.kind, "source": "noise"} | ({"icv": chosen.icv} if volumes else {}),
+            coordinates={},
+            path=path,
+            covariates={"intracranial_volume": noise.standard_normal(len(who))} if volumes else {},
+        )
 
 
 def trained(settings: dict[str, Any], dataset: str, updates: int, device: str) -> dict[str, float]:
@@ -115,10 +127,19 @@ def _of_children() -> float:
 
 
 def cost(settings: dict[str, Any], dataset: str, budget: float, starting: float, device: str) -> Cost:
-    """Time of a training at its full length, from two short ones; the longer one takes about the budget of seconds."""
+    """Time of a training at its full length, from two short ones.
+
+    The longer one makes up to 62 updates more, or as many as take about the budget of seconds.
+    """
     short = trained(settings, dataset, SHORT, device)
     guess = (short["training"] + short["introspection"]) / SHORT
-    longer = trained(settings, dataset, SHORT + int(np.clip(budget / guess, 2, 62)), device)
+    for _ in range(2):  # the first guess counts what comes once, so it may be of too few updates
+        more = int(np.clip(budget / guess, 2, 62))
+        longer = trained(settings, dataset, SHORT + more, device)
+        took = sum(longer[kind] - short[kind] for kind in ("training", "introspection"))
+        if more == 62 or took >= budget / 2:
+            break
+        guess = max(took / more, budget / 62)
     updates = int(settings["training"]["epochs"] * short["updates"] / SHORT)
     introspection = settings["introspection"]
     recorded = -(-updates // introspection["every"]) if introspection["steps"] is None else len(introspection["steps"])
@@ -131,75 +152,64 @@ def cost(settings: dict[str, Any], dataset: str, budget: float, starting: float,
     return Cost(seconds, updates, recorded, each["training"], each["introspection"])
 
 
-def measure(config: Config, chosen: list[str], budget: float, device: str) -> dict[str, dict[str, Cost]]:
-    """Costs by experiment and run."""
-    found: dict[str, dict[str, Cost]] = {}
+def measure(config: Config, chosen: list[str], budget: float, device: str) -> Iterator[tuple[str, list[Cost]]]:
+    """Costs of each experiment's runs, one experiment after the other."""
     with tempfile.TemporaryDirectory() as folder:
         for name in chosen:
             experiment = config.experiments[name]
             dataset = f"{folder}/{experiment.dataset}.zarr.zip"
             if not Path(dataset).exists():
                 build(config, experiment.dataset, dataset)
-            found[name] = {}
+            found: list[Cost] = []
             starting = None
             for run in experiment.runs:
                 settings = specs.run_settings(config, name, run)
                 starting = start_up(settings, dataset, device) if starting is None else starting
-                found[name][run] = cost(settings, dataset, budget, starting, device)
-                print(f"{name}/{run}: {sum(found[name][run].seconds.values()):.0f} s", file=sys.stderr, flush=True)
-    return found
+                found.append(cost(settings, dataset, budget, starting, device))
+                print(f"{name}/{run}: {sum(found[-1].seconds.values()):.0f} s", file=sys.stderr, flush=True)
+            yield name, found
 
 
-def recorded(config: Config, chosen: list[str], results: Path) -> dict[str, dict[str, Cost]]:
+def recorded(config: Config, chosen: list[str], results: Path) -> Iterator[tuple[str, list[Cost]]]:
     """What trainings that were made say of themselves."""
-    found: dict[str, dict[str, Cost]] = {}
     for name in chosen:
-        found[name] = {}
+        found = []
         for run in config.experiments[name].runs:
             used = json.loads((results / "runs" / name / f"{run}.json").read_text())
             seconds = {kind: used["seconds"].get(kind, 0.0) for kind in KINDS}
             steps = specs.run_settings(config, name, run)["introspection"]
             count = len(steps["steps"]) if steps["steps"] else -(-used["updates"] // steps["every"])
             each = (seconds["training"] / used["updates"], seconds["introspection"] / count)
-            found[name][run] = Cost(seconds, used["updates"], count, *each)
-    return found
+            found.append(Cost(seconds, used["updates"], count, *each))
+        yield name, found
 
 
-def table(found: dict[str, dict[str, Cost]]) -> str:
-    """A row an experiment, and one for all."""
-    lines = [
-        "| experiment | trainings | updates | recorded | ms an update | ms of introspection a recorded update | "
-        "minutes, all its trainings | training | introspection | I/O | start-up |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+HEAD = """\
+| experiment | trainings | updates | recorded | ms an update | ms of introspection a recorded update | \
+minutes, all its trainings | training | introspection | I/O | start-up |
+|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def row(title: str, costs: list[Cost]) -> str:
+    """The table's row of some trainings."""
+    sums = {kind: sum(cost.seconds[kind] for cost in costs) for kind in KINDS}
+    total = sum(sums.values())
+
+    def range_of(values: list[float]) -> str:
+        low, high = min(values), max(values)
+        return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+
+    cells = [
+        title,
+        str(len(costs)),
+        range_of([cost.updates for cost in costs]),
+        range_of([cost.recorded for cost in costs]),
+        range_of([1000 * cost.plain for cost in costs]),
+        range_of([1000 * cost.watching for cost in costs]),
+        f"{total / 60:.3g}",
+        *(f"{100 * sums[kind] / total:.0f} %" for kind in KINDS),
     ]
-
-    def row(title: str, costs: list[Cost]) -> str:
-        sums = {kind: sum(cost.seconds[kind] for cost in costs) for kind in KINDS}
-        total = sum(sums.values())
-
-        def range_of(values: list[float]) -> str:
-            low, high = min(values), max(values)
-            return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
-
-        return (
-            " | ".join(
-                [
-                    f"| {title}",
-                    str(len(costs)),
-                    range_of([cost.updates for cost in costs]),
-                    range_of([cost.recorded for cost in costs]),
-                    range_of([1000 * cost.plain for cost in costs]),
-                    range_of([1000 * cost.watching for cost in costs]),
-                    f"{total / 60:.3g}",
-                    *(f"{100 * sums[kind] / total:.0f} %" for kind in KINDS),
-                ]
-            )
-            + " |"
-        )
-
-    lines += [row(name, list(costs.values())) for name, costs in found.items()]
-    lines.append(row("**all**", [cost for costs in found.values() for cost in costs.values()]))
-    return "\n".join(lines)
+    return f"| {' | '.join(cells)} |"
 
 
 def machine(device: str) -> str:
@@ -237,7 +247,12 @@ def main() -> None:
         print(machine(options.device) + "\n")
     else:
         found = recorded(config, chosen, options.results)
-    print(table(found))
+    print(HEAD, flush=True)
+    costs: list[Cost] = []
+    for name, its_costs in found:  # a run that is stopped has printed what it has measured
+        print(row(name, its_costs), flush=True)
+        costs += its_costs
+    print(row("**all**", costs))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from autospec import specs
+from autospec.config import parse_config, read_yaml
+from autospec.training import prepare
 from tests.conftest import ROOT
 
 
@@ -135,3 +138,38 @@ def test_the_permutation_benchmark_measures_every_part():
     assert all(seconds > 0 for seconds in taken.values())
     model, x = permutations.series()
     assert model(x).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["mnist_mlp", "sinusoids_rnn", "freesurfer_mlp", "timeseries_lstm", "maps_cnn3d"])
+def test_the_battery_builds_data_sets_that_a_training_reads(monkeypatch, tmp_path, name):
+    import battery
+
+    monkeypatch.setitem(battery.SHAPES, "maps", dict(zip(battery.SHAPES["maps"], (6, 5, 4), strict=True)))
+    config = parse_config(read_yaml(ROOT / "configs/paper.yaml"))
+    dataset = config.experiments[name].dataset
+    path = str(tmp_path / "data.zarr.zip")
+    battery.build(config, dataset, path)
+    settings = specs.run_settings(config, name, "classifier_32_relu")
+    prepared = prepare(settings, path, torch.device("cpu"))
+    kind = config.datasets[dataset].kind
+    if kind in battery.SHAPES:
+        assert prepared.x.shape == (157, *battery.SHAPES[kind].values())
+        assert prepared.classes == ("HC", "SZ")
+    assert prepared.attributes.get("kind") == kind
+    assert len(set(prepared.labels[next(iter(prepared.labels))])) == len(prepared.classes)
+    assert prepared.model(prepared.x[:2]).shape == (2, len(prepared.classes))
+
+
+def test_the_battery_prints_each_experiment_when_it_is_measured(monkeypatch, capsys):
+    import battery
+
+    def measured(config, chosen, results):
+        costs = {"training": 30.0, "introspection": 60.0, "input_output": 20.0, "start_up": 10.0}
+        yield chosen[0], [battery.Cost(costs, 10, 5, 0.25, 0.5)] * 2
+        assert "| mnist_mlp | 2 | 10 | 5 | 250 | 500 | 4 | 25 % | 50 % | 17 % | 8 % |" in capsys.readouterr().out
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(battery, "recorded", measured)
+    monkeypatch.setattr("sys.argv", ["battery.py", str(ROOT / "configs/paper.yaml"), "--results", "results"])
+    with pytest.raises(KeyboardInterrupt):
+        battery.main()

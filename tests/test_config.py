@@ -93,6 +93,7 @@ MISTAKES = [
     ("experiments.small.runs.net.hidden", "[]", ["hidden is an empty list"]),
     ("experiments.small.runs.net.hidden", "32", ["hidden is the number 32", "must be a list"]),
     ("experiments.small.runs.net.hidden", "[8, -3]", ["hidden (entry 2) is the number -3"]),
+    ("experiments.small.runs.net.hidden", "[0]", ["hidden (entry 1) is the number 0", "at least 1"]),
     ("experiments.small.panels", "[]", ["panels is an empty list"]),
     ("experiments.small.panels", "[{run: knot}]", ["a panel names the run 'knot'", "the runs are 'net'"]),
     ("experiments.small.panels", "[{run: net}, {run: net}]", ["stands twice"]),
@@ -270,6 +271,32 @@ def test_the_repositorys_configs_are_valid(tmp_path):
     new = tmp_path / "config.yaml"
     new.write_text(NEW_CONFIG.format(folder="somewhere"))
     assert load_config(new).experiments
+
+
+def test_the_papers_config_has_every_experiment_and_variant_of_the_paper():
+    config = load_config(ROOT / "configs/paper.yaml")
+    assert (config.training.epochs, config.training.learning_rate, config.training.held_out) == (1000, 0.001, 0.0)
+    assert {(each.figure, each.dataset, each.model) for each in config.experiments.values()} == {
+        *((1, "mnist", "mlp"), (2, "mnist", "cnn2d"), (3, "sinusoids", "rnn"), (4, "freesurfer", "mlp")),
+        *((5, "timeseries", "lstm"), (6, "timeseries", "bert"), (7, "timeseries", "cnn1d"), (8, "maps", "cnn3d")),
+        (None, "timeseries", "cnn2d"),
+    }
+    for name, experiment in config.experiments.items():
+        runs = [(run.task, tuple(run.hidden), run.activation) for run in experiment.runs.values()]
+        width, others = (8, ["sigmoid", "tanh"]) if name == "mnist_cnn2d" else (32, [])
+        wanted = [
+            (task, hidden, "relu") for task in ("autoencoder", "classifier") for hidden in ((width,), (128,), (8,) * 3)
+        ]
+        wanted += [("autoencoder", (width,), activation) for activation in ("sigmoid", "tanh")]
+        wanted += [("classifier", (width,), activation) for activation in others]
+        wanted += [] if others else [("autoencoder", (8,), "relu"), ("autoencoder", (64,), "relu")]
+        assert sorted(runs) == sorted(wanted), name
+        drawn = [(panel.run, panel.compare is not None, panel.by_position) for panel in experiment.panels]
+        letters = list(dict.fromkeys(drawn))
+        assert len(letters) == 8 + (experiment.model in ("rnn", "lstm")), name  # A to H, and spectra along time
+        assert {run.partition("_")[0] for run, compared, _ in letters if compared} == {"autoencoder", "classifier"}, (
+            name
+        )
 
 
 @pytest.mark.parametrize("path", list(generated()))

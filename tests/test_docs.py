@@ -1,5 +1,7 @@
 """Examples in the pages run, links lead somewhere, and what pages promise is there."""
 
+import ast
+import doctest
 import re
 import sys
 
@@ -27,6 +29,15 @@ def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_code_ends_and_what_is_called_python_is(page):
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert page.read_text().count("```") == 2 * len(blocks)
+    for language, code in blocks:
+        if language == "python":
+            ast.parse(doctest.script_from_examples(code) if code.startswith(">>>") else code, page.name)
 
 
 def test_the_architecture_names_every_module():

@@ -9,9 +9,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import autospec
+from autospec import specs
+from autospec.config import parse_config
 from autospec.custom_model import module_file, split_path
 from autospec.describe import ACTIVATIONS as ACTIVATION_WORDS
 from autospec.describe import ARCHITECTURES as ARCHITECTURE_WORDS
@@ -23,6 +26,7 @@ from autospec.models.cnn import average_blocks
 from autospec.models.custom import load_class
 from tests.conftest import ROOT
 from tests.introspection.oracle import Problem, assert_shares, members, record, shared_by
+from tests.study import SETTINGS
 
 TASKS = ("autoencoder", "classifier")
 SHAPES = {
@@ -547,11 +551,17 @@ def test_the_example_of_the_page_runs(analysis):
     """The network of docs/models.md, in the file that the page names, trained while it is watched."""
     page = (ROOT / "docs/models.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (module, name) = re.search(r"model: (\w+):(\w+)", page).groups()
-    (analysis / f"{module}.py").write_text(textwrap.dedent(code))
+    (written,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    example = yaml.safe_load(written)
+    (path,) = example["models"].values()
+    (experiment,) = example["experiments"].values()
+    (analysis / f"{path.partition(':')[0]}.py").write_text(textwrap.dedent(code))
+    small = {"small": {**SETTINGS["experiments"]["small"], **experiment}}
+    config = parse_config({**SETTINGS, "models": example["models"], "experiments": small})
+    assert specs.run_settings(config, "small", "judge")["model"] == path
     for task in TASKS:
         x = normal(N, 10, 5)
-        model = build_model(f"{module}:{name}", task, (10, 5), CLASSES, [8], "tanh")
+        model = build_model(path, task, (10, 5), CLASSES, [8], "tanh")
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         losses = []
         with autospec.watch(model, LABELS, quiet=True) as watcher:

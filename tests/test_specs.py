@@ -151,3 +151,41 @@ def test_checkpoints_are_no_part_of_a_spec_but_options_of_the_command():
         assert specs.checkpoint_options(parse_config(changed(path, value)), "small", "judge") == options
     seeds = parse_config(changed("training.further_seeds", [3]))
     assert specs.checkpoint_options(seeds, "small", "judge-seed-3") == "--checkpoint-minutes 2.0"
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("figure_99", "this config has no target 'figure_99': it has figure_7, figure_s7, experiment_small."),
+        ("experiment_nothing", "no target 'experiment_nothing': it has figure_7, figure_s7, experiment_small."),
+        ("results/figures/figure-99.pdf", "no figure '99', which results/figures/figure-99.pdf needs: it has 7, s7."),
+        ("results/runs/nothing/coder.zarr.zip", "no experiment 'nothing', which"),
+        ("results/statistics/small/nobody.permutation.tsv", "no run 'nobody', which"),
+        ("results/runs/small/coder-seed-7.weights.pt", "it has coder, judge."),
+        ("results/figures/small/coder_0_vs_3.svg", "it has coder, judge_0_vs_3."),
+        ("results/datasets/nothing.zarr.zip", "no dataset 'nothing', which"),
+    ],
+)
+def test_a_target_that_the_config_does_not_name_is_told_apart(target, expected):
+    assert expected in (inputs.unknown_target(parse_config(SETTINGS), target) or "")
+
+
+def test_a_target_that_the_config_names_is_not_called_unknown():
+    settings = changed("training.further_seeds", [3])
+    config = parse_config(settings)
+    targets = [*inputs.of_report(config), *inputs.of_summary(config), *inputs.pages(config)]
+    targets += inputs.refit_parts(config, "small", "judge") + inputs.of_every_seed(config, "weights", "small", "coder")
+    targets += [
+        f"results/statistics/small/coder.{kind}" for kind in ("permutation.tsv", "resources.json", "refit.json")
+    ]
+    targets += ["all", "train", "report", "calibration", "figure_7", "figure_s7", "experiment_small"]
+    targets += [
+        "-n",
+        "--cores",
+        "2",
+        "--directory",
+        "small/figure_9",
+        "train:experiment=nothing,run=coder",
+        "nothing.txt",
+    ]
+    assert [target for target in targets if inputs.unknown_target(config, target) is not None] == []

@@ -363,6 +363,7 @@ class _Run:
         return {
             "seconds": {kind: round(seconds, 3) for kind, seconds in self.clock.seconds.items()},
             "seconds_per_update": {"median": float(median), "5 %": float(low), "95 %": float(high)},
+            "seconds_of_each_update": [round(seconds, 6) for seconds in self.update_seconds],
             "updates": self.total,
             "sessions": self.sessions,
             **self.environment,

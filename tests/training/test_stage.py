@@ -189,6 +189,10 @@ def test_the_file_beside_the_results_says_where_the_time_went(study):
     assert sum(record["seconds"].values()) <= record["wall_seconds"] + 0.05
     spread = record["seconds_per_update"]
     assert 0 < spread["5 %"] <= spread["median"] <= spread["95 %"]
+    each = record["seconds_of_each_update"]
+    assert len(each) == 12
+    assert np.median(each) == pytest.approx(spread["median"], abs=1e-6)
+    assert 0.5 * record["seconds"]["training"] < sum(each) < record["wall_seconds"]
     assert (record["updates"], record["sessions"], record["device"]) == (12, 1, "cpu")
 
 

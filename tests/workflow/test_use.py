@@ -71,6 +71,24 @@ def test_one_figure_and_one_experiment_are_targets(analysis):
     assert analysis.planned("experiment_small") == ALL_JOBS - rest
 
 
+@pytest.mark.parametrize("target", ["figure_99", "experiment_nothing", "results/runs/nothing/classifier.zarr.zip"])
+def test_a_target_named_in_no_config_is_one_sentence(analysis, target):
+    done = analysis.snakemake("-n", target)
+    assert done.returncode != 0
+    assert target in done.stdout
+    assert "this config has no" in done.stdout
+    assert "small" in done.stdout.split("it has", 1)[1]
+    assert "Traceback" not in done.stdout
+
+
+def test_a_folder_may_be_called_like_a_target_that_does_not_exist(analysis):
+    base = analysis.folder.rename(analysis.folder.with_name("figure_99")).parent
+    command = ("snakemake", "--snakefile", "code/Snakefile", "--directory", "figure_99", "-n", "figure_1")
+    done = run_command(*command, folder=base)
+    assert done.returncode == 0, done.stdout
+    assert "this config has no" not in done.stdout
+
+
 def test_trajectories_hold_what_the_config_asked_for(finished):
     tree = autospec.open_trajectories(finished.folder / "results/runs/small/classifier.zarr.zip")
     assert tree["step"].values.tolist() == [0, 2, 4]
