@@ -18,7 +18,7 @@ import xarray as xr
 from autospec.cohort.files import read_table
 from autospec.cohort.record import read_participants, read_record
 from autospec.datasets.labelled import open_labelled, subjects_of
-from autospec.describe import content, network, performance_words
+from autospec.describe import content, effect_words, interval_words, network, performance_words
 from autospec.figures.differences import of_pair
 from autospec.figures.selection import shown_groups
 from autospec.paths import result
@@ -26,15 +26,12 @@ from autospec.report.template import PAGE
 from autospec.report.words import (
     VIEWS,
     difference_caption,
-    effect_words,
-    interval_words,
     page_caption,
     position_caption,
-    smallest_p,
     spectra_caption,
 )
 from autospec.statistics.paper import WHAT_IT_IS_NOT
-from autospec.statistics.table import read_confounds, read_tests
+from autospec.statistics.table import read_confounds, read_tests, smallest_p
 from autospec.storage import written_whole
 from autospec.trajectories import open_trajectories
 

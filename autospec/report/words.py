@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import xarray as xr
 
-from autospec.describe import content, performance_words
+from autospec.describe import content, effect_words, performance_words
 from autospec.figures.differences import of_pair
+from autospec.statistics.table import smallest_p
 
 # Title and caption of each picture of a cohort.
 VIEWS = {
@@ -134,24 +134,6 @@ def test_words(tests: pd.DataFrame, pair: list[str], variance: str, alpha: float
             f"have a family-wise p < {alpha:g}; {least}{effect}"
         )
     return f"Tests: {'; '.join(words)}."
-
-
-def smallest_p(rows: pd.DataFrame) -> pd.Series | None:
-    """The row with the smallest corrected p; None where there is none."""
-    p = rows["p_adjusted"].to_numpy(dtype=float)
-    return rows.iloc[int(np.nanargmin(p))] if np.isfinite(p).any() else None
-
-
-def effect_words(row: pd.Series | None) -> str:
-    """Size of an effect with its 95 % interval."""
-    if row is None:
-        return "–"
-    return interval_words(row["effect_size"], row["effect_low"], row["effect_high"])
-
-
-def interval_words(estimate: float, low: float, high: float) -> str:
-    """A number with its interval."""
-    return f"{estimate:.2g} ({low:.2g} to {high:.2g})" if np.isfinite(estimate) else "–"
 
 
 def _held_out(tree: xr.DataTree) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from autospec.errors import UserError
@@ -148,6 +149,15 @@ def read_confounds(path: str | Path) -> pd.DataFrame:
     for name in ("n_a", "n_b"):
         table[name] = table[name].astype("Int64")
     return table[list(CONFOUNDS_COLUMNS)]
+
+
+def smallest_p(rows: pd.DataFrame) -> pd.Series | None:
+    """The row with the smallest corrected p, of several the one with the largest effect; None where no row has a p."""
+    found = rows[rows["p_adjusted"].notna()]
+    if found.empty:
+        return None
+    order = np.lexsort((-found["effect_size"].abs().to_numpy(dtype=float), found["p_adjusted"].to_numpy(dtype=float)))
+    return found.iloc[int(order[0])]
 
 
 def write_description(description: Mapping[str, Any], path: str | Path) -> None:

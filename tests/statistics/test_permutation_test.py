@@ -324,6 +324,12 @@ def test_clusters_join_neighbouring_steps(run):
     for row in whole.itertuples():
         assert row.mass == pytest.approx(z[row.layer][0].sum(), rel=1e-5)
         assert row.p_adjusted == pytest.approx((masses >= row.mass - 1e-4).mean())
+        mean = z[row.layer].mean(1)
+        assert row.effect_size == pytest.approx(mean[0] / mean.std(), rel=1e-5)
+        low, high = np.quantile(mean / mean.std(), [0.025, 0.975])
+        assert (row.effect_low, row.effect_high) == pytest.approx(
+            (row.effect_size - high, row.effect_size - low), rel=1e-4
+        )
 
 
 def test_an_interrupted_test_goes_on_where_it_was(run, tmp_path):
