@@ -48,6 +48,10 @@ class ReportSettings(TypedDict):
     experiments: list[dict[str, Any]]
 
 
+LONG = 48
+"""Texts of more characters than this are broken into lines."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One cell of a table: what is shown, and the number it sorts by."""
@@ -56,9 +60,11 @@ class Cell:
     key: float | None = None
 
     @property
-    def number(self) -> bool:
-        """Whether the cell holds a number."""
-        return self.key is not None
+    def kind(self) -> str:
+        """How the cell is set: a number, a sentence, or neither."""
+        if self.key is not None:
+            return "number"
+        return "sentence" if len(self.text) > LONG else ""
 
 
 def build_report(settings: ReportSettings, inputs: list[str], output: str) -> str:
@@ -83,7 +89,9 @@ def build_report(settings: ReportSettings, inputs: list[str], output: str) -> st
     tables = [
         _table("runs", "Runs", *_runs_table(settings)),
         _table("tests", "Tests of groups", *_tests_table(settings)),
+        _table("families", "What was tested", *_families_table(settings)),
         *_confounds_table(settings, inputs),
+        *_seeds_table(settings),
         _table("audit", "Exactness", *_audit_table(settings)),
     ]
     tables = tables if experiments else []
@@ -127,7 +135,23 @@ def _caption(tree: xr.DataTree, panel: dict[str, Any], experiment: str, settings
     if panel["compare"] is None:
         return spectra_caption(tree)
     tests = read_tests(result("tests", experiment=experiment, run=panel["run"]))
-    return difference_caption(tree, tests, panel["compare"], panel["test"], settings["variance"], settings["alpha"])
+    return difference_caption(
+        tree,
+        tests,
+        _described(experiment, panel["run"]),
+        panel["compare"],
+        panel["test"],
+        settings["variance"],
+        settings["alpha"],
+    )
+
+
+def _described(experiment: str, run: str) -> dict[str, Any]:
+    """What was tested in a run, as the table of tests is described."""
+    found: dict[str, Any] = json.loads(
+        Path(result("tests_described", experiment=experiment, run=run)).read_text("utf-8")
+    )
+    return found
 
 
 def _supplement(experiment: dict[str, Any]) -> dict[str, Any] | None:
@@ -172,7 +196,8 @@ def _runs_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
 
 def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
     rows = []
-    for experiment, run, _ in _trees(settings):
+    for experiment, run, tree in _trees(settings):
+        chance = (tree.attrs.get("performance") or {}).get("at_chance")
         tests = read_tests(result("tests", experiment=experiment["name"], run=run))
         for pair in tests[["group_a", "group_b"]].drop_duplicates().itertuples(index=False, name=None):
             of_test = {
@@ -190,6 +215,7 @@ def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
                         "layer": layer,
                         "group": pair[0],
                         "against": pair[1],
+                        "at chance": "–" if chance is None else "yes" if chance else "no",
                         "resolved values": int((~values["below_floor"]).sum()),
                         "paper: significant values": int(values["significant"].sum()),
                         "paper: significant steps": int(steps["significant"].sum()),
@@ -203,8 +229,9 @@ def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
         f"Of the gradient. Columns “paper”: {test} two-tailed t-test of {scale}, p < {settings['alpha']:g}, "
         "uncorrected, of resolved values alone: those that lie above the noise floor in both groups at every step and "
         f"change over training. {WHAT_IT_IS_NOT} Columns “permutation” and “refit”, the valid tests: the smallest "
-        "family-wise p of the contrast's singular values, where that test applies to the run and the groups; the family is every "
-        "statistic, layer, step and value that the run's description in results/statistics counts. Effects, with 95 % "
+        "family-wise p of the contrast's singular values, where that test applies to the run and the groups; the next table "
+        "says to which family it refers, and why there is none elsewhere. A difference of groups in a network at chance is no "
+        "finding. Effects, with 95 % "
         "intervals: Hedges' g of the paper's tests, elsewhere the distance from the mean over labellings in their standard "
         "deviations, of the value with the smallest p."
     )
@@ -217,6 +244,93 @@ def _valid(here: dict[str, pd.DataFrame], test: str) -> list[tuple[str, Any]]:
     found = smallest_p(rows[rows["statistic"] == "contrast"])
     p = np.nan if found is None else float(found["p_adjusted"])
     return [(f"{test}: smallest p", p), (f"{test}: effect", effect_words(found))]
+
+
+def _families_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
+    """To which family each corrected p refers, and why some groups have none."""
+    rows = []
+    for experiment, run, _ in _trees(settings):
+        for test, about in _described(experiment["name"], run)["tests"].items():
+            comparisons = about.get("comparisons", {"all": about})
+            refused = {name: {"messages": [f"Refused. {why}"]} for name, why in about.get("refused", {}).items()}
+            for name, here in [*comparisons.items(), *refused.items()]:
+                subjects = here.get("subjects", {})
+                rows.append(
+                    {
+                        "experiment": experiment["name"],
+                        "run": run,
+                        "test": test,
+                        "comparison": name,
+                        "subjects": " and ".join(map(str, subjects.values())) or "–",
+                        "labellings": str(here.get("labellings", "–")),
+                        "family of the corrected p": here.get("family", "–"),
+                        "balance of confounders": _balance_words(here.get("balance")),
+                        "note": "; ".join(here.get("messages", [])) or "–",
+                    }
+                )
+    caption = (
+        "The tests among which each p_adjusted was corrected: by the maximum of the standardised statistics, and by Holm's "
+        "method for the paper's. Where labels were drawn conditionally on confounders, their balance: the difference of the "
+        "groups' means in standard deviations, observed, and in the middle 95 % of the drawn labellings."
+    )
+    return caption, rows
+
+
+def _balance_words(balance: list[dict[str, Any]] | None) -> str:
+    return (
+        "; ".join(
+            f"{row['confounder']} {row['observed']:+.2f} (drawn {row['low']:+.2f} to {row['high']:+.2f})"
+            for row in balance or []
+        )
+        or "–"
+    )
+
+
+def _seeds_table(settings: ReportSettings) -> list[dict[str, Any]]:
+    """Variability over initialisations, with the fits' own warnings, and intervals over subjects."""
+    rows: list[dict[str, Any]] = []
+    words: dict[str, None] = {}
+    for experiment, run, _ in _trees(settings):
+        described = _described(experiment["name"], run)
+        if "seeds" not in described:
+            continue
+        resampled = described["tests"].get("permutation", {}).get("population", {})
+        population = resampled.get("comparisons", {})
+        for each in (described["seeds"], resampled):
+            words |= dict.fromkeys([each["what_it_is"]] if each else [])
+        for found in described["seeds"]["layers"]:
+            model, last = found["mixed_model"], found["last_step"]
+            again: dict[str, Any] = next(
+                (each for each in population.get(found["comparison"], []) if each["layer"] == found["layer"]), {}
+            )
+            rows.append(
+                {
+                    "experiment": experiment["name"],
+                    "run": run,
+                    "trainings": len(described["seeds"]["trainings"]),
+                    "layer": found["layer"],
+                    "comparison": found["comparison"],
+                    "log2 ratio, mixed model": interval_words(model["estimate"], model["low"], model["high"]),
+                    "deviation between seeds": _number(model["deviation_between_seeds"]),
+                    "within a training": _number(model["deviation_within"]),
+                    "log2 ratio at the last step": interval_words(
+                        last["mean"], last["bootstrap_low"], last["bootstrap_high"]
+                    ),
+                    **{
+                        f"{quantity}, subjects drawn again": interval_words(*again[name].values()) if again else "–"
+                        for name, quantity in (("log2_ratio", "log2 ratio"), ("cosine", "cosine"))
+                    },
+                    "said by the fit": "; ".join(model["warnings"])
+                    or ("converged" if model["converged"] else "did not converge"),
+                }
+            )
+    if not rows:
+        return []
+    return [_table("seeds", "Seeds", " ".join(words), rows)]
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value
 
 
 def _confounds_table(settings: ReportSettings, inputs: list[str]) -> list[dict[str, Any]]:

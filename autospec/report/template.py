@@ -9,7 +9,7 @@ PAGE = """\
 <thead><tr>{% for column in table.columns %}<th scope="col" aria-sort="none"><button type="button">{{ column }}</button></th>
 {% endfor %}</tr></thead>
 <tbody>
-{% for row in table.rows %}<tr>{% for cell in row %}<td{% if cell.number %} class="number"{% endif %}
+{% for row in table.rows %}<tr>{% for cell in row %}<td{% if cell.kind %} class="{{ cell.kind }}"{% endif %}
 {%- if cell.key is not none %} data-key="{{ cell.key }}"{% endif %}>{{ cell.text }}</td>{% endfor %}</tr>
 {% endfor %}</tbody>
 </table>
@@ -43,6 +43,7 @@ p.caption { color: var(--soft); font-size: .95rem; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .5rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
 td.number { text-align: right; }
+td.sentence { white-space: normal; min-width: 22rem; }
 thead th { white-space: normal; min-width: 3.75rem; vertical-align: bottom; }
 thead th { position: sticky; top: 0; background: #f3f3f3; }
 thead button { all: unset; cursor: pointer; font-weight: 600; }

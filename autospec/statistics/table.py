@@ -85,6 +85,8 @@ TEXT = ("layer", "statistic", "group_a", "group_b", "comparison", "test")
 WHOLE = ("step", "index")
 TRUE_OR_FALSE = ("significant", "below_floor")
 NUMBERS = tuple(name for name in COLUMNS if name not in (*TEXT, *WHOLE, *TRUE_OR_FALSE))
+# In every sentence that says why a test that was made has no p.
+NO_P = "no p is given"
 PAPER = ("paper_student", "paper_welch")
 TESTS = (*PAPER, "permutation", "refit")
 
