@@ -184,4 +184,6 @@ def of_report(config: Config) -> list[str]:
             kinds = ("run", "run_resources", "tests", "tests_described")
             paths += [result(kind, experiment=name, run=run) for kind in kinds]
             paths += confounds_of(config, name, run)
+    if config.calibration.in_report:
+        paths += [result("calibration"), result("calibration_described"), result("calibration_figure", extension="png")]
     return list(dict.fromkeys(paths))

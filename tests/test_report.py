@@ -14,6 +14,8 @@ from autospec.paths import result
 from autospec.report import build
 from autospec.report.build import build_report
 from autospec.report.words import difference_caption, position_caption, spectra_caption
+from autospec.statistics.calibration import tables
+from autospec.statistics.calibration.design import QUICK
 from autospec.statistics.seeds import describe_seeds
 from autospec.statistics.table import CONFOUNDS_COLUMNS, read_tests, tidy
 from autospec.trajectories import open_trajectories
@@ -157,8 +159,8 @@ def test_tables_hold_what_was_recorded(page, study):
         loss = open_trajectories(study.run(run))["training/loss"].values[-1]
         assert float(shown[run]) == pytest.approx(loss, rel=1e-3)
     _, significant = column(page, "tests", "paper: significant values")
-    tables = [read_tests(study.tests(run)) for run in ("coder", "judge")]
-    values = [table[(table["test"] == "paper_student") & table["step"].isna()] for table in tables]
+    of_runs = [read_tests(study.tests(run)) for run in ("coder", "judge")]
+    values = [table[(table["test"] == "paper_student") & table["step"].isna()] for table in of_runs]
     values = [each[(each["statistic"] == "gradient") & ~each["below_floor"]] for each in values]
     assert sum(map(int, significant())) == sum(int((each["p"] < 0.05).sum()) for each in values) > 0
     assert set(column(page, "tests", "permutation: smallest p")[1]()) == {"–"}  # the study has none
@@ -321,6 +323,35 @@ def test_captions_tell_how_the_network_did_on_held_out_data(study):
         position_caption(tree, ["0", "3"]),
     ):
         assert words.endswith("At chance on held-out data, hence grey: variance explained -0.20 (N = 6).")
+
+
+def test_the_calibration_stands_in_the_report_where_it_is_asked_for(study, report, monkeypatch, tmp_path):
+    monkeypatch.chdir(study.folder)
+    assert "How often the tests err" not in report.read_text()
+    same = {"data": "volumes", "groups": "32 and 32", "effect": 0.0, "confounding": "none", "task": "autoencoder"}
+    whole = {"statistic": "all", "step": "all", "values": "all", "expected": "alpha", "offered": "yes", "why": ""}
+    rows = [
+        {**same, **whole, "test": "permutation"},
+        {**same, **whole, "test": "permutation", "step": "10"},  # of one step: not shown
+        {**same, **whole, "test": "paper", "statistic": "gradient", "values": tables.HOLM_OVER_STEPS},
+    ]
+    rates = tables.tally(rows, [[0.05, np.nan, 0.5, 0.6, 0.7], [0.01] * 5, [0.001] * 3 + [0.9]])
+    tables.write_table(rates, study.folder / result("calibration"))
+    tables.write_described(QUICK, study.folder / result("calibration_described"))
+    picture = study.folder / result("calibration_figure", extension="png")
+    picture.write_bytes((study.folder / result("figure", figure=7, extension="png")).read_bytes())
+    found = build.describe_calibration()["table"]
+    assert found["columns"][4:9] == ["test", "values", "per cent", "95 % interval", "repetitions"]
+    assert [[cell.text for cell in row][4:] for row in found["rows"]] == [
+        ["permutation", "whole run, family-wise", "25", "0.6 to 80.6", "5", "1", "alpha"],
+        ["paper", tables.HOLM_OVER_STEPS, "75", "19.4 to 99.4", "4", "0", "alpha"],
+    ]
+    assert "intervals are exact (Clopper and Pearson 1934, 95 %)" in found["caption"]
+    settings = {**specs.report_settings(study.config), "calibration": True}
+    build_report(settings, [], str(tmp_path / "report.html"))
+    page = (tmp_path / "report.html").read_text()
+    assert '<a href="#calibration">How often the tests err</a>' in page
+    assert "0.6 to 80.6" in page
 
 
 def test_is_it_just_motion_stands_in_one_table_beside_the_panels_that_compare_diagnoses(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from autospec.report.words import (
     position_caption,
     spectra_caption,
 )
+from autospec.statistics.calibration.tables import ALL, HOLM_OVER_STEPS, OVER_STEPS, read_part
 from autospec.statistics.paper import WHAT_IT_IS_NOT
 from autospec.statistics.table import read_confounds, read_tests, smallest_p
 from autospec.storage import written_whole
@@ -45,6 +46,8 @@ class ReportSettings(TypedDict):
     scale: str
     cohort: dict[str, Any] | None
     """Names of its data sets and pictures; None where there is no cohort."""
+    calibration: bool
+    """Whether the calibration of the tests is shown."""
     experiments: list[dict[str, Any]]
 
 
@@ -97,7 +100,12 @@ def build_report(settings: ReportSettings, inputs: list[str], output: str) -> st
     tables = tables if experiments else []
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(PAGE).render(
-        title=settings["title"], warning=WHAT_IT_IS_NOT, experiments=experiments, tables=tables, cohort=cohort
+        title=settings["title"],
+        warning=WHAT_IT_IS_NOT,
+        experiments=experiments,
+        tables=tables,
+        cohort=cohort,
+        calibration=describe_calibration() if settings["calibration"] else None,
     )
     with written_whole(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -468,6 +476,32 @@ def describe_cohort(shown: dict[str, Any]) -> dict[str, Any]:
             _table("exclusions", "Left out", "Everybody who is not in both halves, and why.", exclusions),
             _table("datasets", "Data sets", "What networks are trained on.", datasets),
         ],
+    }
+
+
+def describe_calibration() -> dict[str, Any]:
+    """What the page says of the calibration: its figure, and how often each test rejects in a whole run."""
+    found = read_part(result("calibration"))
+    families = {ALL: "whole run, family-wise", OVER_STEPS: OVER_STEPS, HOLM_OVER_STEPS: HOLM_OVER_STEPS}
+    of_run = found[found["statistic"].isin([ALL, "gradient"]) & (found["step"] == ALL) & found["values"].isin(families)]
+    rows = [
+        {
+            **{name: row[name] for name in ("data", "groups", "confounding", "task", "test")},
+            "values": families[row["values"]],
+            "per cent": 100 * row["rate"],
+            "95 % interval": f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+            "repetitions": row["repetitions"],
+            "refused": row["refusals"],
+            "expected": row["why"] or ("alpha" if row["expected"] == "alpha" else "–"),
+        }
+        for row in of_run.to_dict("records")
+    ]
+    described = json.loads(Path(result("calibration_described")).read_text("utf-8"))
+    columns = {name: described["columns"][name] for name in ("data", "confounding")}
+    caption = f"{described['method']} {'; '.join(f'{name}: {words}' for name, words in columns.items())}."
+    return {
+        "image": _embedded(result("calibration_figure", extension="png")),
+        "table": _table("rates", "Rejections where nothing differs", caption, rows),
     }
 
 

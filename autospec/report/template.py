@@ -64,6 +64,7 @@ for the whole batch and for each group of samples.</p>{% endif %}
 {% if experiments %}<li><a href="#reading">How to read the figures</a></li>
 {% for experiment in experiments %}<li><a href="#figure-{{ experiment.key }}">{{ experiment.heading }}</a></li>
 {% endfor %}<li><a href="#tables">Tables</a></li>{% endif %}
+{% if calibration %}<li><a href="#calibration">How often the tests err</a></li>{% endif %}
 </ul></nav>
 {% if cohort %}
 <section aria-labelledby="cohort">
@@ -138,6 +139,18 @@ Hatched cells lie beyond the rank that either group's samples allow.</li>
 <p>Click a column's head to sort by it. The full tables of tests are in <code>results/statistics</code>, the
 trajectories in <code>results/runs</code>; <code>autospec.open_trajectories(path)</code> opens them.</p>
 {% for table in tables %}{{ show(table) }}{% endfor %}
+</section>
+{% endif %}
+{% if calibration %}
+<section aria-labelledby="calibration">
+<h2 id="calibration">How often the tests err</h2>
+<p>Each test on many studies in which the truth is known. A test at 5 % should reject in 5 % of those in which nothing
+differs.</p>
+<figure>
+<img src="{{ calibration.image }}" alt="False positives and power of each test">
+<figcaption>Above: rejections where the labels make no difference, with exact 95 % intervals. Below: power.</figcaption>
+</figure>
+{{ show(calibration.table) }}
 </section>
 {% endif %}
 <script>
