@@ -263,7 +263,8 @@ def test_a_table_says_what_was_tested_in_which_family_and_what_was_refused(study
         },
         "refused": {"1 - 3": "Too few."},
     }
-    refit = {"labellings": 100, "family": "7 tests.", "messages": ["99 of 1716"], "refused": {}, "balance": None}
+    refit = {"labellings": 100, "family": "7 tests.", "messages": ["99 of 1716"], "refused": {}}
+    refit["balance"] = [{"comparison": "0 - 3", **balance[0]}]
     found["tests"] |= {"permutation": permutation, "refit": refit}
     monkeypatch.setattr(build, "_described", lambda experiment, run: found if run == "coder" else described(study, run))
     caption, rows = build._families_table(specs.report_settings(study.config))
@@ -276,7 +277,7 @@ def test_a_table_says_what_was_tested_in_which_family_and_what_was_refused(study
             "99 labellings were drawn; few subjects",
         ],
         ["permutation", "1 - 3", "–", "–", "–", "–", "Refused. Too few."],
-        ["refit", "all", "–", "100", "7 tests.", "–", "99 of 1716"],
+        ["refit", "all", "–", "100", "7 tests.", "0 - 3, age +0.50 (drawn +0.30 to +0.62)", "99 of 1716"],
     ]
     assert len(rows) == 4 + 1
 

@@ -287,7 +287,8 @@ def _families_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]
 def _balance_words(balance: list[dict[str, Any]] | None) -> str:
     return (
         "; ".join(
-            f"{row['confounder']} {row['observed']:+.2f} (drawn {row['low']:+.2f} to {row['high']:+.2f})"
+            f"{row['comparison'] + ', ' if 'comparison' in row else ''}{row['confounder']} {row['observed']:+.2f} "
+            f"(drawn {row['low']:+.2f} to {row['high']:+.2f})"
             for row in balance or []
         )
         or "–"
