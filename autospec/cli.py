@@ -460,7 +460,7 @@ def _calibration(options: Any) -> tuple[str, dict[str, Any]]:
     from autospec.figures.calibration import build_calibration
     from autospec.statistics.calibration.design import QUICK, CalibrationSettings
 
-    settings: Any = QUICK if options.quick else Calibration().model_dump()
+    settings: Any = QUICK if options.quick else Calibration().model_dump(exclude={"in_report"})
     if options.spec:
         settings = _spec(options, CalibrationSettings)[0]
     parts = options.parts

@@ -440,6 +440,8 @@ class Calibration(Settings):
     """Studies drawn at each size of effect."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything that is drawn."""
+    in_report: bool = False
+    """Show the figure and the rates in the report, for which the calibration is made first: half an hour of one core."""
 
 
 class Figures(Settings):

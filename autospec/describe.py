@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 ACTIVATIONS = {"relu": "ReLU", "sigmoid": "Sigmoid", "tanh": "Tanh"}
@@ -33,6 +34,19 @@ def content(panel: dict[str, Any]) -> str:
     if panel["compare"] is not None:
         return f"{network(panel)}: {panel['compare'][0]} against {panel['compare'][1]} ({panel['test']})"
     return f"{network(panel)}: along positions" if panel["by_position"] else network(panel)
+
+
+def effect_words(row: Any) -> str:
+    """Size of an effect with its 95 % interval, from a row of a table of tests, or None."""
+    return "–" if row is None else interval_words(row["effect_size"], row["effect_low"], row["effect_high"])
+
+
+def interval_words(estimate: float | None, low: float | None, high: float | None) -> str:
+    """A number with its interval."""
+    if estimate is None or not math.isfinite(estimate):
+        return "–"
+    ends = [math.nan if end is None else end for end in (low, high)]
+    return f"{estimate:.2g} ({ends[0]:.2g} to {ends[1]:.2g})"
 
 
 MEASURES = {"accuracy": "accuracy", "explained": "variance explained"}

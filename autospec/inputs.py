@@ -232,6 +232,9 @@ def of_report(config: Config) -> list[str]:
         paths.append(result("dataset", dataset=experiment.dataset))
         paths += [path for path in panels(config, name) if path.endswith(".png")]
         for run in experiment.runs:
-            paths += [result(kind, experiment=name, run=run) for kind in ("run", "run_resources", "tests")]
+            kinds = ("run", "run_resources", "tests", "tests_described")
+            paths += [result(kind, experiment=name, run=run) for kind in kinds]
             paths += confounds_of(config, name, run)
+    if config.calibration.in_report:
+        paths += [result("calibration"), result("calibration_described"), result("calibration_figure", extension="png")]
     return list(dict.fromkeys(paths))

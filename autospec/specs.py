@@ -203,7 +203,7 @@ def summary_settings(config: Config) -> dict[str, Any]:
 
 def calibration_settings(config: Config, part: str | None = None) -> dict[str, Any]:
     """Settings of the calibration, or of one part of it."""
-    settings = config.calibration.model_dump(mode="json")
+    settings = config.calibration.model_dump(mode="json", exclude={"in_report"})
     return settings if part is None else {**settings, "part": part}
 
 
@@ -325,6 +325,7 @@ def report_settings(config: Config) -> dict[str, Any]:
         "variance": config.statistics.variance,
         "scale": config.statistics.scale,
         "cohort": _reported_cohort(config),
+        "calibration": config.calibration.in_report,
         "experiments": [
             {
                 "name": name,

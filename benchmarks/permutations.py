@@ -1,8 +1,8 @@
 """Processor time of a permutation test: two networks of the paper's size, two groups, all measures, one thread.
 
-``python benchmarks/permutations.py`` prints one line a network.  A few of the steps that a training of 1,000 updates
-schedules, spread over them, are measured and the time is multiplied; drawing the labellings and the tables of all steps
-count once, in full.
+``python benchmarks/permutations.py`` prints a Markdown table for README.md, two lines a network.  A few of the steps that a
+training of 1,000 updates schedules, spread over them, are measured and the time is multiplied; drawing the labellings and
+the tables of all steps count once, in full.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from battery import machine
 from models import chain, cnn1d, digits
 from torch import nn
 from torch.nn import functional as F
@@ -57,8 +58,8 @@ NETWORKS = {
 }
 
 
-def seconds_of(make, statistics, permutations: int, measured: int, steps: int) -> dict[str, float]:
-    """Processor time of the parts, in seconds for all steps."""
+def seconds_of(make, measured_as, permutations: int, measured: int, steps: int) -> dict[str, dict[str, float]]:
+    """Processor time of the parts, in seconds for all steps, of each set of measures in ``measured_as``."""
     torch.manual_seed(0)
     model, x = make()
     one = torch.ones(1, 64, 64, dtype=torch.float64)
@@ -69,14 +70,15 @@ def seconds_of(make, statistics, permutations: int, measured: int, steps: int) -
     comparison = compare(labels, "a", "b")
     labellings = draw_labellings(comparison, permutations, seed=0)
     drawing = time.process_time() - begin
-    distributions = NullDistributions(comparison, labellings, statistics)
-    taken = {"shares": 0.0, "statistics": 0.0, "eigenvalues": 0.0}
+    distributions = {name: NullDistributions(comparison, labellings, each) for name, each in measured_as.items()}
+    taken = {name: {"shares": 0.0, "statistics": 0.0, "eigenvalues": 0.0} for name in measured_as}
+    now = next(iter(measured_as))
 
     def timed(grams):
         """LAPACK's part of the statistics."""
         began = time.process_time()
         values = singular_values(grams)
-        taken["eigenvalues"] += time.process_time() - began
+        taken[now]["eigenvalues"] += time.process_time() - began
         return values
 
     measures.singular_values = timed
@@ -86,21 +88,26 @@ def seconds_of(make, statistics, permutations: int, measured: int, steps: int) -
         if step in chosen:
             begin = time.process_time()
             shares = sample_shares(model, lambda model: F.mse_loss(model(x), x), len(x))
-            between = time.process_time()
-            distributions.add(step, shares)
-            taken["shares"] += between - begin
-            taken["statistics"] += time.process_time() - between
+            of_shares = time.process_time() - begin
+            for now, each in distributions.items():
+                begin = time.process_time()
+                each.add(step, shares)
+                taken[now]["statistics"] += time.process_time() - begin
+                taken[now]["shares"] += of_shares
         optimizer.zero_grad()
         F.mse_loss(model(x), x).backward()
         optimizer.step()
-    for place, step in enumerate(scheduled):  # the tables of as many steps as there would be
-        distributions.steps.setdefault(step, distributions.steps[chosen[place * measured // len(scheduled)]])
-    begin = time.process_time()
-    evaluate(distributions)
-    tables = time.process_time() - begin
     measures.singular_values = singular_values
-    found = {key: value * steps / measured for key, value in taken.items()}
-    return {**found, "tables": tables, "all": drawing + found["shares"] + found["statistics"] + tables}
+    found = {}
+    for name, each in distributions.items():
+        for place, step in enumerate(scheduled):  # the tables of as many steps as there would be
+            each.steps.setdefault(step, each.steps[chosen[place * measured // len(scheduled)]])
+        begin = time.process_time()
+        evaluate(each)
+        tables = time.process_time() - begin
+        parts = {key: value * steps / measured for key, value in taken[name].items()}
+        found[name] = {**parts, "tables": tables, "all": drawing + parts["shares"] + parts["statistics"] + tables}
+    return found
 
 
 def main() -> None:
@@ -112,11 +119,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen = {"contrast, difference of spectra": ("contrast", "difference"), "all five": STATISTICS}
+    print(
+        f"On {machine('cpu')}. Processor time, one thread; {options.permutations} permutations, {options.measured} of "
+        f"{options.steps} scheduled steps measured.\n",
+        flush=True,
+    )
     print("| network | measures | seconds | of these shares | statistics | of these eigenvalues | tables | bar |")
     print("|---|---|---|---|---|---|---|---|")
     for title, make in ((title, make) for title, make in NETWORKS.items() if options.only in title):
-        for words, statistics in chosen.items():
-            taken = seconds_of(make, statistics, options.permutations, options.measured, options.steps)
+        found = seconds_of(make, chosen, options.permutations, options.measured, options.steps)
+        for words, taken in found.items():
             parts = " | ".join(f"{taken[key]:.1f}" for key in ("shares", "statistics", "eigenvalues", "tables"))
             print(f"| {title} | {words} | {taken['all']:.1f} | {parts} | {BAR:.0f} |", flush=True)
 

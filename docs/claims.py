@@ -9,7 +9,8 @@ import numpy as np
 import xarray as xr
 
 from autospec import open_trajectories
-from autospec.statistics.table import read_tests
+from autospec.describe import effect_words
+from autospec.statistics.table import read_tests, smallest_p
 
 MEN = ("diagnosis=SZ & sex=M", "diagnosis=HC & sex=M")
 
@@ -113,8 +114,8 @@ def print_tables(results: Path) -> None:
         "task",
         "layer",
         "paper's test: values called different",
-        "permutation: smallest family-wise p",
-        "refit",
+        "permutation: smallest family-wise p, effect (95 % interval)",
+        "refit: the same",
         "held out",
     )
     for name in experiments:
@@ -130,8 +131,8 @@ def print_tables(results: Path) -> None:
                 paper = part[
                     (part["test"] == "paper_student") & (part["statistic"] == "gradient") & part["index"].notna()
                 ]
-                smallest = [part.loc[part["test"] == test, "p_adjusted"].min() for test in ("permutation", "refit")]
-                found = [float(p) if np.isfinite(p) else "-" for p in smallest]
+                smallest = [smallest_p(part[part["test"] == test]) for test in ("permutation", "refit")]
+                found = ["-" if row is None else f"{row['p_adjusted']:.3g}, {effect_words(row)}" for row in smallest]
                 learned = tree.attrs["performance"]
                 measure = "accuracy" if "accuracy" in learned else "explained"
                 grey = " (at chance)" if learned.get("at_chance") else ""

@@ -133,9 +133,14 @@ def test_the_permutation_benchmark_measures_every_part():
     def small():
         return permutations.chain(6, 3, 6), torch.randn(20, 6)
 
-    taken = permutations.seconds_of(small, ("contrast",), permutations=9, measured=2, steps=4)
-    assert set(taken) == {"all", "shares", "statistics", "eigenvalues", "tables"}
-    assert all(seconds > 0 for seconds in taken.values())
+    asked = {"headline": ("contrast",), "two": ("contrast", "distance")}
+    found = permutations.seconds_of(small, asked, permutations=9, measured=2, steps=4)
+    assert set(found) == set(asked)
+    for taken in found.values():
+        assert set(taken) == {"all", "shares", "statistics", "eigenvalues", "tables"}
+        assert all(seconds > 0 for seconds in taken.values())
+        assert taken["eigenvalues"] < taken["statistics"]
+    assert found["headline"]["shares"] == found["two"]["shares"]
     model, x = permutations.series()
     assert model(x).shape == x.shape
 

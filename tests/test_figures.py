@@ -417,7 +417,7 @@ def test_the_papers_marks_are_exactly_the_significant_rows_of_the_table(tree, te
 
 
 def permuted(test: str) -> pd.DataFrame:
-    """Rows of a valid test: contrasts of one layer at three steps, two numbers for a whole layer, one for all."""
+    """Rows of a valid test: contrasts of one layer at three steps, a number for the whole layer."""
     contrasts = [
         {"layer": "z.weight", "statistic": "contrast", "step": step, "index": k, "p_adjusted": p}
         for step, k, p in [(0, 1, 0.01), (0, 2, 0.5), (8, 1, 0.2), (8, 2, 0.04), (16, 1, 0.9), (16, 2, 0.9)]
@@ -426,9 +426,10 @@ def permuted(test: str) -> pd.DataFrame:
         {"layer": "z.weight", "statistic": "cosine", "step": step, "index": None, "p_adjusted": p}
         for step, p in [(0, 0.3), (8, 0.7), (16, 0.02)]
     ]
-    network = [{"layer": "", "statistic": "distance", "step": 8, "index": None, "p_adjusted": 0.03}]
-    table = pd.DataFrame([*contrasts, *whole, *network])
+    table = pd.DataFrame([*contrasts, *whole])
     table["significant"] = table["p_adjusted"] < 0.05
+    table["effect_size"] = np.linspace(4, 0, len(table))
+    table["effect_low"], table["effect_high"] = table["effect_size"] - 1.5, table["effect_size"] + 2
     return tidy(table.assign(group_a="0", group_b="3", comparison="0 - 3", test=test, below_floor=False))
 
 
@@ -445,7 +446,10 @@ def test_valid_tests_mark_contrasts_in_cells_and_whole_layers_above_tested_steps
         assert not any(len(places) for places in scattered(ax).values())
     place = figure()
     draw_panel(place, {**SPECTRA, "compare": ["3", "0"], "test": test}, tree, table, DRAWING)
-    assert f"test: {test}; whole network significant at step 8" in place.texts[1].get_text().replace("\n", " ")
+    assert f"test: {test}, smallest p 0.01, effect 4 (2.5 to 6)" in place.texts[1].get_text().replace("\n", " ")
+    refused = table.assign(p_adjusted=np.nan, significant=False)
+    draw_panel(place := figure(), {**SPECTRA, "compare": ["3", "0"], "test": test}, tree, refused, DRAWING)
+    assert f"test: {test}, no p" in place.texts[1].get_text()
 
 
 def test_a_test_that_was_not_made_is_said_to_be_missing_and_marks_nothing(tree, tests):

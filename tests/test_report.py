@@ -1,5 +1,6 @@
 """The report, opened in a real browser."""
 
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,9 @@ from autospec.paths import result
 from autospec.report import build
 from autospec.report.build import build_report
 from autospec.report.words import difference_caption, position_caption, spectra_caption
+from autospec.statistics.calibration import tables
+from autospec.statistics.calibration.design import QUICK
+from autospec.statistics.seeds import describe_seeds
 from autospec.statistics.table import CONFOUNDS_COLUMNS, read_tests, tidy
 from autospec.trajectories import open_trajectories
 
@@ -155,8 +159,8 @@ def test_tables_hold_what_was_recorded(page, study):
         loss = open_trajectories(study.run(run))["training/loss"].values[-1]
         assert float(shown[run]) == pytest.approx(loss, rel=1e-3)
     _, significant = column(page, "tests", "paper: significant values")
-    tables = [read_tests(study.tests(run)) for run in ("coder", "judge")]
-    values = [table[(table["test"] == "paper_student") & table["step"].isna()] for table in tables]
+    of_runs = [read_tests(study.tests(run)) for run in ("coder", "judge")]
+    values = [table[(table["test"] == "paper_student") & table["step"].isna()] for table in of_runs]
     values = [each[(each["statistic"] == "gradient") & ~each["below_floor"]] for each in values]
     assert sum(map(int, significant())) == sum(int((each["p"] < 0.05).sum()) for each in values) > 0
     assert set(column(page, "tests", "permutation: smallest p")[1]()) == {"–"}  # the study has none
@@ -172,7 +176,9 @@ def test_captions_say_what_the_data_say(page, study):
     group = str(last["group"].values[last.values.argmax()])
     assert re.search(rf"group {group} in [^,]*encoder\.0\.weight", captions[1])
     tests, tree = read_tests(study.tests("judge")), open_trajectories(study.run("judge"))
-    assert captions[2] == difference_caption(tree, tests, ["0", "3"], "paper", "student", 0.05)
+    assert captions[2] == difference_caption(
+        tree, tests, described(study, "judge"), ["0", "3"], "paper", "student", 0.05
+    )
     assert (
         "The marks are those of the test paper. Tests: paper (describes this run, no evidence about groups)"
         in captions[2]
@@ -211,13 +217,101 @@ def test_the_caption_shows_the_paper_beside_the_valid_test_and_says_which_is_whi
     ]
     valid = tidy(pd.DataFrame(rows).assign(group_a="0", group_b="3", test="permutation", below_floor=False))
     both = pd.concat([tests, valid], ignore_index=True)
-    words = difference_caption(tree, both, ["0", "3"], "permutation", "student", 0.05)
+    about = {
+        "comparisons": {
+            "0 - 3": {"family": "24 tests: contrast (24 values in 2 layers and 4 steps)", "messages": ["seed 0"]}
+        },
+        "refused": {"1 - 3": "The group '1' has 2 subjects, fewer than the 5 that a test needs."},
+    }
+    shown = {"tests": {"permutation": about}}
+    words = difference_caption(tree, both, shown, ["3", "0"], "permutation", "student", 0.05)
     assert "The marks are those of the test permutation." in words
     assert "paper (describes this run, no evidence about groups): " in words
     assert (
         "1 of 2 singular values of the contrast have a family-wise p < 0.05; the smallest is 0.01 with an effect of 4.2 "
-        "(2.5 to 6) standard deviations; refit: not made" in words
+        "(2.5 to 6) standard deviations; the family is 24 tests: contrast (24 values in 2 layers and 4 steps); refit: not "
+        "made for these groups." in words
     )
+    assert "permutation: not made for these groups (the group '1' has 2 subjects, fewer than" in difference_caption(
+        tree, both, shown, ["1", "3"], "permutation", "student", 0.05
+    )
+    about["comparisons"]["0 - 3"]["messages"].append("The groups differ in 'age' by 0.60, so no p is given.")
+    withheld = both.assign(p_adjusted=np.nan, significant=False)
+    words = difference_caption(tree, withheld, shown, ["0", "3"], "permutation", "student", 0.05)
+    assert "none has one (the groups differ in 'age' by 0.60, so no p is given); the family is" in words
+
+
+def described(study, run):
+    """What the stage of tests said of a run."""
+    return json.loads(study.tests(run).with_suffix(".json").read_text())
+
+
+def test_a_table_says_what_was_tested_in_which_family_and_what_was_refused(study, monkeypatch):
+    monkeypatch.chdir(study.folder)
+    found = described(study, "coder")
+    family = found["tests"]["paper"]["family"]
+    balance = [{"confounder": "age", "observed": 0.5, "low": 0.3, "high": 0.62}]
+    permutation = {
+        "comparisons": {
+            "0 - 3": {
+                "subjects": {"0": 6, "3": 7},
+                "labellings": 100,
+                "family": "24 tests",
+                "messages": ["99 labellings were drawn", "few subjects"],
+                "balance": balance,
+            }
+        },
+        "refused": {"1 - 3": "Too few."},
+    }
+    refit = {"labellings": 100, "family": "7 tests.", "messages": ["99 of 1716"], "refused": {}}
+    refit["balance"] = [{"comparison": "0 - 3", **balance[0]}]
+    found["tests"] |= {"permutation": permutation, "refit": refit}
+    monkeypatch.setattr(build, "_described", lambda experiment, run: found if run == "coder" else described(study, run))
+    caption, rows = build._families_table(specs.report_settings(study.config))
+    assert "p_adjusted" in caption
+    shown = [list(row.values())[2:] for row in rows if row["run"] == "coder"]
+    assert shown == [
+        ["paper", "all", "–", "–", family, "–", "–"],
+        [
+            *("permutation", "0 - 3", "6 and 7", "100", "24 tests", "age +0.50 (drawn +0.30 to +0.62)"),
+            "99 labellings were drawn; few subjects",
+        ],
+        ["permutation", "1 - 3", "–", "–", "–", "–", "Refused. Too few."],
+        ["refit", "all", "–", "100", "7 tests.", "0 - 3, age +0.50 (drawn +0.30 to +0.62)", "99 of 1716"],
+    ]
+    assert len(rows) == 4 + 1
+
+
+def test_variability_over_seeds_stands_in_a_table_of_its_own_with_the_fits_warnings(study, monkeypatch):
+    monkeypatch.chdir(study.folder)
+    settings = specs.report_settings(study.config)
+    assert build._seeds_table(settings) == []
+    trees = {
+        seed: open_trajectories(study.run("coder")) for seed in ("seed0", "seed1")
+    }  # twice the same: at the boundary
+    found = described(study, "coder") | {"seeds": describe_seeds(trees, [("0", "3")])}
+    interval = {"estimate": 0.25, "low": -0.5, "high": 1.0}
+    layer = {
+        "layer": "encoder.0.weight",
+        "log2_ratio": interval,
+        "cosine": {"estimate": None, "low": None, "high": None},
+    }
+    population = {"what_it_is": "Subjects drawn again.", "comparisons": {"0 - 3": [layer]}}
+    found["tests"]["permutation"] = {"population": population}
+    monkeypatch.setattr(build, "_described", lambda experiment, run: found if run == "coder" else described(study, run))
+    (table,) = build._seeds_table(settings)
+    assert "It is no test of groups" in table["caption"]
+    assert table["caption"].endswith("Subjects drawn again.")
+    rows = [dict(zip(table["columns"], (cell.text for cell in row), strict=True)) for row in table["rows"]]
+    assert len(rows) == 4  # layers
+    assert all(row["trainings"] == "2" for row in rows)
+    (first,) = [row for row in rows if row["layer"] == "encoder.0.weight"]
+    assert first["log2 ratio, subjects drawn again"] == "0.25 (-0.5 to 1)"
+    assert first["cosine, subjects drawn again"] == "–"
+    (model,) = [each for each in found["seeds"]["layers"] if each["layer"] == "encoder.0.weight"]
+    warnings = model["mixed_model"]["warnings"]
+    assert warnings
+    assert first["said by the fit"] == "; ".join(warnings)
 
 
 def test_captions_tell_how_the_network_did_on_held_out_data(study):
@@ -226,10 +320,39 @@ def test_captions_tell_how_the_network_did_on_held_out_data(study):
     tests = read_tests(study.tests("coder"))
     for words in (
         spectra_caption(tree),
-        difference_caption(tree, tests, ["0", "3"], "paper", "student", 0.05),
+        difference_caption(tree, tests, described(study, "coder"), ["0", "3"], "paper", "student", 0.05),
         position_caption(tree, ["0", "3"]),
     ):
         assert words.endswith("At chance on held-out data, hence grey: variance explained -0.20 (N = 6).")
+
+
+def test_the_calibration_stands_in_the_report_where_it_is_asked_for(study, report, monkeypatch, tmp_path):
+    monkeypatch.chdir(study.folder)
+    assert "How often the tests err" not in report.read_text()
+    same = {"data": "volumes", "groups": "32 and 32", "effect": 0.0, "confounding": "none", "task": "autoencoder"}
+    whole = {"statistic": "all", "step": "all", "values": "all", "expected": "alpha", "offered": "yes", "why": ""}
+    rows = [
+        {**same, **whole, "test": "permutation"},
+        {**same, **whole, "test": "permutation", "step": "10"},  # of one step: not shown
+        {**same, **whole, "test": "paper", "statistic": "gradient", "values": tables.HOLM_OVER_STEPS},
+    ]
+    rates = tables.tally(rows, [[0.05, np.nan, 0.5, 0.6, 0.7], [0.01] * 5, [0.001] * 3 + [0.9]])
+    tables.write_table(rates, study.folder / result("calibration"))
+    tables.write_described(QUICK, study.folder / result("calibration_described"))
+    picture = study.folder / result("calibration_figure", extension="png")
+    picture.write_bytes((study.folder / result("figure", figure=7, extension="png")).read_bytes())
+    found = build.describe_calibration()["table"]
+    assert found["columns"][4:9] == ["test", "values", "per cent", "95 % interval", "repetitions"]
+    assert [[cell.text for cell in row][4:] for row in found["rows"]] == [
+        ["permutation", "whole run, family-wise", "25", "0.6 to 80.6", "5", "1", "alpha"],
+        ["paper", tables.HOLM_OVER_STEPS, "75", "19.4 to 99.4", "4", "0", "alpha"],
+    ]
+    assert "intervals are exact (Clopper and Pearson 1934, 95 %)" in found["caption"]
+    settings = {**specs.report_settings(study.config), "calibration": True}
+    build_report(settings, [], str(tmp_path / "report.html"))
+    page = (tmp_path / "report.html").read_text()
+    assert '<a href="#calibration">How often the tests err</a>' in page
+    assert "0.6 to 80.6" in page
 
 
 def test_is_it_just_motion_stands_in_one_table_beside_the_panels_that_compare_diagnoses(tmp_path, monkeypatch):

@@ -132,6 +132,16 @@ def test_every_figure_has_a_name_of_its_own_and_a_supplement_where_groups_are_co
     assert inputs.of_figure(config, "tests", "9") == []
 
 
+def test_the_report_takes_the_calibration_where_it_is_asked_for_and_that_changes_nothing_of_it():
+    asked = parse_config({**SETTINGS, "calibration": {"in_report": True}})
+    plain = parse_config(SETTINGS)
+    folder = "results/calibration"
+    added = {f"{folder}/calibration.tsv", f"{folder}/calibration.json", f"{folder}/calibration.png"}
+    assert set(inputs.of_report(asked)) - set(inputs.of_report(plain)) == added
+    assert specs.calibration_settings(asked, "power-0.4") == specs.calibration_settings(plain, "power-0.4")
+    assert (specs.report_settings(asked)["calibration"], specs.report_settings(plain)["calibration"]) == (True, False)
+
+
 def test_the_summary_names_every_training_and_whose_tests_belong_to_it():
     settings = changed("experiments.small.runs.judge.training", {"seed": 3, "further_seeds": [5]})
     runs = every_spec(settings)["summary", ""]["runs"]

@@ -65,29 +65,42 @@ def test_values_are_those_of_the_trajectories_and_the_table_of_tests(tree, tests
     assert row["paper_values"] == pytest.approx((values["p"] < 0.05).mean())
     assert np.isnan(row["permutation_p"])
     assert np.isnan(row["refit_p"])
+    assert np.isnan(row["refit_effect"])
 
 
-def test_the_smallest_family_wise_p_is_that_of_the_contrast_in_that_layer(tree, tests):
+def test_the_smallest_family_wise_p_is_that_of_the_contrast_in_that_layer_with_its_effect(tree, tests):
     rows = pd.DataFrame(
         [
-            {"layer": layer, "statistic": statistic, "step": 0, "index": 1, "test": test, "p_adjusted": p}
-            for layer, statistic, test, p in (
-                ("encoder.0.weight", "contrast", "permutation", 0.2),
-                ("encoder.0.weight", "contrast", "permutation", 0.07),
-                ("encoder.0.weight", "difference", "permutation", 0.001),
-                ("encoder.2.weight", "contrast", "permutation", 0.002),
-                ("encoder.0.weight", "contrast", "refit", 0.4),
+            {
+                "layer": layer,
+                "statistic": statistic,
+                "step": 0,
+                "index": 1,
+                "test": test,
+                "p_adjusted": p,
+                "effect_size": effect,
+                "effect_low": effect - 1,
+                "effect_high": effect + 2,
+            }
+            for layer, statistic, test, p, effect in (
+                ("encoder.0.weight", "contrast", "permutation", 0.2, 5.0),
+                ("encoder.0.weight", "contrast", "permutation", 0.07, 3.0),
+                ("encoder.0.weight", "contrast", "permutation", 0.07, 4.0),  # as rare, and larger
+                ("encoder.0.weight", "difference", "permutation", 0.001, 9.0),
+                ("encoder.2.weight", "contrast", "permutation", 0.002, 6.0),
+                ("encoder.0.weight", "contrast", "refit", 0.4, -1.0),
             )
         ]
     ).assign(group_a="0", group_b="3", significant=False, below_floor=False)
     both = pd.concat([tests, tidy(rows)], ignore_index=True)
-    found = {
-        (row["layer"], row["group_a"], row["group_b"]): (row["permutation_p"], row["refit_p"])
-        for row in summarise(tree, both, "student")
-    }
-    assert found["encoder.0.weight", "0", "3"] == (0.07, 0.4)
-    assert found["encoder.2.weight", "0", "3"][0] == 0.002
-    assert np.isnan(found["encoder.0.weight", "0", "1"]).all()
+    found = {(row["layer"], row["group_a"], row["group_b"]): row for row in summarise(tree, both, "student")}
+    names = [
+        f"{test}_{name}" for test in ("permutation", "refit") for name in ("p", "effect", "effect_low", "effect_high")
+    ]
+    row = found["encoder.0.weight", "0", "3"]
+    assert [row[name] for name in names] == [0.07, 4.0, 3.0, 6.0, 0.4, -1.0, -2.0, 1.0]
+    assert found["encoder.2.weight", "0", "3"]["permutation_p"] == 0.002
+    assert np.isnan([found["encoder.0.weight", "0", "1"][name] for name in names]).all()
 
 
 def test_a_ratio_of_values_that_are_rounding_is_left_out(tree, tests):

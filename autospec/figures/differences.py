@@ -15,8 +15,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
+from autospec.describe import effect_words
 from autospec.figures.layout import bar_axes, name_axes, place_axes
 from autospec.figures.selection import at_chance, rank_limits, recorded_statistics
+from autospec.statistics.table import smallest_p
 
 RIGHT_MM = 15.0
 COLOURS = "PuOr_r"
@@ -227,14 +229,15 @@ def edges(centres: np.ndarray) -> np.ndarray:
 
 
 def difference_words(rows: pd.DataFrame, test: str) -> str:
-    """One line that says which test marks a panel, and where it says nothing."""
+    """One line that says which test marks a panel, and of a valid test the smallest p with its effect."""
     if rows.empty:
         return f"test: {test}, not made for these groups"
-    whole = rows[(rows["layer"] == "") & rows["significant"]]
-    words = f"test: {test}"
-    if test != "paper" and not whole.empty:
-        words += f"; whole network significant at step {', '.join(str(step) for step in np.unique(whole['step'].dropna().astype(int)))}"
-    return words
+    if test == "paper":
+        return "test: paper"
+    found = smallest_p(rows[rows["statistic"] == "contrast"])
+    if found is None:
+        return f"test: {test}, no p"
+    return f"test: {test}, smallest p {found['p_adjusted']:.2g}, effect {effect_words(found)}"
 
 
 def difference_key(tests: set[str], alpha: float, variance: str) -> str:
@@ -258,6 +261,7 @@ def difference_key(tests: set[str], alpha: float, variance: str) -> str:
         parts.append(
             f"{'; '.join(f'Test {test}: {how[test]}' for test in valid)}. Dots, singular values of the contrast (difference "
             f"of the groups' mean gradients) with family-wise p < {alpha:g}; squares above, the steps tested, black where "
-            f"the whole layer's cosine, effective rank or distance is significant."
+            f"the whole layer's cosine, effective rank or distance is significant. Smallest p: that of the contrast; its "
+            "effect is the distance from the mean over labellings in their standard deviations, with a 95 % interval."
         )
     return " ".join(parts)

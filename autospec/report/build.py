@@ -18,7 +18,7 @@ import xarray as xr
 from autospec.cohort.files import read_table
 from autospec.cohort.record import read_participants, read_record
 from autospec.datasets.labelled import open_labelled, subjects_of
-from autospec.describe import content, network, performance_words
+from autospec.describe import content, effect_words, interval_words, network, performance_words
 from autospec.figures.differences import of_pair
 from autospec.figures.selection import shown_groups
 from autospec.paths import result
@@ -26,15 +26,13 @@ from autospec.report.template import PAGE
 from autospec.report.words import (
     VIEWS,
     difference_caption,
-    effect_words,
-    interval_words,
     page_caption,
     position_caption,
-    smallest_p,
     spectra_caption,
 )
+from autospec.statistics.calibration.tables import ALL, HOLM_OVER_STEPS, OVER_STEPS, read_part
 from autospec.statistics.paper import WHAT_IT_IS_NOT
-from autospec.statistics.table import read_confounds, read_tests
+from autospec.statistics.table import read_confounds, read_tests, smallest_p
 from autospec.storage import written_whole
 from autospec.trajectories import open_trajectories
 
@@ -48,7 +46,13 @@ class ReportSettings(TypedDict):
     scale: str
     cohort: dict[str, Any] | None
     """Names of its data sets and pictures; None where there is no cohort."""
+    calibration: bool
+    """Whether the calibration of the tests is shown."""
     experiments: list[dict[str, Any]]
+
+
+LONG = 48
+"""Texts of more characters than this are broken into lines."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,11 @@ class Cell:
     key: float | None = None
 
     @property
-    def number(self) -> bool:
-        """Whether the cell holds a number."""
-        return self.key is not None
+    def kind(self) -> str:
+        """How the cell is set: a number, a sentence, or neither."""
+        if self.key is not None:
+            return "number"
+        return "sentence" if len(self.text) > LONG else ""
 
 
 def build_report(settings: ReportSettings, inputs: list[str], output: str) -> str:
@@ -86,13 +92,20 @@ def build_report(settings: ReportSettings, inputs: list[str], output: str) -> st
     tables = [
         _table("runs", "Runs", *_runs_table(settings)),
         _table("tests", "Tests of groups", *_tests_table(settings)),
+        _table("families", "What was tested", *_families_table(settings)),
         *_confounds_table(settings, inputs),
+        *_seeds_table(settings),
         _table("audit", "Exactness", *_audit_table(settings)),
     ]
     tables = tables if experiments else []
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(PAGE).render(
-        title=settings["title"], warning=WHAT_IT_IS_NOT, experiments=experiments, tables=tables, cohort=cohort
+        title=settings["title"],
+        warning=WHAT_IT_IS_NOT,
+        experiments=experiments,
+        tables=tables,
+        cohort=cohort,
+        calibration=describe_calibration() if settings["calibration"] else None,
     )
     with written_whole(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -130,7 +143,23 @@ def _caption(tree: xr.DataTree, panel: dict[str, Any], experiment: str, settings
     if panel["compare"] is None:
         return spectra_caption(tree)
     tests = read_tests(result("tests", experiment=experiment, run=panel["run"]))
-    return difference_caption(tree, tests, panel["compare"], panel["test"], settings["variance"], settings["alpha"])
+    return difference_caption(
+        tree,
+        tests,
+        _described(experiment, panel["run"]),
+        panel["compare"],
+        panel["test"],
+        settings["variance"],
+        settings["alpha"],
+    )
+
+
+def _described(experiment: str, run: str) -> dict[str, Any]:
+    """What was tested in a run, as the table of tests is described."""
+    found: dict[str, Any] = json.loads(
+        Path(result("tests_described", experiment=experiment, run=run)).read_text("utf-8")
+    )
+    return found
 
 
 def _supplement(experiment: dict[str, Any]) -> dict[str, Any] | None:
@@ -175,7 +204,8 @@ def _runs_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
 
 def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
     rows = []
-    for experiment, run, _ in _trees(settings):
+    for experiment, run, tree in _trees(settings):
+        chance = (tree.attrs.get("performance") or {}).get("at_chance")
         tests = read_tests(result("tests", experiment=experiment["name"], run=run))
         for pair in tests[["group_a", "group_b"]].drop_duplicates().itertuples(index=False, name=None):
             of_test = {
@@ -193,6 +223,7 @@ def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
                         "layer": layer,
                         "group": pair[0],
                         "against": pair[1],
+                        "at chance": "–" if chance is None else "yes" if chance else "no",
                         "resolved values": int((~values["below_floor"]).sum()),
                         "paper: significant values": int(values["significant"].sum()),
                         "paper: significant steps": int(steps["significant"].sum()),
@@ -206,8 +237,9 @@ def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
         f"Of the gradient. Columns “paper”: {test} two-tailed t-test of {scale}, p < {settings['alpha']:g}, "
         "uncorrected, of resolved values alone: those that lie above the noise floor in both groups at every step and "
         f"change over training. {WHAT_IT_IS_NOT} Columns “permutation” and “refit”, the valid tests: the smallest "
-        "family-wise p of the contrast's singular values, where that test applies to the run and the groups; the family is every "
-        "statistic, layer, step and value that the run's description in results/statistics counts. Effects, with 95 % "
+        "family-wise p of the contrast's singular values, where that test applies to the run and the groups; the next table "
+        "says to which family it refers, and why there is none elsewhere. A difference of groups in a network at chance is no "
+        "finding. Effects, with 95 % "
         "intervals: Hedges' g of the paper's tests, elsewhere the distance from the mean over labellings in their standard "
         "deviations, of the value with the smallest p."
     )
@@ -220,6 +252,94 @@ def _valid(here: dict[str, pd.DataFrame], test: str) -> list[tuple[str, Any]]:
     found = smallest_p(rows[rows["statistic"] == "contrast"])
     p = np.nan if found is None else float(found["p_adjusted"])
     return [(f"{test}: smallest p", p), (f"{test}: effect", effect_words(found))]
+
+
+def _families_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
+    """To which family each corrected p refers, and why some groups have none."""
+    rows = []
+    for experiment, run, _ in _trees(settings):
+        for test, about in _described(experiment["name"], run)["tests"].items():
+            comparisons = about.get("comparisons", {"all": about})
+            refused = {name: {"messages": [f"Refused. {why}"]} for name, why in about.get("refused", {}).items()}
+            for name, here in [*comparisons.items(), *refused.items()]:
+                subjects = here.get("subjects", {})
+                rows.append(
+                    {
+                        "experiment": experiment["name"],
+                        "run": run,
+                        "test": test,
+                        "comparison": name,
+                        "subjects": " and ".join(map(str, subjects.values())) or "–",
+                        "labellings": str(here.get("labellings", "–")),
+                        "family of the corrected p": here.get("family", "–"),
+                        "balance of confounders": _balance_words(here.get("balance")),
+                        "note": "; ".join(here.get("messages", [])) or "–",
+                    }
+                )
+    caption = (
+        "The tests among which each p_adjusted was corrected: by the maximum of the standardised statistics, and by Holm's "
+        "method for the paper's. Where labels were drawn conditionally on confounders, their balance: the difference of the "
+        "groups' means in standard deviations, observed, and in the middle 95 % of the drawn labellings."
+    )
+    return caption, rows
+
+
+def _balance_words(balance: list[dict[str, Any]] | None) -> str:
+    return (
+        "; ".join(
+            f"{row['comparison'] + ', ' if 'comparison' in row else ''}{row['confounder']} {row['observed']:+.2f} "
+            f"(drawn {row['low']:+.2f} to {row['high']:+.2f})"
+            for row in balance or []
+        )
+        or "–"
+    )
+
+
+def _seeds_table(settings: ReportSettings) -> list[dict[str, Any]]:
+    """Variability over initialisations, with the fits' own warnings, and intervals over subjects."""
+    rows: list[dict[str, Any]] = []
+    words: dict[str, None] = {}
+    for experiment, run, _ in _trees(settings):
+        described = _described(experiment["name"], run)
+        if "seeds" not in described:
+            continue
+        resampled = described["tests"].get("permutation", {}).get("population", {})
+        population = resampled.get("comparisons", {})
+        for each in (described["seeds"], resampled):
+            words |= dict.fromkeys([each["what_it_is"]] if each else [])
+        for found in described["seeds"]["layers"]:
+            model, last = found["mixed_model"], found["last_step"]
+            again: dict[str, Any] = next(
+                (each for each in population.get(found["comparison"], []) if each["layer"] == found["layer"]), {}
+            )
+            rows.append(
+                {
+                    "experiment": experiment["name"],
+                    "run": run,
+                    "trainings": len(described["seeds"]["trainings"]),
+                    "layer": found["layer"],
+                    "comparison": found["comparison"],
+                    "log2 ratio, mixed model": interval_words(model["estimate"], model["low"], model["high"]),
+                    "deviation between seeds": _number(model["deviation_between_seeds"]),
+                    "within a training": _number(model["deviation_within"]),
+                    "log2 ratio at the last step": interval_words(
+                        last["mean"], last["bootstrap_low"], last["bootstrap_high"]
+                    ),
+                    **{
+                        f"{quantity}, subjects drawn again": interval_words(*again[name].values()) if again else "–"
+                        for name, quantity in (("log2_ratio", "log2 ratio"), ("cosine", "cosine"))
+                    },
+                    "said by the fit": "; ".join(model["warnings"])
+                    or ("converged" if model["converged"] else "did not converge"),
+                }
+            )
+    if not rows:
+        return []
+    return [_table("seeds", "Seeds", " ".join(words), rows)]
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value
 
 
 def _confounds_table(settings: ReportSettings, inputs: list[str]) -> list[dict[str, Any]]:
@@ -357,6 +477,32 @@ def describe_cohort(shown: dict[str, Any]) -> dict[str, Any]:
             _table("exclusions", "Left out", "Everybody who is not in both halves, and why.", exclusions),
             _table("datasets", "Data sets", "What networks are trained on.", datasets),
         ],
+    }
+
+
+def describe_calibration() -> dict[str, Any]:
+    """What the page says of the calibration: its figure, and how often each test rejects in a whole run."""
+    found = read_part(result("calibration"))
+    families = {ALL: "whole run, family-wise", OVER_STEPS: OVER_STEPS, HOLM_OVER_STEPS: HOLM_OVER_STEPS}
+    of_run = found[found["statistic"].isin([ALL, "gradient"]) & (found["step"] == ALL) & found["values"].isin(families)]
+    rows = [
+        {
+            **{name: row[name] for name in ("data", "groups", "confounding", "task", "test")},
+            "values": families[row["values"]],
+            "per cent": 100 * row["rate"],
+            "95 % interval": f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+            "repetitions": row["repetitions"],
+            "refused": row["refusals"],
+            "expected": row["why"] or ("alpha" if row["expected"] == "alpha" else "–"),
+        }
+        for row in of_run.to_dict("records")
+    ]
+    described = json.loads(Path(result("calibration_described")).read_text("utf-8"))
+    columns = {name: described["columns"][name] for name in ("data", "confounding")}
+    caption = f"{described['method']} {'; '.join(f'{name}: {words}' for name, words in columns.items())}."
+    return {
+        "image": _embedded(result("calibration_figure", extension="png")),
+        "table": _table("rates", "Rejections where nothing differs", caption, rows),
     }
 
 

@@ -9,7 +9,7 @@ PAGE = """\
 <thead><tr>{% for column in table.columns %}<th scope="col" aria-sort="none"><button type="button">{{ column }}</button></th>
 {% endfor %}</tr></thead>
 <tbody>
-{% for row in table.rows %}<tr>{% for cell in row %}<td{% if cell.number %} class="number"{% endif %}
+{% for row in table.rows %}<tr>{% for cell in row %}<td{% if cell.kind %} class="{{ cell.kind }}"{% endif %}
 {%- if cell.key is not none %} data-key="{{ cell.key }}"{% endif %}>{{ cell.text }}</td>{% endfor %}</tr>
 {% endfor %}</tbody>
 </table>
@@ -43,6 +43,7 @@ p.caption { color: var(--soft); font-size: .95rem; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .5rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
 td.number { text-align: right; }
+td.sentence { white-space: normal; min-width: 22rem; }
 thead th { white-space: normal; min-width: 3.75rem; vertical-align: bottom; }
 thead th { position: sticky; top: 0; background: #f3f3f3; }
 thead button { all: unset; cursor: pointer; font-weight: 600; }
@@ -63,6 +64,7 @@ for the whole batch and for each group of samples.</p>{% endif %}
 {% if experiments %}<li><a href="#reading">How to read the figures</a></li>
 {% for experiment in experiments %}<li><a href="#figure-{{ experiment.key }}">{{ experiment.heading }}</a></li>
 {% endfor %}<li><a href="#tables">Tables</a></li>{% endif %}
+{% if calibration %}<li><a href="#calibration">How often the tests err</a></li>{% endif %}
 </ul></nav>
 {% if cohort %}
 <section aria-labelledby="cohort">
@@ -137,6 +139,18 @@ Hatched cells lie beyond the rank that either group's samples allow.</li>
 <p>Click a column's head to sort by it. The full tables of tests are in <code>results/statistics</code>, the
 trajectories in <code>results/runs</code>; <code>autospec.open_trajectories(path)</code> opens them.</p>
 {% for table in tables %}{{ show(table) }}{% endfor %}
+</section>
+{% endif %}
+{% if calibration %}
+<section aria-labelledby="calibration">
+<h2 id="calibration">How often the tests err</h2>
+<p>Each test on many studies in which the truth is known. A test at 5 % should reject in 5 % of those in which nothing
+differs.</p>
+<figure>
+<img src="{{ calibration.image }}" alt="False positives and power of each test">
+<figcaption>Above: rejections where the labels make no difference, with exact 95 % intervals. Below: power.</figcaption>
+</figure>
+{{ show(calibration.table) }}
 </section>
 {% endif %}
 <script>

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import xarray as xr
 
-from autospec.describe import content, performance_words
+from autospec.describe import content, effect_words, performance_words
 from autospec.figures.differences import of_pair
+from autospec.statistics.table import NO_P, comparison_name, smallest_p
 
 # Title and caption of each picture of a cohort.
 VIEWS = {
@@ -98,60 +99,65 @@ def position_caption(tree: xr.DataTree, pair: list[str]) -> str:
 
 
 def difference_caption(
-    tree: xr.DataTree, tests: pd.DataFrame, pair: list[str], test: str, variance: str, alpha: float
+    tree: xr.DataTree,
+    tests: pd.DataFrame,
+    described: Mapping[str, Any],
+    pair: list[str],
+    test: str,
+    variance: str,
+    alpha: float,
 ) -> str:
     """Caption of a panel of differences: what it marks, and every test of this pair beside each other."""
     return (
         f"Colour: the logarithm (base 2) of the ratio of the singular values of {pair[0]} to those of {pair[1]}, at each "
         f"recorded step; dotted grey below the noise floor, hatched beyond the rank that either group's samples allow. "
-        f"The marks are those of the test {test}. {test_words(tests, pair, variance, alpha)}{_held_out(tree)}"
+        f"The marks are those of the test {test}. {test_words(tests, described, pair, variance, alpha)}{_held_out(tree)}"
     )
 
 
-def test_words(tests: pd.DataFrame, pair: list[str], variance: str, alpha: float) -> str:
-    """Every test of two groups: the paper's beside the valid ones, and which is which."""
+def test_words(tests: pd.DataFrame, described: Mapping[str, Any], pair: list[str], variance: str, alpha: float) -> str:
+    """Every test of two groups: the paper's beside the valid ones, which is which, and to which family a p refers."""
     rows = of_pair(tests, pair, "paper", variance)
     values, steps = rows[rows["step"].isna() & ~rows["below_floor"]], rows[rows["index"].isna()]
     words = [
         f"paper (describes this run, no evidence about groups): {int(values['significant'].sum())} of {len(values)} "
         f"singular values that lie above the noise floor at every step and change over training, and "
-        f"{int(steps['significant'].sum())} of {len(steps)} steps, have p < {alpha:g}"
+        f"{int(steps['significant'].sum())} of {len(steps)} steps, have p < {alpha:g}, uncorrected"
     ]
     for name, valid in (
-        ("permutation", "valid where neither weights nor labels know the groups"),
+        ("permutation", "valid where neither weights nor adjoints have seen the labels"),
         ("refit", "valid for classifiers"),
     ):
+        about = of_comparison(described, name, pair)
         rows = of_pair(tests, pair, name, variance)
         contrast = rows[rows["statistic"] == "contrast"]
         if rows.empty:
-            words.append(f"{name}: not made for these groups")
+            words.append(f"{name}: not made for these groups{about['why_not']}")
             continue
         smallest = smallest_p(contrast)
-        least = "none has one" if smallest is None else f"the smallest is {smallest['p_adjusted']:.3g}"
+        least = (
+            f"none has one{about['why_not']}" if smallest is None else f"the smallest is {smallest['p_adjusted']:.3g}"
+        )
         effect = "" if smallest is None else f" with an effect of {effect_words(smallest)} standard deviations"
         words.append(
             f"{name} ({valid}): {int(contrast['significant'].sum())} of {len(contrast)} singular values of the contrast "
-            f"have a family-wise p < {alpha:g}; {least}{effect}"
+            f"have a family-wise p < {alpha:g}; {least}{effect}{about['family']}"
         )
     return f"Tests: {'; '.join(words)}."
 
 
-def smallest_p(rows: pd.DataFrame) -> pd.Series | None:
-    """The row with the smallest corrected p; None where there is none."""
-    p = rows["p_adjusted"].to_numpy(dtype=float)
-    return rows.iloc[int(np.nanargmin(p))] if np.isfinite(p).any() else None
-
-
-def effect_words(row: pd.Series | None) -> str:
-    """Size of an effect with its 95 % interval."""
-    if row is None:
-        return "–"
-    return interval_words(row["effect_size"], row["effect_low"], row["effect_high"])
-
-
-def interval_words(estimate: float, low: float, high: float) -> str:
-    """A number with its interval."""
-    return f"{estimate:.2g} ({low:.2g} to {high:.2g})" if np.isfinite(estimate) else "–"
+def of_comparison(described: Mapping[str, Any], test: str, pair: list[str]) -> dict[str, str]:
+    """To which family a valid test's corrected p refers, and why there is no p, each to be appended to a sentence."""
+    about = described["tests"].get(test, {})
+    names = {comparison_name(*pair), comparison_name(*reversed(pair))}
+    here = next((each for name, each in about.get("comparisons", {}).items() if name in names), about)
+    refused = next((why for name, why in about.get("refused", {}).items() if name in names), "")
+    why_not = refused or next((each for each in here.get("messages", []) if NO_P in each), "")
+    family = here.get("family", "").rstrip(".")
+    return {
+        "family": f"; the family is {family}" if family else "",
+        "why_not": f" ({why_not[0].lower()}{why_not[1:].rstrip('.')})" if why_not else "",
+    }
 
 
 def _held_out(tree: xr.DataTree) -> str:

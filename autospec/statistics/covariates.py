@@ -9,6 +9,7 @@ import xarray as xr
 
 from autospec.datasets.labelled import covariates_of, group_labels
 from autospec.statistics.matching import BALANCED, matched_pairs, standardised_difference
+from autospec.statistics.table import NO_P
 
 # Covariates that a matched subsample is matched for, beside sex.
 MATCHED = ("age", "mean_fd")
@@ -90,7 +91,7 @@ def imbalance_after_matching(worst: float) -> str:
     """Say why no p may be given among matched subjects; empty where they are alike enough."""
     if worst <= BALANCED:
         return ""
-    return f"an imbalance of {worst:.2f} standard deviations remains after matching, so no p is given"
+    return f"an imbalance of {worst:.2f} standard deviations remains after matching, so {NO_P}"
 
 
 def balance_in_words(

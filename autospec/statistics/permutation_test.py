@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,9 @@ CLUSTER_COLUMNS = (
     "first_step",
     "last_step",
     "mass",
+    "effect_size",
+    "effect_low",
+    "effect_high",
     "p_adjusted",
 )
 
@@ -205,7 +209,8 @@ class Tests:
         One row for each value of each statistic, layer and step, with the columns of `table.COLUMNS`.  The intervals of
         the statistic and of its effect size are those of `null.standardised_effect`.
     clusters : DataFrame
-        One row for each run of steps above the threshold, with its family-wise p; the columns are `CLUSTER_COLUMNS`.
+        One row for each run of steps above the threshold, with its family-wise p; the columns are `CLUSTER_COLUMNS`.  Its
+        effect size is that of the standardised statistic's mean over the run's steps.
     family : str
         To which tests a corrected p refers.
     messages : list of str
@@ -330,7 +335,7 @@ def _clusters(
     steps = sorted(distributions.steps)
     keys = dict.fromkeys(key for step in steps for key in distributions.steps[step])
     largest = np.zeros(len(distributions.labellings))
-    rows: list[tuple[str, str, int, int, int, float]] = []
+    rows: list[tuple[Any, ...]] = []
     for layer, statistic in keys:
         found = [distributions.steps[step].get((layer, statistic)) for step in steps]
         width = max(each.values.shape[1] for each in found if each is not None)
@@ -352,8 +357,20 @@ def _clusters(
             observed = np.where(above[:, k], z[0, :, k], -math.inf)
             for first, last, mass in null.clusters(observed, threshold[:, k]):
                 index = k + 1 if statistic in measures.SPECTRAL else 0
-                rows.append((layer, statistic, index, steps[first], steps[last], mass))
-    table = pd.DataFrame(rows, columns=["layer", "statistic", "index", "first_step", "last_step", "mass"])
+                effect = null.standardised_effect(z[:, first : last + 1, k].mean(1))
+                rows.append((layer, statistic, index, steps[first], steps[last], mass, *map(float, effect)))
+    names = [
+        "layer",
+        "statistic",
+        "index",
+        "first_step",
+        "last_step",
+        "mass",
+        "effect_size",
+        "effect_low",
+        "effect_high",
+    ]
+    table = pd.DataFrame(rows, columns=names)
     masses = table["mass"].to_numpy(dtype=float)
     p = np.minimum(null.familywise_p(masses, largest, null.TIE * np.abs(masses)) * comparisons, 1)
     table["p_adjusted"] = np.full(len(table), np.nan) if distributions.labellings.refused else p

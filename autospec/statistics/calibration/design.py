@@ -9,6 +9,8 @@ GROUPS = {"equal": (32, 32), "unequal": (48, 16)}
 DATA = ("volumes", "digits")
 TASKS = ("autoencoder", "classifier")
 CONFOUNDING = ("none", "number", "strata")
+# Confounders of which the conditional test's model of the label, which is linear in the number, is wrong.
+MISSPECIFIED = ("square", "threshold", "cube", "wave")
 HIDDEN, LEARNING_RATE = 8, 0.01
 STEPS = (0, 10, 50)
 EFFECTS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
@@ -16,7 +18,8 @@ POWER_STEPS = (0, 10, 20, 50, 100, 200)
 POWER_REFIT_STEPS = POWER_STEPS[:4]
 PAPER, PERMUTATION, REFIT = "paper", "permutation", "refit"
 # How the labellings of a test meet the confounder.
-MEETING = {"none": "", "number": " conditional on the confounder", "strata": " within strata"}
+CONDITIONAL = " conditional on the confounder"
+MEETING = {"none": "", "number": CONDITIONAL, "strata": " within strata", **dict.fromkeys(MISSPECIFIED, CONDITIONAL)}
 
 
 class CalibrationSettings(TypedDict):
@@ -45,4 +48,4 @@ QUICK: CalibrationSettings = {
 def parts() -> list[str]:
     """Names of the parts, each of which is a job of its own."""
     null = [f"{data}-{groups}-{kind}" for data in DATA for groups in GROUPS for kind in CONFOUNDING]
-    return [*null, *(f"power-{effect:g}" for effect in EFFECTS)]
+    return [*null, *(f"power-{effect:g}" for effect in EFFECTS), *(f"model-{shape}" for shape in MISSPECIFIED)]

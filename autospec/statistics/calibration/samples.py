@@ -6,6 +6,7 @@ the data: whoever looks at the groups alone finds a difference that the label di
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,11 +15,19 @@ from scipy import optimize, special
 
 from autospec.cohort.simulation import framewise_displacement, movement, regional_volumes
 from autospec.cohort.typical_volumes import SEGMENT_NUMBERS
+from autospec.statistics.calibration.design import MISSPECIFIED
 
 # How strongly motion, or the site, changes every volume: standard deviations of the volume between people.
 CONFOUNDED_VOLUME = 0.5
 # Change of the label's log odds by a standard deviation of the confounder, or by the second stratum.
-CONFOUNDED_LABEL = {"none": 0.0, "number": 1.0, "strata": 1.5}
+CONFOUNDED_LABEL = {"none": 0.0, "number": 1.0, "strata": 1.5, **dict.fromkeys(MISSPECIFIED, 1.0)}
+# What label and data depend on in place of the standardised number itself.
+SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "square": np.square,
+    "threshold": lambda z: (z > 1).astype(np.float64),
+    "cube": lambda z: z**3 - 3 * z,
+    "wave": lambda z: np.sin(3 * z),
+}
 VOLUMES = 60
 """Of each simulated image, whose mean framewise displacement is the motion."""
 MEN = 0.75
@@ -49,7 +58,7 @@ class Source(Protocol):
     """Draws the samples of a repetition."""
 
     def __call__(self, generator: np.random.Generator, in_first: int, in_second: int, confounding: str) -> Drawn:
-        """Groups of these sizes, with a confounder of the kind ``none``, ``number`` or ``strata``."""
+        """Groups of these sizes, with a confounder of the kind ``none``, ``number`` or ``strata``, or one of `SHAPES`."""
         ...
 
 
@@ -88,6 +97,7 @@ class Volumes:
 
     Without an effect the groups do not differ.  Where the confounder is a number it is the logarithm of mean framewise
     displacement, and every volume is measured smaller with motion; strata are two sites, of which the second measures larger.
+    Where it is one of `SHAPES`, label and volumes depend on this function of motion, and the confounder is motion itself.
 
     Parameters
     ----------
@@ -102,18 +112,19 @@ class Volumes:
         """Draw a repetition's participants."""
         count = in_first + in_second
         confounder = np.zeros(count)
-        if confounding == "number":
+        if confounding == "number" or confounding in SHAPES:
             motion = [framewise_displacement(movement(generator, VOLUMES)).mean() for _ in range(count)]
             confounder = standardised_columns(np.log(motion))
         elif confounding == "strata":
             confounder = generator.permutation(np.arange(count) % 2).astype(np.float64)
-        labels = draw_labels(generator, CONFOUNDED_LABEL[confounding] * confounder, in_first)
+        acting = standardised_columns(SHAPES[confounding](confounder)) if confounding in SHAPES else confounder
+        labels = draw_labels(generator, CONFOUNDED_LABEL[confounding] * acting, in_first)
         people = [
             regional_volumes(generator, self.effect, bool(patient), bool(generator.random() < MEN))[0]
             for patient in labels
         ]
         x = standardised_columns(np.array([[person[name] for name in SEGMENT_NUMBERS] for person in people]))
-        shift = CONFOUNDED_VOLUME * (-confounder if confounding == "number" else confounder)
+        shift = CONFOUNDED_VOLUME * (acting if confounding == "strata" else -acting)
         return Drawn(standardised_columns(x + shift[:, None]).astype(np.float32), labels, confounder)
 
 

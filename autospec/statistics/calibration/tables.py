@@ -17,6 +17,7 @@ from autospec.statistics.calibration.design import (
     GROUPS,
     HIDDEN,
     LEARNING_RATE,
+    MISSPECIFIED,
     PAPER,
     PERMUTATION,
     POWER_REFIT_STEPS,
@@ -44,7 +45,8 @@ COLUMNS = {
     "groups": "sizes of the two groups",
     "effect": "Cohen's d of eight of the 39 volumes; 0: the labels say nothing that the confounder does not say",
     "confounding": "none; number: the label's odds and the data depend on a number (head motion, or ink); strata: on one of "
-    "two strata (site, or half of the ink)",
+    "two strata (site, or half of the ink); square, threshold, cube, wave: on this function of head motion, which the "
+    "conditional test's model of the label, linear in motion, does not describe",
     "test": "the paper's t-tests, permutation of labels at fixed weights, or refit: training again with permuted labels",
     "statistic": "what was compared: the spectrum of the contrast, the difference of the groups' spectra, the cosine, the "
     "difference of effective ranks, the contrast's norm, all of them together, or the groups' spectra (paper)",
@@ -121,6 +123,8 @@ def expectation(task: str, test: str, confounding: str) -> dict[str, str]:
         return {"expected": "above", "offered": "no", "why": "the weights and adjoints have seen the labels"}
     if confounding != "none" and test in (PERMUTATION, REFIT):
         return {"expected": "above", "offered": "yes", "why": "the confounder is left out"}
+    if confounding in MISSPECIFIED:
+        return {"expected": "above", "offered": "yes", "why": "the model of the label is wrong"}
     return {"expected": "alpha", "offered": "yes", "why": ""}
 
 
