@@ -228,7 +228,7 @@ def test_the_caption_shows_the_paper_beside_the_valid_test_and_says_which_is_whi
     assert "The marks are those of the test permutation." in words
     assert "paper (describes this run, no evidence about groups): " in words
     assert (
-        "1 of 2 singular values of the contrast have a family-wise p < 0.05; the smallest is 0.01 with an effect of 4.2 "
+        "1 of 2 singular values of the contrast have a family-wise p of at most 0.05; the smallest is 0.01 with an effect of 4.2 "
         "(2.5 to 6) standard deviations; the family is 24 tests: contrast (24 values in 2 layers and 4 steps); refit: not "
         "made for these groups." in words
     )

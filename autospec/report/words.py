@@ -141,7 +141,7 @@ def test_words(tests: pd.DataFrame, described: Mapping[str, Any], pair: list[str
         effect = "" if smallest is None else f" with an effect of {effect_words(smallest)} standard deviations"
         words.append(
             f"{name} ({valid}): {int(contrast['significant'].sum())} of {len(contrast)} singular values of the contrast "
-            f"have a family-wise p < {alpha:g}; {least}{effect}{about['family']}"
+            f"have a family-wise p of at most {alpha:g}; {least}{effect}{about['family']}"
         )
     return f"Tests: {'; '.join(words)}."
 

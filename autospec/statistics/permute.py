@@ -255,7 +255,7 @@ def describe(
     for question, each, tests in zip(plan.questions, distributions, found, strict=False):
         comparison = question.comparison
         in_first = comparison.in_first
-        clusters = tests.clusters[tests.clusters["p_adjusted"] < settings["alpha"]]
+        clusters = tests.clusters[tests.clusters["p_adjusted"] <= settings["alpha"]]
         comparisons[comparison.name] = {
             "subjects": {comparison.first: int(in_first.sum()), comparison.second: int((~in_first).sum())},
             "strata": int(comparison.stratum.max()) + 1,

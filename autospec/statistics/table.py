@@ -55,7 +55,8 @@ COLUMNS: Mapping[str, str] = {
     "p_bh": "P-value adjusted by Benjamini and Hochberg, which controls the false discovery rate.",
     "p_holm": "P-value adjusted by Holm.",
     "significant": (
-        "Whether p is below alpha, uncorrected as in the paper, of the paper's tests; whether p_adjusted is elsewhere."
+        "Whether p is below alpha, uncorrected as in the paper, of the paper's tests; whether p_adjusted is at most alpha "
+        "elsewhere."
     ),
     "below_floor": "Whether rounding alone could have made the values; such rows are not tested.",
 }
