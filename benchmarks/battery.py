@@ -196,8 +196,7 @@ def row(title: str, costs: list[Cost]) -> str:
     total = sum(sums.values())
 
     def range_of(values: list[float]) -> str:
-        low, high = min(values), max(values)
-        return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+        return " to ".join(dict.fromkeys(_three_digits(value) for value in (min(values), max(values))))
 
     cells = [
         title,
@@ -206,10 +205,14 @@ def row(title: str, costs: list[Cost]) -> str:
         range_of([cost.recorded for cost in costs]),
         range_of([1000 * cost.plain for cost in costs]),
         range_of([1000 * cost.watching for cost in costs]),
-        f"{total / 60:.3g}",
+        _three_digits(total / 60),
         *(f"{100 * sums[kind] / total:.0f} %" for kind in KINDS),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _three_digits(value: float) -> str:
+    return f"{float(f'{value:.3g}'):g}"
 
 
 def machine(device: str) -> str:
