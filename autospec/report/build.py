@@ -70,6 +70,16 @@ class Cell:
         return "sentence" if len(self.text) > LONG else ""
 
 
+@dataclass(frozen=True)
+class Run:
+    """What the tables need of a run's trajectories, which are read once and not kept."""
+
+    experiment: dict[str, Any]
+    name: str
+    attrs: dict[str, Any]
+    curves: xr.Dataset
+
+
 def build_report(settings: ReportSettings, inputs: list[str], output: str) -> str:
     """Write the report.
 
@@ -87,15 +97,21 @@ def build_report(settings: ReportSettings, inputs: list[str], output: str) -> st
     str
         One line that says what the report holds.
     """
-    experiments = [_experiment(experiment, settings) for experiment in settings["experiments"]]
+    experiments, runs = [], []
+    for experiment in settings["experiments"]:
+        trees = {
+            run: open_trajectories(result("run", experiment=experiment["name"], run=run)) for run in experiment["runs"]
+        }
+        experiments.append(_experiment(experiment, trees, settings))
+        runs += [Run(experiment, run, tree.attrs, tree["training"].to_dataset()) for run, tree in trees.items()]
     cohort = None if settings["cohort"] is None else describe_cohort(settings["cohort"])
     tables = [
-        _table("runs", "Runs", *_runs_table(settings)),
-        _table("tests", "Tests of groups", *_tests_table(settings)),
-        _table("families", "What was tested", *_families_table(settings)),
+        _table("runs", "Runs", *_runs_table(runs)),
+        _table("tests", "Tests of groups", *_tests_table(runs, settings)),
+        _table("families", "What was tested", *_families_table(runs)),
         *_confounds_table(settings, inputs),
-        *_seeds_table(settings),
-        _table("audit", "Exactness", *_audit_table(settings)),
+        *_seeds_table(runs),
+        _table("audit", "Exactness", *_audit_table(runs)),
     ]
     tables = tables if experiments else []
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -114,14 +130,13 @@ def build_report(settings: ReportSettings, inputs: list[str], output: str) -> st
     return f"{output}: {more}{len(experiments)} figure{'s' * (len(experiments) != 1)}, {panels} panels, {len(tables)} tables, from {len(inputs)} files"
 
 
-def _experiment(experiment: dict[str, Any], settings: ReportSettings) -> dict[str, Any]:
+def _experiment(experiment: dict[str, Any], trees: dict[str, xr.DataTree], settings: ReportSettings) -> dict[str, Any]:
     name = experiment["name"]
     samples = open_labelled(result("dataset", dataset=experiment["dataset"]))
     panels = []
     for panel in experiment["panels"]:
-        tree = open_trajectories(result("run", experiment=name, run=panel["run"]))
         image = _embedded(result("panel", experiment=name, panel=panel["name"], extension="png"))
-        caption = _caption(tree, panel, name, settings)
+        caption = _caption(trees[panel["run"]], panel, name, settings)
         panels.append({"letter": panel["letter"], "content": content(panel), "caption": caption, "image": image})
     origin = "Simulated data" if samples.attrs.get("simulated") else "Real data"
     return {
@@ -175,16 +190,15 @@ def _supplement(experiment: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _runs_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
+def _runs_table(runs: list[Run]) -> tuple[str, list[dict[str, Any]]]:
     rows = []
-    for experiment, run, tree in _trees(settings):
-        chosen = experiment["runs"][run]
-        curves = tree["training"].to_dataset()
-        used = json.loads(Path(result("run_resources", experiment=experiment["name"], run=run)).read_text())
+    for run in runs:
+        chosen, curves = run.experiment["runs"][run.name], run.curves
+        used = json.loads(Path(result("run_resources", experiment=run.experiment["name"], run=run.name)).read_text())
         rows.append(
             {
-                "experiment": experiment["name"],
-                "run": run,
+                "experiment": run.experiment["name"],
+                "run": run.name,
                 "task": chosen["task"],
                 "hidden": " x ".join(map(str, chosen["hidden"])),
                 "activation": chosen["activation"],
@@ -192,21 +206,21 @@ def _runs_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
                 "first loss": float(curves["loss"][0]),
                 "final loss": float(curves["loss"][-1]),
                 "final accuracy": float(curves["accuracy"][-1]) if "accuracy" in curves else np.nan,
-                "held-out samples": performance_words(tree.attrs.get("performance")) or "–",
+                "held-out samples": performance_words(run.attrs.get("performance")) or "–",
                 "wall seconds": used["wall_seconds"],
                 "CPU seconds": used["cpu_seconds"],
                 "peak memory (MiB)": used["peak_memory_mib"],
-                "device": tree.attrs["device"],
+                "device": run.attrs["device"],
             }
         )
     return "Loss is that of the batch before the update; final accuracy is on the training samples.", rows
 
 
-def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
+def _tests_table(runs: list[Run], settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
     rows = []
-    for experiment, run, tree in _trees(settings):
-        chance = (tree.attrs.get("performance") or {}).get("at_chance")
-        tests = read_tests(result("tests", experiment=experiment["name"], run=run))
+    for run in runs:
+        chance = (run.attrs.get("performance") or {}).get("at_chance")
+        tests = read_tests(result("tests", experiment=run.experiment["name"], run=run.name))
         for pair in tests[["group_a", "group_b"]].drop_duplicates().itertuples(index=False, name=None):
             of_test = {
                 test: of_pair(tests, list(pair), test, settings["variance"])
@@ -218,8 +232,8 @@ def _tests_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
                 values, steps = gradient[gradient["step"].isna()], gradient[gradient["index"].isna()]
                 rows.append(
                     {
-                        "experiment": experiment["name"],
-                        "run": run,
+                        "experiment": run.experiment["name"],
+                        "run": run.name,
                         "layer": layer,
                         "group": pair[0],
                         "against": pair[1],
@@ -254,19 +268,19 @@ def _valid(here: dict[str, pd.DataFrame], test: str) -> list[tuple[str, Any]]:
     return [(f"{test}: smallest p", p), (f"{test}: effect", effect_words(found))]
 
 
-def _families_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
+def _families_table(runs: list[Run]) -> tuple[str, list[dict[str, Any]]]:
     """To which family each corrected p refers, and why some groups have none."""
     rows = []
-    for experiment, run, _ in _trees(settings):
-        for test, about in _described(experiment["name"], run)["tests"].items():
+    for run in runs:
+        for test, about in _described(run.experiment["name"], run.name)["tests"].items():
             comparisons = about.get("comparisons", {"all": about})
             refused = {name: {"messages": [f"Refused. {why}"]} for name, why in about.get("refused", {}).items()}
             for name, here in [*comparisons.items(), *refused.items()]:
                 subjects = here.get("subjects", {})
                 rows.append(
                     {
-                        "experiment": experiment["name"],
-                        "run": run,
+                        "experiment": run.experiment["name"],
+                        "run": run.name,
                         "test": test,
                         "comparison": name,
                         "subjects": " and ".join(map(str, subjects.values())) or "–",
@@ -295,12 +309,12 @@ def _balance_words(balance: list[dict[str, Any]] | None) -> str:
     )
 
 
-def _seeds_table(settings: ReportSettings) -> list[dict[str, Any]]:
+def _seeds_table(runs: list[Run]) -> list[dict[str, Any]]:
     """Variability over initialisations, with the fits' own warnings, and intervals over subjects."""
     rows: list[dict[str, Any]] = []
     words: dict[str, None] = {}
-    for experiment, run, _ in _trees(settings):
-        described = _described(experiment["name"], run)
+    for run in runs:
+        described = _described(run.experiment["name"], run.name)
         if "seeds" not in described:
             continue
         resampled = described["tests"].get("permutation", {}).get("population", {})
@@ -314,8 +328,8 @@ def _seeds_table(settings: ReportSettings) -> list[dict[str, Any]]:
             )
             rows.append(
                 {
-                    "experiment": experiment["name"],
-                    "run": run,
+                    "experiment": run.experiment["name"],
+                    "run": run.name,
                     "trainings": len(described["seeds"]["trainings"]),
                     "layer": found["layer"],
                     "comparison": found["comparison"],
@@ -388,14 +402,14 @@ def _confounds_table(settings: ReportSettings, inputs: list[str]) -> list[dict[s
     return [_table("confounds", "Is it just motion?", caption, rows)]
 
 
-def _audit_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
+def _audit_table(runs: list[Run]) -> tuple[str, list[dict[str, Any]]]:
     rows = []
-    for experiment, run, tree in _trees(settings):
-        audit = tree.attrs["audit"]
+    for run in runs:
+        audit = run.attrs["audit"]
         rows.append(
             {
-                "experiment": experiment["name"],
-                "run": run,
+                "experiment": run.experiment["name"],
+                "run": run.name,
                 "audited steps": len(audit["steps"]),
                 "largest error against float64": audit["largest_error"],
                 "largest deviation of the shares' sum": audit["largest_guard_deviation"],
@@ -409,14 +423,6 @@ def _audit_table(settings: ReportSettings) -> tuple[str, list[dict[str, Any]]]:
         "the sum of the groups' shares against the gradient that arrived (in units of rounding)."
     )
     return caption, rows
-
-
-def _trees(settings: ReportSettings) -> list[tuple[dict[str, Any], str, xr.DataTree]]:
-    return [
-        (experiment, run, open_trajectories(result("run", experiment=experiment["name"], run=run)))
-        for experiment in settings["experiments"]
-        for run in experiment["runs"]
-    ]
 
 
 def describe_cohort(shown: dict[str, Any]) -> dict[str, Any]:
