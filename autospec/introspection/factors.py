@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Numbers in the patches that are multiplied at a time: about what a core's cache holds.
-PIECE = 2**19
+# Numbers in the patches that are multiplied at a time: about what a core's cache holds; and positions, whose products are
+# summed in float32.
+PIECE, TERMS = 2**19, 2**12
 # Rounding of a product of that size in float32, in units of eps: of sums whose terms are of either sign, relative to the
 # root of the terms' squares, and of sums whose terms agree, relative to the sum (measured: 2.3 and 0.8).
 ROUNDING_OF_WALK, ROUNDING_OF_SUM = 2.5, 1.0
@@ -81,8 +82,9 @@ class Factors(ABC):
 
 
 def square(tensor: Tensor) -> Tensor:
-    """Sum of the squares of a contiguous tensor's numbers."""
-    return torch.dot(tensor.view(-1), tensor.view(-1))
+    """Sum of the squares of a tensor's numbers."""
+    numbers = tensor.reshape(-1)
+    return torch.dot(numbers, numbers)
 
 
 def single(tensor: Tensor) -> Tensor:
@@ -183,31 +185,41 @@ class Convolution(Factors):
 
     @property
     def in_pieces(self) -> bool:
-        """In one dimension on the CPU patches cost little, and sums of short products are exact where long ones are not."""
-        return len(self.kernel) == 3 and self.groups == 1 and self.adjoint.device.type == "cpu"
+        """In one and two dimensions on the CPU patches cost little, and sums of short products are exact where long are not."""
+        return len(self.kernel) <= 4 and self.groups == 1 and self.adjoint.device.type == "cpu"
 
     def add_pieces(self, total: Tensor) -> Tensor:
         """Add the share as products of rows and patches of a few items each, which stay in the processor's cache."""
         rows, image = (self.activation, self.adjoint) if self.transposed else (self.adjoint, self._padded())
-        size, positions, outputs = self.kernel[2], rows.shape[2], len(total)
-        reach = (positions - 1) * self.stride[0] + (size - 1) * self.dilation[0] + 1
-        after = max(reach - image.shape[2] - self.padding[0], 0)  # as long as the last position reaches
-        image = F.pad(image, (self.padding[0], after))
-        item, channel, step = image.stride()
+        space, positions = self.kernel[2:], rows.shape[2:]
+        margins: list[int] = []
+        for size, count, stride, padding, dilation, there in zip(
+            space, positions, self.stride, self.padding, self.dilation, image.shape[2:], strict=True
+        ):
+            reach = (count - 1) * stride + (size - 1) * dilation + 1
+            margins = [padding, max(reach - there - padding, 0), *margins]  # as far as the last position reaches
+        image = F.pad(image, margins)
+        item, channel, *steps = image.stride()
         windows = image.as_strided(
-            (self.kernel[1], size, len(rows), positions),
-            (channel, step * self.dilation[0], item, step * self.stride[0]),
+            (self.kernel[1], *space, len(rows), *positions),
+            (
+                channel,
+                *(step * dilation for step, dilation in zip(steps, self.dilation, strict=True)),
+                item,
+                *(step * stride for step, stride in zip(steps, self.stride, strict=True)),
+            ),
         )
+        size, many, outputs = math.prod(space), math.prod(positions), len(total)
         width = self.kernel[1] * size
-        count = max(1, PIECE // (width * positions))
-        patches = rows.new_empty(width * min(count, len(rows)) * positions)
+        count = max(1, min(PIECE // width, TERMS) // many)
+        patches = rows.new_empty(width * min(count, len(rows)) * many)
         products = rows.new_empty(-(-len(rows) // count), outputs, width)
-        parts = zip(products, rows.split(count), windows.split(count, dim=2), strict=True)
+        parts = zip(products, rows.split(count), windows.split(count, dim=1 + len(space)), strict=True)
         for product, some, seen in parts:
             patch = patches[: seen.numel()].view(seen.shape).copy_(seen).view(width, -1)
             torch.mm(some.transpose(0, 1).flatten(1), patch.T, out=product)
         total += products.sum(0, dtype=torch.float64)
-        walk = square(rows) * square(image) * size / max(len(rows) * positions, 1)
+        walk = square(rows) * square(image) * size / max(len(rows) * many, 1)
         return torch.finfo(rows.dtype).eps ** 2 * (ROUNDING_OF_WALK**2 * walk + ROUNDING_OF_SUM**2 * square(products))
 
     def activation_rows(self) -> Tensor:
