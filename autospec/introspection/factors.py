@@ -87,6 +87,22 @@ def square(tensor: Tensor) -> Tensor:
     return torch.dot(numbers, numbers)
 
 
+def rounding(left: Tensor, right: Tensor, products: Tensor, times: float | None = None) -> Tensor:
+    """Square of what the rounding of products that are summed in pieces may be (Frobenius).
+
+    Parameters
+    ----------
+    left, right : Tensor
+        The factors.
+    products : Tensor
+        The product of each piece, before they are summed.
+    times : float, optional
+        How often an entry of one factor meets one of the other, over the number of terms of a sum; 1 / rows by default.
+    """
+    walk = square(left) * square(right) * (1 / max(len(left), 1) if times is None else times)
+    return torch.finfo(left.dtype).eps ** 2 * (ROUNDING_OF_WALK**2 * walk + ROUNDING_OF_SUM**2 * square(products))
+
+
 def single(tensor: Tensor) -> Tensor:
     """Half precision, in which training may compute but nothing should be summed, as float32."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
@@ -219,8 +235,7 @@ class Convolution(Factors):
             patch = patches[: seen.numel()].view(seen.shape).copy_(seen).view(width, -1)
             torch.mm(some.transpose(0, 1).flatten(1), patch.T, out=product)
         total += products.sum(0, dtype=torch.float64)
-        walk = square(rows) * square(image) * size / max(len(rows) * many, 1)
-        return torch.finfo(rows.dtype).eps ** 2 * (ROUNDING_OF_WALK**2 * walk + ROUNDING_OF_SUM**2 * square(products))
+        return rounding(rows, image, products, size / max(len(rows) * many, 1))
 
     def activation_rows(self) -> Tensor:
         """Channels at each position, shape (items, inputs, positions), or patches (items x positions, inputs)."""

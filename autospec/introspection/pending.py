@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import WatchError
-from .factors import Factors, Lookup, Product, square
+from .factors import TERMS, Factors, Lookup, Product, rounding, square
 from .groups import Assignment
 from .spectra import column_gram, float64, gram_by_rows, gram_of_few, irregular, lower_gram, row_gram
 from .workspace import LARGEST_KEPT, Workspace, to_device
@@ -199,8 +199,10 @@ class Shares:
                     self.products.setdefault(key, []).append((adjoint, activation))
                 return
             self._form()
+            long = max(sorting.counts) > TERMS and factors.adjoint.device.type == "cpu"
+            add = self._add_long_product if long and self._takes_pieces(factors.adjoint.dtype) else self._add_product
             for key, adjoint, activation in parts:
-                self._add_product(key, adjoint, activation)
+                add(key, adjoint, activation)
             return
         for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
             counts[key] = counts.get(key, 0) + part.rows
@@ -210,8 +212,7 @@ class Shares:
             self._form()
             if part.in_pieces and (self.room is None or self.room.dtype == torch.float64):
                 matrix, first = self._place(key, part.adjoint, torch.float64)
-                squares = part.add_pieces(matrix.zero_() if first else matrix)
-                self.squares[key] = squares if first else self.squares[key] + squares
+                self._note_rounding(key, part.add_pieces(matrix.zero_() if first else matrix), first)
                 continue
             matrix, first = self._place(key, part.adjoint)
             share = part.with_(part.activation.to(matrix.dtype), part.adjoint.to(matrix.dtype)).share()
@@ -274,6 +275,25 @@ class Shares:
             torch.mm(adjoint.T, activation, out=matrix)
         else:
             matrix.addmm_(adjoint.T, activation)
+
+    def _takes_pieces(self, dtype: torch.dtype) -> bool:
+        """Whether shares are, or may be, float64 matrices to which sums of products in single precision are added."""
+        return dtype == torch.float32 and (self.room is None or self.room.dtype == torch.float64)
+
+    def _add_long_product(self, key: bytes, adjoint: Tensor, activation: Tensor) -> None:
+        """Add the same in pieces of some rows, since long sums lose digits in single precision, more on some processors."""
+        matrix, first = self._place(key, adjoint, torch.float64)
+        pieces = zip(adjoint.split(TERMS), activation.split(TERMS), strict=True)
+        products = torch.stack([some.T @ seen for some, seen in pieces])
+        if first:
+            torch.sum(products, 0, dtype=torch.float64, out=matrix)
+        else:
+            matrix += products.sum(0, dtype=torch.float64)
+        self._note_rounding(key, rounding(adjoint, activation, products), first)
+
+    def _note_rounding(self, key: bytes, squares: Tensor, first: bool) -> None:
+        """Note the square of what the rounding of a cell's share may be (Frobenius)."""
+        self.squares[key] = squares if first else self.squares.get(key, 0) + squares
 
     def _place(self, key: bytes, like: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, bool]:
         """Where the matrix of a cell lies, and whether nothing is there yet; of that type, where it is the first."""

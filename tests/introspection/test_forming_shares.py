@@ -224,6 +224,30 @@ def test_a_sum_over_many_images_keeps_its_digits(kind, layout):
         assert np.abs(recorded[: len(right)] - right).max() / right[0] < 2e-7
 
 
+@pytest.mark.parametrize("uses", [1, 2])
+def test_a_product_of_many_rows_is_summed_in_pieces(uses, monkeypatch):
+    """Rows of two kinds that oppose each other a hundred times as much as their sum is large, more than a piece of each."""
+    monkeypatch.setattr(pending, "TERMS", 64)
+    activation = draw(1200, 12) + 2
+    adjoint = (draw(1200, 9, seed=1) + 1) * torch.tensor([1.0, -1.0]).repeat(600)[:, None]
+    shares = Shares((9, 12), Workspace())
+    exact = torch.zeros(2, 9, 12, dtype=torch.float64)
+    for use in range(uses):
+        factor = adjoint * (1 + use)
+        shares.add(Product(activation, factor), sorting(700, 500))
+        for cell, part in enumerate((slice(0, 700), slice(700, 1200))):
+            exact[cell] += factor[part].double().T @ activation[part].double()
+    assert shares.room.dtype == torch.float64
+    for cell, key in enumerate(CELLS[:2]):
+        error = float((shares.matrix([key]) - exact[cell]).norm())
+        assert error < 3e-8 * float(activation.norm() * adjoint.norm())
+        assert error < float(shares.squares[key]) ** 0.5
+    values = spectra(shares, [CELLS, [CELLS[0]], [CELLS[1]]])
+    for found, share in zip(values, (exact.sum(0), *exact), strict=True):
+        right = torch.linalg.svdvals(share)
+        assert float((found - right).abs().max() / right[0]) < 2e-7
+
+
 def test_sums_in_pieces_keep_to_the_bar_where_groups_cancel():
     """The shares of two classes oppose each other a hundred times as much as their sum is large."""
     torch.manual_seed(0)
