@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 
 from autospec import specs
 from autospec.paths import result
@@ -246,6 +247,12 @@ def described(study, run):
     return json.loads(study.tests(run).with_suffix(".json").read_text())
 
 
+def runs_of(study):
+    """The runs of the study, for tables that read nothing of their trajectories."""
+    experiments = specs.report_settings(study.config)["experiments"]
+    return [build.Run(experiment, run, {}, xr.Dataset()) for experiment in experiments for run in experiment["runs"]]
+
+
 def test_a_table_says_what_was_tested_in_which_family_and_what_was_refused(study, monkeypatch):
     monkeypatch.chdir(study.folder)
     found = described(study, "coder")
@@ -267,7 +274,7 @@ def test_a_table_says_what_was_tested_in_which_family_and_what_was_refused(study
     refit["balance"] = [{"comparison": "0 - 3", **balance[0]}]
     found["tests"] |= {"permutation": permutation, "refit": refit}
     monkeypatch.setattr(build, "_described", lambda experiment, run: found if run == "coder" else described(study, run))
-    caption, rows = build._families_table(specs.report_settings(study.config))
+    caption, rows = build._families_table(runs_of(study))
     assert "p_adjusted" in caption
     shown = [list(row.values())[2:] for row in rows if row["run"] == "coder"]
     assert shown == [
@@ -284,8 +291,8 @@ def test_a_table_says_what_was_tested_in_which_family_and_what_was_refused(study
 
 def test_variability_over_seeds_stands_in_a_table_of_its_own_with_the_fits_warnings(study, monkeypatch):
     monkeypatch.chdir(study.folder)
-    settings = specs.report_settings(study.config)
-    assert build._seeds_table(settings) == []
+    runs = runs_of(study)
+    assert build._seeds_table(runs) == []
     trees = {
         seed: open_trajectories(study.run("coder")) for seed in ("seed0", "seed1")
     }  # twice the same: at the boundary
@@ -299,7 +306,7 @@ def test_variability_over_seeds_stands_in_a_table_of_its_own_with_the_fits_warni
     population = {"what_it_is": "Subjects drawn again.", "comparisons": {"0 - 3": [layer]}}
     found["tests"]["permutation"] = {"population": population}
     monkeypatch.setattr(build, "_described", lambda experiment, run: found if run == "coder" else described(study, run))
-    (table,) = build._seeds_table(settings)
+    (table,) = build._seeds_table(runs)
     assert "It is no test of groups" in table["caption"]
     assert table["caption"].endswith("Subjects drawn again.")
     rows = [dict(zip(table["columns"], (cell.text for cell in row), strict=True)) for row in table["rows"]]
