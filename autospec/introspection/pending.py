@@ -212,7 +212,7 @@ class Shares:
             self._form()
             if part.in_pieces and (self.room is None or self.room.dtype == torch.float64):
                 matrix, first = self._place(key, part.adjoint, torch.float64)
-                self._note_rounding(key, part.add_pieces(matrix.zero_() if first else matrix), first)
+                self._note_rounding(key, part.add_pieces(matrix.zero_() if first else matrix))
                 continue
             matrix, first = self._place(key, part.adjoint)
             share = part.with_(part.activation.to(matrix.dtype), part.adjoint.to(matrix.dtype)).share()
@@ -283,17 +283,16 @@ class Shares:
     def _add_long_product(self, key: bytes, adjoint: Tensor, activation: Tensor) -> None:
         """Add the same in pieces of some rows, since long sums lose digits in single precision, more on some processors."""
         matrix, first = self._place(key, adjoint, torch.float64)
-        pieces = zip(adjoint.split(TERMS), activation.split(TERMS), strict=True)
-        products = torch.stack([some.T @ seen for some, seen in pieces])
         if first:
-            torch.sum(products, 0, dtype=torch.float64, out=matrix)
-        else:
-            matrix += products.sum(0, dtype=torch.float64)
-        self._note_rounding(key, rounding(adjoint, activation, products), first)
+            matrix.zero_()
+        for some, seen in zip(adjoint.split(TERMS), activation.split(TERMS), strict=True):
+            product = some.T @ seen
+            matrix += product
+            self._note_rounding(key, rounding(some, seen, product))
 
-    def _note_rounding(self, key: bytes, squares: Tensor, first: bool) -> None:
-        """Note the square of what the rounding of a cell's share may be (Frobenius)."""
-        self.squares[key] = squares if first else self.squares.get(key, 0) + squares
+    def _note_rounding(self, key: bytes, squares: Tensor) -> None:
+        """Note the square of what the rounding of an addend to a cell's share may be (Frobenius)."""
+        self.squares[key] = self.squares.get(key, 0) + squares
 
     def _place(self, key: bytes, like: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, bool]:
         """Where the matrix of a cell lies, and whether nothing is there yet; of that type, where it is the first."""
