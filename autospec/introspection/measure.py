@@ -14,7 +14,7 @@ from torch import Tensor
 from .capture import ConstantInput, WatchedLayer
 from .errors import WatchError
 from .pending import IndexStack, Pending, RowStack, cells_of_groups
-from .spectra import leading_directions, lower_gram, noise_floor, principal_angles, singular_values
+from .spectra import leading_directions, noise_floor, principal_angles, singular_values, smaller_gram
 from .tracked import alike, leading_values, worthwhile
 from .tree import Record
 
@@ -363,7 +363,7 @@ class Measurement:
             total = totals[0].new_zeros(positions, *layer.shape)
             for each in totals:
                 total[: len(each)] += each
-            values = singular_values([lower_gram(total)])[0].cpu().numpy()
+            values = singular_values([smaller_gram(total)])[0].cpu().numpy()
             result[group, :, : len(index)] = values[:, index - 1]
         return result
 
@@ -379,7 +379,7 @@ class Measurement:
         pairs = [(a, b) for a, b in self.pairs if a in matrices and b in matrices]
         sizes = record.group_size
         if "contrast" in self.statistics:
-            grams = [lower_gram(matrices[a] / int(sizes[a]) - matrices[b] / int(sizes[b])) for a, b in pairs]
+            grams = [smaller_gram(matrices[a] / int(sizes[a]) - matrices[b] / int(sizes[b])) for a, b in pairs]
             for (a, b), values in zip(pairs, singular_values(grams), strict=True):
                 spectrum = np.full(len(index), np.nan, dtype=np.float32)
                 spectrum[usable] = values.cpu().numpy()[index[usable] - 1]

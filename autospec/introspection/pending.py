@@ -17,7 +17,7 @@ from torch import Tensor
 from .errors import WatchError
 from .factors import TERMS, Factors, Lookup, Product, rounding, square
 from .groups import Assignment
-from .spectra import column_gram, float64, gram_by_rows, gram_of_few, irregular, lower_gram, row_gram
+from .spectra import column_gram, float64, gram_by_rows, gram_of_few, irregular, smaller_gram
 from .workspace import LARGEST_KEPT, Workspace, to_device
 
 # Products of at most this many numbers are formed in float64 from the start.
@@ -238,7 +238,7 @@ class Shares:
         if not products or not alone or gradient.is_cuda or gradient.dtype != products[0][0].dtype:
             return
         matrix = gradient.reshape(self.shape)
-        self.batch = (lower_gram(matrix, self.workspace), matrix @ irregular(self.shape[1], matrix.dtype))
+        self.batch = (smaller_gram(matrix, self.workspace), matrix @ irregular(self.shape[1], matrix.dtype))
 
     def _gram_of_batch(self, grams: Mapping[bytes, Tensor]) -> Tensor | None:
         """Gram matrix of the gradient that arrived, if it is the sum of the rows' shares and these do not nearly cancel.
@@ -363,7 +363,7 @@ class Shares:
         return total
 
     def grams(self, groups: Sequence[Sequence[bytes]]) -> list[tuple[list[int], Tensor]]:
-        """Gram matrices (lower triangles) of the shares of groups of cells.
+        """Gram matrices of the shares of groups of cells.
 
         Returns
         -------
@@ -371,9 +371,9 @@ class Shares:
             Positions of groups, and their Gram matrices (groups, s, s), float64: together where sizes are equal.
         """
         if self.lookups and not self.slots and not self.products:
-            return [([i], lower_gram(self._looked_up(cells)).unsqueeze(0)) for i, cells in enumerate(groups)]
+            return [([i], smaller_gram(self._looked_up(cells)).unsqueeze(0)) for i, cells in enumerate(groups)]
         if self.formed:
-            grams = lower_gram(self.matrices(groups), self.workspace)
+            grams = smaller_gram(self.matrices(groups), self.workspace)
             self._repair(groups, grams)
             return [(list(range(len(groups))), grams)]
         unions = [cells for cells in groups if 1 < len(cells) < len(self.counts)]
@@ -403,7 +403,7 @@ class Shares:
         results = [(some, torch.stack([found[i] for i in some])) for some in by_size.values()]
         if rest:
             formed = [groups[i] for i in rest]
-            grams = lower_gram(self.matrices(formed), self.workspace)
+            grams = smaller_gram(self.matrices(formed), self.workspace)
             self._repair(formed, grams, of_cells)
             results.append((rest, grams))
         return results
@@ -426,7 +426,7 @@ class Shares:
             else:
                 parts = CANCELLED * sum(of_cell.get(key, math.inf) for key in cells) if len(cells) > 1 else 0.0
             if math.isfinite(parts) and norms[i] < parts:
-                grams[i] = lower_gram(self._wide_share(cells))
+                grams[i] = smaller_gram(self._wide_share(cells))
 
     def _wide_share(self, cells: Sequence[bytes]) -> Tensor:
         """The share of some cells from their factors, in float64."""
@@ -495,7 +495,7 @@ class RowStack:
         return [rows if rows.ndim == 2 else rows.movedim(1, 2).flatten(0, 1) for rows in self.rows]
 
     def column_gram(self) -> Tensor:
-        """Gram matrix of the columns (lower triangle), shape (width, width), float64."""
+        """Gram matrix of the columns, shape (width, width), float64."""
         total = self._columns
         for rows in self.rows:
             added = self.workspace.memo(rows, column_gram)
@@ -512,12 +512,12 @@ class RowStack:
 
     @staticmethod
     def merged_gram(stacks: Sequence[RowStack]) -> Tensor:
-        """Smaller-side Gram matrix (lower triangle), float64, of all rows of several stacks together."""
+        """Gram matrix on the smaller side, float64, of all rows of several stacks together."""
         width = stacks[0].width
         if sum(stack.count for stack in stacks) < width and all(stack.rows for stack in stacks):
             parts = [rows for stack in stacks for rows in stack.flat_rows()]
             workspace = stacks[0].workspace
-            return workspace.memo(parts[0], row_gram) if len(parts) == 1 else lower_gram(torch.cat(parts))
+            return workspace.memo(parts[0], smaller_gram) if len(parts) == 1 else smaller_gram(torch.cat(parts))
         grams = [stack.column_gram() for stack in stacks]
         return grams[0] if len(grams) == 1 else torch.stack(grams).sum(0)
 

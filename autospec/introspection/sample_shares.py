@@ -24,7 +24,7 @@ from .groups import Assignment, Groups
 from .parameters import find_parameters
 from .pending import Pending, Sorting
 from .rows import generators_kept
-from .spectra import BLOCKS, CANCELLED, SMALLEST_IN_BLOCKS, float64, lower_gram
+from .spectra import CANCELLED, float64, smaller_gram
 from .workspace import Workspace
 
 # Numbers formed at a time by `group_sums`.
@@ -32,6 +32,9 @@ CHUNK = 2**22
 # Groups with more rows than this part of all, and narrow factors, are summed with weights, which spares the copy of rows.
 MANY_ROWS = 0.75
 FEW_COLUMNS = 32
+# Of a symmetric product the lower triangle is enough: computed in this many block rows, it costs 5/8 of the whole.
+BLOCKS = 4
+SMALLEST_IN_BLOCKS = 96
 
 
 class SampleShares(ABC):
@@ -147,7 +150,7 @@ def _grams(sums: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     if total.shape[0] > total.shape[1]:
         sums, total = sums.mT, total.mT
     cross = sums @ total.mT
-    return lower_gram(sums), cross + cross.mT
+    return smaller_gram(sums), cross + cross.mT
 
 
 class StackedShares(SampleShares):

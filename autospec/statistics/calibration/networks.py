@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autospec.introspection.spectra import lower_gram, singular_values
+from autospec.introspection.spectra import singular_values, smaller_gram
 
 ENCODER, HEAD = LAYERS = ("encoder", "head")
 # Adam's constants, PyTorch's.
@@ -164,4 +164,4 @@ def train(
 
 def spectra(matrices: Tensor) -> Tensor:
     """Singular values of matrices of shape (..., m, n), descending, float64."""
-    return singular_values([lower_gram(matrices.flatten(0, -3))])[0].unflatten(0, matrices.shape[:-2])
+    return singular_values([smaller_gram(matrices.flatten(0, -3))])[0].unflatten(0, matrices.shape[:-2])
