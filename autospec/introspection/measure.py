@@ -15,7 +15,7 @@ from .capture import ConstantInput, WatchedLayer
 from .errors import WatchError
 from .pending import IndexStack, Pending, RowStack, cells_of_groups
 from .spectra import leading_directions, noise_floor, principal_angles, singular_values, smaller_gram
-from .tracked import alike, leading_values, worthwhile
+from .tracked import Block, leading_values, worthwhile
 from .tree import Record
 
 CONTRASTS = ("contrast", "cosine", "angles")
@@ -78,7 +78,7 @@ class Measurement:
         self._constants: dict[str, tuple[ConstantInput, list[_Job]]] = {}
         self._open: list[_Open] = []
         self._open_bytes = 0
-        self._blocks: dict[str, Tensor] = {}
+        self._blocks: dict[str, Block] = {}
         self.iterations: dict[int, int] = {}
 
     def name_groups(self, names: Sequence[str], groupings: Sequence[str]) -> None:
@@ -95,11 +95,11 @@ class Measurement:
 
     def solver_state(self) -> dict[str, Any]:
         """What the tracked solver must keep in a checkpoint."""
-        return {key: block.clone() for key, block in self._blocks.items()}
+        return {key: block.state() for key, block in self._blocks.items()}
 
     def restore_solver(self, state: Mapping[str, Any]) -> None:
         """Continue from `solver_state`."""
-        self._blocks = {key: block.clone() for key, block in state.items()}
+        self._blocks = {key: Block.from_state(block) for key, block in state.items()}
 
     def index(self, layer: WatchedLayer) -> np.ndarray:
         """Which singular values the layer's node holds, counted from 1."""
@@ -194,22 +194,18 @@ class Measurement:
         """Leading values by the tracked solver, of the groups for which it is worthwhile; these leave the table."""
         count = self.wanted_count(layer)
         sizes = {group: sum(stack.count for stack in stacks) for group, stacks in there.items()}
-        followed = [group for group, size in sizes.items() if worthwhile(size, width, count)]
-        jobs = []
-        for groups in alike(followed, sizes):
-            rows = [[part for stack in there.pop(group) for part in stack.flat_rows()] for group in groups]
-            if len(rows) == 1:
-                matrices = (rows[0][0] if len(rows[0]) == 1 else torch.cat(rows[0])).unsqueeze(0)
-            else:
-                matrices = rows[0][0].new_zeros(len(groups), max(sizes[group] for group in groups), width)
-                for matrix, group, parts in zip(matrices, groups, rows, strict=True):
-                    torch.cat(parts, out=matrix[: sizes[group]])
-            key = f"{layer.name}/{statistic}/{width}/{', '.join(self.groups[group] for group in groups)}"
-            found = leading_values(matrices, count, self._blocks.get(key))
-            self._blocks[key] = found.blocks
-            self.iterations[found.iterations] = self.iterations.get(found.iterations, 0) + 1
-            jobs.append(_Job(layer, statistic, list(groups), None, found.values))
-        return jobs
+        groups = [group for group, size in sizes.items() if worthwhile(size, width, count)]
+        if not groups:
+            return []
+        matrices = []
+        for group in groups:
+            rows = [part for stack in there.pop(group) for part in stack.flat_rows()]
+            matrices.append(rows[0] if len(rows) == 1 else torch.cat(rows))
+        key = f"{layer.name}/{statistic}/{width}/{', '.join(self.groups[group] for group in groups)}"
+        found = leading_values(matrices, count, self._blocks.get(key))
+        self._blocks[key] = found.block
+        self.iterations[found.iterations] = self.iterations.get(found.iterations, 0) + 1
+        return [_Job(layer, statistic, groups, None, found.values)]
 
     def wanted_count(self, layer: WatchedLayer) -> int:
         """How many leading values of the factors are needed."""

@@ -81,8 +81,8 @@ def test_a_resumed_training_goes_on_with_the_same_vectors():
 def test_a_matrix_that_has_become_another_is_decomposed_afresh():
     torch.manual_seed(0)
     first, second = torch.randn(2, 200, 260)
-    found = leading_values(first.unsqueeze(0), 8, None)
-    again = leading_values(second.unsqueeze(0), 8, found.blocks)
+    found = leading_values([first], 8, None)
+    again = leading_values([second], 8, found.block)
     expected = torch.linalg.svdvals(second.double())[:8]
     assert again.iterations == 0
     assert float((again.values[0] - expected).abs().max() / expected[0]) < 1e-6
@@ -91,10 +91,10 @@ def test_a_matrix_that_has_become_another_is_decomposed_afresh():
 def test_the_bound_holds_for_slowly_turning_matrices():
     torch.manual_seed(1)
     matrix = torch.randn(150, 12) @ torch.randn(12, 200) + 0.3 * torch.randn(150, 200)
-    found = leading_values(matrix.unsqueeze(0), 6, None)
+    found = leading_values([matrix], 6, None)
     for _ in range(30):
         matrix = matrix + 0.01 * torch.randn(150, 200)
-        found = leading_values(matrix.unsqueeze(0), 6, found.blocks)
+        found = leading_values([matrix], 6, found.block)
         expected = torch.linalg.svdvals(matrix.double())[:6]
         assert float((found.values[0] - expected).abs().max() / expected[0]) < 1e-6
 
@@ -103,18 +103,18 @@ def test_the_bound_holds_for_slowly_turning_matrices():
 def test_values_that_are_not_finite_give_nan_and_the_next_step_is_fine(bad):
     torch.manual_seed(4)
     fine = torch.randn(2, 120, 150)
-    found = leading_values(fine, 4, None)
+    found = leading_values(list(fine), 4, None)
     diverged = fine.clone()
     diverged[1, 3, 4] = bad
-    found = leading_values(diverged, 4, found.blocks)
+    found = leading_values(list(diverged), 4, found.block)
     assert found.values[1].isnan().all()
     assert not found.values[0].isnan().any()
-    found = leading_values(fine, 4, found.blocks)
+    found = leading_values(list(fine), 4, found.block)
     expected = torch.linalg.svdvals(fine.double())[:, :4]
     assert float((found.values - expected).abs().max()) < 1e-5
 
 
 def test_zeros_have_a_spectrum_of_zeros():
-    found = leading_values(torch.zeros(1, 100, 120), 4, None)
-    found = leading_values(torch.zeros(1, 100, 120), 4, found.blocks)
+    found = leading_values([torch.zeros(100, 120)], 4, None)
+    found = leading_values([torch.zeros(100, 120)], 4, found.block)
     assert torch.equal(found.values, torch.zeros(1, 4, dtype=torch.float64))
