@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Assignment:
     cells: np.ndarray
     members: np.ndarray
 
-    @property
+    @functools.cached_property
     def sizes(self) -> np.ndarray:
         """Samples in each group, shape (groups,)."""
         return np.bincount(self.cells, minlength=len(self.members)) @ self.members.astype(np.int64)
