@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -166,7 +167,7 @@ class Capture:
         self.assignment: Assignment | None = None
         self.valid: np.ndarray | None = None
         self.recording = False
-        self.kept_from: Callable[[WatchedLayer], int] | None = None
+        self.follows: Callable[[WatchedLayer, Sequence[int], int], bool] | None = None
         self.make_pending: Callable[[tuple[int, int], Workspace], Pending] = Pending
         self.audited: str | None = None
         self.forwards = 0
@@ -470,8 +471,8 @@ class Capture:
             factors = replace(factors, unfolded=True)
         constant = use.constant is not None and len(layer.inputs) == 1
         shares = self.shares or self.audited is not None
-        kept_from = None if self.kept_from is None else self.kept_from(layer)
-        pending.add(factors, sorting, shares, self.factor_statistics, constant, kept_from, use.backward)
+        follows = None if self.follows is None else functools.partial(self.follows, layer)
+        pending.add(factors, sorting, shares, self.factor_statistics, constant, follows, use.backward)
         layer.widths = pending.widths()
         layer.true_factor = not isinstance(factors, Convolution) or (
             factors.unfolded and factors.groups == 1 and not factors.transposed

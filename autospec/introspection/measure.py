@@ -194,7 +194,11 @@ class Measurement:
         """Leading values by the tracked solver, of the groups for which it is worthwhile; these leave the table."""
         count = self.wanted_count(layer)
         sizes = {group: sum(stack.count for stack in stacks) for group, stacks in there.items()}
-        groups = [group for group, size in sizes.items() if worthwhile(size, width, count)]
+        chosen = worthwhile(list(sizes.values()), width, count)
+        # Rows that were not worth keeping when they came are gone.
+        groups = [
+            g for g, follow in zip(sizes, chosen, strict=True) if follow and all(stack.rows for stack in there[g])
+        ]
         if not groups:
             return []
         matrices = []
@@ -206,6 +210,10 @@ class Measurement:
         self._blocks[key] = found.block
         self.iterations[found.iterations] = self.iterations.get(found.iterations, 0) + 1
         return [_Job(layer, statistic, groups, None, found.values)]
+
+    def follows(self, layer: WatchedLayer, counts: Sequence[int], width: int) -> bool:
+        """Whether the tracked solver will need rows as they are, of which so many have come for each cell."""
+        return any(worthwhile([sum(counts), *counts], width, self.wanted_count(layer)))
 
     def wanted_count(self, layer: WatchedLayer) -> int:
         """How many leading values of the factors are needed."""

@@ -484,8 +484,7 @@ class RowStack:
         keep : bool
             Put the Gram matrix off until it is asked for, where it may turn out not to be needed.
         """
-        image = rows.ndim == 3
-        self.count += len(rows) * (rows.shape[2] if image else 1)
+        self.count += row_count(rows)
         self.rows.append(rows)
         if self.count >= self.width and not keep:
             self.column_gram()
@@ -589,7 +588,7 @@ class Pending:
         shares: bool,
         statistics: Sequence[str],
         constant: bool,
-        kept_from: int | None = None,
+        follows: Callable[[Sequence[int], int], bool] | None = None,
         backward: int = -1,
     ) -> None:
         """Add one use of the parameter in one backward pass.
@@ -606,13 +605,13 @@ class Pending:
             Which of the factors' spectra are recorded.
         constant : bool
             Whether the activation is data that may be the same as in the last step.
-        kept_from : int, optional
-            Keep rows of at least this width as they are, for the tracked solver.
+        follows : callable, optional
+            Says of the rows of each cell and their width whether to keep them as they are, for the tracked solver.
         backward : int
             Number of the backward pass.
         """
         if isinstance(factors, Product):
-            factors = self._kept(factors, sorting, constant or kept_from is not None)
+            factors = self._kept(factors, sorting, constant or follows is not None)
         if shares:
             self.shares.constant = constant
             self.shares.add(factors, sorting, backward)
@@ -622,17 +621,18 @@ class Pending:
         for statistic in statistics:
             if statistic == "activation" and isinstance(factors, Lookup):
                 self.note_width(statistic, factors.size)
-                stacks = self.indices.setdefault(factors.size, {})
+                indices = self.indices.setdefault(factors.size, {})
                 for key, part in zip(sorting.keys, parts, strict=True):
-                    stacks.setdefault(key, IndexStack(factors.size)).add(part.activation)
+                    indices.setdefault(key, IndexStack(factors.size)).add(part.activation)
                 continue
-            for key, part in zip(sorting.keys, parts, strict=True):
-                rows = part.activation_rows() if statistic == "activation" else part.adjoint_rows()
-                width = rows.shape[1]
-                self.note_width(statistic, width)
-                stack = self.stacks[statistic].setdefault(width, {}).setdefault(key, RowStack(width, self.workspace))
-                follow = kept_from is not None and width >= kept_from
-                stack.add(rows, keep=follow or (constant and statistic == "activation"))
+            rows = [part.activation_rows() if statistic == "activation" else part.adjoint_rows() for part in parts]
+            width = rows[0].shape[1]
+            self.note_width(statistic, width)
+            stacks = self.stacks[statistic].setdefault(width, {})
+            keep = constant and statistic == "activation"
+            keep = keep or (follows is not None and follows([row_count(some) for some in rows], width))
+            for key, some in zip(sorting.keys, rows, strict=True):
+                stacks.setdefault(key, RowStack(width, self.workspace)).add(some, keep)
 
     def _kept(self, factors: Product, sorting: Sorting, constant: bool) -> Product:
         """What is kept until the step is closed must not change with the user's tensors."""
@@ -665,6 +665,11 @@ class Pending:
             activation = part.activation if isinstance(part, Lookup) else float64(part.activation)
             exact = part.with_(activation, float64(part.adjoint)).share()
             self.exact[key] = self.exact[key] + exact if key in self.exact else exact
+
+
+def row_count(rows: Tensor) -> int:
+    """Rows in a tensor of shape (count, width), or (items, width, positions) for the channels of an image."""
+    return len(rows) * (rows.shape[2] if rows.ndim == 3 else 1)
 
 
 def _norm(gram: Tensor) -> float:

@@ -377,7 +377,7 @@ class _Gathered(Pending):
         shares: bool,
         statistics: Sequence[str],
         constant: bool,
-        kept_from: int | None = None,
+        follows: Callable[[Sequence[int], int], bool] | None = None,
         backward: int = -1,
     ) -> None:
         """Add one use of the parameter: rows of products as they are, other shares as matrices."""

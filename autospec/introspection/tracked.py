@@ -28,7 +28,7 @@ ITERATIONS = 6
 FAR_BELOW = 1e-9
 # Rough costs in seconds, one core: of a product with a block and of a Gram matrix for each product of their sizes, of
 # eigenvalues for each cube and each square of the side, and of the many calls of the iterations.
-PRODUCT_COST, GRAM_COST, CUBE_COST, SQUARE_COST, CALLS_COST = 5e-11, 4e-11, 8e-11, 2.2e-8, 3e-4
+PRODUCT_COST, GRAM_COST, CUBE_COST, SQUARE_COST, CALLS_COST = 5e-11, 3.2e-11, 8e-11, 2.2e-8, 1e-3
 PRODUCTS = 4  # in a step, on average
 
 
@@ -93,12 +93,27 @@ class Found:
     iterations: int
 
 
-def worthwhile(rows: int, width: int, count: int) -> bool:
-    """Whether following that many values is cheaper than a decomposition, which does more work at a lower speed."""
-    side, block = min(rows, width), count + MORE
-    followed = PRODUCTS * PRODUCT_COST * rows * width * block + CALLS_COST
-    decomposed = GRAM_COST * side * rows * width + CUBE_COST * side**3 + SQUARE_COST * side**2
-    return 2 * block <= side and followed < decomposed
+def worthwhile(sizes: Sequence[int], width: int, count: int) -> list[bool]:
+    """Which matrices to follow: those that hold more than is followed, if that is cheaper than decomposing all of them.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Rows of each matrix; the largest is thought to hold the rows of the others.
+    width : int
+        Columns of all of them.
+    count : int
+        How many values are wanted.
+    """
+    block = count + MORE
+    large = [size for size in sizes if 2 * block <= min(size, width)]
+    followed = PRODUCTS * PRODUCT_COST * sum(large) * width * block + CALLS_COST
+    # Gram matrices of columns add up over groups; those of rows do not.
+    grams = [size**2 * width for size in large if size < width]
+    grams.append(width**2 * max((size for size in large if size >= width), default=0))
+    sides = [min(size, width) for size in large]
+    decomposed = GRAM_COST * sum(grams) + sum(CUBE_COST * side**3 + SQUARE_COST * side**2 for side in sides)
+    return [followed < decomposed and size in large for size in sizes]
 
 
 def leading_values(matrices: Sequence[Tensor], count: int, last: Block | None) -> Found:

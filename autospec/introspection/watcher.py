@@ -26,7 +26,6 @@ from .groups import Groups
 from .measure import CONTRASTS, Measurement
 from .parameters import find_parameters
 from .schedule import Budget, Schedule, make_schedule
-from .tracked import MORE
 from .tree import LayerLayout, Record, build_tree
 
 SPECTRA = ("gradient", "activation", "adjoint")
@@ -137,7 +136,7 @@ class Watcher:
             audit=self._audit,
         )
         if solver == "tracked":
-            self._capture.kept_from = lambda layer: 2 * (self._measurement.wanted_count(layer) + MORE)
+            self._capture.follows = self._measurement.follows
         self._attributes = dict(attributes or {})
         self._quiet = quiet
         self._recorded = 0
