@@ -225,6 +225,17 @@ def test_a_budget_chooses_every_kth_step_once_and_keeps_to_it(monkeypatch, budge
     }
 
 
+@pytest.mark.parametrize("dear", [4, 5])
+def test_a_budget_goes_by_the_dearest_step_of_its_calibration(monkeypatch, dear):
+    clock = Clock(monkeypatch)
+
+    def training(step):
+        clock.extra = 3.0 if step == dear else 2.0
+        return 1.0
+
+    assert clock.train(10, training=training, budget=0.1).trajectories.attrs["schedule"]["every"] == 30
+
+
 def test_a_budget_counts_decompositions_that_are_otherwise_put_off(monkeypatch):
     clock, solve = Clock(monkeypatch, extra=0.0), Measurement._solve
 
