@@ -70,6 +70,7 @@ class Arrival:
 
     adjoints: list[Tensor | None]
     waiting: int
+    kept: bool = False
 
 
 @dataclass
@@ -429,8 +430,14 @@ class Capture:
             if not use.arrival.waiting:
                 use.arrival.adjoints = []
                 use.call.forget()
-                self._latest_adjoint = None
                 self.workspace.forget(column_gram)
+                if (
+                    self._latest_adjoint is not None
+                    and self._latest_adjoint[1].order is not None
+                    and not use.arrival.kept
+                ):
+                    self.workspace.give_back(self._latest_adjoint[2])
+                self._latest_adjoint = None
         if self.shares and len(uses) == 1 and scale is None and not gradient.is_sparse:
             pending.shares.note_gradient(gradient)
         if self.audited is not None:
@@ -482,6 +489,9 @@ class Capture:
             layer.position = pending.add_by_position(factors, sorting, layer.position, shares_by_position)
         if exact:
             pending.add_exact(factors, sorting)
+        use.arrival.kept = use.arrival.kept or pending.keeps_rows
+        if sorting.order is not None and use.constant is None and not pending.keeps_rows:
+            self.workspace.give_back(activation)
 
     def _discard_zeroed(self) -> None:
         """Forget, at the first gradient of a backward pass, what zero_grad() has discarded since the last one."""

@@ -634,6 +634,13 @@ class Pending:
             for key, some in zip(sorting.keys, rows, strict=True):
                 stacks.setdefault(key, RowStack(width, self.workspace)).add(some, keep)
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether rows that were added are still needed."""
+        shares = self.shares.held is not None or bool(self.shares.products or self.shares.lookups)
+        stacks = (stack for kind in self.stacks.values() for by_cell in kind.values() for stack in by_cell.values())
+        return shares or any(stack.rows for stack in stacks)
+
     def _kept(self, factors: Product, sorting: Sorting, constant: bool) -> Product:
         """What is kept until the step is closed must not change with the user's tensors."""
         if sorting.order is not None:

@@ -393,6 +393,10 @@ class _Gathered(Pending):
             self.matrices[number] += share
             self.rows_of[number] = self.rows_of.get(number, 0) + part.rows
 
+    @property
+    def keeps_rows(self) -> bool:
+        return bool(self.products)
+
     def result(self) -> SampleShares:
         """What has arrived, in the form in which sums over samples cost least."""
         dtype = self.dtype or torch.float32

@@ -9,31 +9,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Larger tensors are made afresh and given up at once: there memory matters more than time.
+# Larger tensors are not kept until the step's end, each for its use: there memory matters.  They are handed out again as
+# soon as they are given back.
 LARGEST_KEPT = 2**22
+
+Form = tuple[tuple[int, ...], torch.dtype, torch.device]
 
 
 class Workspace:
     """Tensors handed out during a step and taken back at its end."""
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[tuple[int, ...], torch.dtype, torch.device], list[Tensor]] = {}
-        self._taken: dict[tuple[tuple[int, ...], torch.dtype, torch.device], int] = {}
+        self._tensors: dict[Form, list[Tensor]] = {}
+        self._taken: dict[Form, int] = {}
+        self._large: dict[Form, list[Tensor]] = {}
         self._known: dict[Any, tuple[Tensor, Tensor]] = {}
         self._lasting: dict[Any, tuple[Tensor, Tensor]] = {}
         self._still: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor with any content, not handed out before in this step."""
-        if math.prod(shape) * dtype.itemsize > LARGEST_KEPT:
-            return torch.empty(shape, dtype=dtype, device=device)
+        """A tensor with any content, not handed out before in this step, or given back since."""
         key = (shape, dtype, device)
         position = self._taken.get(key, 0)
         self._taken[key] = position + 1
+        if math.prod(shape) * dtype.itemsize > LARGEST_KEPT:
+            there = self._large.get(key)
+            return there.pop() if there else torch.empty(shape, dtype=dtype, device=device)
         tensors = self._tensors.setdefault(key, [])
         if position == len(tensors):
             tensors.append(torch.empty(shape, dtype=dtype, device=device))
         return tensors[position]
+
+    def give_back(self, tensor: Tensor) -> None:
+        """Take a tensor back before the step's end, to which nobody holds on; small ones are used once a step all the same."""
+        if tensor.nbytes > LARGEST_KEPT:
+            self._large.setdefault((tuple(tensor.shape), tensor.dtype, tensor.device), []).append(tensor)
 
     def memo(self, tensor: Tensor, function: Callable[[Tensor, Workspace], Tensor], lasting: bool = False) -> Tensor:
         """Apply a function to a tensor once a step, or, while the tensor stays the same from step to step, once."""
@@ -51,13 +61,14 @@ class Workspace:
 
     def take_back(self) -> None:
         """Everything may be handed out again; what was not needed in this step is given up."""
-        self._tensors = {key: self._tensors[key][:count] for key, count in self._taken.items()}
+        self._tensors = {key: tensors[: self._taken.get(key, 0)] for key, tensors in self._tensors.items()}
+        self._large = {key: tensors for key, tensors in self._large.items() if key in self._taken}
         self._taken, self._known = {}, {}
         self._lasting, self._still = self._still, {}
 
     def release(self) -> None:
         """Give everything up."""
-        self._tensors, self._taken, self._known = {}, {}, {}
+        self._tensors, self._taken, self._large, self._known = {}, {}, {}, {}
         self._lasting, self._still = {}, {}
 
 

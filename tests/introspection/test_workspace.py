@@ -1,0 +1,70 @@
+"""Memory that is used again: nothing is handed out while somebody still needs it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from autospec.introspection import pending, workspace
+from autospec.introspection.workspace import LARGEST_KEPT, Workspace
+
+from .families import FAMILIES
+from .oracle import record
+
+FLOAT, CPU = torch.float32, torch.device("cpu")
+LARGE = (LARGEST_KEPT // 4 + 1,)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_spectra_are_the_same_where_every_sorted_copy_counts_as_large(case, monkeypatch):
+    options = {"statistics": ("gradient", "activation", "adjoint", "contrast"), "activation": "unfolded"}
+    made, given_back = FAMILIES[case](), []
+    usual = record(copy.deepcopy(made), **options)
+    original = Workspace.give_back
+    monkeypatch.setattr(
+        Workspace,
+        "give_back",
+        lambda self, tensor: given_back.append(tensor.shape) or original(self, tensor.fill_(1e9)),
+    )
+    for module in (workspace, pending):
+        monkeypatch.setattr(module, "LARGEST_KEPT", 0)
+    large = record(made, **options)
+    if case in ("Linear, 3-D", "3-D network", "LSTM, twice", "Attention"):
+        assert given_back  # where a step has few rows, all are kept
+    for node in usual["layers"].children:
+        for name, values in usual["layers"][node].data_vars.items():
+            if values.dtype.kind != "f" or "floor" in name:
+                continue
+            scale = np.nanmax(np.abs(values.values), initial=0.0)
+            difference = np.abs(values.values - large["layers"][node][name].values)
+            assert np.nanmax(difference, initial=0.0) <= 2e-6 * scale, (node, name)
+
+
+def test_a_large_tensor_is_handed_out_again_once_it_is_given_back_and_no_earlier():
+    room = Workspace()
+    first, second = room.take(LARGE, FLOAT, CPU), room.take(LARGE, FLOAT, CPU)
+    assert first.data_ptr() != second.data_ptr()
+    room.give_back(first)
+    assert room.take(LARGE, FLOAT, CPU) is first
+    room.give_back(first)
+    room.take_back()
+    assert room.take(LARGE, FLOAT, CPU) is first
+
+
+def test_large_tensors_that_a_step_did_not_need_are_given_up():
+    room = Workspace()
+    room.give_back(room.take(LARGE, FLOAT, CPU))
+    room.take_back()
+    room.take((3,), FLOAT, CPU)
+    room.take_back()
+    assert room._large == {}
+
+
+def test_small_tensors_stay_until_the_end_of_the_step():
+    room = Workspace()
+    first = room.take((3,), FLOAT, CPU)
+    room.give_back(first)
+    assert room.take((3,), FLOAT, CPU) is not first
+    room.take_back()
+    assert room.take((3,), FLOAT, CPU) is first
