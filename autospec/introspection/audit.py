@@ -78,6 +78,9 @@ class Audit:
         total, unit = _sum_of_shares(pending)
         outside = torch.linalg.matrix_norm(pending.arrived - total)
         deviation = float(outside) / unit if unit else 0.0
+        if deviation > GUARD_TOLERANCE and pending.by_kernel is not None:
+            outside = torch.linalg.matrix_norm(pending.arrived - float64(pending.by_kernel))
+            deviation = float(outside) / unit
         if not np.isfinite(deviation):
             return
         if deviation <= GUARD_TOLERANCE:

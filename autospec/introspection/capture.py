@@ -457,6 +457,10 @@ class Capture:
             left = left if isinstance(left, Lookup) else left.with_(float64(single(left.activation)), left.adjoint)
             share = left.share() if scale is None else left.share() / scale
             pending.arrived = -share if pending.arrived is None else pending.arrived - share
+        if self.audited is not None and sorting.left_out is None and factors.in_pieces:
+            # torch's own sum of so many terms may be further off than the guard admits: the same sum, by the same kernel.
+            share = factors.share() if scale is None else factors.share() / scale
+            pending.by_kernel = share if pending.by_kernel is None else pending.by_kernel + share
         kept = layer.sorted_input
         if use.constant is not None and kept is not None and kept[1] is sorting and kept[0].same(use.constant):
             activation = kept[2]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import WatchError
-from .factors import TERMS, Factors, Lookup, Product, rounding, square
+from .factors import TERMS, Factors, Lookup, Product, narrow, rounding, square
 from .groups import Assignment
 from .spectra import column_gram, float64, gram_by_rows, gram_of_few, irregular, smaller_gram
 from .workspace import LARGEST_KEPT, Workspace, to_device
@@ -285,7 +285,11 @@ class Shares:
         matrix, first = self._place(key, adjoint, torch.float64)
         if first:
             matrix.zero_()
+        wide = narrow(*self.shape, TERMS)
         for some, seen in zip(adjoint.split(TERMS), activation.split(TERMS), strict=True):
+            if wide:
+                matrix.addmm_(float64(some).T, float64(seen))
+                continue
             product = some.T @ seen
             matrix += product
             self._note_rounding(key, rounding(some, seen, product))
@@ -301,11 +305,12 @@ class Shares:
             return self._matrices[slot], False
         slot = self.slots[key] = len(self.slots) + 1  # the first place is for the sum
         if self.room is None or len(self.room) <= slot:
-            small = sum(self.counts.values()) * math.prod(self.shape) <= SMALL and like.device.type != "mps"
+            wide = sum(self.counts.values()) * math.prod(self.shape) <= SMALL and like.device.type != "mps"
+            wide = wide or (like.device.type == "cpu" and narrow(*self.shape, max(self.counts.values(), default=0)))
             if self.room is not None:
                 dtype = self.room.dtype
             elif dtype is None:
-                dtype = torch.float64 if small else like.dtype
+                dtype = torch.float64 if wide else like.dtype
             room = self.workspace.take((max(slot, len(self.counts)) + 1, *self.shape), dtype, like.device)
             if self.room is not None:
                 room[:slot] = self.room[:slot]
@@ -571,6 +576,7 @@ class Pending:
         self.dtype: torch.dtype | None = None
         self.exact: dict[bytes, Tensor] = {}
         self.arrived: Tensor | None = None
+        self.by_kernel: Tensor | None = None
         self._widths: dict[str, dict[int, int]] = {"activation": {}, "adjoint": {}}
 
     def note_width(self, statistic: str, width: int) -> None:
