@@ -269,7 +269,8 @@ class Shares:
 
     def _add_product(self, key: bytes, adjoint: Tensor, activation: Tensor) -> None:
         r"""Add :math:`\Delta^\top A` of some rows (paper, Eq. 1)."""
-        matrix, first = self._place(key, adjoint)
+        wide = adjoint.device.type == "cpu" and narrow(*self.shape, max(self.counts.values(), default=0))
+        matrix, first = self._place(key, adjoint, torch.float64 if wide else None)
         adjoint, activation = adjoint.to(matrix.dtype), activation.to(matrix.dtype)
         if first:
             torch.mm(adjoint.T, activation, out=matrix)
@@ -305,12 +306,11 @@ class Shares:
             return self._matrices[slot], False
         slot = self.slots[key] = len(self.slots) + 1  # the first place is for the sum
         if self.room is None or len(self.room) <= slot:
-            wide = sum(self.counts.values()) * math.prod(self.shape) <= SMALL and like.device.type != "mps"
-            wide = wide or (like.device.type == "cpu" and narrow(*self.shape, max(self.counts.values(), default=0)))
+            small = sum(self.counts.values()) * math.prod(self.shape) <= SMALL and like.device.type != "mps"
             if self.room is not None:
                 dtype = self.room.dtype
             elif dtype is None:
-                dtype = torch.float64 if wide else like.dtype
+                dtype = torch.float64 if small else like.dtype
             room = self.workspace.take((max(slot, len(self.counts)) + 1, *self.shape), dtype, like.device)
             if self.room is not None:
                 room[:slot] = self.room[:slot]
