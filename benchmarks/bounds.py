@@ -15,27 +15,26 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from contestants import Contestant, as_matrix, as_rows, layers_of, weight_gradient
+from contestants import Contestant, WithFactors, as_matrix, as_rows, layers_of, weight_gradient
 from cost import processor
 from models import CASES, Batch, Case
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 
 def factors_of(plain: Contestant) -> dict[str, tuple[Tensor, Tensor]]:
     """What enters each layer and the adjoint at its output, by the name of the weight, from one step."""
-    found: dict[str, list[Tensor]] = {name: [] for name in layers_of(plain.model)}
-    handles = []
-    for name, layer in layers_of(plain.model).items():
-
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-            found[name].append(args[0].detach())
-            output.register_hook(lambda adjoint: found[name].append(adjoint.detach()))
-
-        handles.append(layer.register_forward_hook(hook))
+    seen = WithFactors(plain.case, plain.model, plain.batch, ("gradient", "activation", "adjoint"))
+    seen.open()
     plain.step()
-    for handle in handles:
-        handle.remove()
-    return {name: (pair[0].clone(), pair[1].clone()) for name, pair in found.items()}
+    seen.close()
+    return {name: (seen.activations[name].clone(), seen.adjoints[name].clone()) for name in seen.layers}
+
+
+def product_with_itself(matrix: Tensor) -> Tensor:
+    """Gram matrix in float64; numpy computes one triangle of it."""
+    wide = matrix.double().numpy()
+    return torch.from_numpy(wide @ wide.T)
 
 
 def parts_of(plain: Contestant, batch: Batch) -> dict[str, Callable[[], object]]:
@@ -64,7 +63,7 @@ def parts_of(plain: Contestant, batch: Batch) -> dict[str, Callable[[], object]]
             side = min(share.shape)
             few_a, few_d = as_rows(layers[name], a), as_rows(layers[name], d)
             if len(few_a) < side:  # a share has no larger rank than rows: the smaller matrices, and no product
-                grams += [lambda few=few: few.double() @ few.double().T for few in (few_a, few_d)]
+                grams += [lambda few=few: product_with_itself(few) for few in (few_a, few_d)]
                 matrices.append(few_a.double() @ few_a.double().T)
             else:
                 products.append(product)
@@ -72,7 +71,7 @@ def parts_of(plain: Contestant, batch: Batch) -> dict[str, Callable[[], object]]
         whole = as_matrix(weight_gradient(layers[name], activation, adjoint))
         for share in (*shares, whole):  # the batch's gradient is there without a product
             wide = share if len(share) <= share.shape[1] else share.T.contiguous()
-            grams.append(lambda wide=wide: wide.double() @ wide.double().T)
+            grams.append(lambda wide=wide: product_with_itself(wide))
             matrices.append(wide.double() @ wide.double().T)
     by_size: dict[int, list[Tensor]] = {}
     for matrix in matrices:
@@ -83,7 +82,7 @@ def parts_of(plain: Contestant, batch: Batch) -> dict[str, Callable[[], object]]
         "products": lambda: [product() for product in products],
         "Gram matrices": lambda: [gram() for gram in grams],
         "eigenvalues": lambda: [
-            np.linalg.eigvalsh(s.numpy()) if s.shape[1] >= 384 else torch.linalg.eigvalsh(s) for s in stacks
+            np.linalg.eigvalsh(s.numpy()) if s.shape[1] >= 256 else torch.linalg.eigvalsh(s) for s in stacks
         ],
     }
 
@@ -117,6 +116,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    threadpool_limits(1)  # numpy's
     print(
         f"`python benchmarks/bounds.py` on {processor()}; torch {torch.__version__}, numpy {np.__version__}; one thread.\n"
     )

@@ -142,7 +142,7 @@ class Contestant:
             self.keep(name, "gradient", [whole, *(as_matrix(share[position]) for share in shares)])
 
 
-class _WithFactors(Contestant):
+class WithFactors(Contestant):
     """Base of the rivals that look at what enters a layer (A) and at the derivative at its output (Delta)."""
 
     def able(self) -> bool:
@@ -174,7 +174,7 @@ class _WithFactors(Contestant):
                     self.keep(name, statistic, [as_rows(layer, factor[which][name]) for factor in factors])
 
 
-class Svdvals(_WithFactors):
+class Svdvals(WithFactors):
     """Spectra of the whole batch alone: no groups at all."""
 
     title = "svdvals of the batch alone"
@@ -229,7 +229,7 @@ class Naive(Contestant):
         self.optimizer.step()
 
 
-class SubBatch(_WithFactors):
+class SubBatch(WithFactors):
     """The batch's pass, then one forward and backward pass for each group's samples."""
 
     title = "sub-batch"
@@ -290,7 +290,7 @@ class SubBatchAccumulated(SubBatch):
         self.optimizer.step()
 
 
-class Hooks(_WithFactors):
+class Hooks(WithFactors):
     """Forward and tensor hooks, each group's rows gathered, one product per group, svdvals."""
 
     title = "hooks"

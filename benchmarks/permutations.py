@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from battery import machine
 from models import chain, cnn1d, digits
+from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="networks whose name holds this")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    threadpool_limits(1)  # numpy's
     chosen = {"contrast, difference of spectra": ("contrast", "difference"), "all five": STATISTICS}
     print(
         f"On {machine('cpu')}. Processor time, one thread; {options.permutations} permutations, {options.measured} of "

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from models import Mean, cohort
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -180,6 +181,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cpu":
         torch.set_num_threads(1)
+        threadpool_limits(1)  # numpy's
     for name in options.models:
         print(measure(name, options.device, options.steps, options.budget), flush=True)
 

@@ -24,7 +24,7 @@ from .groups import Assignment, Groups
 from .parameters import find_parameters
 from .pending import Pending, Sorting
 from .rows import generators_kept
-from .spectra import CANCELLED, float64, smaller_gram
+from .spectra import BLOCKS, CANCELLED, SMALLEST_IN_BLOCKS, float64, smaller_gram
 from .workspace import Workspace
 
 # Numbers formed at a time by `group_sums`.
@@ -32,9 +32,6 @@ CHUNK = 2**22
 # Groups with more rows than this part of all, and narrow factors, are summed with weights, which spares the copy of rows.
 MANY_ROWS = 0.75
 FEW_COLUMNS = 32
-# Of a symmetric product the lower triangle is enough: computed in this many block rows, it costs 5/8 of the whole.
-BLOCKS = 4
-SMALLEST_IN_BLOCKS = 96
 
 
 class SampleShares(ABC):

@@ -7,6 +7,7 @@ numbers are exact in float64.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -22,6 +23,9 @@ from .workspace import Workspace
 # it.  Networks with tanh and sigmoid, up to 300 steps: in a classifier that has learned its samples by heart,
 # probability minus one cancels and the deviation grows beyond any constant.
 NOISE_CONSTANTS = {"gradient": 20.0, "activation": 0.2, "adjoint": 30.0}
+# torch computes the lower triangle of a symmetric product in this many block rows, which costs 5/8 of the whole.
+BLOCKS = 4
+SMALLEST_IN_BLOCKS = 96
 # Rows from which on numpy finds eigenvalues faster than torch.
 SMALLEST_FOR_NUMPY = 256
 # What a Gram matrix is shifted by before its Cholesky decomposition, relative to its trace; and how much smaller than
@@ -57,11 +61,33 @@ def times_own_transpose(matrix: Tensor) -> Tensor:
 
     numpy recognises such a product and computes one triangle of it, in half to two thirds of torch's time.
     """
-    if matrix.device.type != "cpu":
+    if matrix.device.type == "cpu" and numpy_has_one_thread():
+        array = matrix.numpy()
+        with np.errstate(all="ignore"):  # what is not finite stays so, and is told of once
+            return torch.from_numpy(np.matmul(array, array.swapaxes(-1, -2)))
+    size = matrix.shape[-2]
+    if size < SMALLEST_IN_BLOCKS:
         return matrix @ matrix.mT
-    array = matrix.numpy()
-    with np.errstate(all="ignore"):  # what is not finite stays so, and is told of once
-        return torch.from_numpy(np.matmul(array, array.swapaxes(-1, -2)))
+    result = matrix.new_empty(*matrix.shape[:-1], size)
+    block = -(-size // BLOCKS)
+    for start in range(0, size, block):
+        stop = min(start + block, size)
+        part = matrix[..., start:stop, :] @ matrix[..., :stop, :].mT
+        result[..., start:stop, :stop] = part
+        result[..., :start, start:stop] = part[..., :start].mT
+    return result
+
+
+@functools.cache
+def numpy_has_one_thread() -> bool:
+    """Whether numpy's linear algebra has one thread.
+
+    With more, threads that wait for work by spinning make small products dearer than torch's, which shares its threads with
+    the training.
+    """
+    from threadpoolctl import threadpool_info
+
+    return all(pool["num_threads"] == 1 for pool in threadpool_info() if pool["user_api"] == "blas")
 
 
 def smaller_gram(matrix: Tensor, workspace: Workspace | None = None) -> Tensor:
@@ -247,7 +273,7 @@ def eigenvalues(matrices: Tensor) -> Tensor:
 
     For large ones on the CPU numpy's LAPACK is faster than torch's (512 rows: 12 ms against 17 to 25).
     """
-    if matrices.shape[-1] < SMALLEST_FOR_NUMPY or matrices.device.type != "cpu":
+    if matrices.shape[-1] < SMALLEST_FOR_NUMPY or matrices.device.type != "cpu" or not numpy_has_one_thread():
         return torch.linalg.eigvalsh(matrices)
     return torch.from_numpy(np.linalg.eigvalsh(matrices.numpy()))
 

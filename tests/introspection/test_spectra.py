@@ -1,0 +1,68 @@
+"""Products and eigenvalues by torch and by numpy: the same values, whichever the threads make the cheaper."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from threadpoolctl import threadpool_limits
+
+from autospec.introspection import spectra
+from autospec.introspection.spectra import column_gram, singular_values, smaller_gram, times_own_transpose
+from autospec.introspection.workspace import Workspace
+
+from .families import LABELS, N, T, normal, problem
+from .oracle import assert_exact, members, record
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "numpy"])
+def by_numpy(request, monkeypatch):
+    monkeypatch.setattr(spectra, "numpy_has_one_thread", lambda: request.param)
+
+
+def draw(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (7, 3), (4, 7, 30), (130, 250), (3, 130, 20), (2, 3, 97, 97), (300, 40)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_product_with_its_own_transpose_is_the_product(shape, turned, by_numpy):
+    matrix = draw(*shape).mT if turned else draw(*shape)
+    right = np.einsum("...ik,...jk->...ij", matrix.numpy(), matrix.numpy())
+    assert np.allclose(times_own_transpose(matrix).numpy(), right, rtol=1e-13, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(200, 6), (9, 40), (50, 6, 31)])
+def test_gram_matrices_have_the_singular_values_of_float64(shape, by_numpy):
+    rows = draw(*shape).float()
+    flat = rows if rows.ndim == 2 else rows.movedim(1, 2).flatten(0, 1)
+    right = torch.linalg.svdvals(flat.double())
+    assert torch.allclose(singular_values([smaller_gram(flat)])[0], right, rtol=1e-12)
+    found = singular_values([column_gram(rows, Workspace())])[0]
+    assert torch.allclose(found[: len(right)], right, rtol=1e-7)
+
+
+@pytest.mark.parametrize("size", [20, spectra.SMALLEST_FOR_NUMPY + 10])
+def test_what_is_not_finite_gives_nan_and_no_warning(size, by_numpy):
+    matrices = draw(2, size, size + 30)
+    matrices[1, 3, 4] = np.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        values = singular_values([smaller_gram(matrices)])[0]
+    assert torch.allclose(values[0], torch.linalg.svdvals(matrices[0]), rtol=1e-10)
+    assert values[1].isnan().all()
+
+
+def test_recorded_spectra_are_exact(by_numpy):
+    made = problem(
+        torch.nn.Sequential(torch.nn.Linear(5, 110), torch.nn.Tanh(), torch.nn.Linear(110, 3)), normal(N, T, 5)
+    )
+    assert_exact(record(made), made, members(LABELS, N))
+
+
+def test_numpy_is_asked_only_where_it_has_one_thread():
+    for threads in (1, 2):
+        spectra.numpy_has_one_thread.cache_clear()
+        with threadpool_limits(threads):
+            assert spectra.numpy_has_one_thread() == (threads == 1)
+    spectra.numpy_has_one_thread.cache_clear()
