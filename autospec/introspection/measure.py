@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .capture import ConstantInput, WatchedLayer
 from .errors import WatchError
-from .pending import IndexStack, Pending, RowStack, cells_of_groups
+from .pending import IndexStack, Pending, RowStack, cells_of_groups, together
 from .spectra import leading_directions, noise_floor, principal_angles, singular_values, smaller_gram
 from .tracked import Block, leading_values, worthwhile
 from .tree import Record
@@ -203,8 +203,7 @@ class Measurement:
             return []
         matrices = []
         for group in groups:
-            rows = [part for stack in there.pop(group) for part in stack.flat_rows()]
-            matrices.append(rows[0] if len(rows) == 1 else torch.cat(rows))
+            matrices.append(together([part for stack in there.pop(group) for part in stack.flat_rows()]))
         key = f"{layer.name}/{statistic}/{width}/{', '.join(self.groups[group] for group in groups)}"
         found = leading_values(matrices, count, self._blocks.get(key))
         self._blocks[key] = found.block

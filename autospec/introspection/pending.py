@@ -333,7 +333,7 @@ class Shares:
             total = self.room[slots[0]] if len(slots) == 1 else self.room[slots].sum(0)
         pairs = [pair for key in cells for pair in self.products.get(key, ())]
         if pairs:
-            adjoint, activation = (torch.cat(side) for side in zip(*pairs, strict=True))
+            adjoint, activation = (together(side) for side in zip(*pairs, strict=True))
             total = adjoint.T @ activation if total is None else total.addmm(adjoint.T, activation)
         for key in cells:
             for lookup in self.lookups.get(key, ()):
@@ -393,7 +393,7 @@ class Shares:
         for i, cells in enumerate(groups):
             pairs = [pair for key in cells for pair in self.products[key]]
             if sum(self.counts[key] for key in cells) < FEW_ROWS * min(self.shape):
-                adjoint, activation = pairs[0] if len(pairs) == 1 else tuple(map(torch.cat, zip(*pairs, strict=True)))
+                adjoint, activation = pairs[0] if len(pairs) == 1 else tuple(map(together, zip(*pairs, strict=True)))
                 found[i] = gram_of_few(activation, adjoint, self.workspace, self.constant and len(pairs) == 1)
             elif len(pairs) == 1 and self.constant:
                 found[i] = gram_by_rows(*pairs[0], self.workspace)
@@ -521,7 +521,7 @@ class RowStack:
         if sum(stack.count for stack in stacks) < width and all(stack.rows for stack in stacks):
             parts = [rows for stack in stacks for rows in stack.flat_rows()]
             workspace = stacks[0].workspace
-            return workspace.memo(parts[0], smaller_gram) if len(parts) == 1 else smaller_gram(torch.cat(parts))
+            return workspace.memo(parts[0], smaller_gram) if len(parts) == 1 else smaller_gram(together(parts))
         grams = [stack.column_gram() for stack in stacks]
         return grams[0] if len(grams) == 1 else torch.stack(grams).sum(0)
 
@@ -678,6 +678,18 @@ class Pending:
             activation = part.activation if isinstance(part, Lookup) else float64(part.activation)
             exact = part.with_(activation, float64(part.adjoint)).share()
             self.exact[key] = self.exact[key] + exact if key in self.exact else exact
+
+
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """Rows one after the other; without a copy where they lie so, as the cells of one sorted tensor do."""
+    first, rows, end = parts[0], 0, parts[0].data_ptr()
+    for part in parts:
+        if not part.is_contiguous() or part.data_ptr() != end or part.dtype != first.dtype:
+            return torch.cat(list(parts))
+        rows, end = rows + len(part), end + part.nbytes
+    if end - first.data_ptr() > first.untyped_storage().nbytes() - first.storage_offset() * first.itemsize:
+        return torch.cat(list(parts))  # neighbours by chance
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def row_count(rows: Tensor) -> int:

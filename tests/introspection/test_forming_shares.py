@@ -12,7 +12,7 @@ import autospec
 from autospec.introspection import factors, pending
 from autospec.introspection.audit import Audit
 from autospec.introspection.factors import Convolution, Product
-from autospec.introspection.pending import Pending, Shares, Sorting
+from autospec.introspection.pending import Pending, Shares, Sorting, together
 from autospec.introspection.spectra import gram_by_rows, singular_values
 from autospec.introspection.workspace import Workspace
 
@@ -350,3 +350,21 @@ def test_the_guard_does_not_blame_the_model_for_the_rounding_of_torchs_own_kerne
     assert list(found) == ["weight"] * bool(outside)
     if outside:
         assert found["weight"] == pytest.approx(6 * outside / float(exact.norm()), rel=0.01)
+
+
+def test_rows_that_lie_one_after_the_other_are_not_copied():
+    whole = draw(9, 4)
+    first, second, third = whole.split([2, 3, 4])
+    for parts, copied in (
+        ([first, second, third], False),
+        ([second, third], False),
+        ([third], False),
+        ([second, first], True),
+        ([first, third], True),
+        ([first, second.clone()], True),
+        ([first.mT.contiguous().mT, second], True),
+        ([first[:, :2], second[:, :2]], True),
+    ):
+        found = together(parts)
+        assert torch.equal(found, torch.cat(parts))
+        assert (found.data_ptr() == parts[0].data_ptr()) is not copied
