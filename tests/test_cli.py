@@ -59,9 +59,10 @@ def test_trajectories_that_are_not_there_are_one_sentence(capsys, tmp_path):
 
 
 def test_a_table_that_is_not_there_is_one_sentence(capsys, study, tmp_path):
-    spec = specs.spec("panel", specs.panel_settings(study.config, "small", "coder"))
-    arguments = ("--run", str(study.run("coder")), "--tests", str(tmp_path / "no.tsv"))
-    said = complaint(capsys, "panel", "--spec", spec, *arguments, "--output", str(tmp_path / "panel.png"))
+    spec = specs.spec("panels", specs.panels_settings(study.config, "small"))
+    runs = [str(study.run(run)) for run in ("coder", "judge")]
+    arguments = ("--runs", *runs, "--tests", str(tmp_path / "no.tsv"))
+    said = complaint(capsys, "panels", "--spec", spec, *arguments, "--output", str(tmp_path / "coder.png"))
     assert "no.tsv" in said
     assert list(tmp_path.iterdir()) == []
 
