@@ -37,6 +37,8 @@ schema: $(VENV)/.ready
 constraints:
 	$(PYTHON) envs/pin.py
 
+# Without bytecode, which Python writes for a module where it is first imported: compiling all that is installed, most of it
+# never imported, took as long as the rest of the installation.
 setup: $(VENV)/.ready
 setup-test: $(VENV)/.ready-test
 setup-slurm: $(VENV)/.ready-slurm
@@ -46,11 +48,11 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	  { echo "autospec needs Python 3.11 or newer, and $(PYTHON) is older: run  make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@echo "Setting up $(VENV) (a minute or two; PyTorch is the largest part) ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
 	touch $@
 
 # Snakemake's executor for Slurm, for the test of it: in a folder of its own, since where it is installed every start of
