@@ -264,7 +264,7 @@ def _tests_table(runs: list[Run], settings: ReportSettings) -> tuple[str, list[d
     return caption, rows
 
 
-def _by_place(tests: pd.DataFrame) -> dict[tuple[str, frozenset[str]], pd.DataFrame]:
+def _by_place(tests: pd.DataFrame) -> dict[Any, pd.DataFrame]:
     """Rows of each layer and pair of groups, whichever stands first."""
     return {
         (layer, frozenset((group_a, group_b))): rows
