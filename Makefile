@@ -4,6 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := envs/constraints.txt
+INSTALL := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+# Bytecode by all cores, without packages' own tests: pip's, by one core, took as long as all else.  Left to the jobs, each
+# would compile all it imports where Python may not write (PYTHONDONTWRITEBYTECODE, as in many containers).  Some packages
+# hold files in another syntax.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib autospec || true
 
 .PHONY: demo test bench lint setup setup-test setup-slurm schema constraints clean
 
@@ -46,11 +51,13 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	  { echo "autospec needs Python 3.11 or newer, and $(PYTHON) is older: run  make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@echo "Setting up $(VENV) (a minute or two; PyTorch is the largest part) ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
+	$(INSTALL) -e .
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
+	$(INSTALL) -e '.[test]'
+	$(COMPILE)
 	touch $@
 
 # Snakemake's executor for Slurm, for the test of it: in a folder of its own, since where it is installed every start of

@@ -52,7 +52,6 @@ wildcard_constraints:
     setting="[a-z]+-[a-z0-9.-]+",
     subject="[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*",
     view="[a-z]+",
-    panel="[a-z][A-Za-z0-9_-]*",
     figure="[a-z0-9_]+",
     extension="pdf|png|svg",
 

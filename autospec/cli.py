@@ -208,14 +208,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", required=True, help="calibration.tsv; all else stands beside it")
     sub.add_argument("--resources", help="JSON file that records time and memory used")
 
-    sub = stage("panel", _panel, "draw one panel")
-    sub.add_argument("--run", required=True, dest="trajectories")
-    sub.add_argument("--tests", nargs="*", default=[], help="the run's tests, where the panel compares two groups")
-    sub.add_argument("--output", required=True, nargs="+")
+    sub = stage("panels", _panels, "draw panels, each on its own")
+    _add_runs_and_tests(sub)
+    sub.add_argument("--output", required=True, nargs="+", help="files, each named by its panel")
 
     sub = stage("figure", _figure, "compose a page of panels")
-    sub.add_argument("--runs", required=True, nargs="+")
-    sub.add_argument("--tests", nargs="*", default=[], help="tests of the runs in which two groups are compared")
+    _add_runs_and_tests(sub)
     sub.add_argument("--output", required=True, nargs="+")
 
     sub = stage("report", _report, "write the report")
@@ -274,6 +272,11 @@ def _add_bad_subject(sub: argparse.ArgumentParser) -> None:
 
 def _add_networks_device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu or cuda")
+
+
+def _add_runs_and_tests(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--runs", required=True, nargs="+")
+    sub.add_argument("--tests", nargs="*", default=[], help="tests of the runs in which two groups are compared")
 
 
 def _add_participants(sub: argparse.ArgumentParser) -> None:
@@ -471,17 +474,17 @@ def _calibration(options: Any) -> tuple[str, dict[str, Any]]:
     return build_calibration(settings, parts, options.output), {}
 
 
-def _panel(options: Any) -> tuple[str, dict[str, Any]]:
-    from autospec.figures.panel import PanelSettings, build_panel
+def _panels(options: Any) -> tuple[str, dict[str, Any]]:
+    from autospec.figures.panel import PanelsSettings, build_panels
 
-    tests = options.tests[0] if options.tests else None
-    return build_panel(_spec(options, PanelSettings)[0], options.trajectories, tests, options.output), {}
+    runs, tests = _runs_and_tests(options)
+    return build_panels(_spec(options, PanelsSettings)[0], runs, tests, options.output), {}
 
 
 def _figure(options: Any) -> tuple[str, dict[str, Any]]:
     from autospec.figures.page import PageSettings, build_page
 
-    runs, tests = ({_run_name(path): path for path in paths} for paths in (options.runs, options.tests))
+    runs, tests = _runs_and_tests(options)
     return build_page(_spec(options, PageSettings)[0], runs, tests, options.output), {}
 
 
@@ -553,6 +556,12 @@ def _schema(options: Any) -> tuple[str, dict[str, Any]]:
     from autospec.documentation import write_generated
 
     return f"wrote {', '.join(write_generated(Path(options.root)))}", {}
+
+
+def _runs_and_tests(options: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """Paths of trajectories and of tests, by the name of the run."""
+    runs, tests = ({_run_name(path): path for path in paths} for paths in (options.runs, options.tests))
+    return runs, tests
 
 
 def _run_name(path: str) -> str:

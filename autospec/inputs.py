@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autospec import custom_model, specs
-from autospec.config import Config, Panel
+from autospec.config import Config
 from autospec.errors import UserError
 from autospec.paths import EXTENSIONS, PAGE_EXTENSIONS, PATHS, result
 
@@ -83,7 +83,7 @@ def _names(config: Config, kind: str, experiment: str) -> list[str] | None:
         case "run":
             return [run for name, run in every_run(config) if name == experiment]
         case "panel":
-            return [specs.panel_name(panel) for panel in config.experiments[experiment].panels]
+            return specs.panel_names(config, experiment)
         case _:
             return None
 
@@ -137,9 +137,11 @@ def confounds_of(config: Config, experiment: str, run: str) -> list[str]:
     return refit_confounds(config, experiment, run)
 
 
-def of_panel(config: Config, kind: str, experiment: str, panel: str) -> list[str]:
-    """Trajectories of the run that a panel draws, or its tests where the panel compares two groups."""
-    return _of_panels(kind, experiment, [specs.find_panel(config, experiment, panel)])
+def of_panels(config: Config, kind: str, experiment: str) -> list[str]:
+    """Trajectories of the runs that an experiment's panels draw, or tests of those in which two groups are compared."""
+    panels = config.experiments[experiment].panels
+    needed = [panel.run for panel in panels if kind == "run" or panel.compare is not None]
+    return [result(kind, experiment=experiment, run=run) for run in dict.fromkeys(needed)]
 
 
 def of_figure(config: Config, kind: str, figure: str) -> list[str]:
@@ -147,18 +149,13 @@ def of_figure(config: Config, kind: str, figure: str) -> list[str]:
     name, supplement = figures(config)[figure]
     if supplement:
         return [result(kind, experiment=name, run=run) for run in config.experiments[name].runs]
-    return _of_panels(kind, name, config.experiments[name].panels)
+    return of_panels(config, kind, name)
 
 
 def figure_settings(config: Config, figure: str) -> dict[str, Any]:
     """Settings of the job that composes a figure or a supplement."""
     name, supplement = figures(config)[figure]
     return (specs.supplement_settings if supplement else specs.figure_settings)(config, name)
-
-
-def _of_panels(kind: str, experiment: str, panels: list[Panel]) -> list[str]:
-    needed = [panel.run for panel in panels if kind == "run" or panel.compare is not None]
-    return [result(kind, experiment=experiment, run=run) for run in dict.fromkeys(needed)]
 
 
 def figures(config: Config) -> dict[str, tuple[str, bool]]:
@@ -203,7 +200,7 @@ def pages(config: Config) -> list[str]:
 
 def panels(config: Config, experiment: str) -> list[str]:
     """Every panel of an experiment on its own, in every format."""
-    names = [specs.panel_name(panel) for panel in config.experiments[experiment].panels]
+    names = specs.panel_names(config, experiment)
     return [result("panel", experiment=experiment, panel=name, extension=kind) for name in names for kind in EXTENSIONS]
 
 

@@ -36,7 +36,7 @@ STAGES = {
     "summary": "autospec.statistics.summary",
     "calibrate": "autospec.statistics.calibration.build",
     "calibration": "autospec.figures.calibration",
-    "panel": "autospec.figures.panel",
+    "panels": "autospec.figures.panel",
     "figure": "autospec.figures.page",
     "report": "autospec.report.build",
 }
@@ -207,9 +207,9 @@ def calibration_settings(config: Config, part: str | None = None) -> dict[str, A
     return settings if part is None else {**settings, "part": part}
 
 
-def panel_name(panel: Panel) -> str:
-    """File name of a panel."""
-    return panel.name
+def panel_names(config: Config, experiment: str) -> list[str]:
+    """File names of an experiment's panels."""
+    return [panel.name for panel in config.experiments[experiment].panels]
 
 
 def panel_letter(experiment: Experiment, panel: Panel) -> str:
@@ -224,19 +224,14 @@ def panel_letter(experiment: Experiment, panel: Panel) -> str:
     return letter if len(alike) == 1 else f"{letter}{alike.index(panel) + 1}"
 
 
-def panel_settings(config: Config, experiment: str, name: str) -> dict[str, Any]:
-    """Settings of the job that draws one panel on its own."""
-    panel = find_panel(config, experiment, name)
+def panels_settings(config: Config, experiment: str) -> dict[str, Any]:
+    """Settings of the job that draws each panel of an experiment on its own."""
+    panels = config.experiments[experiment].panels
     return {
-        "panel": described_panel(config, experiment, panel),
+        "panels": [described_panel(config, experiment, panel) for panel in panels],
         "width_mm": config.figures.panel_width_mm,
-        **_drawing(config, [panel]),
+        **_drawing(config, panels),
     }
-
-
-def find_panel(config: Config, experiment: str, name: str) -> Panel:
-    """Return the panel of that file name."""
-    return next(panel for panel in config.experiments[experiment].panels if panel_name(panel) == name)
 
 
 def compared_pairs(experiment: Experiment) -> list[list[str]]:
@@ -251,7 +246,7 @@ def described_panel(config: Config, experiment: str, panel: Panel, letter: str |
     run = settings.runs[panel.run]
     return {
         "letter": panel_letter(settings, panel) if letter is None else letter,
-        "name": panel_name(panel),
+        "name": panel.name,
         "run": panel.run,
         "compare": panel.compare,
         "test": panel.test,

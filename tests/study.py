@@ -98,19 +98,16 @@ class Study:
 
     def draw(self) -> Path:
         """Draw the panels and the page as PNG, write the report, and return its path."""
-        for panel in self.config.experiments["small"].panels:
-            settings = specs.panel_settings(self.config, "small", panel.name)
-            self.command(
-                "panel", "--spec", specs.spec("panel", settings), "--run", str(self.run(panel.run)),
-                "--tests", str(self.tests(panel.run)),
-                "--output", result("panel", experiment="small", panel=panel.name, extension="png"),
-            )  # fmt: skip
-        settings = specs.figure_settings(self.config, "small")
-        self.command(
-            "figure", "--spec", specs.spec("figure", settings), "--runs", *(str(self.run(run)) for run in ("coder", "judge")),
+        read = (
+            "--runs", *(str(self.run(run)) for run in ("coder", "judge")),
             "--tests", *(str(self.tests(run)) for run in ("coder", "judge")),
-            "--output", result("figure", figure=7, extension="png"),
         )  # fmt: skip
+        names = specs.panel_names(self.config, "small")
+        pictures = [result("panel", experiment="small", panel=name, extension="png") for name in names]
+        spec = specs.spec("panels", specs.panels_settings(self.config, "small"))
+        self.command("panels", "--spec", spec, *read, "--output", *pictures)
+        spec = specs.spec("figure", specs.figure_settings(self.config, "small"))
+        self.command("figure", "--spec", spec, *read, "--output", result("figure", figure=7, extension="png"))
         spec = specs.spec("report", specs.report_settings(self.config))
         self.command("report", "--spec", spec, "--inputs", str(self.dataset), "--output", result("report"))
         return self.folder / result("report")

@@ -1,6 +1,7 @@
 """The command line: one sentence for a mistake, and what a stage used beside its output."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from autospec import specs
 from autospec.cli import main, write_resources
 from autospec.config import load_config
+from tests.conftest import ROOT, run_command
 
 SPEC = json.dumps(
     {"settings": {"name": "small/judge", "task": "classifier", "scale": "raw", "alpha": 0.05}, "code": "0"}
@@ -59,9 +61,10 @@ def test_trajectories_that_are_not_there_are_one_sentence(capsys, tmp_path):
 
 
 def test_a_table_that_is_not_there_is_one_sentence(capsys, study, tmp_path):
-    spec = specs.spec("panel", specs.panel_settings(study.config, "small", "coder"))
-    arguments = ("--run", str(study.run("coder")), "--tests", str(tmp_path / "no.tsv"))
-    said = complaint(capsys, "panel", "--spec", spec, *arguments, "--output", str(tmp_path / "panel.png"))
+    spec = specs.spec("panels", specs.panels_settings(study.config, "small"))
+    runs = [str(study.run(run)) for run in ("coder", "judge")]
+    arguments = ("--runs", *runs, "--tests", str(tmp_path / "no.tsv"))
+    said = complaint(capsys, "panels", "--spec", spec, *arguments, "--output", str(tmp_path / "coder.png"))
     assert "no.tsv" in said
     assert list(tmp_path.iterdir()) == []
 
@@ -106,6 +109,16 @@ def test_an_unknown_command_says_which_there_are(capsys):
         main(["trian"])
     assert stopped.value.code == 2
     assert "train" in capsys.readouterr().err
+
+
+def test_a_process_ends_as_its_command_did(tmp_path):
+    python = (sys.executable, "-m", "autospec")
+    done = run_command(*python, "init", "analysis", folder=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout
+    again = run_command(*python, "init", "analysis", folder=tmp_path, PYTHONPATH=str(ROOT))
+    assert again.returncode == 1
+    assert again.stdout.startswith("autospec: ")
+    assert again.stdout.count("\n") == 1
 
 
 def test_what_a_stage_used_is_written_beside_its_output(study, tmp_path):

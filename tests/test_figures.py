@@ -1,5 +1,7 @@
 """Figures, by the data that their artists hold."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,7 +20,7 @@ from autospec.figures import page, panel
 from autospec.figures.differences import GREYS, draw_cells, draw_differences, edges, log_ratio, marks, of_pair
 from autospec.figures.layout import place_axes, size_of
 from autospec.figures.page import build_page, compose, paginate
-from autospec.figures.panel import build_panel, draw_panel, key_text
+from autospec.figures.panel import build_panels, draw_panel, key_text
 from autospec.figures.positions import draw_positions, largest_by_position, tied_layers
 from autospec.figures.selection import shown_groups, shown_layers
 from autospec.figures.spectra import draw_spectra, label_decades, legend
@@ -565,25 +567,45 @@ def test_rows_fill_pages_from_the_top():
     assert paginate([300.0, 100.0, 300.0], 250.0) == [0, 1, 2]
 
 
-def test_a_panel_drawn_on_its_own_is_whole_in_every_format_or_absent(study, tmp_path):
-    settings = specs.panel_settings(study.config, "small", "judge_0_vs_3")
-    outputs = [str(tmp_path / f"panel.{kind}") for kind in ("pdf", "png", "svg")]
-    said = build_panel(settings, str(study.run("judge")), str(study.tests("judge")), outputs)
-    assert said == "panel B: MLP classifier, hidden 6, Tanh: 0 against 3 (paper)"
+def panels_of(study) -> tuple[dict, dict[str, str], dict[str, str]]:
+    """Settings, trajectories and tests of the study's panels."""
+    settings = specs.panels_settings(study.config, "small")
+    return settings, {run: str(study.run(run)) for run in ("coder", "judge")}, {"judge": str(study.tests("judge"))}
+
+
+def test_panels_drawn_on_their_own_are_whole_in_every_format_or_absent(study, tmp_path):
+    names = ("coder", "judge_0_vs_3")
+    outputs = [str(tmp_path / f"{name}.{kind}") for name in names for kind in ("pdf", "png", "svg")]
+    assert build_panels(*panels_of(study), outputs) == "panels A, B"
     heads = {"pdf": b"%PDF", "png": b"\x89PNG", "svg": b"<?xml"}
-    assert {path.suffix[1:]: path.read_bytes()[:4] for path in tmp_path.iterdir()} == {
-        kind: head[:4] for kind, head in heads.items()
+    assert {path.name: path.read_bytes()[:4] for path in tmp_path.iterdir()} == {
+        f"{name}.{kind}": head[:4] for name in names for kind, head in heads.items()
     }
     with pytest.raises(KeyError):
-        build_panel(settings, str(study.run("judge")), str(study.tests("judge")), [str(tmp_path / "panel.docx")])
-    assert len(list(tmp_path.iterdir())) == 3
+        build_panels(*panels_of(study), [str(tmp_path / "coder.docx")])
+    assert len(list(tmp_path.iterdir())) == 6
 
 
-def test_a_panel_on_its_own_shows_every_layer(study, tmp_path, monkeypatch):
+def test_each_panel_on_its_own_is_in_its_file_and_shows_every_layer(study, monkeypatch):
     drawn = []
-    monkeypatch.setattr(panel, "save", lambda figure, *_: drawn.append(figure))
-    build_panel(specs.panel_settings(study.config, "small", "coder"), str(study.run("coder")), None, [])
-    assert len(drawn[0].subfigs[0].axes) == 4 * 3
+    monkeypatch.setattr(panel, "save", lambda figure, outputs, _: drawn.append((figure.subfigs[0], outputs)))
+    build_panels(*panels_of(study), ["a/judge_0_vs_3.png", "a/coder.svg", "a/coder.png"])
+    (coder, of_coder), (judge, of_judge) = drawn
+    assert (of_coder, of_judge) == (["a/coder.svg", "a/coder.png"], ["a/judge_0_vs_3.png"])
+    assert coder.texts[0].get_text() == "A   MLP autoencoder, hidden 6 x 4, Tanh"
+    assert judge.texts[0].get_text() == "B   MLP classifier, hidden 6, Tanh"
+    assert len(coder.axes) == 4 * 3
+
+
+def test_a_panel_is_drawn_alike_alone_and_after_others(study, tmp_path):
+    settings, runs, tests = panels_of(study)
+    alone = {**settings, "panels": settings["panels"][1:]}
+    pictures = []
+    for folder, chosen in (("all", settings), ("one", alone)):
+        outputs = [str(tmp_path / folder / f"judge_0_vs_3.{kind}") for kind in ("pdf", "png", "svg")]
+        build_panels(chosen, runs, tests, outputs)
+        pictures.append([Path(path).read_bytes() for path in outputs])
+    assert pictures[0] == pictures[1]
 
 
 def test_a_supplement_compares_the_drawn_pairs_in_every_run():

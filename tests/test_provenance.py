@@ -104,7 +104,7 @@ def test_the_closure_follows_every_kind_of_import_that_runs(fingerprint_with, tm
     assert packages == {"numpy", "scipy"}
 
 
-@pytest.mark.parametrize("stage", ["panel", "figure", "report", "test"])
+@pytest.mark.parametrize("stage", ["panels", "figure", "report", "test"])
 def test_stages_that_only_read_results_do_not_depend_on_torch_or_introspection(stage):
     modules, packages = import_closure((STAGES[stage],))
     assert "torch" not in packages

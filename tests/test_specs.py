@@ -19,8 +19,7 @@ def every_spec(settings: dict) -> dict[tuple[str, str], dict]:
         for run in experiment.runs:
             found["train", run] = specs.run_settings(config, name, run)
             found["test", run] = specs.test_settings(config, name, run)
-        for panel in experiment.panels:
-            found["panel", panel.name] = specs.panel_settings(config, name, panel.name)
+        found["panels", name] = specs.panels_settings(config, name)
         found["figure", name] = specs.figure_settings(config, name)
         found["figure", f"{name} supplement"] = specs.supplement_settings(config, name)
     found["summary", ""] = specs.summary_settings(config)
@@ -54,7 +53,7 @@ def differing(settings: dict) -> set[tuple[str, str]]:
         ("experiments.small.runs.judge.training", {"epochs": 1}, {("train", "judge")}),
         ("experiments.small.introspection", {"audit": 2}, {("train", "coder"), ("train", "judge")}),
         ("datasets.digits.samples_per_class", 5, {("dataset", "digits")}),
-        ("figures.panel_width_mm", 99.0, {("panel", "coder"), ("panel", "judge_0_vs_3")}),
+        ("figures.panel_width_mm", 99.0, {("panels", "small")}),
         ("figures.page_width_mm", 99.0, {("figure", "small"), ("figure", "small supplement")}),
         ("figures.layers_per_panel", 2, {("figure", "small"), ("figure", "small supplement")}),
         ("experiments.small.runs.judge.introspection", {"audit": 2}, {("train", "judge")}),

@@ -1,7 +1,8 @@
-"""One panel: drawn on a page by `autospec.figures.page`, or on its own by the stage here."""
+"""Panels: drawn on a page by `autospec.figures.page`, or each on its own by the stage here."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TypedDict
 
 import matplotlib
@@ -10,7 +11,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
-from autospec.describe import content, data_words, network, performance_words
+from autospec.describe import data_words, network, performance_words
 from autospec.errors import UserError
 from autospec.figures.differences import difference_key, difference_words, draw_differences, of_pair
 from autospec.figures.layout import KEY_LINE_MM, panel_height, wrap, write_heading
@@ -25,10 +26,10 @@ ROW_HEIGHT_MM = 34.0
 KEY_POINTS = 5.5
 
 
-class PanelSettings(TypedDict):
+class PanelsSettings(TypedDict):
     """What the stage reads from the configuration."""
 
-    panel: dict[str, Any]
+    panels: list[dict[str, Any]]
     width_mm: float
     dots_per_inch: int
     singular_values: list[int] | None
@@ -148,31 +149,41 @@ def key_height_mm(panels: list[dict[str, Any]], tree: xr.DataTree, settings: Any
     return 2 + KEY_LINE_MM * lines + (legend_height_mm(tree, width_mm) if spectra else 0)
 
 
-def build_panel(settings: PanelSettings, run: str, tests: str | None, outputs: list[str]) -> str:
-    """Draw one panel on its own and write it in each format.
+def build_panels(settings: PanelsSettings, runs: dict[str, str], tests: dict[str, str], outputs: list[str]) -> str:
+    """Draw panels, each on its own, and write each in every format asked for.
 
     Parameters
     ----------
-    settings : PanelSettings
+    settings : PanelsSettings
         What to draw and how large.
-    run, tests : str
-        The run's trajectories, and its tests where the panel compares two groups.
+    runs, tests : dict of str to str
+        Trajectories of each run that a panel names, and tests of those in which two groups are compared.
     outputs : list of str
-        Files to write; the extension decides the format.
+        Files to write: the name says which panel, the extension the format.
 
     Returns
     -------
     str
         One line that says what was drawn.
     """
-    tree, panel, width_mm = open_trajectories(run), settings["panel"], settings["width_mm"]
+    trees = {run: open_trajectories(path) for run, path in runs.items()}
+    tables = {run: read_tests(path) for run, path in tests.items()}
     with matplotlib.rc_context(STYLE):
-        key_mm = key_height_mm([panel], tree, settings, width_mm)
-        body_mm = panel_height(max(1, len(layers_of(panel, tree))), ROW_HEIGHT_MM)
-        figure = Figure(figsize=(width_mm * MM, (body_mm + key_mm) * MM))
-        body, foot = figure.subfigures(2, 1, height_ratios=[body_mm, key_mm], squeeze=False)[:, 0]
-        note = data_words(tree.attrs.get("dataset"))
-        draw_panel(body, panel, tree, read_tests(tests) if tests else None, settings, note=note)
-        draw_key(foot, [panel], tree, settings, width_mm, key_mm)
-        save(figure, outputs, settings["dots_per_inch"])
-    return f"panel {panel['letter']}: {content(panel)}"
+        for panel in settings["panels"]:
+            figure = _on_its_own(panel, trees[panel["run"]], tables.get(panel["run"]), settings)
+            save(figure, [path for path in outputs if Path(path).stem == panel["name"]], settings["dots_per_inch"])
+    return f"panels {', '.join(panel['letter'] for panel in settings['panels'])}"
+
+
+def _on_its_own(
+    panel: dict[str, Any], tree: xr.DataTree, tests: pd.DataFrame | None, settings: PanelsSettings
+) -> Figure:
+    """Draw a panel with all of its layers, and its key below."""
+    width_mm = settings["width_mm"]
+    key_mm = key_height_mm([panel], tree, settings, width_mm)
+    body_mm = panel_height(max(1, len(layers_of(panel, tree))), ROW_HEIGHT_MM)
+    figure = Figure(figsize=(width_mm * MM, (body_mm + key_mm) * MM))
+    body, foot = figure.subfigures(2, 1, height_ratios=[body_mm, key_mm], squeeze=False)[:, 0]
+    draw_panel(body, panel, tree, tests, settings, note=data_words(tree.attrs.get("dataset")))
+    draw_key(foot, [panel], tree, settings, width_mm, key_mm)
+    return figure

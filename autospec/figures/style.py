@@ -118,7 +118,7 @@ def _write_png(pages: list[Figure], path: Path, dots_per_inch: int) -> None:
         canvas.draw()
         drawn.append(np.asarray(canvas.buffer_rgba())[:, :, :3].copy())
     picture = Image.fromarray(np.concatenate(drawn)).quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    picture.save(path, format="png", dpi=(dots_per_inch, dots_per_inch), optimize=True)
+    picture.save(path, format="png", dpi=(dots_per_inch, dots_per_inch))
 
 
 def _settle(figure: FigureBase) -> None:

@@ -19,7 +19,6 @@ from autospec.cohort.files import read_table
 from autospec.cohort.record import read_participants, read_record
 from autospec.datasets.labelled import open_labelled, subjects_of
 from autospec.describe import content, effect_words, interval_words, network, performance_words
-from autospec.figures.differences import of_pair
 from autospec.figures.selection import shown_groups
 from autospec.paths import result
 from autospec.report.template import PAGE
@@ -221,15 +220,20 @@ def _tests_table(runs: list[Run], settings: ReportSettings) -> tuple[str, list[d
     for run in runs:
         chance = (run.attrs.get("performance") or {}).get("at_chance")
         tests = read_tests(result("tests", experiment=run.experiment["name"], run=run.name))
+        paper = tests[tests["test"] == f"paper_{settings['variance']}"]
+        gradient, contrast = paper[paper["statistic"] == "gradient"], tests[tests["statistic"] == "contrast"]
+        tested, none = _by_place(paper), gradient[:0]
+        of_values, of_steps = (
+            _by_place(gradient[gradient["step"].isna()]),
+            _by_place(gradient[gradient["index"].isna()]),
+        )
+        valid = {test: _by_place(contrast[contrast["test"] == test]) for test in ("permutation", "refit")}
         for pair in tests[["group_a", "group_b"]].drop_duplicates().itertuples(index=False, name=None):
-            of_test = {
-                test: of_pair(tests, list(pair), test, settings["variance"])
-                for test in ("paper", "permutation", "refit")
-            }
-            for layer in of_test["paper"]["layer"].unique():
-                here = {test: part[part["layer"] == layer] for test, part in of_test.items()}
-                gradient = here["paper"][here["paper"]["statistic"] == "gradient"]
-                values, steps = gradient[gradient["step"].isna()], gradient[gradient["index"].isna()]
+            for layer in paper["layer"].unique():
+                place = (layer, frozenset(pair))
+                if place not in tested:
+                    continue
+                values, steps = of_values.get(place, none), of_steps.get(place, none)
                 rows.append(
                     {
                         "experiment": run.experiment["name"],
@@ -242,7 +246,7 @@ def _tests_table(runs: list[Run], settings: ReportSettings) -> tuple[str, list[d
                         "paper: significant values": int(values["significant"].sum()),
                         "paper: significant steps": int(steps["significant"].sum()),
                         "paper: Hedges' g": effect_words(smallest_p(values)),
-                        **{key: value for test in ("permutation", "refit") for key, value in _valid(here, test)},
+                        **{key: value for test in valid for key, value in _valid(valid[test].get(place, none), test)},
                     }
                 )
     test = {"student": "Student's", "welch": "Welch's"}[settings["variance"]]
@@ -260,10 +264,17 @@ def _tests_table(runs: list[Run], settings: ReportSettings) -> tuple[str, list[d
     return caption, rows
 
 
-def _valid(here: dict[str, pd.DataFrame], test: str) -> list[tuple[str, Any]]:
+def _by_place(tests: pd.DataFrame) -> dict[Any, pd.DataFrame]:
+    """Rows of each layer and pair of groups, whichever stands first."""
+    return {
+        (layer, frozenset((group_a, group_b))): rows
+        for (layer, group_a, group_b), rows in tests.groupby(["layer", "group_a", "group_b"])
+    }
+
+
+def _valid(contrast: pd.DataFrame, test: str) -> list[tuple[str, Any]]:
     """Smallest family-wise p of the contrast's singular values, and the effect that it stands for."""
-    rows = here[test]
-    found = smallest_p(rows[rows["statistic"] == "contrast"])
+    found = smallest_p(contrast)
     p = np.nan if found is None else float(found["p_adjusted"])
     return [(f"{test}: smallest p", p), (f"{test}: effect", effect_words(found))]
 

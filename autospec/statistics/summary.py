@@ -53,6 +53,8 @@ COLUMNS = {
     "refit_effect_high": "Upper end of that interval.",
 }
 
+PLACE = ["layer", "group_a", "group_b"]
+
 
 class SummarySettings(TypedDict):
     """What the stage reads from the configuration."""
@@ -119,58 +121,73 @@ def summarise(tree: xr.DataTree, tests: pd.DataFrame, variance: str) -> list[dic
         "first_step": int(steps[0]),
         "last_step": int(steps[-1]),
     }
-    sizes = tree["group_size"].isel(step=-1)
-    pairs = tests[["group_a", "group_b"]].drop_duplicates().itertuples(index=False, name=None)
-    by_pair = {pair: tests[(tests["group_a"] == pair[0]) & (tests["group_b"] == pair[1])] for pair in pairs}
+    group_sizes = tree["group_size"].isel(step=-1).values.tolist()
+    sizes = dict(zip(map(str, tree["group"].values), group_sizes, strict=True))
+    pairs = list(tests[["group_a", "group_b"]].drop_duplicates().itertuples(index=False, name=None))
+    shares = _shares_of_values(tests, f"paper_{variance}")
+    smallest = {test: _smallest(tests, test) for test in ("permutation", "refit")}
     rows = []
     for layer, node in tree["layers"].children.items():
-        for (group_a, group_b), of_pair in by_pair.items():
-            here = of_pair[of_pair["layer"] == layer]
+        largest = _largest(node)
+        alignment = float(node["alignment"].values[-1, 0]) if "alignment" in node else np.nan
+        for group_a, group_b in pairs:
+            place = (layer, group_a, group_b)
             rows.append(
                 {
                     "layer": layer,
                     "group_a": group_a,
                     "group_b": group_b,
-                    "samples_a": int(sizes.sel(group=group_a)),
-                    "samples_b": int(sizes.sel(group=group_b)),
+                    "samples_a": sizes[group_a],
+                    "samples_b": sizes[group_b],
                     **about,
-                    **_largest(node, group_a, group_b),
-                    "alignment_last": float(node["alignment"].values[-1, 0]) if "alignment" in node else np.nan,
-                    "paper_values": _share_of_values(here, f"paper_{variance}"),
-                    **_smallest(here, "permutation"),
-                    **_smallest(here, "refit"),
+                    **_both(largest, group_a, group_b),
+                    "alignment_last": alignment,
+                    "paper_values": shares.get(place, np.nan),
+                    **_effect("permutation", smallest["permutation"].get(place)),
+                    **_effect("refit", smallest["refit"].get(place)),
                 }
             )
     return rows
 
 
-def _largest(node: xr.DataTree, group_a: str, group_b: str) -> dict[str, float]:
-    """Both groups' largest singular values, first and last, and the last's ratio."""
+def _largest(node: xr.DataTree) -> dict[str, tuple[float, float, bool]]:
+    """Each group's largest singular value, first and last, and whether the last lies above the noise floor."""
     if "gradient" not in node:
-        names = ("sigma1_a_first", "sigma1_b_first", "sigma1_a_last", "sigma1_b_last", "log2_ratio_last")
-        return dict.fromkeys(names, np.nan)
-    both = [group_a, group_b]
-    values = node["gradient"].sel(group=both, index=1).transpose("group", "step").values.astype(float)
-    floor = node["gradient_noise_floor"].sel(group=both).transpose("group", "step").values
-    resolved = bool((values[:, -1] > floor[:, -1]).all())
+        return {}
+    values = node["gradient"].sel(index=1).transpose("group", "step").values.astype(float)
+    floor = node["gradient_noise_floor"].transpose("group", "step").values
+    ends = zip(values[:, 0], values[:, -1], values[:, -1] > floor[:, -1], strict=True)
+    return dict(zip(map(str, node["group"].values), ends, strict=True))
+
+
+def _both(largest: dict[str, tuple[float, float, bool]], group_a: str, group_b: str) -> dict[str, float]:
+    """Both groups' largest singular values, first and last, and the last's ratio; NaN where none were recorded."""
+    (a_first, a_last, a_above), (b_first, b_last, b_above) = (
+        largest.get(group, (np.nan, np.nan, False)) for group in (group_a, group_b)
+    )
     return {
-        "sigma1_a_first": values[0, 0],
-        "sigma1_b_first": values[1, 0],
-        "sigma1_a_last": values[0, -1],
-        "sigma1_b_last": values[1, -1],
-        "log2_ratio_last": float(np.log2(values[0, -1] / values[1, -1])) if resolved else np.nan,
+        "sigma1_a_first": a_first,
+        "sigma1_b_first": b_first,
+        "sigma1_a_last": a_last,
+        "sigma1_b_last": b_last,
+        "log2_ratio_last": float(np.log2(a_last / b_last)) if a_above and b_above else np.nan,
     }
 
 
-def _share_of_values(rows: pd.DataFrame, test: str) -> float:
-    """Share of the gradient's resolved singular values that the paper's test calls significant."""
-    values = rows[(rows["test"] == test) & (rows["statistic"] == "gradient") & rows["step"].isna()]
-    resolved = values[~values["below_floor"]]
-    return float(resolved["significant"].mean()) if len(resolved) else np.nan
+def _shares_of_values(tests: pd.DataFrame, test: str) -> dict[Any, float]:
+    """Share of the gradient's resolved singular values that the paper's test calls significant, by layer and groups."""
+    of_values = (tests["test"] == test) & (tests["statistic"] == "gradient") & tests["step"].isna()
+    resolved = tests[of_values & ~tests["below_floor"]]
+    return resolved.groupby(PLACE)["significant"].mean().to_dict()
 
 
-def _smallest(rows: pd.DataFrame, test: str) -> dict[str, float]:
-    """Smallest family-wise p of the contrast's singular values, and the effect that it stands for."""
-    found = smallest_p(rows[(rows["test"] == test) & (rows["statistic"] == "contrast")])
+def _smallest(tests: pd.DataFrame, test: str) -> dict[Any, pd.Series | None]:
+    """The contrast's singular value with the smallest family-wise p, by layer and groups."""
+    rows = tests[(tests["test"] == test) & (tests["statistic"] == "contrast")]
+    return {place: smallest_p(here) for place, here in rows.groupby(PLACE)}
+
+
+def _effect(test: str, found: pd.Series | None) -> dict[str, float]:
+    """A smallest p, and the effect that it stands for."""
     columns = {"p": "p_adjusted", "effect": "effect_size", "effect_low": "effect_low", "effect_high": "effect_high"}
     return {f"{test}_{name}": np.nan if found is None else float(found[column]) for name, column in columns.items()}

@@ -11,7 +11,7 @@ COMPARED = {
     "Testing groups in small/autoencoder",
     "Testing groups in small/classifier",
     "Summing up",
-    "Drawing small/classifier_0_vs_3",
+    "Drawing the panels of small",
     "Composing figure 1",
     "Composing figure s1",
     "Writing the report",
@@ -45,9 +45,8 @@ def test_one_runs_activation_redoes_that_run_and_what_shows_it(analysis):
     assert analysis.planned() == {
         "Training small/classifier",
         "Testing groups in small/classifier",
-        "Drawing small/classifier",
         "Summing up",
-        "Drawing small/classifier_0_vs_3",
+        "Drawing the panels of small",
         "Composing figure 1",
         "Composing figure s1",
         "Writing the report",
@@ -93,7 +92,7 @@ def test_other_singular_values_redraw_what_shows_them(analysis):
     config = analysis.config()
     config["figures"]["singular_values"] = [1, 3]
     analysis.write(config)
-    assert analysis.planned() == DRAWN - {"Drawing small/classifier_0_vs_3", "Composing figure s1"}
+    assert analysis.planned() == DRAWN - {"Composing figure s1"}
 
 
 def test_tests_of_logarithms_redraw_comparisons_alone(analysis):
@@ -128,10 +127,20 @@ def test_an_edit_of_the_tests_code_retrains_nothing(analysis):
     assert {"Testing groups in small/autoencoder", "Testing groups in small/classifier"} <= analysis.planned()
 
 
-def test_a_missing_panel_is_drawn_again_alone(analysis):
-    (analysis.folder / "results/figures/small/autoencoder.svg").unlink()
-    assert "Drawing small/autoencoder" in analysis.planned()
-    assert not any(name.startswith(("Training", "Testing")) for name in analysis.planned())
+def test_a_missing_panel_is_a_target_and_is_drawn_with_the_others_of_its_experiment(analysis):
+    config = analysis.config()
+    config["experiments"]["second"] = {**config["experiments"]["small"], "figure": 2}
+    analysis.write(config)
+    panel = analysis.folder / "results/figures/small/autoencoder.svg"
+    before = panel.read_bytes()
+    panel.unlink()
+    target = "results/figures/small/autoencoder.svg"
+    assert analysis.planned(target) == {"Drawing the panels of small"}
+    assert "Drawing the panels of second" in analysis.planned()
+    done = analysis.snakemake(target)
+    assert done.returncode == 0, done.stdout
+    assert panel.read_bytes() == before
+    assert not (analysis.folder / "results/figures/second").exists()
 
 
 def test_runs_are_reproducible_to_the_byte(analysis):

@@ -1,37 +1,40 @@
 # Panels on their own, and the pages composed of them.
 
 
-rule panel:
-    """Draw one panel on its own."""
-    input:
-        run=lambda wildcards: inputs.of_panel(CONFIG, "run", wildcards.experiment, wildcards.panel),
-        tests=lambda wildcards: inputs.of_panel(CONFIG, "tests", wildcards.experiment, wildcards.panel),
-    output:
-        pictures=[
-            report(
-                result("panel", extension=extension),
-                caption="../report/panel.rst",
-                category="{experiment}",
-                subcategory="panels",
-                labels={"panel": "{panel}", "format": extension},
-            )
-            for extension in EXTENSIONS
-        ],
-        resources=result("panel_resources"),
-    log:
-        result("log", stage="panel", job="{experiment}-{panel}"),
-    conda:
-        "../../envs/autospec.yaml"
-    params:
-        spec=lambda wildcards: specs.spec(
-            "panel",
-            specs.panel_settings(CONFIG, wildcards.experiment, wildcards.panel),
-        ),
-    message:
-        "Drawing {wildcards.experiment}/{wildcards.panel}"
-    shell:
-        "python -m autospec panel --spec {params.spec:q} --run {input.run:q} --tests {input.tests:q}"
-        " --output {output.pictures:q} --resources {output.resources:q} 2>&1 | tee {log:q}"
+# All panels of an experiment are one job: most of a panel's time would be its Python's start.
+for name in CONFIG.experiments:
+
+    rule:
+        """Draw each panel of an experiment on its own."""
+        name:
+            f"panels_{name}"
+        input:
+            runs=inputs.of_panels(CONFIG, "run", name),
+            tests=inputs.of_panels(CONFIG, "tests", name),
+        output:
+            pictures=[
+                report(
+                    result("panel", experiment=name, panel=panel, extension=extension),
+                    caption="../report/panel.rst",
+                    category=name,
+                    subcategory="panels",
+                    labels={"panel": panel, "format": extension},
+                )
+                for panel in specs.panel_names(CONFIG, name)
+                for extension in EXTENSIONS
+            ],
+            resources=result("panels_resources", experiment=name),
+        log:
+            result("log", stage="panels", job=name),
+        conda:
+            "../../envs/autospec.yaml"
+        params:
+            spec=specs.spec("panels", specs.panels_settings(CONFIG, name)),
+        message:
+            f"Drawing the panels of {name}"
+        shell:
+            "python -m autospec panels --spec {params.spec:q} --runs {input.runs:q} --tests {input.tests:q}"
+            " --output {output.pictures:q} --resources {output.resources:q} 2>&1 | tee {log:q}"
 
 
 rule figure:
