@@ -459,7 +459,8 @@ class Capture:
             pending.arrived = -share if pending.arrived is None else pending.arrived - share
         if self.audited is not None and sorting.left_out is None and factors.in_pieces:
             # torch's own sum of so many terms may be further off than the guard admits: the same sum, by the same kernel.
-            share = factors.share() if scale is None else factors.share() / scale
+            share = factors.with_(single(factors.activation), single(factors.adjoint)).share()
+            share = share if scale is None else share / scale
             pending.by_kernel = share if pending.by_kernel is None else pending.by_kernel + share
         kept = layer.sorted_input
         if use.constant is not None and kept is not None and kept[1] is sorting and kept[0].same(use.constant):
