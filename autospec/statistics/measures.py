@@ -29,8 +29,6 @@ ALTERNATIVES = {
 STATISTICS = tuple(ALTERNATIVES)
 # Measures with one value for each singular value; the others have one for the whole layer.
 SPECTRAL = ("contrast", "difference")
-# Singular values that are rounding, 1e-7 of the largest, change an effective rank by up to this part of it.
-RANK_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -117,17 +115,6 @@ def effective_rank(spectrum: np.ndarray) -> np.ndarray:
     return np.exp(-terms.sum(-1))
 
 
-def difference_of_ranks(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Difference of two spectra's effective ranks, over the last axis; 0 where it is rounding.
-
-    Every share of a head of two classes has rank one: such ranks differ by what rounding makes of the second value, and no
-    test should be told that it does so more under one labelling than under another.
-    """
-    ranks = effective_rank(first), effective_rank(second)
-    difference = ranks[0] - ranks[1]
-    return np.where(np.abs(difference) <= RANK_ROUNDING * np.maximum(*ranks), 0.0, difference)
-
-
 def measure(spectra: LabelledSpectra, statistic: str, size_first: np.ndarray, size_second: np.ndarray) -> np.ndarray:
     """One measure under every labelling.
 
@@ -154,7 +141,7 @@ def measure(spectra: LabelledSpectra, statistic: str, size_first: np.ndarray, si
     if statistic == "cosine":
         return spectra.cosine[:, None]
     if statistic == "effective_rank":
-        return difference_of_ranks(spectra.first, spectra.second)[:, None]
+        return (effective_rank(spectra.first) - effective_rank(spectra.second))[:, None]
     if statistic == "distance":
         return np.sqrt(np.square(spectra.contrast).sum(1, keepdims=True))
     raise ValueError(f"unknown statistic {statistic!r}")
@@ -171,7 +158,9 @@ def resolved(
 ) -> np.ndarray:
     """Whether each value lies above the noise floor under each labelling.
 
-    A difference needs both groups' values above their own floors; the whole layer's measures need the largest value.
+    A difference needs both groups' values above their own floors; the whole layer's measures need the largest value, and
+    effective ranks the second as well: every share of a head of two classes has rank one, and what rounding makes of the
+    second value is no difference.
 
     Parameters
     ----------
@@ -200,7 +189,12 @@ def resolved(
         above = spectra.contrast > (floors[0] / size_first + floors[1] / size_second)[:, None]
     else:
         above = (spectra.first > floors[0][:, None]) & (spectra.second > floors[1][:, None])
-    return above if statistic in SPECTRAL else above[:, :1]
+    return above if statistic in SPECTRAL else above[:, deciding(statistic, above.shape[1])]
+
+
+def deciding(statistic: str, values: int) -> slice:
+    """Which singular value must be resolved for a measure of the whole layer, of so many."""
+    return slice(1, 2) if statistic == "effective_rank" and values > 1 else slice(0, 1)
 
 
 def values_possible(statistic: str, shape: tuple[int, int], rows: tuple[np.ndarray, np.ndarray]) -> int:

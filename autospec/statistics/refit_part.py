@@ -25,7 +25,7 @@ from autospec.statistics.covariates import (
     matched_for,
     matched_samples,
 )
-from autospec.statistics.measures import SPECTRAL, STATISTICS, difference_of_ranks
+from autospec.statistics.measures import SPECTRAL, STATISTICS, deciding, effective_rank
 from autospec.statistics.permutations import (
     balance_of,
     conditional_givers,
@@ -629,7 +629,7 @@ def _of_layer(
     limits = node["rank_limit"].sel(group=list(pair)).values
     above = (a > floor_a) & (b > floor_b)
     with np.errstate(invalid="ignore", divide="ignore"):
-        ranks = difference_of_ranks(np.nan_to_num(a), np.nan_to_num(b))[:, None]
+        ranks = [effective_rank(np.nan_to_num(each))[:, None] for each in (a, b)]
     of_contrast = contrast["gradient"].values.astype(np.float64)
     contrast_above = of_contrast > contrast["gradient_noise_floor"].values[:, None]
     count, both = int(min(a.shape[1], limits.min())), int(min(a.shape[1], limits.sum()))
@@ -637,7 +637,7 @@ def _of_layer(
         "contrast": (of_contrast[:, :both], contrast_above[:, :both]),
         "difference": ((a / sizes[:, :1] - b / sizes[:, 1:])[:, :count], above[:, :count]),
         "cosine": (contrast["cosine"].values.astype(np.float64)[:, None], above[:, :1]),
-        "effective_rank": (ranks, above[:, :1]),
+        "effective_rank": (ranks[0] - ranks[1], above[:, deciding("effective_rank", above.shape[1])]),
         "distance": (np.sqrt(np.nansum(np.square(of_contrast), axis=1, keepdims=True)), contrast_above[:, :1]),
     }
 
