@@ -21,6 +21,8 @@ from models import CASES, Batch, Case
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
+from autospec.introspection.spectra import eigenvalues, smaller_gram
+
 
 def factors_of(plain: Contestant) -> dict[str, tuple[Tensor, Tensor]]:
     """What enters each layer and the adjoint at its output, by the name of the weight, from one step."""
@@ -29,12 +31,6 @@ def factors_of(plain: Contestant) -> dict[str, tuple[Tensor, Tensor]]:
     plain.step()
     seen.close()
     return {name: (seen.activations[name].clone(), seen.adjoints[name].clone()) for name in seen.layers}
-
-
-def product_with_itself(matrix: Tensor) -> Tensor:
-    """Gram matrix in float64; numpy computes one triangle of it."""
-    wide = matrix.double().numpy()
-    return torch.from_numpy(wide @ wide.T)
 
 
 def parts_of(plain: Contestant, batch: Batch) -> dict[str, Callable[[], object]]:
@@ -63,7 +59,7 @@ def parts_of(plain: Contestant, batch: Batch) -> dict[str, Callable[[], object]]
             side = min(share.shape)
             few_a, few_d = as_rows(layers[name], a), as_rows(layers[name], d)
             if len(few_a) < side:  # a share has no larger rank than rows: the smaller matrices, and no product
-                grams += [lambda few=few: product_with_itself(few) for few in (few_a, few_d)]
+                grams += [lambda few=few: smaller_gram(few) for few in (few_a, few_d)]
                 matrices.append(few_a.double() @ few_a.double().T)
             else:
                 products.append(product)
@@ -71,7 +67,7 @@ def parts_of(plain: Contestant, batch: Batch) -> dict[str, Callable[[], object]]
         whole = as_matrix(weight_gradient(layers[name], activation, adjoint))
         for share in (*shares, whole):  # the batch's gradient is there without a product
             wide = share if len(share) <= share.shape[1] else share.T.contiguous()
-            grams.append(lambda wide=wide: product_with_itself(wide))
+            grams.append(lambda wide=wide: smaller_gram(wide))
             matrices.append(wide.double() @ wide.double().T)
     by_size: dict[int, list[Tensor]] = {}
     for matrix in matrices:
@@ -81,9 +77,7 @@ def parts_of(plain: Contestant, batch: Batch) -> dict[str, Callable[[], object]]
         "sorting": lambda: [torch.index_select(side, 0, order, out=room) for side, room in changing],
         "products": lambda: [product() for product in products],
         "Gram matrices": lambda: [gram() for gram in grams],
-        "eigenvalues": lambda: [
-            np.linalg.eigvalsh(s.numpy()) if s.shape[1] >= 256 else torch.linalg.eigvalsh(s) for s in stacks
-        ],
+        "eigenvalues": lambda: [eigenvalues(stack) for stack in stacks],
     }
 
 

@@ -201,9 +201,7 @@ class Measurement:
         ]
         if not groups:
             return []
-        matrices = []
-        for group in groups:
-            matrices.append(together([part for stack in there.pop(group) for part in stack.flat_rows()]))
+        matrices = [together([part for stack in there.pop(group) for part in stack.flat_rows()]) for group in groups]
         key = f"{layer.name}/{statistic}/{width}/{', '.join(self.groups[group] for group in groups)}"
         found = leading_values(matrices, count, self._blocks.get(key))
         self._blocks[key] = found.block
