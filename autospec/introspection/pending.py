@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import WatchError
-from .factors import TERMS, Factors, Lookup, Product, narrow, rounding, square
+from .factors import ROUNDING_OF_SUM, TERMS, Factors, Lookup, Product, narrow, rounding, square
 from .groups import Assignment
 from .spectra import column_gram, float64, gram_by_rows, gram_of_few, irregular, smaller_gram
 from .workspace import LARGEST_KEPT, Workspace, to_device
@@ -248,8 +248,11 @@ class Shares:
         if self.batch is None or set(grams) != set(self.products):
             return None
         gram, image = self.batch
-        if not _norm(gram) > CANCELLED * sum(map(_norm, grams.values())):
-            return None
+        norm, largest = _norm(gram), sum(map(_norm, grams.values()))
+        if not norm > CANCELLED * largest:
+            squares = self._rounding_of_products(list(grams), largest**2) if math.isfinite(largest) else None
+            if not self._outweighs(gram, norm, squares):
+                return None
         parts, walk = [], 0.0
         for ((adjoint, activation),) in self.products.values():
             seen = self.workspace.memo(activation, _image, lasting=self.constant)
@@ -293,7 +296,7 @@ class Shares:
                 continue
             product = some.T @ seen
             matrix += product
-            self._note_rounding(key, rounding(some, seen, product))
+            self._note_rounding(key, rounding(some, seen, square(product)))
 
     def _note_rounding(self, key: bytes, squares: Tensor) -> None:
         """Note the square of what the rounding of an addend to a cell's share may be (Frobenius)."""
@@ -424,14 +427,41 @@ class Shares:
         of_cell = {key: _norm(gram) for key, gram in (known or {}).items()}
         of_cell |= {cells[0]: norm for cells, norm in zip(groups, norms, strict=True) if len(cells) == 1}
         for i, cells in enumerate(groups):
+            squares: float | None
             if all(key in self.squares for key in cells):
-                # Rounding is a matrix without structure, whose largest singular value is that much of its norm.
-                largest = min(1.0, sum(side**-0.5 for side in self.shape))
-                parts = largest * math.sqrt(sum(float(self.squares[key]) for key in cells)) / ROUNDED
+                squares = sum(float(self.squares[key]) for key in cells)
             else:
-                parts = CANCELLED * sum(of_cell.get(key, math.inf) for key in cells) if len(cells) > 1 else 0.0
-            if math.isfinite(parts) and norms[i] < parts:
+                parts = [of_cell.get(key, math.inf) for key in cells]
+                if len(cells) == 1 or not math.isfinite(sum(parts)) or norms[i] >= CANCELLED * sum(parts):
+                    continue
+                squares = self._rounding_of_products(cells, sum(part**2 for part in parts))
+            if not self._outweighs(grams[i], norms[i], squares):
                 grams[i] = smaller_gram(self._wide_share(cells))
+
+    def _rounding_of_products(self, cells: Sequence[bytes], sums: float) -> float | None:
+        """Square of what the rounding of some cells' products may be (Frobenius), if that is what their shares are.
+
+        ``sums`` is the square of what is summed up, cell by cell, or in one product for all of them.
+        """
+        squares = 0.0
+        for factors, sorting in self.held or ():
+            if not isinstance(factors, Product) or factors.adjoint.dtype != torch.float32:
+                return None
+            if sorting.counts and max(sorting.counts) > TERMS:
+                return None
+            for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
+                if key in cells:
+                    squares += float(rounding(part.adjoint, part.activation, 0.0))
+        return squares + ROUNDING_OF_SUM**2 * torch.finfo(torch.float32).eps ** 2 * sums
+
+    def _outweighs(self, gram: Tensor, norm: float, squares: float | None) -> bool:
+        """Whether a share is large enough over its rounding, so far as that is known; what is not finite cannot be mended."""
+        if squares is None:
+            return False
+        # Rounding is a matrix without structure, whose largest singular value is that much of its norm.
+        rounded = math.sqrt(squares) * min(1.0, sum(side**-0.5 for side in self.shape))
+        least = float(gram.norm()) / norm if norm else 0.0  # at most the share's largest singular value
+        return not math.isfinite(rounded) or rounded <= ROUNDED * least
 
     def _wide_share(self, cells: Sequence[bytes]) -> Tensor:
         """The share of some cells from their factors, in float64."""

@@ -286,6 +286,35 @@ def test_the_rounding_of_pieces_is_estimated_on_the_safe_side():
         assert error < float(square) ** 0.5 < 30 * error
 
 
+@pytest.mark.parametrize("opposition", [0.4, 0.15, 0.01])
+def test_shares_are_formed_again_only_where_rounding_would_show(opposition, monkeypatch):
+    """Two groups that oppose each other: their sum is small, but as a rule resolved in single precision."""
+    repaired = []
+    original = Shares._wide_share
+    monkeypatch.setattr(Shares, "_wide_share", lambda self, cells: repaired.append(cells) or original(self, cells))
+    half, other = draw(300, 40).abs(), draw(300, 60, seed=1).abs()
+    activation, adjoint = torch.cat([half, half]), torch.cat([other, other * (opposition - 1)])
+    shares = Shares((60, 40), Workspace())
+    shares.add(Product(activation, adjoint), sorting(300, 300))
+    right = torch.linalg.svdvals(adjoint.double().T @ activation.double())
+    values = spectra(shares, [CELLS, [CELLS[0]], [CELLS[1]]])[0]
+    assert float((values - right).abs().max() / right[0]) < 1e-6
+    assert bool(repaired) == (opposition == 0.01)
+
+
+def test_the_rounding_of_products_is_estimated_on_the_safe_side():
+    """Of one product a cell, as of pieces, against float64."""
+    for seed, mean in ((0, 0.0), (1, 1.0)):
+        activation, adjoint = draw(900, 40, seed=seed) + mean, draw(900, 60, seed=seed + 10) + mean
+        shares = Shares((60, 40), Workspace())
+        shares.add(Product(activation, adjoint), sorting(500, 400))
+        assert shares.room.dtype == torch.float32
+        norms = [float(shares.matrix([key]).norm()) for key in CELLS]
+        estimated = shares._rounding_of_products(CELLS, sum(norm**2 for norm in norms)) ** 0.5
+        error = float((shares.matrices([CELLS])[0] - adjoint.double().T @ activation.double()).norm())
+        assert error < estimated < 30 * error
+
+
 def test_repair_is_told_by_the_rounding_of_pieces(monkeypatch):
     """A sum that the pieces' rounding would spoil is formed again."""
     monkeypatch.setattr(pending, "ROUNDED", 1e-30)
