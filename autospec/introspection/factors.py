@@ -7,6 +7,7 @@ one sample each.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from typing import Self
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .workspace import Workspace
 
 # Numbers in the patches that are multiplied at a time: about what a core's cache holds; and positions, whose products are
 # summed in float32.
@@ -70,8 +73,27 @@ class Factors(ABC):
         """Whether `add_pieces` is the way to the share."""
         return False
 
-    def add_pieces(self, total: Tensor) -> Tensor:
-        """Add the share to a float64 matrix piece by piece; return the square of what its rounding may be (Frobenius)."""
+    def add_pieces(
+        self, counts: Sequence[int], totals: Sequence[Tensor], workspace: Workspace, exact: bool = False
+    ) -> list[Tensor]:
+        """Add the shares of runs of items to float64 matrices, piece by piece.
+
+        Parameters
+        ----------
+        counts : sequence of int
+            Items of each run.
+        totals : sequence of Tensor
+            The matrix for each run.
+        workspace : Workspace
+            Memory for the pieces.
+        exact : bool
+            Form the products in float64 too.
+
+        Returns
+        -------
+        list of Tensor
+            For each run, the square of what the share's rounding may be (Frobenius).
+        """
         raise RuntimeError("this share is not formed in pieces")
 
     def activation_rows(self) -> Tensor:
@@ -211,20 +233,29 @@ class Convolution(Factors):
         """In one and two dimensions on the CPU patches cost little, and sums of short products are exact where long are not."""
         return len(self.kernel) <= 4 and self.groups == 1 and self.adjoint.device.type == "cpu"
 
-    def add_pieces(self, total: Tensor) -> Tensor:
-        """Add the share as products of rows and patches of a few items each, which stay in the processor's cache."""
+    def add_pieces(
+        self, counts: Sequence[int], totals: Sequence[Tensor], workspace: Workspace, exact: bool = False
+    ) -> list[Tensor]:
+        """Add the shares as products of rows and patches of a few items each, which stay in the processor's cache."""
         rows, image = (self.activation, self.adjoint) if self.transposed else (self.adjoint, self._padded())
         space, positions = self.kernel[2:], rows.shape[2:]
-        margins: list[int] = []
-        for size, count, stride, padding, dilation, there in zip(
+        outputs, inputs = self.kernel[:2]
+        size, many = math.prod(space), math.prod(positions)
+        count = min(max(1, min(PIECE // (inputs * size), TERMS) // many), max(counts))
+        exact = exact or narrow(outputs, inputs * size, count * many)
+        dtype = torch.float64 if exact else rows.dtype
+        within, padded = [slice(None), slice(None)], [count, inputs]
+        for length, taken, stride, padding, dilation, there in zip(
             space, positions, self.stride, self.padding, self.dilation, image.shape[2:], strict=True
         ):
-            reach = (count - 1) * stride + (size - 1) * dilation + 1
-            margins = [padding, max(reach - there - padding, 0), *margins]  # as far as the last position reaches
-        image = F.pad(image, margins)
-        item, channel, *steps = image.stride()
-        windows = image.as_strided(
-            (self.kernel[1], *space, len(rows), *positions),
+            reach = (taken - 1) * stride + (length - 1) * dilation + 1  # as far as the last position sees
+            within.append(slice(padding, padding + there))
+            padded.append(max(reach, padding + there))
+        room = workspace.scratch("image", tuple(padded), image.dtype, image.device).zero_()
+        inside = room[tuple(within)]
+        item, channel, *steps = room.stride()
+        windows = room.as_strided(
+            (inputs, *space, count, *positions),
             (
                 channel,
                 *(step * dilation for step, dilation in zip(steps, self.dilation, strict=True)),
@@ -232,20 +263,35 @@ class Convolution(Factors):
                 *(step * stride for step, stride in zip(steps, self.stride, strict=True)),
             ),
         )
-        size, many, outputs = math.prod(space), math.prod(positions), len(total)
-        width = self.kernel[1] * size
-        count = max(1, min(PIECE // width, TERMS) // many)
-        dtype = torch.float64 if narrow(outputs, width, min(count, len(rows)) * many) else rows.dtype
-        patches = rows.new_empty(width * min(count, len(rows)) * many, dtype=dtype)
-        products = rows.new_empty(-(-len(rows) // count), outputs, width, dtype=dtype)
-        parts = zip(products, rows.split(count), windows.split(count, dim=1 + len(space)), strict=True)
-        for product, some, seen in parts:
-            patch = patches[: seen.numel()].view(seen.shape).copy_(seen).view(width, -1)
-            torch.mm(some.transpose(0, 1).flatten(1).to(dtype), patch.T, out=product)
-        total += products.sum(0, dtype=torch.float64)
-        if dtype == torch.float64:
-            return total.new_zeros(())
-        return rounding(rows, image, square(products), size / max(len(rows) * many, 1))
+        patches = workspace.scratch("patches", (inputs * size * count * many,), dtype, image.device)
+        sides = workspace.scratch("rows", (outputs * count * many,), dtype, image.device)
+
+        @functools.cache
+        def places(items: int) -> tuple[Tensor, ...]:
+            """Where so many items lie: images, what positions see of them, the same and rows by item, and as matrices."""
+            window = windows.narrow(1 + len(space), 0, items)
+            patch, side = patches[: window.numel()], sides[: outputs * items * many]
+            by_item = side.view(outputs, items, *positions).transpose(0, 1)
+            matrices = side.view(outputs, -1), patch.view(inputs * size, -1).T
+            return inside[:items], window, patch.view(window.shape), by_item, *matrices
+
+        squares = []
+        for total, some_rows, some_image in zip(totals, rows.split(counts), image.split(counts), strict=True):
+            products = rows.new_empty(-(-len(some_rows) // count), outputs, inputs * size, dtype=dtype)
+            parts = zip(products, some_rows.split(count), some_image.split(count), strict=True)
+            for product, some, seen in parts:
+                images, window, patch, by_item, left, right = places(len(some))
+                images.copy_(seen)
+                patch.copy_(window)
+                by_item.copy_(some)
+                torch.mm(left, right, out=product)
+            total += products.sum(0, dtype=torch.float64)
+            if exact:
+                squares.append(total.new_zeros(()))
+            else:
+                times = size / max(len(some_rows) * many, 1)
+                squares.append(rounding(some_rows, some_image, square(products), times))
+        return squares
 
     def activation_rows(self) -> Tensor:
         """Channels at each position, shape (items, inputs, positions), or patches (items x positions, inputs)."""

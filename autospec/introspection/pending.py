@@ -24,8 +24,8 @@ from .workspace import LARGEST_KEPT, Workspace, to_device
 SMALL = 2**20
 # A sum of shares this much smaller than they are has lost too much to float32, and is formed again in float64.
 CANCELLED = 0.2
-# The same where the rounding is known: relative to the share, with half of what every spectrum keeps to.
-ROUNDED = 5e-7
+# The same where the rounding is known, relative to the share: every spectrum keeps to 1e-6.
+ROUNDED = 8e-7
 # Largest deviation of a gradient's product with a vector from that of the rows, in units of rounding (measured: 5.4).
 ROUNDING_OF_IMAGE = 8.0
 # Below this many rows, as a fraction of the matrix's smaller side, the factors are kept instead of the share.
@@ -204,16 +204,27 @@ class Shares:
             for key, adjoint, activation in parts:
                 add(key, adjoint, activation)
             return
+        for key, count in zip(sorting.keys, sorting.counts, strict=True):
+            counts[key] = counts.get(key, 0) + factors.rows_of(count)
+        if factors.in_pieces and (self.room is None or self.room.dtype == torch.float64):
+            self._form()
+            for key in sorting.keys:
+                matrix, first = self._place(key, factors.adjoint, torch.float64)
+                if first:
+                    matrix.zero_()
+            totals = [
+                self._matrices[self.slots[key]] for key in sorting.keys
+            ]  # where they lie now that all have a place
+            for key, squares in zip(
+                sorting.keys, factors.add_pieces(sorting.counts, totals, self.workspace), strict=True
+            ):
+                self._note_rounding(key, squares)
+            return
         for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
-            counts[key] = counts.get(key, 0) + part.rows
             if isinstance(part, Lookup):
                 self.lookups.setdefault(key, []).append(part)
                 continue
             self._form()
-            if part.in_pieces and (self.room is None or self.room.dtype == torch.float64):
-                matrix, first = self._place(key, part.adjoint, torch.float64)
-                self._note_rounding(key, part.add_pieces(matrix.zero_() if first else matrix))
-                continue
             matrix, first = self._place(key, part.adjoint)
             share = part.with_(part.activation.to(matrix.dtype), part.adjoint.to(matrix.dtype)).share()
             if first:
@@ -466,13 +477,13 @@ class Shares:
     def _wide_share(self, cells: Sequence[bytes]) -> Tensor:
         """The share of some cells from their factors, in float64."""
         assert self.held is not None
-        total: Tensor | None = None
+        total = torch.zeros(self.shape, dtype=torch.float64)
         for factors, sorting in self.held:
             for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
-                if key in cells:
-                    share = part.with_(float64(part.activation), float64(part.adjoint)).share()
-                    total = share if total is None else total.add_(share)
-        assert total is not None
+                if key in cells and part.in_pieces:
+                    part.add_pieces([len(part.adjoint)], [total], self.workspace, exact=True)
+                elif key in cells:
+                    total += part.with_(float64(part.activation), float64(part.adjoint)).share()
         return total
 
     def _looked_up(self, cells: Sequence[bytes]) -> Tensor:

@@ -23,6 +23,7 @@ class Workspace:
         self._tensors: dict[Form, list[Tensor]] = {}
         self._taken: dict[Form, int] = {}
         self._large: dict[Form, list[Tensor]] = {}
+        self._scratch: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self._known: dict[Any, tuple[Tensor, Tensor]] = {}
         self._lasting: dict[Any, tuple[Tensor, Tensor]] = {}
         self._still: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -44,6 +45,14 @@ class Workspace:
         """Take a tensor back before the step's end, to which nobody holds on; small ones are used once a step all the same."""
         if tensor.nbytes > LARGEST_KEPT:
             self._large.setdefault((tuple(tensor.shape), tensor.dtype, tensor.device), []).append(tensor)
+
+    def scratch(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor with any content, until one for the same purpose is asked for."""
+        size, key = math.prod(shape), (purpose, dtype, device)
+        room = self._scratch.get(key)
+        if room is None or room.numel() < size:
+            room = self._scratch[key] = torch.empty(size, dtype=dtype, device=device)
+        return room[:size].view(shape)
 
     def memo(self, tensor: Tensor, function: Callable[[Tensor, Workspace], Tensor], lasting: bool = False) -> Tensor:
         """Apply a function to a tensor once a step, or, while the tensor stays the same from step to step, once."""
@@ -69,7 +78,7 @@ class Workspace:
     def release(self) -> None:
         """Give everything up."""
         self._tensors, self._taken, self._large, self._known = {}, {}, {}, {}
-        self._lasting, self._still = {}, {}
+        self._lasting, self._still, self._scratch = {}, {}, {}
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -190,7 +190,9 @@ def test_a_convolution_in_pieces_has_the_gradient_that_autograd_has(kind, option
     layer = kind(4, 6, 5 if flat else (5, 3), **options).double()
     found = []
     original = Convolution.add_pieces
-    monkeypatch.setattr(Convolution, "add_pieces", lambda self, total: found.append(self) or original(self, total))
+    monkeypatch.setattr(
+        Convolution, "add_pieces", lambda self, *rest, **options: found.append(self) or original(self, *rest, **options)
+    )
     x = draw(9, 4, 23).double() if flat else draw(9, 4, 13, 11).double()
     with autospec.watch(layer, ["a", "b", "b"] * 3, statistics=("gradient",), quiet=True) as watcher:
         output = layer(x)
@@ -280,7 +282,7 @@ def test_the_rounding_of_pieces_is_estimated_on_the_safe_side():
             (16, 12, 5), (1,), (0,), (1,), 1, False, (0,),
         )  # fmt: skip
         total = torch.zeros(16, 60, dtype=torch.float64)
-        square = part.add_pieces(total)
+        (square,) = part.add_pieces([40], [total], Workspace())
         right = part.with_(part.activation.double(), part.adjoint.double()).share()
         error = float((total - right).norm())
         assert error < float(square) ** 0.5 < 30 * error
