@@ -70,6 +70,7 @@ class Arrival:
 
     adjoints: list[Tensor | None]
     waiting: int
+    inputs_were_held: bool
     kept: bool = False
 
 
@@ -366,12 +367,14 @@ class Capture:
                 return
             if forward.error is not None:
                 raise forward.error
+            if not call.inputs:  # the graph was freed in an earlier backward pass, and torch is about to say so
+                return
             backward = _backward_pass()
             if not latest or latest[-1][0] != backward:
                 if any(tensor._version != version for tensor, version in zip(call.inputs, versions, strict=True)):
                     name = next(iter(learned.values())).name
                     raise WatchError(f"the input of '{name}' was modified in place before the backward pass.")
-                arrival = Arrival([None] * len(call.outputs), len(learned))
+                arrival = Arrival([None] * len(call.outputs), len(learned), call.inputs_are_held)
                 latest[:] = [(backward, arrival)]
                 self._calls.append((call, arrival))
                 for key, layer in learned.items():
@@ -430,6 +433,8 @@ class Capture:
             if not use.arrival.waiting:
                 use.arrival.adjoints = []
                 use.call.forget()
+                if use.arrival.inputs_were_held and not use.call.inputs_are_held:
+                    use.call.release()  # the graph has been freed
                 self.workspace.forget(column_gram)
                 if (
                     self._latest_adjoint is not None

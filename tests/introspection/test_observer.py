@@ -1,9 +1,11 @@
 """The watcher looks on: the training keeps its bits, and every way to call it gives the record of the same step."""
 
+import contextlib
 import copy
 import io
 import random
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -174,6 +176,72 @@ def test_hooks_are_gone_after_the_block_whatever_happened_in_it(failure):
     assert hooks_of(model) == 0
     with autospec.watch(model, LABELS):
         pass
+
+
+def hidden_layers(kind):
+    torch.manual_seed(3)
+    if kind == "linear":
+        return nn.Sequential(nn.Linear(7, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 5)), batch()
+    if kind == "tokens":
+        layers = nn.Linear(7, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5)
+        return nn.Sequential(*layers), torch.randn(N, 4, 7)
+    layers = nn.Conv1d(7, 4, 3), nn.ReLU(), nn.Conv1d(4, 4, 3), nn.ReLU(), nn.Conv1d(4, 5, 3)
+    return nn.Sequential(*layers), torch.randn(N, 7, 11)
+
+
+@pytest.mark.parametrize("kind", ["linear", "tokens", "convolution"])
+def test_activations_live_no_longer_than_without_a_watcher(kind):
+    def alive(watched):
+        model, x = hidden_layers(kind)
+        storages, counts = [], []
+
+        def note(_, args, output):
+            storages.extend(weakref.ref(tensor.untyped_storage()) for tensor in (*args, output))
+
+        def count(*_):
+            counts.append(sum(storage() is not None for storage in storages))
+
+        watcher = autospec.watch(model, LABELS, quiet=True) if watched else contextlib.nullcontext()
+        with watcher:
+            for _ in range(2):
+                storages.clear()
+                handles = [layer.register_forward_hook(note) for layer in model]
+                loss = loss_of(model(x))
+                count()
+                for handle in handles:
+                    handle.remove()
+                weights = [layer.weight for layer in model if hasattr(layer, "weight")]
+                handles = [weight.register_post_accumulate_grad_hook(count) for weight in weights]
+                loss.backward()
+                count()
+                for handle in handles:
+                    handle.remove()
+                if watched:
+                    watcher.step()
+        return counts[len(counts) // 2 :]  # the first step is audited
+
+    assert alive(watched=True) == alive(watched=False)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["single precision", "autocast"])
+@pytest.mark.parametrize("kind", ["linear", "tokens", "convolution"])
+def test_a_graph_that_is_kept_may_be_crossed_again(kind, half):
+    model, x = hidden_layers(kind)
+    trees = []
+    for passes in (1, 2):
+        model.zero_grad()
+        with autospec.watch(model, LABELS, quiet=True) as watcher:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = loss_of(model(x).float())
+            for part in range(passes):
+                loss.backward(retain_graph=part < passes - 1)
+            watcher.step()
+            with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+                loss.backward()
+        trees.append(watcher.trajectories)
+    for name in ("0.weight", "2.weight", "4.weight"):
+        once, twice = (spectrum(tree, name, "gradient") for tree in trees)
+        assert error(twice, 2 * once) < 1e-6
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -29,6 +30,9 @@ class LayerCall(ABC):
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     parameters: tuple[str, ...]
+    reads_outputs: ClassVar[bool] = False
+    """Whether `factors` reads the outputs' values."""
+    _originals: tuple[weakref.ref[Tensor], ...] = ()
 
     @abstractmethod
     def marks(self, parameter: str) -> Tensor:
@@ -60,8 +64,18 @@ class LayerCall(ABC):
 
     def leave_graph(self) -> None:
         """Hold values alone: what hooks on the graph hold must not hold the graph, or it would never be freed."""
+        self._originals = tuple(weakref.ref(tensor) for tensor in self.inputs)
         self.inputs = tuple(tensor.detach() for tensor in self.inputs)
-        self.outputs = tuple(tensor.detach() for tensor in self.outputs)
+        self.outputs = tuple(tensor.detach() if self.reads_outputs else tensor.new_empty(0) for tensor in self.outputs)
+
+    @property
+    def inputs_are_held(self) -> bool:
+        """Whether somebody else holds an input of the forward pass: the graph, which lets go of it in a backward pass, say."""
+        return any(original() is not None for original in self._originals)
+
+    def release(self) -> None:
+        """Let go of the inputs; there are no factors any more."""
+        self.inputs = ()
 
     def forget(self) -> None:  # noqa: B027 (most keep nothing)
         """Let go of what was computed in `factors`."""

@@ -93,6 +93,8 @@ class _Sequences:
 class RecurrentCall(LayerCall):
     """One forward pass through nn.RNN, nn.GRU or nn.LSTM."""
 
+    reads_outputs = True
+
     def __init__(
         self,
         module: Any,
