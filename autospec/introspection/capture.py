@@ -20,7 +20,7 @@ from .groups import Assignment, Groups
 from .hooks import Hook
 from .layers import LayerCall, LookupCall, rule_for
 from .parameters import WatchedParameter
-from .pending import Pending, Sorting
+from .pending import Layout, Pending, Sorting
 from .rows import Place, RowMap, map_rows, whole_numbers
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
@@ -30,6 +30,8 @@ from .workspace import Workspace
 ROW_MAPS_KEPT = 64
 # Bytes of one item, a volume say, from which on it is not copied: fresh memory for all of them costs more than the copy.
 LARGE_ITEM = 2**18
+# Numbers in a matrix up to which one product a sample, for samples of many rows, costs less than sorting the rows.
+LARGEST_BY_SAMPLE = 2**15
 
 
 @dataclass
@@ -454,7 +456,7 @@ class Capture:
         factors = use.call.factors(use.parameter, use.arrival.adjoints, self.workspace)
         pending.dtype = _coarsest(pending.dtype, use.dtype, use.call.outputs[0].dtype, factors.adjoint.dtype)
         layer.inputs.append(use.constant)
-        sorting = self._sorting(layer, use, len(factors.activation), self._in_runs(factors))
+        sorting = self._sorting(layer, use, len(factors.activation), self._layout(factors, use))
         self.masked = self.masked or sorting.masked
         if sorting.left_out is not None and self.audited is not None:
             out = sorting.left_out
@@ -511,13 +513,19 @@ class Capture:
 
     # ------------------------------------------------------------------ rows
 
-    def _in_runs(self, factors: Factors) -> bool:
-        """Whether the items are so large that a sorted copy of them costs more than a product for each run of one cell."""
-        if not isinstance(factors, Convolution) or factors.adjoint.is_cuda or self.factor_statistics:
-            return False
-        return max(side.nbytes for side in (factors.activation, factors.adjoint)) >= LARGE_ITEM * len(factors.adjoint)
+    def _layout(self, factors: Factors, use: Use) -> Layout:
+        """How items are brought together that belong to one cell: by sorting them, unless that costs more than it spares."""
+        if factors.adjoint.device.type != "cpu" or self.factor_statistics:
+            return "sorted"
+        if isinstance(factors, Convolution):
+            largest = max(side.nbytes for side in (factors.activation, factors.adjoint))
+            return "runs" if largest >= LARGE_ITEM * len(factors.adjoint) else "sorted"
+        # Data are sorted once; the audit and positions ask for the items of each cell.
+        alone = use.constant is None and self.audited is None and not self.per_position
+        small = factors.activation.shape[-1] * factors.adjoint.shape[-1] <= LARGEST_BY_SAMPLE
+        return "grid" if isinstance(factors, Product) and alone and small else "sorted"
 
-    def _sorting(self, layer: WatchedLayer, use: Use, items: int, in_runs: bool) -> Sorting:
+    def _sorting(self, layer: WatchedLayer, use: Use, items: int, layout: Layout) -> Sorting:
         """How to sort the items of one use by cell; computed once for each assignment of groups."""
         forward = use.forward
         if forward.assignment is None or forward.row_map is None:
@@ -532,7 +540,7 @@ class Capture:
             forward.row_map,
             items,
             use.call.layout(),
-            in_runs,
+            layout,
         )
         if key not in cache:
             cache[key] = Sorting.by_cell(
@@ -540,7 +548,7 @@ class Capture:
                 forward.assignment,
                 forward.valid,
                 layer.parameter.device,
-                in_runs,
+                layout,
             )
         return cache[key]
 

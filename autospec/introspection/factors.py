@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,8 +27,12 @@ PIECE, TERMS = 2**19, 2**12
 # Fewer outputs or inputs than this, and more terms: there MKL sums one term after the other (measured: 9 eps where they agree).
 NARROW, MANY_TERMS = 16, 2**9
 # Rounding of a product of that size in float32, in units of eps: of sums whose terms are of either sign, relative to the
-# root of the terms' squares, and of sums whose terms agree, relative to the sum (measured: 2.3 and 1.4).
+# root of the terms' squares, and of sums whose terms agree, relative to the sum (measured: 2.3 and 1.4).  Of sums of few
+# terms, one after the other, that many times the root of their number (measured: 0.15 and 0.13).
 ROUNDING_OF_WALK, ROUNDING_OF_SUM = 2.5, 1.5
+ROUNDING_OF_SHORT_WALK, ROUNDING_OF_SHORT_SUM = 0.2, 0.17
+# Positions of a sample whose product is formed at once, where samples have many; and numbers in such products.
+SHORTEST, LONGEST, PRODUCTS = 32, 100, 2**18
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,13 @@ def square(tensor: Tensor) -> Tensor:
     return torch.dot(numbers, numbers)
 
 
+def squares_by_item(tensor: Tensor) -> Tensor:
+    """Sum of the squares of each item's numbers, shape (items,) for (items, rows, width)."""
+    if tensor.is_contiguous():
+        return torch.linalg.vector_norm(tensor.flatten(1), dim=1).square()
+    return torch.linalg.vector_norm(tensor, dim=2).square().sum(1)
+
+
 def narrow(outputs: int, inputs: int, terms: int) -> bool:
     """Whether a product on the CPU is formed in float64 for its shape, which costs little there."""
     return min(outputs, inputs) < NARROW and terms > MANY_TERMS
@@ -130,6 +142,32 @@ def rounding(left: Tensor, right: Tensor, sums: Tensor | float, times: float | N
     """
     walk = square(left) * square(right) * (1 / max(len(left), 1) if times is None else times)
     return torch.finfo(left.dtype).eps ** 2 * (ROUNDING_OF_WALK**2 * walk + ROUNDING_OF_SUM**2 * sums)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows that lie sample by sample, as many of each.
+
+    Attributes
+    ----------
+    positions : int
+        Rows of each sample.
+    cells : Tensor of int, shape (samples,)
+        The cell of each sample.
+    """
+
+    positions: int
+    cells: Tensor
+
+    def of(self, rows: Tensor) -> Tensor:
+        """View of the rows, shape (samples, positions, width)."""
+        return rows.reshape(len(self.cells), self.positions, rows.shape[1])
+
+    @property
+    def terms(self) -> int:
+        """Positions whose product is formed at once: few enough for an exact sum, and a part of all of them."""
+        parts = [n for n in range(1, self.positions // SHORTEST + 1) if self.positions % n == 0]
+        return self.positions // next((n for n in parts if self.positions // n <= LONGEST), parts[-1])
 
 
 def single(tensor: Tensor) -> Tensor:
@@ -161,6 +199,49 @@ class Product(Factors):
             return product
         first, total = self.outputs
         return F.pad(product, (0, 0, first, total - first - len(product)))
+
+    def add_by_sample(self, grid: Grid, slots: Tensor, total: Tensor, workspace: Workspace) -> np.ndarray:
+        """Add the product of each sample's rows to the matrix of its cell, without any row being moved.
+
+        Parameters
+        ----------
+        grid : Grid
+            Where each sample's rows lie.
+        slots : Tensor of int, shape (samples,)
+            Which matrix each sample's product belongs to.
+        total : Tensor, float64
+            Shape (matrices, outputs of the whole parameter, inputs).
+        workspace : Workspace
+            Memory for some products.
+
+        Returns
+        -------
+        ndarray, shape (matrices,)
+            Square of what the rounding of each matrix may be (Frobenius).
+        """
+        terms, outputs, inputs = grid.terms, self.adjoint.shape[1], self.activation.shape[1]
+        adjoint, activation = self.adjoint.reshape(-1, terms, outputs), self.activation.reshape(-1, terms, inputs)
+        slots = slots.repeat_interleave(grid.positions // terms)
+        if self.outputs is not None:
+            total = total.narrow(1, self.outputs[0], outputs)
+        roundings = []
+        walk, whole = ROUNDING_OF_SHORT_WALK**2 * terms, ROUNDING_OF_SHORT_SUM**2 * terms
+        walk, whole = min(walk, ROUNDING_OF_WALK**2), min(whole, ROUNDING_OF_SUM**2)
+        count = max(1, PRODUCTS // (outputs * inputs))
+        for some, seen, where in zip(*(side.split(count) for side in (adjoint, activation, slots)), strict=True):
+            form = (len(some), outputs, inputs)
+            products = workspace.scratch("products", form, some.dtype, some.device)
+            torch.bmm(some.mT, seen, out=products)
+            wide = products
+            if wide.dtype != torch.float64:
+                wide = workspace.scratch("wide products", form, torch.float64, some.device).copy_(products)
+                rounded = squares_by_item(some) * squares_by_item(seen) * (walk / terms)
+                roundings.append((where, rounded.add_(squares_by_item(products), alpha=whole)))
+            total.index_add_(0, where, wide)
+        if not roundings:
+            return np.zeros(len(total))
+        where, squares = (torch.cat(parts).numpy() for parts in zip(*roundings, strict=True))
+        return np.bincount(where, squares, len(total)) * torch.finfo(self.adjoint.dtype).eps ** 2
 
     def adjoint_rows(self) -> Tensor:
         """The adjoint, with zeros for outputs that were not used."""

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import WatchError
-from .factors import ROUNDING_OF_SUM, TERMS, Factors, Lookup, Product, narrow, rounding, square
+from .factors import ROUNDING_OF_SUM, SHORTEST, TERMS, Factors, Grid, Lookup, Product, narrow, rounding, square
 from .groups import Assignment
-from .spectra import column_gram, float64, gram_by_rows, gram_of_few, irregular, smaller_gram
+from .spectra import PIECE, column_gram, float64, gram_by_rows, gram_of_few, irregular, smaller_gram
 from .workspace import LARGEST_KEPT, Workspace, to_device
 
+Layout = Literal["sorted", "runs", "grid"]
 # Products of at most this many numbers are formed in float64 from the start.
 SMALL = 2**20
 # A sum of shares this much smaller than they are has lost too much to float32, and is formed again in float64.
@@ -50,6 +52,8 @@ class Sorting:
         Items that do not count.
     masked : bool
         Whether the mask of positions that count was applied.
+    grid : Grid or None
+        Where items lie sample by sample and are left so; then counts are those of cells, whose items are not together.
     """
 
     order: Tensor | None
@@ -58,6 +62,7 @@ class Sorting:
     positions: np.ndarray = field(repr=False)
     left_out: Tensor | None = None
     masked: bool = False
+    grid: Grid | None = None
     _tables: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -72,7 +77,7 @@ class Sorting:
         assignment: Assignment,
         valid: np.ndarray | None,
         device: torch.device,
-        in_runs: bool = False,
+        layout: Layout = "sorted",
     ) -> Sorting:
         """Sort by the cell of each item's sample.
 
@@ -86,8 +91,9 @@ class Sorting:
             Positions that count; it holds where the samples have as many items.
         device : torch.device
             Where the items are.
-        in_runs : bool
-            Leave the items where they are, and tell runs of one cell apart, if all of them count.
+        layout : {"sorted", "runs", "grid"}
+            Whether to leave the items where they are, if all of them count: telling runs of one cell apart, or, if they lie
+            sample by sample, as many of each, in a `Grid`.
         """
         positions = _places(samples, len(assignment.cells))
         kept = np.ones(len(samples), dtype=bool)
@@ -97,7 +103,17 @@ class Sorting:
             if not kept.any():
                 raise WatchError("valid= leaves no row at all: mark the positions that count with True.")
         cells = assignment.cells[samples]
-        if in_runs and kept.all():
+        if layout == "grid" and kept.all() and (many := _rows_of_each(samples)) >= SHORTEST:
+            present, places = np.unique(assignment.cells[samples[::many]], return_inverse=True)
+            return cls(
+                None,
+                (np.bincount(places) * many).tolist(),
+                [assignment.members[i].tobytes() for i in present],
+                positions,
+                masked=masked,
+                grid=Grid(many, to_device(torch.from_numpy(places.reshape(-1)), device)),
+            )
+        if layout == "runs" and kept.all():
             starts = np.flatnonzero(np.diff(cells, prepend=-1))
             counts = np.diff(starts, append=len(cells))
             return cls(
@@ -139,6 +155,15 @@ class Sorting:
         return self._tables[cell, device]
 
 
+def _rows_of_each(samples: np.ndarray) -> int:
+    """How many rows each sample has, if they lie sample by sample and are as many of each; else 0."""
+    many = len(samples) // max(len(np.unique(samples)), 1)
+    if not many or len(samples) % many:
+        return 0
+    by_sample = samples.reshape(-1, many)
+    return many if (by_sample == by_sample[:, :1]).all() else 0
+
+
 def _places(labels: np.ndarray, count: int) -> np.ndarray:
     """Place of each entry among those with the same label, counted from 0."""
     order = np.argsort(labels, kind="stable")
@@ -165,7 +190,7 @@ class Shares:
         self.slots: dict[bytes, int] = {}
         self.products: dict[bytes, list[tuple[Tensor, Tensor]]] = {}
         self.lookups: dict[bytes, list[Lookup]] = {}
-        self.squares: dict[bytes, Tensor] = {}
+        self.squares: dict[bytes, Tensor | float] = {}
         self.room: Tensor | None = None
         self.batch: tuple[Tensor, Tensor] | None = None
         self.formed = False
@@ -183,6 +208,9 @@ class Shares:
             self.held = [*self.held, (factors, sorting)] if one_pass and not large else None
             self._backward = backward
         counts = self.counts
+        if isinstance(factors, Product) and sorting.grid is not None:
+            self._add_by_sample(factors, sorting, sorting.grid)
+            return
         if isinstance(factors, Product) and factors.outputs is None:
             for key, count in zip(sorting.keys, sorting.counts, strict=True):
                 counts[key] = counts.get(key, 0) + count
@@ -231,6 +259,24 @@ class Shares:
                 matrix.copy_(share)
             else:
                 matrix += share
+
+    def _add_by_sample(self, factors: Product, sorting: Sorting, grid: Grid) -> None:
+        """Add the products of each sample's rows, which lie where they came."""
+        for key, count in zip(sorting.keys, sorting.counts, strict=True):
+            self.counts[key] = self.counts.get(key, 0) + count
+        self._form()
+        if self.room is not None and self.room.dtype != torch.float64:
+            self.room = float64(self.room)
+            self._matrices = self.room.unbind(0)
+        for key in sorting.keys:
+            matrix, first = self._place(key, factors.adjoint, torch.float64)
+            if first:
+                matrix.zero_()
+        assert self.room is not None
+        slots = torch.tensor([self.slots[key] for key in sorting.keys])
+        squares = factors.add_by_sample(grid, slots[grid.cells], self.room, self.workspace)
+        for key, slot in zip(sorting.keys, slots.tolist(), strict=True):
+            self._note_rounding(key, float(squares[slot]))
 
     def _rows_are_cheaper(self) -> bool:
         """Whether products with the Gram matrix of rows that stay the same cost less than the shares; float64 counts twice."""
@@ -309,7 +355,7 @@ class Shares:
             matrix += product
             self._note_rounding(key, rounding(some, seen, square(product)))
 
-    def _note_rounding(self, key: bytes, squares: Tensor) -> None:
+    def _note_rounding(self, key: bytes, squares: Tensor | float) -> None:
         """Note the square of what the rounding of an addend to a cell's share may be (Frobenius)."""
         self.squares[key] = self.squares.get(key, 0) + squares
 
@@ -479,10 +525,23 @@ class Shares:
         assert self.held is not None
         total = torch.zeros(self.shape, dtype=torch.float64)
         for factors, sorting in self.held:
+            if isinstance(factors, Product) and sorting.grid is not None:
+                there = torch.tensor([key in cells for key in sorting.keys])[sorting.grid.cells]
+                adjoint, activation = (sorting.grid.of(side) for side in (factors.adjoint, factors.activation))
+                if not there.all():
+                    adjoint, activation = adjoint[there], activation[there]
+                add_wide_product(
+                    total, factors.outputs, adjoint.flatten(0, 1), activation.flatten(0, 1), self.workspace
+                )
+                continue
             for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
-                if key in cells and part.in_pieces:
+                if key not in cells:
+                    continue
+                if part.in_pieces:
                     part.add_pieces([len(part.adjoint)], [total], self.workspace, exact=True)
-                elif key in cells:
+                elif isinstance(part, Product):
+                    add_wide_product(total, part.outputs, part.adjoint, part.activation, self.workspace)
+                else:
                     total += part.with_(float64(part.activation), float64(part.adjoint)).share()
         return total
 
@@ -690,7 +749,7 @@ class Pending:
 
     def _kept(self, factors: Product, sorting: Sorting, constant: bool) -> Product:
         """What is kept until the step is closed must not change with the user's tensors."""
-        if sorting.order is not None:
+        if sorting.order is not None or sorting.grid is not None:
             return factors
         few = len(factors.activation) < max(factors.activation.shape[1], factors.adjoint.shape[1], *self.shape)
         if constant or few:
@@ -719,6 +778,18 @@ class Pending:
             activation = part.activation if isinstance(part, Lookup) else float64(part.activation)
             exact = part.with_(activation, float64(part.adjoint)).share()
             self.exact[key] = self.exact[key] + exact if key in self.exact else exact
+
+
+def add_wide_product(
+    total: Tensor, outputs: tuple[int, int] | None, adjoint: Tensor, activation: Tensor, workspace: Workspace
+) -> None:
+    """Add a product of rows to a float64 matrix, or to some of its rows, in float64."""
+    total = total if outputs is None else total.narrow(0, outputs[0], adjoint.shape[1])
+    count = max(1, PIECE // max(adjoint.shape[1], activation.shape[1]))
+    for some, seen in zip(adjoint.split(count), activation.split(count), strict=True):
+        left = workspace.scratch("adjoint", tuple(some.shape), torch.float64, some.device).copy_(some)
+        right = workspace.scratch("activation", tuple(seen.shape), torch.float64, seen.device).copy_(seen)
+        total.addmm_(left.T, right)
 
 
 def together(parts: Sequence[Tensor]) -> Tensor:

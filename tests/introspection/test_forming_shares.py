@@ -1,5 +1,6 @@
 """The ways in which shares are formed: products spared, sums in pieces; each against float64."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -315,6 +316,98 @@ def test_the_rounding_of_products_is_estimated_on_the_safe_side():
         estimated = shares._rounding_of_products(CELLS, sum(norm**2 for norm in norms)) ** 0.5
         error = float((shares.matrices([CELLS])[0] - adjoint.double().T @ activation.double()).norm())
         assert error < estimated < 30 * error
+
+
+class Tokens(nn.Module):
+    """Layers that see every token: a product, an attention with a packed weight, and one that is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again = nn.Linear(6, 20), nn.Linear(20, 20)
+        self.attention = nn.MultiheadAttention(20, 2, batch_first=True)
+        self.last = nn.Linear(20, 9)
+
+    def forward(self, x):
+        x = self.again(torch.tanh(self.first(x)))
+        x = self.again(torch.tanh(x))
+        return self.last(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("positions", [33, 140])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_by_sample_have_the_spectra_that_sorted_rows_have(positions, dtype, monkeypatch):
+    """The first recorded step is audited and sorts rows by cell; the second, of the same batch, leaves them where they are."""
+    torch.manual_seed(0)
+    model, x = Tokens().to(dtype), draw(20, positions, 6).to(dtype)
+    labels = {"group": ["a", "b", "b", "c", None] * 4, "sex": ["f"] * 9 + ["m"] * 11}
+    used = []
+    monkeypatch.setattr(
+        Product, "add_by_sample", lambda self, *rest, of=Product.add_by_sample: used.append(1) or of(self, *rest)
+    )
+    weight = draw(*model(x).shape, seed=1).to(dtype)
+    with autospec.watch(model, labels, statistics=("gradient",), quiet=True) as watcher:
+        for step in range(2):
+            model.zero_grad()
+            (model(x) * weight).sum().backward()
+            watcher.step()
+            assert bool(used) == bool(step)
+    for name in ("again.weight", "attention.in_proj_weight", "attention.out_proj.weight", "last.weight"):
+        recorded = watcher.trajectories[f"layers/{name}/gradient"]
+        assert (np.abs(recorded[0] - recorded[1]) <= 1e-6 * recorded[0].max("index")).all(), name
+    assert watcher.trajectories.attrs["audit"]["outside"] == {}
+
+
+def test_a_group_that_diverged_spares_the_others_where_products_are_formed_by_sample():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 7)), draw(8, 40, 5)
+    with autospec.watch(model, ["a", "b"] * 4, statistics=("gradient",), quiet=True) as watcher:
+        for step in range(2):
+            x[2, 3] = torch.nan if step else 1.0
+            model.zero_grad()
+            with pytest.warns(UserWarning, match="not finite") if step else contextlib.nullcontext():
+                model(x).square().mean().backward()
+                watcher.step()
+                _ = watcher.trajectories
+    recorded = watcher.trajectories["layers/2.weight/gradient"][1]
+    assert recorded.sel(group=["all", "a"]).isnull().all()
+    assert recorded.sel(group="b").notnull().all()
+
+
+@pytest.mark.parametrize("opposition", [0.3, 1e-4])
+def test_products_by_sample_are_formed_again_where_groups_cancel(opposition, monkeypatch):
+    repaired = []
+    original = Shares._wide_share
+    monkeypatch.setattr(Shares, "_wide_share", lambda self, cells: repaired.append(cells) or original(self, cells))
+    grid = factors.Grid(50, torch.tensor([0, 1, 0, 1, 2, 2]))
+    layout = Sorting(None, [100, 100, 100], [b"a", b"b", b"c"], np.arange(300) % 50, grid=grid)
+    activation = draw(6, 50, 30).abs()
+    adjoint = draw(6, 50, 40, seed=1).abs()
+    activation[[1, 3]], adjoint[[1, 3]] = activation[[0, 2]], adjoint[[0, 2]] * (opposition - 1)
+    activation[4:] *= 1e-4 * opposition
+    shares = Shares((40, 30), Workspace())
+    shares.add(Product(activation.flatten(0, 1), adjoint.flatten(0, 1)), layout)
+    groups = [[b"a", b"b", b"c"], [b"a", b"b"], [b"a"], [b"c"]]
+    values = spectra(shares, groups)
+    assert bool(repaired) == (opposition == 1e-4)
+    for found, samples in zip(values, ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3], [0, 2], [4, 5]), strict=True):
+        rows = [side[samples].flatten(0, 1).double() for side in (adjoint, activation)]
+        right = torch.linalg.svdvals(rows[0].T @ rows[1])
+        assert float((found - right).abs().max() / right[0]) < 1e-6
+
+
+def test_the_rounding_of_products_by_sample_is_estimated_on_the_safe_side():
+    for seed, mean in ((0, 0.0), (1, 1.0)):
+        activation, adjoint = draw(12 * 90, 30, seed=seed) + mean, draw(12 * 90, 40, seed=seed + 10) + mean
+        total = torch.zeros(1, 40, 30, dtype=torch.float64)
+        grid = factors.Grid(90, torch.zeros(12, dtype=torch.int64))
+        (square,) = Product(activation, adjoint).add_by_sample(grid, grid.cells, total, Workspace())
+        error = float((total[0] - adjoint.double().T @ activation.double()).norm())
+        assert error < square**0.5 < 30 * error
+
+
+@pytest.mark.parametrize(("positions", "terms"), [(140, 70), (100, 100), (33, 33), (149, 149), (1000, 100)])
+def test_samples_of_many_positions_are_cut_into_equal_parts(positions, terms):
+    assert factors.Grid(positions, torch.zeros(2, dtype=torch.int64)).terms == terms
 
 
 def test_repair_is_told_by_the_rounding_of_pieces(monkeypatch):
