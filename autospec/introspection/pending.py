@@ -228,9 +228,11 @@ class Shares:
                 return
             self._form()
             long = max(sorting.counts) > TERMS and factors.adjoint.device.type == "cpu"
-            add = self._add_long_product if long and self._takes_pieces(factors.adjoint.dtype) else self._add_product
-            for key, adjoint, activation in parts:
-                add(key, adjoint, activation)
+            if long and self._takes_pieces(factors.adjoint.dtype):
+                for key, adjoint, activation in parts:
+                    self._add_long_product(key, adjoint, activation)
+            else:
+                self._add_products(list(parts))
             return
         for key, count in zip(sorting.keys, sorting.counts, strict=True):
             counts[key] = counts.get(key, 0) + factors.rows_of(count)
@@ -322,20 +324,20 @@ class Shares:
     def _form(self) -> None:
         """Form the matrices of the products that were kept; from now on shares are matrices."""
         self.formed = True
-        for key, products in self.products.items():
-            for adjoint, activation in products:
-                self._add_product(key, adjoint, activation)
+        self._add_products([(key, *pair) for key, pairs in self.products.items() for pair in pairs])
         self.products = {}
 
-    def _add_product(self, key: bytes, adjoint: Tensor, activation: Tensor) -> None:
-        r"""Add :math:`\Delta^\top A` of some rows (paper, Eq. 1)."""
-        wide = adjoint.device.type == "cpu" and narrow(*self.shape, max(self.counts.values(), default=0))
-        matrix, first = self._place(key, adjoint, torch.float64 if wide else None)
-        adjoint, activation = adjoint.to(matrix.dtype), activation.to(matrix.dtype)
-        if first:
-            torch.mm(adjoint.T, activation, out=matrix)
-        else:
-            matrix.addmm_(adjoint.T, activation)
+    def _add_products(self, parts: Sequence[tuple[bytes, Tensor, Tensor]]) -> None:
+        r"""Add :math:`\Delta^\top A` of some rows of cells (paper, Eq. 1)."""
+        wide = torch.float64 if narrow(*self.shape, max(self.counts.values(), default=0)) else None
+        for key, adjoint, activation in parts:
+            matrix, first = self._place(key, adjoint, wide if adjoint.device.type == "cpu" else None)
+            if adjoint.dtype != matrix.dtype:
+                adjoint, activation = adjoint.to(matrix.dtype), activation.to(matrix.dtype)
+            if first:
+                torch.mm(adjoint.T, activation, out=matrix)
+            else:
+                matrix.addmm_(adjoint.T, activation)
 
     def _takes_pieces(self, dtype: torch.dtype) -> bool:
         """Whether shares are, or may be, float64 matrices to which sums of products in single precision are added."""
