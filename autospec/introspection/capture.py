@@ -456,7 +456,7 @@ class Capture:
         factors = use.call.factors(use.parameter, use.arrival.adjoints, self.workspace)
         pending.dtype = _coarsest(pending.dtype, use.dtype, use.call.outputs[0].dtype, factors.adjoint.dtype)
         layer.inputs.append(use.constant)
-        sorting = self._sorting(layer, use, len(factors.activation), self._layout(factors, use))
+        sorting = self._sorting(layer, use, len(factors.activation), self._layout(factors, use, pending))
         self.masked = self.masked or sorting.masked
         if sorting.left_out is not None and self.audited is not None:
             out = sorting.left_out
@@ -513,7 +513,7 @@ class Capture:
 
     # ------------------------------------------------------------------ rows
 
-    def _layout(self, factors: Factors, use: Use) -> Layout:
+    def _layout(self, factors: Factors, use: Use, pending: Pending) -> Layout:
         """How items are brought together that belong to one cell: by sorting them, unless that costs more than it spares."""
         if factors.adjoint.device.type != "cpu" or self.factor_statistics:
             return "sorted"
@@ -521,7 +521,7 @@ class Capture:
             largest = max(side.nbytes for side in (factors.activation, factors.adjoint))
             return "runs" if largest >= LARGE_ITEM * len(factors.adjoint) else "sorted"
         # Data are sorted once; the audit and positions ask for the items of each cell.
-        alone = use.constant is None and self.audited is None and not self.per_position
+        alone = pending.takes_grids and use.constant is None and self.audited is None and not self.per_position
         small = factors.activation.shape[-1] * factors.adjoint.shape[-1] <= LARGEST_BY_SAMPLE
         return "grid" if isinstance(factors, Product) and alone and small else "sorted"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -666,6 +666,9 @@ class Pending:
     workspace : Workspace
         Memory for what lasts until the step is closed.
     """
+
+    takes_grids: ClassVar[bool] = True
+    """Whether `add` takes items that were left in a `Grid`."""
 
     def __init__(self, shape: tuple[int, int], workspace: Workspace) -> None:
         self.shape, self.workspace = shape, workspace

@@ -360,6 +360,8 @@ def _lower_product(rows: Tensor, other: Tensor) -> Tensor:
 class _Gathered(Pending):
     """What has arrived of each sample, instead of sums over groups."""
 
+    takes_grids = False
+
     def __init__(self, shape: tuple[int, int], workspace: Workspace, samples: int) -> None:
         super().__init__(shape, workspace)
         self.samples = samples

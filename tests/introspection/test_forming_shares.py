@@ -328,7 +328,7 @@ class Tokens(nn.Module):
         self.last = nn.Linear(20, 9)
 
     def forward(self, x):
-        x = self.again(torch.tanh(self.first(x)))
+        x = self.again(torch.tanh(self.first(x.flip(0))))  # the last sample first
         x = self.again(torch.tanh(x))
         return self.last(x + self.attention(x, x, x, need_weights=False)[0])
 

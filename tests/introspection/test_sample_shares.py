@@ -13,7 +13,7 @@ from autospec.introspection import WatchError
 from autospec.introspection.sample_shares import FactoredShares, StackedShares, sample_shares
 
 from .families import FAMILIES, N
-from .oracle import share_by_copies
+from .oracle import Problem, share_by_copies
 
 MEMBERS = {"one sample": np.arange(N) == 3, "several": np.arange(N) % 5 < 2}
 
@@ -33,6 +33,29 @@ def test_shares_are_those_of_the_definition(name):
         for key, share in expected.items():
             (mine,) = found[key].weighted_sums(weights(member))
             assert float((mine - share).abs().max()) <= 1e-9 * float(share.abs().max()), (which, key)
+
+
+class Reversed(nn.Module):
+    """Layers that see many tokens of each sample, the last sample first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x.flip(0))))
+
+
+def test_samples_of_many_tokens_in_another_order_keep_their_shares():
+    torch.manual_seed(0)
+    x, weight = torch.randn(N, 40, 3).double(), torch.randn(N, 40, 4).double()
+    problem = Problem(Reversed().double(), x, lambda output: (output * weight).sum(), ["a", "b"] * (N // 2))
+    found = sample_shares(problem.model, problem.loss, N)
+    for member in MEMBERS.values():
+        turned = member[::-1].copy()  # the definition takes a layer's first row for the first sample's
+        for key, share in share_by_copies(problem, turned).items():
+            (mine,) = found[key].weighted_sums(weights(member))
+            assert float((mine - share).abs().max()) <= 1e-9 * float(share.abs().max()), key
 
 
 def test_in_single_precision_shares_are_exact_to_its_rounding():
