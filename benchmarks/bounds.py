@@ -2,8 +2,8 @@
 
 Whatever the program, samples must be brought together by group, the groups' shares formed, their Gram matrices in float64,
 and these matrices' eigenvalues.  Here just these four are timed for the models of cost.py, each as torch and numpy do it
-fastest, beside the plain step in turn.  Data that stay the same are brought together once, which is not counted.  Hooks,
-checks and Python come on top.
+fastest, beside the plain step in turn.  Data that stay the same are brought together once, which is not counted.  (Where a
+layer sees many tokens of each sample, one product a sample spares bringing them together.)  Hooks, checks and Python come on top.
 """
 
 from __future__ import annotations
