@@ -20,6 +20,9 @@ from torch.nn import functional as F
 
 from .workspace import Workspace
 
+# Numbers in an LSTM's gates that are computed at a time.
+NUMBERS = 2**17
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -126,56 +129,62 @@ def _scan_lstm(
     def room(*shape: int) -> Tensor:
         return workspace.take(shape, x.dtype, x.device)
 
-    rows = room(steps * sequences, 4 * width)
     bias = None if weights.bias_ih is None or weights.bias_hh is None else weights.bias_ih + weights.bias_hh
-    flat = x.reshape(steps * sequences, -1)
-    if bias is None:
-        torch.mm(flat, weights.ih.T, out=rows)
-    else:
-        torch.addmm(bias, flat, weights.ih.T, out=rows)
-    gates = rows.view(steps, sequences, 4, width)
-    cells = room(steps + 1, sequences, width)
-    cells[0] = first_cell
-    g = room(steps, sequences, width)
-    bounded = room(steps, sequences, width)
+    found = room(steps, sequences, first.shape[-1]) if hidden is None else hidden
     previous = room(steps, sequences, first.shape[-1])
     previous[0] = first
-    i, f, _, o = gates.unbind(2)
     if hidden is not None:
         previous[1:] = hidden[:-1]
-        rows.addmm_(previous.flatten(0, 1), weights.hh.T)
+    forget, slope = room(steps, sequences, width), room(steps, sequences, width)
+    # The derivative at each gate is one of these slopes times the derivative at c, or at h for the output gate.
+    slopes = room(steps, sequences, 4, width)
+    projected = None if weights.hr is None else room(steps, sequences, width)
+    # Where h is known, gates of several steps at once: as many as stay in the processor's cache until all is done with them.
+    count = 1 if hidden is None else max(1, NUMBERS // (sequences * 4 * width))
+    count = min(count, steps)
+
+    def scratch(purpose: str, *shape: int) -> Tensor:
+        return workspace.scratch(purpose, shape, x.dtype, x.device)
+
+    rows_room = scratch("gates", count * sequences, 4 * width)
+    g_room, bounded_room = scratch("new cell", count, sequences, width), scratch("cell", count, sequences, width)
+    cells = scratch("cells", count + 1, sequences, width)
+    cells[0] = first_cell
+    backward = torch.ops.aten
+    for begin in range(0, steps, count):
+        now = slice(begin, min(begin + count, steps))
+        many = now.stop - begin
+        rows, g, bounded = rows_room[: many * sequences], g_room[:many], bounded_room[:many]
+        flat = x[now].reshape(many * sequences, -1)
+        if bias is None:
+            torch.mm(flat, weights.ih.T, out=rows)
+        else:
+            torch.addmm(bias, flat, weights.ih.T, out=rows)
+        rows.addmm_(previous[now].flatten(0, 1), weights.hh.T)
+        gates = rows.view(many, sequences, 4, width)
+        i, f, _, o = gates.unbind(2)
         gates[:, :, :2].sigmoid_()
         o.sigmoid_()
         g.copy_(gates[:, :, 2]).tanh_()
         gained = torch.mul(i, g, out=bounded)
-        c = first_cell
-        for gained_now, f_now, cell in zip(gained.unbind(0), f.unbind(0), cells[1:].unbind(0), strict=True):
+        c = cells[0]
+        for gained_now, f_now, cell in zip(gained.unbind(0), f.unbind(0), cells[1 : many + 1].unbind(0), strict=True):
             c = torch.addcmul(gained_now, f_now, c, out=cell)
-    else:
-        hidden = room(steps, sequences, first.shape[-1])
-        h, c = first, first_cell
-        for t in range(steps):
-            now = gates[t]
-            rows.view(steps, sequences, -1)[t].addmm_(h, weights.hh.T)
-            now[:, :2].sigmoid_()
-            now[:, 3].sigmoid_()
-            torch.tanh(now[:, 2], out=g[t])
-            c = torch.addcmul(now[:, 0] * g[t], now[:, 1], c, out=cells[t + 1])
-            h = now[:, 3] * torch.tanh(c)
-            h = h if weights.hr is None else F.linear(h, weights.hr)
-            hidden[t] = h
-        previous[1:] = hidden[:-1]
-    torch.tanh(cells[1:], out=bounded)
-    # The derivative at each gate is one of these slopes times the derivative at c, or at h for the output gate.
-    slopes = room(steps, sequences, 4, width)
-    backward = torch.ops.aten
-    backward.sigmoid_backward.grad_input(g, i, grad_input=slopes[:, :, 0])
-    backward.sigmoid_backward.grad_input(cells[:-1], f, grad_input=slopes[:, :, 1])
-    backward.tanh_backward.grad_input(i, g, grad_input=slopes[:, :, 2])
-    backward.sigmoid_backward.grad_input(bounded, o, grad_input=slopes[:, :, 3])
-    slope = backward.tanh_backward.grad_input(o, bounded, grad_input=g)  # of h over c
-    projected = None if weights.hr is None else o * bounded
-    return Scan(previous, hidden, (slopes, slope, f), projected)
+        torch.tanh(cells[1 : many + 1], out=bounded)
+        backward.sigmoid_backward.grad_input(g, i, grad_input=slopes[now, :, 0])
+        backward.sigmoid_backward.grad_input(cells[:many], f, grad_input=slopes[now, :, 1])
+        backward.tanh_backward.grad_input(i, g, grad_input=slopes[now, :, 2])
+        backward.sigmoid_backward.grad_input(bounded, o, grad_input=slopes[now, :, 3])
+        backward.tanh_backward.grad_input(o, bounded, grad_input=slope[now])  # of h over c
+        forget[now] = f
+        cells[0] = c
+        if projected is not None:
+            torch.mul(o, bounded, out=projected[now])
+        if hidden is None:
+            h = o[0] * bounded[0]
+            found[begin] = h if weights.hr is None else F.linear(h, weights.hr)
+            previous[now.stop : now.stop + 1] = found[now][: steps - now.stop]
+    return Scan(previous, found, (slopes, slope, forget), projected)
 
 
 def _scan_gru(weights: Weights, of_input: Tensor, first: Tensor, hidden: Tensor | None) -> Scan:
