@@ -32,6 +32,9 @@ MEMORY_STEPS = 10
 PROFILED_STEPS = 4
 # Makes the C library hand freed matrices back at once, so that a peak is what was in use and not what lay idle.
 PROMPT_RELEASE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# Makes it keep them, where time is measured: whether it hands them back and fetches them again at every step is chance, which
+# lengthens the same plain step by up to a half.
+NO_RELEASE = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 # Where rounding differs from the plain training's, Adam moves weights without a gradient (an attention's key bias) at random.
 MOVEMENT_TOLERANCE = 0.1
 
@@ -238,8 +241,7 @@ def child(job: dict, **pipes) -> subprocess.Popen:
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment.update(dict.fromkeys(THREAD_VARIABLES, "1"))
-    if job["job"] == "memory":
-        environment.update(PROMPT_RELEASE)
+    environment.update(PROMPT_RELEASE if job["job"] == "memory" else NO_RELEASE)
     command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(job)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **pipes
