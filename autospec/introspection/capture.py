@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .audit import Audit, cancels
 from .errors import WatchError
-from .factors import Convolution, Factors, Lookup, Product, shares_by_position, single
+from .factors import NARROW, Convolution, Factors, Lookup, Product, shares_by_position, single
 from .groups import Assignment, Groups
 from .hooks import Hook
 from .layers import LayerCall, LookupCall, rule_for
@@ -179,7 +180,7 @@ class Capture:
         self._row_maps: dict[Any, RowMap] = {}
         self._by_content: dict[Any, tuple[int, ...]] = {}
         self._sorts = any(isinstance(module, nn.RNNBase) for module in model.modules())
-        self._sortings: tuple[Assignment | None, np.ndarray | None, dict[Any, Sorting]] = (None, None, {})
+        self._sortings: tuple[Assignment | None, np.ndarray | None, dict[Any, Sorting | None]] = (None, None, {})
         self._forward: Forward | None = None
         self._handles: list[RemovableHandle] = []
         self._owners: list[tuple[WatchedLayer, nn.Module, str, torch.device]] = []
@@ -191,6 +192,7 @@ class Capture:
         self.masked = False
         self._latest_adjoint: tuple[Tensor, Sorting, Tensor] | None = None
         self._backward = -1
+        self._without_input = -2
 
     # ------------------------------------------------------------------ hooks on and off
 
@@ -369,14 +371,15 @@ class Capture:
                 return
             if forward.error is not None:
                 raise forward.error
-            if not call.inputs:  # the graph was freed in an earlier backward pass, and torch is about to say so
-                return
             backward = _backward_pass()
+            if not call.inputs:  # if the graph was freed in an earlier backward pass, torch is about to say so
+                self._without_input = backward
+                return
             if not latest or latest[-1][0] != backward:
                 if any(tensor._version != version for tensor, version in zip(call.inputs, versions, strict=True)):
                     name = next(iter(learned.values())).name
                     raise WatchError(f"the input of '{name}' was modified in place before the backward pass.")
-                arrival = Arrival([None] * len(call.outputs), len(learned), call.inputs_are_held)
+                arrival = Arrival([None] * len(call.outputs), len(learned), computed is None and call.inputs_are_held)
                 latest[:] = [(backward, arrival)]
                 self._calls.append((call, arrival))
                 for key, layer in learned.items():
@@ -420,6 +423,11 @@ class Capture:
         if self._backward < _backward_pass():
             self._backward = _backward_pass()
             self._discard_zeroed()
+        if self._without_input == _backward_pass():
+            raise WatchError(
+                f"a second backward pass reached '{layer.name}', whose input was not kept: only code outside the graph held it. "
+                "Keep the model's activations until the last backward pass, or record one backward pass a step."
+            )
         pending = layer.pending = layer.pending or self.make_pending(layer.shape, self.workspace)
         batches = {id(use.forward.assignment): use.forward.assignment for use in uses}
         for assignment in batches.values():
@@ -430,7 +438,7 @@ class Capture:
         # Positions count from the first use of a forward pass, but adjoints arrive from the last one on.
         layer.position = 0
         for use in sorted(uses, key=lambda use: (use.place, use.number)):
-            self._gather_use(layer, pending, use, scale, exact)
+            self._gather_use(layer, pending, use, scale, exact, len(uses) == 1)
             use.arrival.waiting -= 1
             if not use.arrival.waiting:
                 use.arrival.adjoints = []
@@ -452,11 +460,13 @@ class Capture:
             flat = flat if scale is None else flat / scale
             pending.arrived = flat if pending.arrived is None else pending.arrived + flat
 
-    def _gather_use(self, layer: WatchedLayer, pending: Pending, use: Use, scale: Tensor | None, exact: bool) -> None:
+    def _gather_use(
+        self, layer: WatchedLayer, pending: Pending, use: Use, scale: Tensor | None, exact: bool, alone: bool
+    ) -> None:
         factors = use.call.factors(use.parameter, use.arrival.adjoints, self.workspace)
         pending.dtype = _coarsest(pending.dtype, use.dtype, use.call.outputs[0].dtype, factors.adjoint.dtype)
         layer.inputs.append(use.constant)
-        sorting = self._sorting(layer, use, len(factors.activation), self._layout(factors, use, pending))
+        sorting = self._sorting(layer, use, len(factors.activation), self._layout(factors, use, pending, alone))
         self.masked = self.masked or sorting.masked
         if sorting.left_out is not None and self.audited is not None:
             out = sorting.left_out
@@ -513,19 +523,21 @@ class Capture:
 
     # ------------------------------------------------------------------ rows
 
-    def _layout(self, factors: Factors, use: Use, pending: Pending) -> Layout:
-        """How items are brought together that belong to one cell: by sorting them, unless that costs more than it spares."""
+    def _layout(self, factors: Factors, use: Use, pending: Pending, alone: bool) -> Layout | None:
+        """How items may stay where they came: where sorting them by cell costs more than it spares."""
         if factors.adjoint.device.type != "cpu" or self.factor_statistics:
-            return "sorted"
+            return None
         if isinstance(factors, Convolution):
             largest = max(side.nbytes for side in (factors.activation, factors.adjoint))
-            return "runs" if largest >= LARGE_ITEM * len(factors.adjoint) else "sorted"
-        # Data are sorted once; the audit and positions ask for the items of each cell.
-        alone = pending.takes_grids and use.constant is None and self.audited is None and not self.per_position
-        small = factors.activation.shape[-1] * factors.adjoint.shape[-1] <= LARGEST_BY_SAMPLE
-        return "grid" if isinstance(factors, Product) and alone and small else "sorted"
+            return "runs" if largest >= LARGE_ITEM * len(factors.adjoint) else None
+        if not isinstance(factors, Product) or factors.outputs is not None or not pending.takes_grids:
+            return None
+        # Data are sorted once; the audit and positions ask for the items of each cell; shares of several uses may cancel.
+        first = use.constant is None and self.audited is None and not self.per_position and alone
+        shape = factors.adjoint.shape[1], factors.activation.shape[1]
+        return "grid" if first and min(shape) >= NARROW and math.prod(shape) <= LARGEST_BY_SAMPLE else None
 
-    def _sorting(self, layer: WatchedLayer, use: Use, items: int, layout: Layout) -> Sorting:
+    def _sorting(self, layer: WatchedLayer, use: Use, items: int, layout: Layout | None) -> Sorting:
         """How to sort the items of one use by cell; computed once for each assignment of groups."""
         forward = use.forward
         if forward.assignment is None or forward.row_map is None:
@@ -534,23 +546,20 @@ class Capture:
         if self._sortings[0] is not forward.assignment or self._sortings[1] is not forward.valid:
             self._sortings = (forward.assignment, forward.valid, {})
         cache = self._sortings[2]
-        key = (
-            *use.call.order_key(use.place),
-            use.number,
-            forward.row_map,
-            items,
-            use.call.layout(),
-            layout,
-        )
-        if key not in cache:
-            cache[key] = Sorting.by_cell(
-                self._samples_of_items(layer, use, items),
-                forward.assignment,
-                forward.valid,
-                layer.parameter.device,
-                layout,
-            )
-        return cache[key]
+        key = (*use.call.order_key(use.place), use.number, forward.row_map, items, use.call.layout())
+        device = layer.parameter.device
+        if layout is not None:
+            if (key, layout) not in cache:
+                samples = self._samples_of_items(layer, use, items)
+                cache[key, layout] = Sorting.as_they_lie(samples, forward.assignment, forward.valid, device, layout)
+            there = cache[key, layout]
+            if there is not None:
+                return there
+        sorting = cache.get(key)
+        if sorting is None:
+            samples = self._samples_of_items(layer, use, items)
+            sorting = cache[key] = Sorting.by_cell(samples, forward.assignment, forward.valid, device)
+        return sorting
 
     def _samples_of_items(self, layer: WatchedLayer, use: Use, items: int) -> np.ndarray:
         forward = use.forward

@@ -200,35 +200,31 @@ class Product(Factors):
         first, total = self.outputs
         return F.pad(product, (0, 0, first, total - first - len(product)))
 
-    def add_by_sample(self, grid: Grid, slots: Tensor, total: Tensor, workspace: Workspace) -> np.ndarray:
+    def add_by_sample(self, grid: Grid, total: Tensor, workspace: Workspace) -> np.ndarray:
         """Add the product of each sample's rows to the matrix of its cell, without any row being moved.
 
         Parameters
         ----------
         grid : Grid
-            Where each sample's rows lie.
-        slots : Tensor of int, shape (samples,)
-            Which matrix each sample's product belongs to.
+            Where each sample's rows lie, and its cell.
         total : Tensor, float64
-            Shape (matrices, outputs of the whole parameter, inputs).
+            Shape (cells, outputs, inputs); zero.
         workspace : Workspace
             Memory for some products.
 
         Returns
         -------
-        ndarray, shape (matrices,)
+        ndarray, shape (cells,)
             Square of what the rounding of each matrix may be (Frobenius).
         """
         terms, outputs, inputs = grid.terms, self.adjoint.shape[1], self.activation.shape[1]
         adjoint, activation = self.adjoint.reshape(-1, terms, outputs), self.activation.reshape(-1, terms, inputs)
-        slots = slots.repeat_interleave(grid.positions // terms)
-        if self.outputs is not None:
-            total = total.narrow(1, self.outputs[0], outputs)
+        cells = grid.cells.repeat_interleave(grid.positions // terms)
         roundings = []
         walk, whole = ROUNDING_OF_SHORT_WALK**2 * terms, ROUNDING_OF_SHORT_SUM**2 * terms
         walk, whole = min(walk, ROUNDING_OF_WALK**2), min(whole, ROUNDING_OF_SUM**2)
         count = max(1, PRODUCTS // (outputs * inputs))
-        for some, seen, where in zip(*(side.split(count) for side in (adjoint, activation, slots)), strict=True):
+        for some, seen, where in zip(*(side.split(count) for side in (adjoint, activation, cells)), strict=True):
             form = (len(some), outputs, inputs)
             products = workspace.scratch("products", form, some.dtype, some.device)
             torch.bmm(some.mT, seen, out=products)
@@ -236,12 +232,14 @@ class Product(Factors):
             if wide.dtype != torch.float64:
                 wide = workspace.scratch("wide products", form, torch.float64, some.device).copy_(products)
                 rounded = squares_by_item(some) * squares_by_item(seen) * (walk / terms)
-                roundings.append((where, rounded.add_(squares_by_item(products), alpha=whole)))
+                roundings.append(torch.stack([rounded, squares_by_item(products)]))
             total.index_add_(0, where, wide)
         if not roundings:
             return np.zeros(len(total))
-        where, squares = (torch.cat(parts).numpy() for parts in zip(*roundings, strict=True))
-        return np.bincount(where, squares, len(total)) * torch.finfo(self.adjoint.dtype).eps ** 2
+        walks, sums = (np.bincount(cells.numpy(), part, len(total)) for part in torch.cat(roundings, 1).numpy())
+        # Where samples agree, so may their roundings: then it is as in one sum.
+        sums = np.maximum(sums, squares_by_item(total).numpy())
+        return (walks + whole * sums) * torch.finfo(self.adjoint.dtype).eps ** 2
 
     def adjoint_rows(self) -> Tensor:
         """The adjoint, with zeros for outputs that were not used."""

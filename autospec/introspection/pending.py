@@ -21,7 +21,7 @@ from .groups import Assignment
 from .spectra import PIECE, column_gram, float64, gram_by_rows, gram_of_few, irregular, smaller_gram
 from .workspace import LARGEST_KEPT, Workspace, to_device
 
-Layout = Literal["sorted", "runs", "grid"]
+Layout = Literal["runs", "grid"]
 # Products of at most this many numbers are formed in float64 from the start.
 SMALL = 2**20
 # A sum of shares this much smaller than they are has lost too much to float32, and is formed again in float64.
@@ -77,7 +77,6 @@ class Sorting:
         assignment: Assignment,
         valid: np.ndarray | None,
         device: torch.device,
-        layout: Layout = "sorted",
     ) -> Sorting:
         """Sort by the cell of each item's sample.
 
@@ -91,34 +90,9 @@ class Sorting:
             Positions that count; it holds where the samples have as many items.
         device : torch.device
             Where the items are.
-        layout : {"sorted", "runs", "grid"}
-            Whether to leave the items where they are, if all of them count: telling runs of one cell apart, or, if they lie
-            sample by sample, as many of each, in a `Grid`.
         """
-        positions = _places(samples, len(assignment.cells))
-        kept = np.ones(len(samples), dtype=bool)
-        masked = valid is not None and len(positions) > 0 and int(positions.max()) + 1 == valid.shape[1]
-        if valid is not None and masked:
-            kept = valid[samples, positions]
-            if not kept.any():
-                raise WatchError("valid= leaves no row at all: mark the positions that count with True.")
+        positions, kept, masked = _kept_items(samples, assignment, valid)
         cells = assignment.cells[samples]
-        if layout == "grid" and kept.all() and (many := _rows_of_each(samples)) >= SHORTEST:
-            present, places = np.unique(assignment.cells[samples[::many]], return_inverse=True)
-            return cls(
-                None,
-                (np.bincount(places) * many).tolist(),
-                [assignment.members[i].tobytes() for i in present],
-                positions,
-                masked=masked,
-                grid=Grid(many, to_device(torch.from_numpy(places.reshape(-1)), device)),
-            )
-        if layout == "runs" and kept.all():
-            starts = np.flatnonzero(np.diff(cells, prepend=-1))
-            counts = np.diff(starts, append=len(cells))
-            return cls(
-                None, counts.tolist(), [assignment.members[i].tobytes() for i in cells[starts]], positions, None, masked
-            )
         order = np.argsort(cells, kind="stable")
         order = order[kept[order]]
         counts = np.bincount(cells[kept], minlength=len(assignment.members))
@@ -131,6 +105,38 @@ class Sorting:
             positions[order],
             None if kept.all() else to_device(torch.from_numpy(np.flatnonzero(~kept)), device),
             masked,
+        )
+
+    @classmethod
+    def as_they_lie(
+        cls, samples: np.ndarray, assignment: Assignment, valid: np.ndarray | None, device: torch.device, layout: Layout
+    ) -> Sorting | None:
+        """Leave the items where they are, if all of them count and their order allows it; parameters as for `by_cell`.
+
+        Parameters
+        ----------
+        layout : {"runs", "grid"}
+            Tell runs of one cell apart; or, where items lie sample by sample, as many of each, say how in a `Grid`.
+        """
+        positions, kept, masked = _kept_items(samples, assignment, valid)
+        if not kept.all():
+            return None
+        if layout == "runs":
+            cells = assignment.cells[samples]
+            starts = np.flatnonzero(np.diff(cells, prepend=-1))
+            counts = np.diff(starts, append=len(cells)).tolist()
+            return cls(None, counts, [assignment.members[i].tobytes() for i in cells[starts]], positions, None, masked)
+        many = _rows_of_each(samples)
+        if many < SHORTEST:
+            return None
+        present, places = np.unique(assignment.cells[samples[::many]], return_inverse=True)
+        return cls(
+            None,
+            (np.bincount(places) * many).tolist(),
+            [assignment.members[i].tobytes() for i in present],
+            positions,
+            masked=masked,
+            grid=Grid(many, to_device(torch.from_numpy(places.reshape(-1)), device)),
         )
 
     def sort(self, items: Tensor, workspace: Workspace | None = None) -> Tensor:
@@ -153,6 +159,20 @@ class Sorting:
             table[positions, places] = np.arange(len(positions))
             self._tables[cell, device] = to_device(torch.from_numpy(table), device)
         return self._tables[cell, device]
+
+
+def _kept_items(
+    samples: np.ndarray, assignment: Assignment, valid: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Position of each item in its sample, whether it counts, and whether the mask of positions applies to these items."""
+    positions = _places(samples, len(assignment.cells))
+    masked = valid is not None and len(positions) > 0 and int(positions.max()) + 1 == valid.shape[1]
+    if valid is None or not masked:
+        return positions, np.ones(len(samples), dtype=bool), masked
+    kept = valid[samples, positions]
+    if not kept.any():
+        raise WatchError("valid= leaves no row at all: mark the positions that count with True.")
+    return positions, kept, masked
 
 
 def _rows_of_each(samples: np.ndarray) -> int:
@@ -190,7 +210,7 @@ class Shares:
         self.slots: dict[bytes, int] = {}
         self.products: dict[bytes, list[tuple[Tensor, Tensor]]] = {}
         self.lookups: dict[bytes, list[Lookup]] = {}
-        self.squares: dict[bytes, Tensor | float] = {}
+        self.squares: dict[bytes, Tensor] = {}
         self.room: Tensor | None = None
         self.batch: tuple[Tensor, Tensor] | None = None
         self.formed = False
@@ -201,6 +221,10 @@ class Shares:
 
     def add(self, factors: Factors, sorting: Sorting, backward: int = -1) -> None:
         """Add the items of one use in one backward pass, sorted by cell; they may not be modified afterwards."""
+        if sorting.grid is not None:
+            assert isinstance(factors, Product)
+            self._add_by_sample(factors, sorting, sorting.grid)
+            return
         if self.held is not None:
             large = max(factors.activation.nbytes, factors.adjoint.nbytes) > LARGEST_KEPT
             # Over several backward passes holding everything would cost what micro-batches are to save.
@@ -208,9 +232,6 @@ class Shares:
             self.held = [*self.held, (factors, sorting)] if one_pass and not large else None
             self._backward = backward
         counts = self.counts
-        if isinstance(factors, Product) and sorting.grid is not None:
-            self._add_by_sample(factors, sorting, sorting.grid)
-            return
         if isinstance(factors, Product) and factors.outputs is None:
             for key, count in zip(sorting.keys, sorting.counts, strict=True):
                 counts[key] = counts.get(key, 0) + count
@@ -263,22 +284,47 @@ class Shares:
                 matrix += share
 
     def _add_by_sample(self, factors: Product, sorting: Sorting, grid: Grid) -> None:
-        """Add the products of each sample's rows, which lie where they came."""
+        """Add the products of each sample's rows, which lie where they came and are not needed afterwards."""
+        self.held = None
         for key, count in zip(sorting.keys, sorting.counts, strict=True):
             self.counts[key] = self.counts.get(key, 0) + count
         self._form()
-        if self.room is not None and self.room.dtype != torch.float64:
-            self.room = float64(self.room)
-            self._matrices = self.room.unbind(0)
-        for key in sorting.keys:
+        form = (len(sorting.keys), *self.shape)
+        shares = self.workspace.scratch("shares", form, torch.float64, factors.adjoint.device).zero_()
+        squares = factors.add_by_sample(grid, shares, self.workspace)
+        members = np.stack([np.frombuffer(key, dtype=bool) for key in sorting.keys])
+        if not self._all_resolved(shares, squares, members):
+            for cell, share in enumerate(shares.zero_()):
+                adjoint, activation = (
+                    grid.of(side)[grid.cells == cell].flatten(0, 1) for side in (factors.adjoint, factors.activation)
+                )
+                add_wide_product(share, None, adjoint, activation, self.workspace)
+        for key, share in zip(sorting.keys, shares, strict=True):
             matrix, first = self._place(key, factors.adjoint, torch.float64)
             if first:
-                matrix.zero_()
-        assert self.room is not None
-        slots = torch.tensor([self.slots[key] for key in sorting.keys])
-        squares = factors.add_by_sample(grid, slots[grid.cells], self.room, self.workspace)
-        for key, slot in zip(sorting.keys, slots.tolist(), strict=True):
-            self._note_rounding(key, float(squares[slot]))
+                matrix.copy_(share)
+            else:
+                matrix += share
+
+    def _all_resolved(self, shares: Tensor, squares: np.ndarray, members: np.ndarray) -> bool:
+        """Whether each group's share is large enough over its rounding.
+
+        Parameters
+        ----------
+        shares : Tensor
+            Of each cell, shape (cells, outputs, inputs), float64.
+        squares : ndarray, shape (cells,)
+            Square of what the rounding of each may be (Frobenius).
+        members : ndarray of bool, shape (cells, groups)
+            Which groups each cell belongs to.
+        """
+        groups = torch.from_numpy(np.unique(members[:, members.any(0)], axis=1).T.astype(np.float64))
+        sums = (groups @ shares.flatten(1)).unflatten(1, self.shape)
+        # Two steps of the power method: a lower bound of the largest singular value, and near it where one direction prevails.
+        direction = sums.mT @ (sums @ irregular(self.shape[1], torch.float64)).unsqueeze(2)
+        largest = (sums @ direction).flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1)
+        rounded = (groups @ torch.from_numpy(squares)).sqrt() * min(1.0, sum(side**-0.5 for side in self.shape))
+        return not bool((rounded > ROUNDED * largest).any())  # what is not finite cannot be mended
 
     def _rows_are_cheaper(self) -> bool:
         """Whether products with the Gram matrix of rows that stay the same cost less than the shares; float64 counts twice."""
@@ -357,7 +403,7 @@ class Shares:
             matrix += product
             self._note_rounding(key, rounding(some, seen, square(product)))
 
-    def _note_rounding(self, key: bytes, squares: Tensor | float) -> None:
+    def _note_rounding(self, key: bytes, squares: Tensor) -> None:
         """Note the square of what the rounding of an addend to a cell's share may be (Frobenius)."""
         self.squares[key] = self.squares.get(key, 0) + squares
 
@@ -487,7 +533,7 @@ class Shares:
         of_cell |= {cells[0]: norm for cells, norm in zip(groups, norms, strict=True) if len(cells) == 1}
         for i, cells in enumerate(groups):
             squares: float | None
-            if all(key in self.squares for key in cells):
+            if not self.lookups and all(key in self.squares for key in cells):
                 squares = sum(float(self.squares[key]) for key in cells)
             else:
                 parts = [of_cell.get(key, math.inf) for key in cells]
@@ -544,7 +590,8 @@ class Shares:
                 elif isinstance(part, Product):
                     add_wide_product(total, part.outputs, part.adjoint, part.activation, self.workspace)
                 else:
-                    total += part.with_(float64(part.activation), float64(part.adjoint)).share()
+                    activation = part.activation if isinstance(part, Lookup) else float64(part.activation)
+                    total += part.with_(activation, float64(part.adjoint)).share()
         return total
 
     def _looked_up(self, cells: Sequence[bytes]) -> Tensor:
@@ -792,8 +839,8 @@ def add_wide_product(
     total = total if outputs is None else total.narrow(0, outputs[0], adjoint.shape[1])
     count = max(1, PIECE // max(adjoint.shape[1], activation.shape[1]))
     for some, seen in zip(adjoint.split(count), activation.split(count), strict=True):
-        left = workspace.scratch("adjoint", tuple(some.shape), torch.float64, some.device).copy_(some)
-        right = workspace.scratch("activation", tuple(seen.shape), torch.float64, seen.device).copy_(seen)
+        left = workspace.scratch("adjoint", tuple(some.shape), torch.float64, total.device).copy_(some)
+        right = workspace.scratch("activation", tuple(seen.shape), torch.float64, total.device).copy_(seen)
         total.addmm_(left.T, right)
 
 

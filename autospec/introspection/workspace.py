@@ -24,6 +24,7 @@ class Workspace:
         self._taken: dict[Form, int] = {}
         self._large: dict[Form, list[Tensor]] = {}
         self._scratch: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._scratched: dict[tuple[str, torch.dtype, torch.device], int] = {}
         self._known: dict[Any, tuple[Tensor, Tensor]] = {}
         self._lasting: dict[Any, tuple[Tensor, Tensor]] = {}
         self._still: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -52,6 +53,7 @@ class Workspace:
         room = self._scratch.get(key)
         if room is None or room.numel() < size:
             room = self._scratch[key] = torch.empty(size, dtype=dtype, device=device)
+        self._scratched[key] = max(size, self._scratched.get(key, 0))
         return room[:size].view(shape)
 
     def memo(self, tensor: Tensor, function: Callable[[Tensor, Workspace], Tensor], lasting: bool = False) -> Tensor:
@@ -72,13 +74,16 @@ class Workspace:
         """Everything may be handed out again; what was not needed in this step is given up."""
         self._tensors = {key: tensors[: self._taken.get(key, 0)] for key, tensors in self._tensors.items()}
         self._large = {key: tensors for key, tensors in self._large.items() if key in self._taken}
-        self._taken, self._known = {}, {}
+        self._scratch = {
+            key: room for key, room in self._scratch.items() if room.numel() <= 2 * self._scratched.get(key, 0)
+        }
+        self._taken, self._known, self._scratched = {}, {}, {}
         self._lasting, self._still = self._still, {}
 
     def release(self) -> None:
         """Give everything up."""
         self._tensors, self._taken, self._large, self._known = {}, {}, {}, {}
-        self._lasting, self._still, self._scratch = {}, {}, {}
+        self._lasting, self._still, self._scratch, self._scratched = {}, {}, {}, {}
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

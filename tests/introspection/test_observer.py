@@ -244,6 +244,36 @@ def test_a_graph_that_is_kept_may_be_crossed_again(kind, half):
         assert error(twice, 2 * once) < 1e-6
 
 
+class LetsGo(nn.Module):
+    """Keeps its hidden state until the derivative arrives."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(7, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        self.hidden = torch.tanh(self.first(x).float())
+        output = self.last(self.hidden)
+        if output.requires_grad:
+            output.register_hook(lambda _: setattr(self, "hidden", None))
+        return output
+
+
+def test_an_input_that_user_code_lets_go_is_there_for_a_second_backward_pass():
+    """Under autocast the graph keeps a copy in half precision."""
+    model = LetsGo()
+    with autospec.watch(model, LABELS, statistics=("gradient",), quiet=True) as watcher:
+        for _ in range(2):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model(batch()).float())
+            loss.backward(retain_graph=True)
+            loss.backward()
+            watcher.step()
+    gradient = svdvals(model.last.weight.grad.double())
+    assert error(spectrum(watcher.trajectories, "last.weight", "gradient", step=1), gradient) < 1e-2
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_of_every_module_stays(training):
     model = network().train(training)
