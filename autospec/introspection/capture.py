@@ -107,6 +107,7 @@ class WatchedLayer(WatchedParameter):
         self.rank_limit: np.ndarray | None = None
         self.true_factor = True
         self.position = 0
+        self.without_input = -1
         self.widths = {"activation": self.shape[1], "adjoint": self.shape[0]}
 
     def clear(self) -> None:
@@ -192,7 +193,6 @@ class Capture:
         self.masked = False
         self._latest_adjoint: tuple[Tensor, Sorting, Tensor] | None = None
         self._backward = -1
-        self._without_input = -2
 
     # ------------------------------------------------------------------ hooks on and off
 
@@ -373,7 +373,8 @@ class Capture:
                 raise forward.error
             backward = _backward_pass()
             if not call.inputs:  # if the graph was freed in an earlier backward pass, torch is about to say so
-                self._without_input = backward
+                for layer in learned.values():
+                    layer.without_input = backward
                 return
             if not latest or latest[-1][0] != backward:
                 if any(tensor._version != version for tensor, version in zip(call.inputs, versions, strict=True)):
@@ -423,7 +424,7 @@ class Capture:
         if self._backward < _backward_pass():
             self._backward = _backward_pass()
             self._discard_zeroed()
-        if self._without_input == _backward_pass():
+        if layer.without_input == _backward_pass():
             raise WatchError(
                 f"a second backward pass reached '{layer.name}', whose input was not kept: only code outside the graph held it. "
                 "Keep the model's activations until the last backward pass, or record one backward pass a step."
