@@ -236,10 +236,11 @@ class Product(Factors):
             total.index_add_(0, where, wide)
         if not roundings:
             return np.zeros(len(total))
-        walks, sums = (np.bincount(cells.numpy(), part, len(total)) for part in torch.cat(roundings, 1).numpy())
-        # Where samples agree, so may their roundings: then it is as in one sum.
-        sums = np.maximum(sums, squares_by_item(total).numpy())
-        return (walks + whole * sums) * torch.finfo(self.adjoint.dtype).eps ** 2
+        walks, sums = torch.cat(roundings, 1).numpy()
+        # What is the same product, of padding say, has the same rounding, which adds up as the products do.
+        _, which, times = np.unique(sums, return_inverse=True, return_counts=True)
+        squares = np.bincount(cells.numpy(), (walks + whole * sums) * times[which.reshape(-1)], len(total))
+        return squares * torch.finfo(self.adjoint.dtype).eps ** 2
 
     def adjoint_rows(self) -> Tensor:
         """The adjoint, with zeros for outputs that were not used."""
