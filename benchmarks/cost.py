@@ -32,8 +32,8 @@ MEMORY_STEPS = 10
 PROFILED_STEPS = 4
 # Makes the C library hand freed matrices back at once, so that a peak is what was in use and not what lay idle.
 PROMPT_RELEASE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-# Makes it keep them, where time is measured: whether it hands them back and fetches them again at every step is chance, which
-# lengthens the same plain step by up to a half.
+# Makes it keep them.  Left to itself, it hands large matrices back and fetches them again, at every step or never, as chance has
+# it, which lengthens the same plain step by up to a half.
 NO_RELEASE = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 # Where rounding differs from the plain training's, Adam moves weights without a gradient (an attention's key bias) at random.
 MOVEMENT_TOLERANCE = 0.1
@@ -241,7 +241,10 @@ def child(job: dict, **pipes) -> subprocess.Popen:
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment.update(dict.fromkeys(THREAD_VARIABLES, "1"))
-    environment.update(PROMPT_RELEASE if job["job"] == "memory" else NO_RELEASE)
+    if job["job"] == "memory":
+        environment.update(PROMPT_RELEASE)
+    elif job.get("freed") == "kept":
+        environment.update(NO_RELEASE)
     command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(job)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **pipes
@@ -263,6 +266,13 @@ def run_child(job: dict) -> dict:
 
 
 def measure(job: dict) -> dict:
+    """Time a contestant several times, each time in fresh processes."""
+    found = [measure_once(job) for _ in range(job["repeats"])]
+    medians = {name: statistics.median(one[name] for one in found) for name in ("further", "plain_ms", "once_ms")}
+    return found[0] | medians | {"ratios": [ratio for one in found for ratio in one["ratios"]]}
+
+
+def measure_once(job: dict) -> dict:
     """Time a contestant and the plain step, each in its own process, block by block in turn."""
     processes = {
         name: child(job | {"job": "serve", "contestant": who}, stdin=subprocess.PIPE)
@@ -307,6 +317,7 @@ def measure_all(options: argparse.Namespace) -> list[dict]:
         for model in options.models:
             job = {"model": model, "device": options.device, "data": str(Path(folder) / f"{model}.npz")}
             job |= {"rounds": options.rounds, "block": options.block or CASES[model].block}
+            job |= {"repeats": options.repeats, "freed": options.freed}
             run_child(job | {"job": "data", "contestant": "nobody"})
             for name in options.statistics:
                 for contestant in dict.fromkeys(["plain", *options.contestants]):
@@ -462,7 +473,8 @@ def report(options: argparse.Namespace, results: list[dict]) -> str:
         [
             f"`{' '.join(['python benchmarks/cost.py', *arguments])}` on {machine}; "
             f"Python {platform.python_version()}, {versions}.",
-            f"{clock}; {options.rounds} rounds; what is done once is spread over the steps given in brackets.",
+            f"{clock}; {options.rounds} rounds in each of {options.repeats} pairs of processes; what is done once is spread over "
+            "the steps given in brackets.",
             "",
             summary(results),
             "",
@@ -497,6 +509,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--statistics", nargs="+", choices=STATISTICS, default=list(STATISTICS))
     parser.add_argument("--rounds", type=int, default=5, help="blocks of each (default 5)")
     parser.add_argument("--block", type=int, help="steps in a block (default: by model, 8 to 20)")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="fresh processes of each, one after the other (default 1)"
+    )
+    parser.add_argument(
+        "--freed",
+        choices=("system", "kept"),
+        default="system",
+        help="whether the C library hands freed memory back as it likes",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--keep", metavar="FILE", help="keep results there, and go on from those that it holds already")
     parser.add_argument("--quick", action="store_true", help="a few steps of two contestants, one model")
