@@ -473,8 +473,8 @@ def report(options: argparse.Namespace, results: list[dict]) -> str:
         [
             f"`{' '.join(['python benchmarks/cost.py', *arguments])}` on {machine}; "
             f"Python {platform.python_version()}, {versions}.",
-            f"{clock}; {options.rounds} rounds in each of {options.repeats} pairs of processes; what is done once is spread over "
-            "the steps given in brackets.",
+            f"{clock}; fresh processes: {options.repeats}, with {options.rounds} rounds each; what is done once is spread over the "
+            "steps given in brackets.",
             "",
             summary(results),
             "",
