@@ -68,3 +68,14 @@ def test_small_tensors_stay_until_the_end_of_the_step():
     assert room.take((3,), FLOAT, CPU) is not first
     room.take_back()
     assert room.take((3,), FLOAT, CPU) is first
+
+
+def test_scratch_memory_is_used_again_and_given_up_once_it_is_far_too_large():
+    room = Workspace()
+    large = room.scratch("products", (1000,), FLOAT, CPU)
+    assert room.scratch("products", (30, 30), FLOAT, CPU).data_ptr() == large.data_ptr()
+    assert room.scratch("patches", (30, 30), FLOAT, CPU).data_ptr() != large.data_ptr()
+    room.take_back()
+    assert room.scratch("products", (10,), FLOAT, CPU).data_ptr() == large.data_ptr()
+    room.take_back()
+    assert room.scratch("products", (10,), FLOAT, CPU).untyped_storage().nbytes() == 40
