@@ -416,6 +416,11 @@ class Capture:
         """Add one backward pass to what is pending for a parameter."""
         # Another backward pass, for the inputs' gradient say, may have crossed the layer without reaching here.
         uses, layer.uses = [use for use in layer.uses if use.backward == _backward_pass()], []
+        if layer.without_input == _backward_pass():
+            raise WatchError(
+                f"a second backward pass reached '{layer.name}', whose input was not kept: only code outside the graph held it. "
+                "Keep the model's activations until the last backward pass, or record one backward pass a step."
+            )
         if not uses:
             raise WatchError(
                 f"a gradient reached '{layer.name}' that did not come through its layer's forward pass: the "
@@ -424,11 +429,6 @@ class Capture:
         if self._backward < _backward_pass():
             self._backward = _backward_pass()
             self._discard_zeroed()
-        if layer.without_input == _backward_pass():
-            raise WatchError(
-                f"a second backward pass reached '{layer.name}', whose input was not kept: only code outside the graph held it. "
-                "Keep the model's activations until the last backward pass, or record one backward pass a step."
-            )
         pending = layer.pending = layer.pending or self.make_pending(layer.shape, self.workspace)
         batches = {id(use.forward.assignment): use.forward.assignment for use in uses}
         for assignment in batches.values():

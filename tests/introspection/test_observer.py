@@ -274,6 +274,22 @@ def test_an_input_that_user_code_lets_go_is_there_for_a_second_backward_pass():
     assert error(spectrum(watcher.trajectories, "last.weight", "gradient", step=1), gradient) < 1e-2
 
 
+def test_a_second_backward_pass_without_the_input_says_so():
+    """The graph keeps a copy elsewhere, and the model's own reference goes between the two passes."""
+    model = LetsGo()
+    elsewhere = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor)
+    with autospec.watch(model, LABELS, statistics=("gradient",), quiet=True), elsewhere:
+        for _ in range(2):
+            output = model(batch())
+            model.hidden, hidden = None, model.hidden
+            keep = [hidden]
+            del hidden
+            output.register_hook(lambda _, keep=keep: keep.clear())
+            loss_of(output).backward(retain_graph=True)
+            with pytest.raises(WatchError, match=r"a second backward pass reached 'last\.weight'"):
+                loss_of(output).backward()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_of_every_module_stays(training):
     model = network().train(training)
