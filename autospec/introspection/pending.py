@@ -221,6 +221,9 @@ class Shares:
 
     def add(self, factors: Factors, sorting: Sorting, backward: int = -1) -> None:
         """Add the items of one use in one backward pass, sorted by cell; they may not be modified afterwards."""
+        counts = self.counts
+        for key, count in zip(sorting.keys, sorting.counts, strict=True):
+            counts[key] = counts.get(key, 0) + factors.rows_of(count)
         if sorting.grid is not None:
             assert isinstance(factors, Product)
             self._add_by_sample(factors, sorting, sorting.grid)
@@ -231,10 +234,7 @@ class Shares:
             one_pass = not self.held or backward == self._backward
             self.held = [*self.held, (factors, sorting)] if one_pass and not large else None
             self._backward = backward
-        counts = self.counts
         if isinstance(factors, Product) and factors.outputs is None:
-            for key, count in zip(sorting.keys, sorting.counts, strict=True):
-                counts[key] = counts.get(key, 0) + count
             parts = zip(
                 sorting.keys,
                 factors.adjoint.split_with_sizes(sorting.counts),
@@ -255,17 +255,14 @@ class Shares:
             else:
                 self._add_products(list(parts))
             return
-        for key, count in zip(sorting.keys, sorting.counts, strict=True):
-            counts[key] = counts.get(key, 0) + factors.rows_of(count)
         if factors.in_pieces and (self.room is None or self.room.dtype == torch.float64):
             self._form()
             for key in sorting.keys:
                 matrix, first = self._place(key, factors.adjoint, torch.float64)
                 if first:
                     matrix.zero_()
-            totals = [
-                self._matrices[self.slots[key]] for key in sorting.keys
-            ]  # where they lie now that all have a place
+            # Where they lie now that all have a place.
+            totals = [self._matrices[self.slots[key]] for key in sorting.keys]
             for key, squares in zip(
                 sorting.keys, factors.add_pieces(sorting.counts, totals, self.workspace), strict=True
             ):
@@ -286,8 +283,6 @@ class Shares:
     def _add_by_sample(self, factors: Product, sorting: Sorting, grid: Grid) -> None:
         """Add the products of each sample's rows, which lie where they came and are not needed afterwards."""
         self.held = None
-        for key, count in zip(sorting.keys, sorting.counts, strict=True):
-            self.counts[key] = self.counts.get(key, 0) + count
         self._form()
         form = (len(sorting.keys), *self.shape)
         shares = self.workspace.scratch("shares", form, torch.float64, factors.adjoint.device).zero_()
@@ -323,8 +318,13 @@ class Shares:
         # Two steps of the power method: a lower bound of the largest singular value, and near it where one direction prevails.
         direction = sums.mT @ (sums @ irregular(self.shape[1], torch.float64)).unsqueeze(2)
         largest = (sums @ direction).flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1)
-        rounded = (groups @ torch.from_numpy(squares)).sqrt() * min(1.0, sum(side**-0.5 for side in self.shape))
+        rounded = (groups @ torch.from_numpy(squares)).sqrt() * self._largest_of_rounding
         return not bool((rounded > ROUNDED * largest).any())  # what is not finite cannot be mended
+
+    @property
+    def _largest_of_rounding(self) -> float:
+        """Largest singular value of rounding, over its norm: it is a matrix without structure."""
+        return min(1.0, sum(side**-0.5 for side in self.shape))
 
     def _rows_are_cheaper(self) -> bool:
         """Whether products with the Gram matrix of rows that stay the same cost less than the shares; float64 counts twice."""
@@ -353,9 +353,9 @@ class Shares:
         if self.batch is None or set(grams) != set(self.products):
             return None
         gram, image = self.batch
-        norm, largest = _norm(gram), sum(map(_norm, grams.values()))
-        if not norm > CANCELLED * largest:
-            squares = self._rounding_of_products(list(grams), largest**2) if math.isfinite(largest) else None
+        norm, summed = _norm(gram), sum(map(_norm, grams.values()))
+        if not norm > CANCELLED * summed:
+            squares = self._rounding_of_products(list(grams), summed**2) if math.isfinite(summed) else None
             if not self._outweighs(gram, norm, squares):
                 return None
         parts, walk = [], 0.0
@@ -563,8 +563,7 @@ class Shares:
         """Whether a share is large enough over its rounding, so far as that is known; what is not finite cannot be mended."""
         if squares is None:
             return False
-        # Rounding is a matrix without structure, whose largest singular value is that much of its norm.
-        rounded = math.sqrt(squares) * min(1.0, sum(side**-0.5 for side in self.shape))
+        rounded = math.sqrt(squares) * self._largest_of_rounding
         least = float(gram.norm()) / norm if norm else 0.0  # at most the share's largest singular value
         return not math.isfinite(rounded) or rounded <= ROUNDED * least
 
@@ -573,15 +572,6 @@ class Shares:
         assert self.held is not None
         total = torch.zeros(self.shape, dtype=torch.float64)
         for factors, sorting in self.held:
-            if isinstance(factors, Product) and sorting.grid is not None:
-                there = torch.tensor([key in cells for key in sorting.keys])[sorting.grid.cells]
-                adjoint, activation = (sorting.grid.of(side) for side in (factors.adjoint, factors.activation))
-                if not there.all():
-                    adjoint, activation = adjoint[there], activation[there]
-                add_wide_product(
-                    total, factors.outputs, adjoint.flatten(0, 1), activation.flatten(0, 1), self.workspace
-                )
-                continue
             for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
                 if key not in cells:
                     continue
