@@ -27,6 +27,7 @@ from .measure import CONTRASTS, Measurement
 from .parameters import find_parameters
 from .schedule import Budget, Schedule, make_schedule
 from .tree import LayerLayout, Record, build_tree
+from .workspace import keep_freed_memory
 
 SPECTRA = ("gradient", "activation", "adjoint")
 STATISTICS = (*SPECTRA, *CONTRASTS)
@@ -171,6 +172,7 @@ class Watcher:
         try:
             if self._processes is not None:
                 self._processes.require_same(self.groups)
+            keep_freed_memory()
             self._capture.attach()
             self._plan()
         except BaseException:

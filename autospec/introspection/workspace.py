@@ -12,6 +12,8 @@ from torch import Tensor
 # Larger tensors are not kept until the step's end, each for its use: there memory matters.  They are handed out again as
 # soon as they are given back.
 LARGEST_KEPT = 2**22
+# Bytes of the largest allocation that teaches glibc to keep freed memory (its 32 MiB, less what it adds itself).
+TEACHES = 2**25 - 2**16
 
 Form = tuple[tuple[int, ...], torch.dtype, torch.device]
 
@@ -84,6 +86,16 @@ class Workspace:
         """Give everything up."""
         self._tensors, self._taken, self._large, self._known = {}, {}, {}, {}
         self._lasting, self._still, self._scratch, self._scratched = {}, {}, {}, {}
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 64 MB of freed memory, as it does by itself once a tensor of 32 MB has been freed.
+
+    Otherwise it may hand the matrices of every step back to the system and fetch them again, which is worth up to half a
+    training step.  glibc draws the line at twice the largest mapping that has been freed, up to 32 MB (man mallopt,
+    M_MMAP_THRESHOLD); this one is never written to.  Other libraries, and settings of the user's own, do not care.
+    """
+    torch.empty(TEACHES, dtype=torch.uint8, device="cpu")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -1,6 +1,10 @@
 """Memory that is used again: nothing is handed out while somebody still needs it."""
 
 import copy
+import os
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -79,3 +83,32 @@ def test_scratch_memory_is_used_again_and_given_up_once_it_is_far_too_large():
     assert room.scratch("products", (10,), FLOAT, CPU).data_ptr() == large.data_ptr()
     room.take_back()
     assert room.scratch("products", (10,), FLOAT, CPU).untyped_storage().nbytes() == 40
+
+
+FAULTS = """
+import resource
+import torch
+from autospec.introspection.workspace import keep_freed_memory
+
+def pages_fetched():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        [torch.zeros(2**20) for _ in range(5)]
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10
+
+pages_fetched()
+print(pages_fetched())
+keep_freed_memory()
+pages_fetched()
+print(pages_fetched())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide otherwise what they keep")
+def test_freed_matrices_are_used_again_instead_of_fetched_from_the_system():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    out = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True)
+    before, after = map(float, out.stdout.split())
+    pages = 5 * 2**22 / os.sysconf("SC_PAGE_SIZE")
+    assert before > pages / 2
+    assert after < pages / 100
