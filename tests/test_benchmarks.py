@@ -48,7 +48,7 @@ def test_the_oracle_computes_what_torch_computes(name):
 
 @pytest.mark.parametrize("name", ["mlp", "cnn1d"])
 def test_the_least_work_is_done_on_the_factors_of_the_step_and_has_every_part(name):
-    from bounds import factors_of, parts_of
+    from bounds import Work, factors_of
     from contestants import Contestant, layers_of, weight_gradient
     from models import CASES, Batch
 
@@ -63,10 +63,14 @@ def test_the_least_work_is_done_on_the_factors_of_the_step_and_has_every_part(na
         layer = layers_of(plain.model)[weight]
         expected = layer.weight.grad
         assert torch.allclose(weight_gradient(layer, activation, adjoint).reshape(expected.shape), expected, atol=1e-6)
-    parts = parts_of(plain, batch)
+    parts = Work(plain, batch, rows_too=False).parts()
     assert list(parts) == ["sorting", "products", "Gram matrices", "eigenvalues"]
     # each layer's batch is a product less; a share of fewer rows than columns has the values of its rows' matrix
     assert sum(len(stack) for stack in parts["eigenvalues"]()) == 3 * len(layers_of(plain.model))
+    sides = 2 * len(layers_of(plain.model)) - 1  # of the factors; the input stays the same
+    more = Work(plain, batch, rows_too=True).parts()
+    assert sum(len(stack) for stack in more["eigenvalues"]()) == 3 * (len(layers_of(plain.model)) + sides)
+    assert len(more["Gram matrices"]()) > len(parts["Gram matrices"]())
 
 
 def test_who_can_record_what():
