@@ -56,6 +56,36 @@ class ConstantInput:
         )
 
 
+Source = tuple[tuple[int, int, torch.Size, tuple[int, ...]], ...]
+"""Which tensors the inputs of a call are: where they lie, their version and form."""
+
+
+@dataclass
+class SortedInput:
+    """An activation in the order of its cells, for the other layers that see the same, as an attention's q, k and v do.
+
+    Attributes
+    ----------
+    activation : Tensor
+        As it lies; what is held cannot give its place to another.
+    sorting : Sorting
+        The order.
+    result : Tensor
+        Sorted.
+    kept : bool
+        Whether one of the layers keeps rows of it until the step is closed.
+    """
+
+    activation: Tensor
+    sorting: Sorting
+    result: Tensor
+    kept: bool = False
+
+    def is_of(self, activation: Tensor, sorting: Sorting) -> bool:
+        """Whether it is this activation in this order."""
+        return self.sorting is sorting and _where(self.activation) == _where(activation)
+
+
 @dataclass
 class Forward:
     """One forward pass of the model: whose rows are whose, and how often each layer was called."""
@@ -65,6 +95,8 @@ class Forward:
     valid: np.ndarray | None = None
     error: WatchError | None = None
     calls: dict[Place, int] = field(default_factory=dict)
+    readers: dict[Source, int] = field(default_factory=dict)
+    """How many calls have yet to give the activation that is made of these inputs."""
 
 
 @dataclass
@@ -85,6 +117,7 @@ class Use:
     parameter: str
     place: Place
     number: int
+    source: Source
     arrival: Arrival
     forward: Forward
     constant: ConstantInput | None
@@ -192,6 +225,7 @@ class Capture:
         self.seconds = 0.0
         self.masked = False
         self._latest_adjoint: tuple[Tensor, Sorting, Tensor] | None = None
+        self._sorted_inputs: dict[Source, SortedInput] = {}
         self._backward = -1
 
     # ------------------------------------------------------------------ hooks on and off
@@ -238,6 +272,7 @@ class Capture:
             arrival.adjoints = []
         self._calls = []
         self._latest_adjoint = None
+        self._sorted_inputs = {}
         if self.recording:  # a step between two records needs nothing, and gives nothing up
             self.workspace.take_back()
 
@@ -362,6 +397,8 @@ class Capture:
         # The first module that a tensor enters sees data; what it computes of them depends on weights.
         constants = {key: self._constant(call.constant(key), forward.assignment) for key in learned}
         versions = [tensor._version for tensor in call.inputs]
+        source = tuple(map(_where, call.inputs))
+        forward.readers[source] = forward.readers.get(source, 0) + 1
         kind = call.outputs[0].device.type
         computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         latest: list[tuple[int, Arrival]] = []
@@ -386,7 +423,9 @@ class Capture:
                 for key, layer in learned.items():
                     place = (module_name, key)
                     layer.uses.append(
-                        Use(call, key, place, numbers[key], arrival, forward, constants[key], computed, backward)
+                        Use(
+                            call, key, place, numbers[key], source, arrival, forward, constants[key], computed, backward
+                        )
                     )
             latest[-1][1].adjoints[position] = adjoint.detach()
 
@@ -442,11 +481,13 @@ class Capture:
             self._gather_use(layer, pending, use, scale, exact, len(uses) == 1)
             use.arrival.waiting -= 1
             if not use.arrival.waiting:
+                self._last_of_input(use)
                 use.arrival.adjoints = []
                 use.call.forget()
                 if use.arrival.inputs_were_held and not use.call.inputs_are_held:
                     use.call.release()  # the graph has been freed
-                self.workspace.forget(column_gram)
+                if not self._sorted_inputs:
+                    self.workspace.forget(column_gram)
                 if (
                     self._latest_adjoint is not None
                     and self._latest_adjoint[1].order is not None
@@ -483,11 +524,11 @@ class Capture:
         kept = layer.sorted_input
         if use.constant is not None and kept is not None and kept[1] is sorting and kept[0].same(use.constant):
             activation = kept[2]
+        elif use.constant is not None:
+            activation = sorting.sort(single(factors.activation))
+            layer.sorted_input = (use.constant, sorting, activation)
         else:
-            lasting = use.constant is not None
-            activation = sorting.sort(single(factors.activation), None if lasting else self.workspace)
-            if use.constant is not None:
-                layer.sorted_input = (use.constant, sorting, activation)
+            activation = self._sorted_activation(use, factors.activation, sorting)
         # Input-to-hidden and hidden-to-hidden weights of a layer have one adjoint: sorted once.
         latest = self._latest_adjoint
         if latest is not None and latest[0] is factors.adjoint and latest[1] is sorting:
@@ -513,8 +554,29 @@ class Capture:
         if exact:
             pending.add_exact(factors, sorting)
         use.arrival.kept = use.arrival.kept or pending.keeps_rows
-        if sorting.order is not None and use.constant is None and not pending.keeps_rows:
+        there = self._sorted_inputs.get(use.source)
+        if there is not None and there.result is activation:
+            there.kept = there.kept or pending.keeps_rows
+        elif sorting.order is not None and use.constant is None and not pending.keeps_rows:
             self.workspace.give_back(activation)
+
+    def _sorted_activation(self, use: Use, activation: Tensor, sorting: Sorting) -> Tensor:
+        """Sort an activation, once for all layers that see it."""
+        there = self._sorted_inputs.get(use.source)
+        if there is not None and there.is_of(activation, sorting):
+            return there.result
+        result = sorting.sort(single(activation), self.workspace)
+        if sorting.order is not None and there is None and use.forward.readers[use.source] > 1:
+            self._sorted_inputs[use.source] = SortedInput(activation, sorting, result)
+        return result
+
+    def _last_of_input(self, use: Use) -> None:
+        """Note that a call has given its activation; after the last that sees the same, what was sorted is given back."""
+        use.forward.readers[use.source] -= 1
+        if use.forward.readers[use.source] <= 0:
+            there = self._sorted_inputs.pop(use.source, None)
+            if there is not None and not there.kept:
+                self.workspace.give_back(there.result)
 
     def _discard_zeroed(self) -> None:
         """Forget, at the first gradient of a backward pass, what zero_grad() has discarded since the last one."""
@@ -559,7 +621,11 @@ class Capture:
         sorting = cache.get(key)
         if sorting is None:
             samples = self._samples_of_items(layer, use, items)
-            sorting = cache[key] = Sorting.by_cell(samples, forward.assignment, forward.valid, device)
+            content = samples.dtype, samples.tobytes(), device  # layers whose items lie alike have the same
+            if content not in cache:
+                cache[content] = Sorting.by_cell(samples, forward.assignment, forward.valid, device)
+            sorting = cache[key] = cache[content]
+        assert sorting is not None
         return sorting
 
     def _samples_of_items(self, layer: WatchedLayer, use: Use, items: int) -> np.ndarray:
@@ -594,6 +660,11 @@ def _coarsest(*dtypes: torch.dtype | None) -> torch.dtype:
 
 def _at(position: int, function: Callable[[int, Tensor | None], None]) -> Callable[[Tensor], None]:
     return lambda adjoint: function(position, adjoint)
+
+
+def _where(tensor: Tensor) -> tuple[int, int, torch.Size, tuple[int, ...]]:
+    """Which tensor it is, among those that live."""
+    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()
 
 
 def _checksum(tensor: Tensor) -> float | None:

@@ -52,6 +52,18 @@ class Calls(nn.Module):
 # ---------------------------------------------------------------------- linear layers
 
 
+class Branches(nn.Module):
+    """Several layers that see one input; the last of them may come to nothing."""
+
+    def __init__(self, first: nn.Module, *branches: nn.Module, unused: int = 0) -> None:
+        super().__init__()
+        self.first, self.branches, self.used = first, nn.ModuleList(branches), len(branches) - unused
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        return sum([torch.sigmoid(branch(hidden)) for branch in self.branches][: self.used])
+
+
 class Twice(nn.Module):
     """A layer called twice in one forward pass."""
 
@@ -97,6 +109,9 @@ def linear() -> dict[str, Callable[[], Problem]]:
         "Linear, time first": lambda: problem(deep(nn.Tanh()), normal(T, N, 7), 1),
         "Linear, twice": lambda: problem(Twice(nn.Linear(7, 7)), normal(N, 7)),
         "Linear, tied": lambda: problem(Tied(nn.Linear(7, 7), nn.Linear(7, 7)), normal(N, 7)),
+        "Linear, one input": lambda: problem(
+            Branches(nn.Linear(7, 6), *(nn.Linear(6, 5) for _ in range(3))), normal(N, T, 7)
+        ),
         "Linear, in-place ReLU": lambda: problem(deep(nn.ReLU(inplace=True)), normal(N, 7)),
         "Linear, dropout": lambda: problem(deep(nn.Tanh(), nn.Dropout(0.4)), normal(N, 7)),
         "Linear, in-place dropout": lambda: problem(deep(nn.Dropout(0.4, inplace=True)), normal(N, 7)),
@@ -175,6 +190,9 @@ def convolutions() -> dict[str, Callable[[], Problem]]:
     cases["Conv2d, checkpointed"] = lambda: problem(
         Checkpointed(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 3, 3)), nn.Conv2d(3, 2, 1)),
         normal(N, 2, 6, 6),
+    )
+    cases["1-D, one input"] = lambda: problem(
+        Branches(nn.Conv1d(4, 3, 3), nn.Conv1d(3, 5, 3), nn.Conv1d(3, 5, 5, padding=1)), normal(N, 4, 12)
     )
     return cases
 

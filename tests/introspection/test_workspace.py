@@ -9,11 +9,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from autospec.introspection import pending, workspace
+import autospec
+from autospec.introspection import pending, spectra, workspace
+from autospec.introspection.pending import Sorting
 from autospec.introspection.workspace import LARGEST_KEPT, Workspace
 
-from .families import FAMILIES
+from .families import FAMILIES, Branches
 from .oracle import record
 
 FLOAT, CPU = torch.float32, torch.device("cpu")
@@ -34,7 +37,7 @@ def test_spectra_are_the_same_where_every_sorted_copy_counts_as_large(case, monk
     for module in (workspace, pending):
         monkeypatch.setattr(module, "LARGEST_KEPT", 0)
     large = record(made, **options)
-    if case in ("Linear, 3-D", "3-D network", "LSTM, twice", "Attention"):
+    if case in ("Linear, 3-D", "3-D network", "LSTM, twice", "Attention", "Linear, one input"):
         assert given_back  # where a step has few rows, all are kept
     for node in usual["layers"].children:
         for name, values in usual["layers"][node].data_vars.items():
@@ -43,6 +46,36 @@ def test_spectra_are_the_same_where_every_sorted_copy_counts_as_large(case, monk
             scale = np.nanmax(np.abs(values.values), initial=0.0)
             difference = np.abs(values.values - large["layers"][node][name].values)
             assert np.nanmax(difference, initial=0.0) <= 2e-6 * scale, (node, name)
+
+
+@pytest.mark.parametrize("unused", [0, 1])
+def test_an_input_of_several_layers_is_sorted_and_multiplied_out_once(unused, monkeypatch):
+    model = Branches(nn.Linear(7, 6), *(nn.Linear(6, 5) for _ in range(3)), unused=unused)
+    x, labels = torch.randn(8, 9, 7), ["a", "b"] * 4
+    sort, grams, sorted_inputs, multiplied = Sorting.sort, spectra.column_gram, [], []
+
+    def counted_sort(self, items, room=None):
+        if items.shape[-1] == 6:
+            sorted_inputs.append(items.shape)
+        return sort(self, items, room)
+
+    def counted_gram(rows, room):
+        if rows.shape[-1] == 6:
+            multiplied.append(rows.shape)
+        return grams(rows, room)
+
+    monkeypatch.setattr(Sorting, "sort", counted_sort)
+    monkeypatch.setattr(pending, "column_gram", counted_gram)
+    with autospec.watch(model, labels, statistics=("gradient", "activation"), audit=100, quiet=True) as watcher:
+        for _ in range(3):
+            model(x).square().sum().backward()
+            watcher.step()
+            model.zero_grad()
+        del sorted_inputs[:], multiplied[:]
+        model(x).square().sum().backward()
+        watcher.step()
+    assert len(sorted_inputs) == 2  # the hidden layer's output, and the adjoint of the first layer
+    assert len(multiplied) == 2  # of two groups
 
 
 def test_a_large_tensor_is_handed_out_again_once_it_is_given_back_and_no_earlier():
