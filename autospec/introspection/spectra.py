@@ -127,9 +127,11 @@ def column_gram(rows: Tensor, workspace: Workspace) -> Tensor:
     image = rows.ndim == 3
     width = rows.shape[1]
     positions = rows.shape[2] if image else 1
+    count = max(1, PIECE // (width * positions))
+    if len(rows) <= count and not image:
+        return times_own_transpose(float64(rows).mT)
     device = torch.device("cpu") if rows.device.type == "mps" else rows.device
     total = torch.zeros(width, width, dtype=torch.float64, device=device)
-    count = max(1, PIECE // (width * positions))
     room = workspace.take((min(count, len(rows)) * positions * width,), torch.float64, device)
     for piece in rows.split(count):
         wide = room[: piece.numel()]
