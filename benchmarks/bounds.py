@@ -98,7 +98,7 @@ class Work:
         """Spectra of the rows of each group and of the batch."""
         width = whole.shape[1]
         matrices = [whole, *groups]
-        followed = worthwhile([len(matrix) for matrix in matrices], width, LEADING)
+        followed = worthwhile(tuple(len(matrix) for matrix in matrices), width, LEADING)
         for matrix, follow in zip(matrices, followed, strict=True):
             if follow:
                 block = torch.randn(width, LEADING + MORE)

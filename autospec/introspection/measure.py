@@ -194,7 +194,7 @@ class Measurement:
         """Leading values by the tracked solver, of the groups for which it is worthwhile; these leave the table."""
         count = self.wanted_count(layer)
         sizes = {group: sum(stack.count for stack in stacks) for group, stacks in there.items()}
-        chosen = worthwhile(list(sizes.values()), width, count)
+        chosen = worthwhile(tuple(sizes.values()), width, count)
         # Rows that were not worth keeping when they came are gone.
         groups = [
             g for g, follow in zip(sizes, chosen, strict=True) if follow and all(stack.rows for stack in there[g])
@@ -210,7 +210,7 @@ class Measurement:
 
     def follows(self, layer: WatchedLayer, counts: Sequence[int], width: int) -> bool:
         """Whether the tracked solver will need rows as they are, of which so many have come for each cell."""
-        return any(worthwhile([sum(counts), *counts], width, self.wanted_count(layer)))
+        return any(worthwhile((sum(counts), *counts), width, self.wanted_count(layer)))
 
     def wanted_count(self, layer: WatchedLayer) -> int:
         """How many leading values of the factors are needed."""

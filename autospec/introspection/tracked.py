@@ -1,14 +1,16 @@
 """Leading singular values followed from one step of the training to the next.
 
 The spectrum of a wide adjoint changes little from step to step.  A block of vectors that spanned its leading right
-singular subspace at the last step nearly does so now, and more nearly if it is moved on as it moved in the step before; one
-or two block iterations bring it back, at a few products with the matrix instead of a decomposition.  The residual of the
-Rayleigh-Ritz pairs bounds the error of the values, which is quadratic in it (Parlett 1998, "The symmetric eigenvalue
-problem", ch. 11); where the bound is too large after a few iterations, the matrix is decomposed.
+singular subspace at the last step nearly does so now, and more nearly if it is moved on as it moved in the step before; a
+product with the matrix and one back give its leading values, instead of a decomposition.  A third product, with the wanted
+vectors alone, gives the residual of the Rayleigh-Ritz pairs, which bounds the error of the values and is quadratic in it
+(Parlett 1998, "The symmetric eigenvalue problem", ch. 11); where the bound is too large after a few iterations, the matrix is
+decomposed.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,19 +19,25 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .spectra import float64
+from .spectra import float64, times_own_transpose
 
 # Vectors beyond those that are wanted: the gap to what lies outside the block decides how fast it converges.
 MORE = 8
 # Largest error that is accepted, in units of the largest value; half of what every recorded spectrum keeps to.
 TOLERANCE = 5e-7
 ITERATIONS = 6
-# An error after two iterations from which on one may do at the next step: an iteration takes three to four digits off.
-FAR_BELOW = 1e-9
+# An error after two iterations from which on one may do at the next step.
+FAR_BELOW = 1e-7
+# What the Gram matrix of the images is shifted by before its Cholesky decomposition, relative to its trace.
+SHIFT = 1e-14
+# Part of an image that must not lie in the space of those before it: what is left of it has lost that many digits.
+DEPENDENT = 1e-3
+# Values below so many roundings of the largest have directions that are rounding.
+LOST = 100
 # Rough costs in seconds, one core: of a product with a block and of a Gram matrix for each product of their sizes, of
 # eigenvalues for each cube and each square of the side, and of the many calls of the iterations.
 PRODUCT_COST, GRAM_COST, CUBE_COST, SQUARE_COST, CALLS_COST = 5e-11, 3.2e-11, 8e-11, 2.2e-8, 1e-3
-PRODUCTS = 4  # in a step, on average
+PRODUCTS = 3  # in a step, on average
 
 
 @dataclass
@@ -39,39 +47,34 @@ class Block:
     Attributes
     ----------
     directions : Tensor
-        Shape (matrices, width, count + MORE); the columns span the leading right singular vectors.
+        Shape (matrices, width, count + MORE); the orthonormal columns span the leading right singular vectors.
     before : Tensor or None
         The same, a step earlier.
-    near : bool
-        Whether the values may be accepted after one iteration: at other times its test is spared.
+    iterations : int
+        How many are expected at the next step: tests that would fail are spared.
     """
 
     directions: Tensor
     before: Tensor | None = None
-    near: bool = False
+    iterations: int = 2
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         before = None if self.before is None else self.before.clone()
-        return {"directions": self.directions.clone(), "before": before, "near": self.near}
+        return {"directions": self.directions.clone(), "before": before, "iterations": self.iterations}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """Continue from `state`."""
         before = state["before"]
-        return cls(state["directions"].clone(), None if before is None else before.clone(), state["near"])
+        return cls(state["directions"].clone(), None if before is None else before.clone(), state["iterations"])
 
     def moved_on(self) -> Tensor:
         """Where the columns' space would be if it moved as it did in the step before: shape of the directions."""
         if self.before is None:
             return self.directions
-        inner = float64(self.before.mT @ self.before), float64(self.before.mT @ self.directions)
-        factor, failed = torch.linalg.cholesky_ex(inner[0])
-        if bool(failed.any()):
-            return self.directions
-        seen = torch.cholesky_solve(inner[1], factor).to(self.directions.device, self.directions.dtype)
         # What of the last directions is in the space before, once; what is new in them, twice.
-        return 2 * self.directions - self.before @ seen
+        return torch.baddbmm(self.directions, self.before, self.before.mT @ self.directions, beta=2, alpha=-1)
 
 
 @dataclass
@@ -93,12 +96,13 @@ class Found:
     iterations: int
 
 
-def worthwhile(sizes: Sequence[int], width: int, count: int) -> list[bool]:
+@functools.lru_cache(1024)
+def worthwhile(sizes: tuple[int, ...], width: int, count: int) -> tuple[bool, ...]:
     """Which matrices to follow: those that hold more than is followed, if that is cheaper than decomposing all of them.
 
     Parameters
     ----------
-    sizes : sequence of int
+    sizes : tuple of int
         Rows of each matrix; the largest is thought to hold the rows of the others.
     width : int
         Columns of all of them.
@@ -113,7 +117,7 @@ def worthwhile(sizes: Sequence[int], width: int, count: int) -> list[bool]:
     grams.append(width**2 * max((size for size in large if size >= width), default=0))
     sides = [min(size, width) for size in large]
     decomposed = GRAM_COST * sum(grams) + sum(CUBE_COST * side**3 + SQUARE_COST * side**2 for side in sides)
-    return [followed < decomposed and size in large for size in sizes]
+    return tuple(followed < decomposed and size in large for size in sizes)
 
 
 def leading_values(matrices: Sequence[Tensor], count: int, last: Block | None) -> Found:
@@ -129,60 +133,82 @@ def leading_values(matrices: Sequence[Tensor], count: int, last: Block | None) -
         `Found.block` of the last step.
     """
     if last is not None and last.directions.shape == (len(matrices), matrices[0].shape[1], count + MORE):
-        directions = last.moved_on()
-        if not last.near:
-            directions = _directions(_back(matrices, [m @ each for m, each in zip(matrices, directions, strict=True)]))
-        for iteration in range(1 if last.near else 2, ITERATIONS + 1):
-            found = _iterate(matrices, count, directions)
+        directions, first = last.moved_on(), 1
+        if last.iterations > 1:
+            _, back = _products(matrices, directions)
+            lengths = back.norm(dim=1, keepdim=True).clamp_min(torch.finfo(back.dtype).tiny)
+            directions, first = back / lengths, 2
+        for iteration in range(first, ITERATIONS + 1):
+            found = _iterate(matrices, count, directions, tested=iteration >= last.iterations - 1)
             if found is None:
                 break
             values, directions, error = found
             if error <= TOLERANCE:
-                return Found(
-                    values, Block(directions, last.directions, iteration == 1 or error <= FAR_BELOW), iteration
-                )
+                expected = 1 if error <= FAR_BELOW and iteration == 2 else iteration
+                return Found(values, Block(directions, last.directions, expected), iteration)
     return _decompose(matrices, count)
 
 
-def _back(matrices: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
-    """Products of the transposed matrices with images, shape (matrices, width, columns)."""
-    room = images[0].new_empty(len(matrices), matrices[0].shape[1], images[0].shape[1])
-    for matrix, image, out in zip(matrices, images, room, strict=True):
-        torch.mm(matrix.mT, image, out=out)
-    return room
+def _iterate(
+    matrices: Sequence[Tensor], count: int, directions: Tensor, tested: bool
+) -> tuple[Tensor, Tensor, float] | None:
+    r"""One block iteration: values, better directions, and, if tested, the largest error relative to each largest value.
 
-
-def _iterate(matrices: Sequence[Tensor], count: int, directions: Tensor) -> tuple[Tensor, Tensor, float] | None:
-    """One block iteration: values, better directions, and the largest error relative to each largest value.
-
-    None where a block cannot be made orthonormal or a matrix is not finite.
+    With the images :math:`X = M V` of the directions and :math:`Y = M^\top X`, the pencil :math:`(Y^\top Y, X^\top X)` has the
+    squares of the Rayleigh-Ritz values of :math:`M M^\top` in the space of X, which is nearer to the left singular vectors than V
+    is to the right ones.  None where a matrix is not finite.
     """
-    wide = float64(directions)
-    factor, failed = torch.linalg.cholesky_ex(wide.mT @ wide)
+    images, back = _products(matrices, directions)
+    inner = _inner_products(images)
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    pivots = factor.diagonal(dim1=1, dim2=2).square()
+    if bool((pivots < DEPENDENT**2 * inner.diagonal(dim1=1, dim2=2)).any()):  # the last are rounding of the first
+        images, back = _products(matrices, torch.linalg.qr(directions).Q)
+        inner = _inner_products(images)
+        factor, failed = torch.linalg.cholesky_ex(inner)
     if bool(failed.any()) or not bool(torch.isfinite(factor).all()):
         return None
-    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    blocks = directions @ inverse.mT.to(directions.device, directions.dtype)
-    images = [matrix @ block for matrix, block in zip(matrices, blocks, strict=True)]
-    back = _back(matrices, images)
-    squares, rotation = torch.linalg.eigh(torch.stack([wide.mT @ wide for wide in map(float64, images)]))
-    squares, rotation = squares.flip(-1).clamp_min(0), rotation.flip(-1).to(blocks.device, blocks.dtype)
-    back = back @ rotation
-    wanted, gap = squares[:, :count], squares[:, :count] - squares[:, -1:]
-    ritz = (blocks @ rotation[:, :, :count]) * wanted.to(blocks.device, blocks.dtype).unsqueeze(1)
-    bound = (back[:, :, :count] - ritz).norm(dim=1).to(wanted.device, wanted.dtype)
-    gap = gap.clamp_min(torch.finfo(torch.float64).tiny)
-    shift = torch.minimum(bound, bound**2 / gap)  # of the squares
-    error = ((wanted + shift).sqrt() - wanted.sqrt()).amax(1) / wanted[:, 0].sqrt()
-    # A matrix of zeros gives NaN here, which no bound admits.
-    largest = float(error.nan_to_num(nan=math.inf).max())
-    return wanted.sqrt(), _directions(back), largest
+    outer = times_own_transpose(float64(back).mT)
+    half = torch.linalg.solve_triangular(factor, outer, upper=False)
+    squares, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
+    rotation = torch.linalg.solve_triangular(factor.mT, vectors.flip(-1), upper=True)
+    lengths = squares.flip(-1).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    values = lengths[:, :count]
+    directions = back @ (rotation / lengths.unsqueeze(1)).to(back.device, back.dtype)
+    if bool((lengths[:, -1] < LOST * torch.finfo(back.dtype).eps * lengths[:, 0]).any()):
+        orthonormal = torch.linalg.qr(directions)  # the last of them are rounding
+        directions = orthonormal.Q * orthonormal.R.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
+    if not tested:
+        return values, directions, math.inf
+    # The residual of the pairs, sigma u - M v; M' u is sigma v by definition.
+    left = (rotation[:, :, :count] * values.unsqueeze(1)).to(back.device, back.dtype)
+    lost = torch.stack(
+        [
+            torch.addmm(turn.mT @ image.mT, block[:, :count].T.contiguous(), matrix.mT, alpha=-1).norm(dim=1)
+            for matrix, block, image, turn in zip(matrices, directions, images, left, strict=True)
+        ]
+    ).to(values.device, values.dtype)
+    bound, gap = values * lost, values**2 - lengths[:, -1:] ** 2
+    shift = torch.minimum(bound, bound**2 / gap.clamp_min(torch.finfo(torch.float64).tiny))  # of the squares
+    error = ((values**2 + shift).sqrt() - values).amax(1) / values[:, 0]
+    return values, directions, float(error.nan_to_num(nan=math.inf).max())
 
 
-def _directions(columns: Tensor) -> Tensor:
-    """Columns of length 1."""
-    return columns / columns.norm(dim=1, keepdim=True).clamp_min(torch.finfo(columns.dtype).tiny)
+def _products(matrices: Sequence[Tensor], directions: Tensor) -> tuple[list[Tensor], Tensor]:
+    r"""Images :math:`X = M V`, each (rows, columns), and :math:`M^\top X`, shape of the directions."""
+    images, back = [], torch.empty_like(directions)
+    for matrix, block, out in zip(matrices, directions, back, strict=True):
+        images.append(matrix @ block)
+        torch.mm(matrix.mT, images[-1], out=out)
+    return images, back
+
+
+def _inner_products(images: Sequence[Tensor]) -> Tensor:
+    """Inner products of the columns of each, a little shifted, in float64."""
+    inner = torch.stack([times_own_transpose(float64(image).mT) for image in images])
+    diagonal = inner.diagonal(dim1=1, dim2=2)
+    diagonal += SHIFT * diagonal.sum(1, keepdim=True)
+    return inner
 
 
 def _decompose(matrices: Sequence[Tensor], count: int) -> Found:

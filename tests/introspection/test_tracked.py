@@ -51,6 +51,23 @@ def test_every_value_of_a_whole_training_is_that_of_a_decomposition(rate):
             assert (np.abs(one - other) / one[..., :1]).max() < 1e-6, (layer, statistic)
 
 
+def test_where_the_weights_move_slowly_one_iteration_does():
+    followed = recorded(rate=1e-3, solver="tracked")._measurement.iterations
+    assert followed[1] > 0.9 * sum(followed.values())
+
+
+def test_a_matrix_of_lower_rank_than_the_block_is_followed():
+    torch.manual_seed(5)
+    left, right = torch.randn(150, 5), torch.randn(5, 200)
+    found = leading_values([left @ right], 8, None)
+    for _ in range(5):
+        left += 0.001 * torch.randn(150, 5)
+        found = leading_values([left @ right], 8, found.block)
+        expected = torch.linalg.svdvals((left @ right).double())[:8]
+        assert found.iterations
+        assert float((found.values[0] - expected).abs().max() / expected[0]) < 1e-6
+
+
 def test_training_is_unchanged_bit_by_bit():
     models = []
     for solver in ("exact", "tracked"):
