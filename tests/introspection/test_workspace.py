@@ -1,8 +1,8 @@
 """Memory that is used again: nothing is handed out while somebody still needs it."""
 
 import copy
+import ctypes
 import os
-import platform
 import subprocess
 import sys
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import autospec
-from autospec.introspection import pending, spectra, workspace
+from autospec.introspection import pending, spectra, watcher, workspace
 from autospec.introspection.pending import Sorting
 from autospec.introspection.workspace import LARGEST_KEPT, Workspace
 
@@ -66,14 +66,14 @@ def test_an_input_of_several_layers_is_sorted_and_multiplied_out_once(unused, mo
 
     monkeypatch.setattr(Sorting, "sort", counted_sort)
     monkeypatch.setattr(pending, "column_gram", counted_gram)
-    with autospec.watch(model, labels, statistics=("gradient", "activation"), audit=100, quiet=True) as watcher:
+    with autospec.watch(model, labels, statistics=("gradient", "activation"), audit=100, quiet=True) as watching:
         for _ in range(3):
             model(x).square().sum().backward()
-            watcher.step()
+            watching.step()
             model.zero_grad()
         del sorted_inputs[:], multiplied[:]
         model(x).square().sum().backward()
-        watcher.step()
+        watching.step()
     assert len(sorted_inputs) == 2  # the hidden layer's output, and the adjoint of the first layer
     assert len(multiplied) == 2  # of two groups
 
@@ -118,30 +118,45 @@ def test_scratch_memory_is_used_again_and_given_up_once_it_is_far_too_large():
     assert room.scratch("products", (10,), FLOAT, CPU).untyped_storage().nbytes() == 40
 
 
-FAULTS = """
-import resource
+MAPPED = """
+import ctypes
 import torch
 from autospec.introspection.workspace import keep_freed_memory
 
-def pages_fetched():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        [torch.zeros(2**20) for _ in range(5)]
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10
+class Info(ctypes.Structure):  # man mallinfo2
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
-pages_fetched()
-print(pages_fetched())
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Info
+
+def mapped_for_a_tensor():
+    before = mallinfo().hblkhd
+    tensor = torch.zeros(5 * 2**20)
+    return mallinfo().hblkhd - before
+
+print(mapped_for_a_tensor())
 keep_freed_memory()
-pages_fetched()
-print(pages_fetched())
+print(mapped_for_a_tensor())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide otherwise what they keep")
-def test_freed_matrices_are_used_again_instead_of_fetched_from_the_system():
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or newer, which can tell what it maps"
+)
+def test_large_matrices_come_from_memory_that_is_kept_and_not_each_from_the_system():
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    out = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True)
-    before, after = map(float, out.stdout.split())
-    pages = 5 * 2**22 / os.sysconf("SC_PAGE_SIZE")
-    assert before > pages / 2
-    assert after < pages / 100
+    out = subprocess.run([sys.executable, "-c", MAPPED], env=environment, capture_output=True, text=True, check=True)
+    before, after = map(int, out.stdout.split())
+    assert before >= 20 * 2**20
+    assert after == 0
+
+
+def test_entering_the_block_keeps_freed_memory(monkeypatch):
+    kept = []
+    monkeypatch.setattr(watcher, "keep_freed_memory", lambda: kept.append(True))
+    model = nn.Linear(3, 2)
+    made = autospec.watch(model, quiet=True)
+    assert not kept
+    with made:
+        assert kept
