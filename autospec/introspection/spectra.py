@@ -280,6 +280,34 @@ def eigenvalues(matrices: Tensor) -> Tensor:
     return torch.from_numpy(np.linalg.eigvalsh(matrices.numpy()))
 
 
+def leading_eigenpairs(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Largest eigenvalues of a symmetric matrix, descending, and their eigenvectors.
+
+    Where it is large and on the CPU scipy is asked for these alone (512 rows, 16 of them: 16 ms against 50).
+
+    Parameters
+    ----------
+    matrix : Tensor
+        Shape (m, m), float64, finite.
+    count : int
+        How many, at most m.
+
+    Returns
+    -------
+    Tensor, Tensor
+        Shapes (count,) and (m, count).
+    """
+    size = len(matrix)
+    if size < SMALLEST_FOR_NUMPY or matrix.device.type != "cpu" or not numpy_has_one_thread():
+        values, vectors = torch.linalg.eigh(matrix)
+    else:
+        from scipy.linalg import eigh
+
+        wanted = size - count, size - 1
+        values, vectors = map(torch.from_numpy, eigh(matrix.numpy(), subset_by_index=wanted, check_finite=False))
+    return values.flip(-1)[:count], vectors.flip(-1)[:, :count]
+
+
 def leading_directions(matrix: Tensor, count: int) -> Tensor:
     """Leading right singular vectors: the directions of the layer's input along which a share is largest.
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .spectra import float64, times_own_transpose
+from .spectra import float64, leading_eigenpairs, times_own_transpose
 
 # Vectors beyond those that are wanted: the gap to what lies outside the block decides how fast it converges.
 MORE = 8
@@ -222,8 +222,8 @@ def _leading_of_one(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     finite = torch.isfinite(rows).all()
     rows = torch.where(finite, rows, 0.0)
     wide = rows.shape[0] < rows.shape[1]
-    squares, vectors = torch.linalg.eigh(rows @ rows.mT if wide else rows.mT @ rows)
-    squares, vectors = squares.flip(-1)[:count].clamp_min(0), vectors.flip(-1)[:, : count + MORE]
+    squares, vectors = leading_eigenpairs(times_own_transpose(rows if wide else rows.mT), count + MORE)
+    squares = squares[:count].clamp_min(0)
     if wide:  # from left to right singular vectors
         vectors = torch.linalg.qr(rows.mT @ vectors).Q
     return torch.where(finite, squares.sqrt(), math.nan), vectors.to(matrix.device, matrix.dtype).contiguous()

@@ -32,6 +32,15 @@ def test_a_product_with_its_own_transpose_is_the_product(shape, turned, by_numpy
     assert np.allclose(times_own_transpose(matrix).numpy(), right, rtol=1e-13, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [3, 40, 300])
+def test_leading_eigenpairs_are_those_of_a_whole_decomposition(size, by_numpy):
+    matrix = times_own_transpose(draw(size, size + 20))
+    values, vectors = spectra.leading_eigenpairs(matrix, 3)
+    assert torch.allclose(values, torch.linalg.eigvalsh(matrix).flip(0)[:3], rtol=1e-12)
+    assert torch.allclose(matrix @ vectors, vectors * values, atol=1e-10 * float(values[0]))
+    assert torch.allclose(vectors.T @ vectors, torch.eye(3, dtype=torch.float64), atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(200, 6), (9, 40), (50, 6, 31)])
 def test_gram_matrices_have_the_singular_values_of_float64(shape, by_numpy):
     rows = draw(*shape).float()
