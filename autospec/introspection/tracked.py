@@ -156,7 +156,7 @@ def _iterate(
 
     With the images :math:`X = M V` of the directions and :math:`Y = M^\top X`, the pencil :math:`(Y^\top Y, X^\top X)` has the
     squares of the Rayleigh-Ritz values of :math:`M M^\top` in the space of X, which is nearer to the left singular vectors than V
-    is to the right ones.  None where a matrix is not finite.
+    is to the right ones.  None where a matrix or a product is not finite.
     """
     images, back = _products(matrices, directions)
     inner = _inner_products(images)
@@ -166,15 +166,15 @@ def _iterate(
         images, back = _products(matrices, torch.linalg.qr(directions).Q)
         inner = _inner_products(images)
         factor, failed = torch.linalg.cholesky_ex(inner)
-    if bool(failed.any()) or not bool(torch.isfinite(factor).all()):
+    half = torch.linalg.solve_triangular(factor, times_own_transpose(float64(back).mT), upper=False)
+    if bool(failed.any()) or not bool(torch.isfinite(half).all()):
         return None
-    outer = times_own_transpose(float64(back).mT)
-    half = torch.linalg.solve_triangular(factor, outer, upper=False)
     squares, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
     rotation = torch.linalg.solve_triangular(factor.mT, vectors.flip(-1), upper=True)
-    lengths = squares.flip(-1).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    lengths = squares.flip(-1).clamp_min(0).sqrt()
     values = lengths[:, :count]
-    directions = back @ (rotation / lengths.unsqueeze(1)).to(back.device, back.dtype)
+    divisor = lengths.clamp_min(SHIFT * lengths[:, :1]).unsqueeze(1)
+    directions = back @ (rotation / divisor).to(back.device, back.dtype)
     if bool((lengths[:, -1] < LOST * torch.finfo(back.dtype).eps * lengths[:, 0]).any()):
         orthonormal = torch.linalg.qr(directions)  # the last of them are rounding
         directions = orthonormal.Q * orthonormal.R.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)

@@ -131,6 +131,13 @@ def test_values_that_are_not_finite_give_nan_and_the_next_step_is_fine(bad):
     assert float((found.values - expected).abs().max()) < 1e-5
 
 
+def test_values_whose_squares_are_beyond_single_precision_are_found():
+    torch.manual_seed(6)
+    matrix = 1e22 * torch.randn(120, 150)
+    found = leading_values([matrix], 4, leading_values([matrix], 4, None).block)
+    assert torch.allclose(found.values[0], torch.linalg.svdvals(matrix.double())[:4])
+
+
 def test_zeros_have_a_spectrum_of_zeros():
     found = leading_values([torch.zeros(100, 120)], 4, None)
     found = leading_values([torch.zeros(100, 120)], 4, found.block)
