@@ -468,6 +468,8 @@ class Capture:
         if self._backward < _backward_pass():
             self._backward = _backward_pass()
             self._discard_zeroed()
+            for source in list(self._sorted_inputs):  # a reader that the loss does not use never comes
+                self._give_up_sorted(source)
         pending = layer.pending = layer.pending or self.make_pending(layer.shape, self.workspace)
         batches = {id(use.forward.assignment): use.forward.assignment for use in uses}
         for assignment in batches.values():
@@ -481,13 +483,12 @@ class Capture:
             self._gather_use(layer, pending, use, scale, exact, len(uses) == 1)
             use.arrival.waiting -= 1
             if not use.arrival.waiting:
-                self._last_of_input(use)
+                self._input_was_read(use)
                 use.arrival.adjoints = []
                 use.call.forget()
                 if use.arrival.inputs_were_held and not use.call.inputs_are_held:
                     use.call.release()  # the graph has been freed
-                if not self._sorted_inputs:
-                    self.workspace.forget(column_gram)
+                self.workspace.forget(column_gram, [there.result for there in self._sorted_inputs.values()])
                 if (
                     self._latest_adjoint is not None
                     and self._latest_adjoint[1].order is not None
@@ -566,17 +567,22 @@ class Capture:
         if there is not None and there.is_of(activation, sorting):
             return there.result
         result = sorting.sort(single(activation), self.workspace)
-        if sorting.order is not None and there is None and use.forward.readers[use.source] > 1:
+        # What was computed of an input, a recurrent layer's states say, or converted for this layer, no other layer sees.
+        seen = any(activation.data_ptr() == tensor[0] for tensor in use.source)
+        if seen and there is None and use.forward.readers[use.source] > 1:
             self._sorted_inputs[use.source] = SortedInput(activation, sorting, result)
         return result
 
-    def _last_of_input(self, use: Use) -> None:
+    def _input_was_read(self, use: Use) -> None:
         """Note that a call has given its activation; after the last that sees the same, what was sorted is given back."""
         use.forward.readers[use.source] -= 1
         if use.forward.readers[use.source] <= 0:
-            there = self._sorted_inputs.pop(use.source, None)
-            if there is not None and not there.kept:
-                self.workspace.give_back(there.result)
+            self._give_up_sorted(use.source)
+
+    def _give_up_sorted(self, source: Source) -> None:
+        there = self._sorted_inputs.pop(source, None)
+        if there is not None and there.sorting.order is not None and not there.kept:
+            self.workspace.give_back(there.result)
 
     def _discard_zeroed(self) -> None:
         """Forget, at the first gradient of a backward pass, what zero_grad() has discarded since the last one."""
@@ -603,12 +609,18 @@ class Capture:
     def _sorting(self, layer: WatchedLayer, use: Use, items: int, layout: Layout | None) -> Sorting:
         """How to sort the items of one use by cell; computed once for each assignment of groups."""
         forward = use.forward
-        if forward.assignment is None or forward.row_map is None:
-            return Sorting.without_groups(items)
         # While the labels and the row map stay, so does the order; packed sequences bring another layout each time.
         if self._sortings[0] is not forward.assignment or self._sortings[1] is not forward.valid:
             self._sortings = (forward.assignment, forward.valid, {})
         cache = self._sortings[2]
+        if forward.assignment is None or forward.row_map is None:
+            if items not in cache:
+                if len(cache) > ROW_MAPS_KEPT:
+                    cache.clear()
+                cache[items] = Sorting.without_groups(items)
+            alone = cache[items]
+            assert alone is not None
+            return alone
         key = (*use.call.order_key(use.place), use.number, forward.row_map, items, use.call.layout())
         device = layer.parameter.device
         if layout is not None:

@@ -32,7 +32,7 @@ FAR_BELOW = 1e-7
 SHIFT = 1e-14
 # Part of an image that must not lie in the space of those before it: what is left of it has lost that many digits.
 DEPENDENT = 1e-3
-# Values below so many roundings of the largest have directions that are rounding.
+# Values below so many roundings of the largest have no direction of their own.
 LOST = 100
 # Rough costs in seconds, one core: of a product with a block and of a Gram matrix for each product of their sizes, of
 # eigenvalues for each cube and each square of the side, and of the many calls of the iterations.
@@ -67,7 +67,8 @@ class Block:
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """Continue from `state`."""
         before = state["before"]
-        return cls(state["directions"].clone(), None if before is None else before.clone(), state["iterations"])
+        before = None if before is None else before.clone()
+        return cls(state["directions"].clone(), before, state.get("iterations", 2))
 
     def moved_on(self) -> Tensor:
         """Where the columns' space would be if it moved as it did in the step before: shape of the directions."""
@@ -173,11 +174,7 @@ def _iterate(
     rotation = torch.linalg.solve_triangular(factor.mT, vectors.flip(-1), upper=True)
     lengths = squares.flip(-1).clamp_min(0).sqrt()
     values = lengths[:, :count]
-    divisor = lengths.clamp_min(SHIFT * lengths[:, :1]).unsqueeze(1)
-    directions = back @ (rotation / divisor).to(back.device, back.dtype)
-    if bool((lengths[:, -1] < LOST * torch.finfo(back.dtype).eps * lengths[:, 0]).any()):
-        orthonormal = torch.linalg.qr(directions)  # the last of them are rounding
-        directions = orthonormal.Q * orthonormal.R.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
+    directions = _completed(back @ (rotation / lengths.unsqueeze(1)).to(back.device, back.dtype), lengths)
     if not tested:
         return values, directions, math.inf
     # The residual of the pairs, sigma u - M v; M' u is sigma v by definition.
@@ -211,6 +208,20 @@ def _inner_products(images: Sequence[Tensor]) -> Tensor:
     return inner
 
 
+def _completed(directions: Tensor, lengths: Tensor) -> Tensor:
+    """Orthonormal directions: those whose values are zero or rounding give way to random ones.
+
+    A direction that the matrix does not reach sees nothing of what may appear elsewhere at a later step.
+    """
+    lost = lengths <= LOST * torch.finfo(directions.dtype).eps * lengths[:, :1]
+    if not bool(lost.any()):
+        return directions
+    generator = torch.Generator().manual_seed(0)  # of our own: the training's is not touched
+    drawn = torch.randn(directions.shape[1:], generator=generator, dtype=directions.dtype)
+    found = torch.linalg.qr(torch.where(lost.unsqueeze(1).to(directions.device), drawn.to(directions), directions))
+    return found.Q * found.R.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
+
+
 def _decompose(matrices: Sequence[Tensor], count: int) -> Found:
     values, directions = zip(*(_leading_of_one(matrix, count) for matrix in matrices), strict=True)
     return Found(torch.stack(values), Block(torch.stack(directions)), 0)
@@ -223,7 +234,8 @@ def _leading_of_one(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rows = torch.where(finite, rows, 0.0)
     wide = rows.shape[0] < rows.shape[1]
     squares, vectors = leading_eigenpairs(times_own_transpose(rows if wide else rows.mT), count + MORE)
-    squares = squares[:count].clamp_min(0)
+    lengths = squares.clamp_min(0).sqrt()
     if wide:  # from left to right singular vectors
         vectors = torch.linalg.qr(rows.mT @ vectors).Q
-    return torch.where(finite, squares.sqrt(), math.nan), vectors.to(matrix.device, matrix.dtype).contiguous()
+    vectors = vectors.to(matrix.device, matrix.dtype).contiguous()
+    return torch.where(finite, lengths[:count], math.nan), _completed(vectors.unsqueeze(0), lengths.unsqueeze(0))[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,9 +68,14 @@ class Workspace:
             self._still[key] = self._known[key]
         return self._known[key][1]
 
-    def forget(self, function: Callable[[Tensor, Workspace], Tensor]) -> None:
-        """Let go of what a function was applied to in this step."""
-        self._known = {key: pair for key, pair in self._known.items() if key[-1] is not function}
+    def forget(self, function: Callable[[Tensor, Workspace], Tensor], but: Sequence[Tensor] = ()) -> None:
+        """Let go of what a function was applied to in this step, but for parts of some tensors."""
+        kept = {tensor.untyped_storage().data_ptr() for tensor in but}
+        self._known = {
+            key: pair
+            for key, pair in self._known.items()
+            if key[-1] is not function or pair[0].untyped_storage().data_ptr() in kept
+        }
 
     def take_back(self) -> None:
         """Everything may be handed out again; what was not needed in this step is given up."""
@@ -89,13 +94,13 @@ class Workspace:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep up to 64 MB of freed memory, as it does by itself once a tensor of 32 MB has been freed.
+    """Let the C library keep freed memory, up to 64 MB at the heap's top, as it does once a tensor of 32 MB has been freed.
 
     Otherwise it may hand the matrices of every step back to the system and fetch them again, which is worth up to half a
     training step.  glibc draws the line at twice the largest mapping that has been freed, up to 32 MB (man mallopt,
     M_MMAP_THRESHOLD); this one is never written to.  Other libraries, and settings of the user's own, do not care.
     """
-    torch.empty(TEACHES, dtype=torch.uint8, device="cpu")
+    torch.UntypedStorage(TEACHES)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -68,6 +68,21 @@ def test_a_matrix_of_lower_rank_than_the_block_is_followed():
         assert float((found.values[0] - expected).abs().max() / expected[0]) < 1e-6
 
 
+@pytest.mark.parametrize("active", [3, 5, 11])
+def test_what_appears_where_all_was_zero_is_seen(active):
+    """As when a loss begins to reach outputs that it did not: no direction of a small block would lie there."""
+    torch.manual_seed(7)
+    first, second = torch.zeros(2, 300, 200)
+    first[:150, :active] = torch.randn(150, active)
+    second[150:, 60 : 60 + active] = 2 * torch.randn(150, active)
+    found = None
+    for step in range(8):
+        matrix = first + 1e-3 * step * first.roll(1, 0) + (second if step >= 4 else 0)
+        found = leading_values([matrix], 5, None if found is None else found.block)
+        expected = torch.linalg.svdvals(matrix.double())[:5]
+        assert float((found.values[0] - expected).abs().max() / expected[0]) < 1e-6, step
+
+
 def test_training_is_unchanged_bit_by_bit():
     models = []
     for solver in ("exact", "tracked"):

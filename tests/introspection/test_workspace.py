@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import autospec
-from autospec.introspection import pending, spectra, watcher, workspace
+from autospec.introspection import capture, pending, spectra, watcher, workspace
 from autospec.introspection.pending import Sorting
 from autospec.introspection.workspace import LARGEST_KEPT, Workspace
 
@@ -48,10 +48,12 @@ def test_spectra_are_the_same_where_every_sorted_copy_counts_as_large(case, monk
             assert np.nanmax(difference, initial=0.0) <= 2e-6 * scale, (node, name)
 
 
+@pytest.mark.parametrize(
+    "labels", [["a", "b"] * 4, ["a"] * 4 + ["b"] * 4, None], ids=["sorted", "in order", "no groups"]
+)
 @pytest.mark.parametrize("unused", [0, 1])
-def test_an_input_of_several_layers_is_sorted_and_multiplied_out_once(unused, monkeypatch):
-    model = Branches(nn.Linear(7, 6), *(nn.Linear(6, 5) for _ in range(3)), unused=unused)
-    x, labels = torch.randn(8, 9, 7), ["a", "b"] * 4
+def test_an_input_of_several_layers_is_sorted_and_multiplied_out_once(unused, labels, monkeypatch):
+    model, x = three_branches(unused)
     sort, grams, sorted_inputs, multiplied = Sorting.sort, spectra.column_gram, [], []
 
     def counted_sort(self, items, room=None):
@@ -65,7 +67,8 @@ def test_an_input_of_several_layers_is_sorted_and_multiplied_out_once(unused, mo
         return grams(rows, room)
 
     monkeypatch.setattr(Sorting, "sort", counted_sort)
-    monkeypatch.setattr(pending, "column_gram", counted_gram)
+    for module in (pending, capture):  # where it is asked for, and where it is forgotten
+        monkeypatch.setattr(module, "column_gram", counted_gram)
     with autospec.watch(model, labels, statistics=("gradient", "activation"), audit=100, quiet=True) as watching:
         for _ in range(3):
             model(x).square().sum().backward()
@@ -75,7 +78,27 @@ def test_an_input_of_several_layers_is_sorted_and_multiplied_out_once(unused, mo
         model(x).square().sum().backward()
         watching.step()
     assert len(sorted_inputs) == 2  # the hidden layer's output, and the adjoint of the first layer
-    assert len(multiplied) == 2  # of two groups
+    assert len(multiplied) == (2 if labels else 1)
+
+
+@pytest.mark.parametrize("unused", [0, 1])
+def test_nothing_is_kept_for_a_layer_that_the_loss_does_not_use_beyond_one_backward_pass(unused):
+    model, x = three_branches(unused)
+    with autospec.watch(model, ["a", "b"] * 4, audit=100, quiet=True) as watching:
+        held = []
+        for _ in range(4):
+            model(x).square().sum().backward()
+            held.append((len(watching._capture._sorted_inputs), len(watching._capture.workspace._known)))
+        watching.step()
+        assert watching._capture._sorted_inputs == {}
+    assert held[1:] == held[:1] * 3
+    assert held[0][0] == unused
+
+
+def three_branches(unused):
+    torch.manual_seed(0)
+    model = Branches(nn.Linear(7, 6), *(nn.Linear(6, 5) for _ in range(3)), unused=unused)
+    return model, torch.randn(8, 9, 7)
 
 
 def test_a_large_tensor_is_handed_out_again_once_it_is_given_back_and_no_earlier():
