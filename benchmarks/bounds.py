@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
-from contestants import Contestant, WithFactors, as_matrix, as_rows, layers_of, weight_gradient
+from contestants import Contestant, WatchLeading, WithFactors, as_matrix, as_rows, layers_of, weight_gradient
 from cost import processor
 from models import CASES, Batch
 from threadpoolctl import threadpool_limits
@@ -31,7 +31,7 @@ from autospec.introspection.tracked import MORE, worthwhile
 from autospec.introspection.workspace import Workspace
 
 # Values of activations and adjoints that are wanted.
-LEADING = 8
+LEADING = WatchLeading.options["singular_values"]
 
 
 def factors_of(plain: Contestant) -> dict[str, tuple[Tensor, Tensor]]:
@@ -60,14 +60,14 @@ class Work:
         self.products: list[Callable[[], object]] = []
         self.grams: list[Callable[[], object]] = []
         self.changing: list[tuple[Tensor, Tensor]] = []
-        self.order = torch.cat(batch.rows_of_groups())
+        groups = batch.rows_of_groups()
+        self.order = torch.cat(groups)
         self._matrices: dict[int, list[Tensor]] = {}
         layers = layers_of(plain.model)
         for name, (activation, adjoint) in factors_of(plain).items():
             constant = activation.shape == batch.x.shape and torch.equal(activation, batch.x)
             sides = (adjoint,) if constant else (activation, adjoint)
             self.changing += [(side, torch.empty_like(side)) for side in sides]
-            groups = batch.rows_of_groups()
             self._shares(layers[name], activation, adjoint, groups)
             if rows_too:
                 share = min(as_matrix(layers[name].weight).shape)

@@ -25,7 +25,7 @@ from .pending import Layout, Pending, Sorting
 from .rows import Place, RowMap, map_rows, whole_numbers
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
-from .workspace import Workspace
+from .workspace import Where, Workspace, where
 
 # Row maps of batches of different shapes, before all are probed anew.
 ROW_MAPS_KEPT = 64
@@ -56,8 +56,8 @@ class ConstantInput:
         )
 
 
-Source = tuple[tuple[int, int, torch.Size, tuple[int, ...]], ...]
-"""Which tensors the inputs of a call are: where they lie, their version and form."""
+Source = tuple[Where, ...]
+"""Which tensors the inputs of a call are."""
 
 
 @dataclass
@@ -83,7 +83,7 @@ class SortedInput:
 
     def is_of(self, activation: Tensor, sorting: Sorting) -> bool:
         """Whether it is this activation in this order."""
-        return self.sorting is sorting and _where(self.activation) == _where(activation)
+        return self.sorting is sorting and where(self.activation) == where(activation)
 
 
 @dataclass
@@ -226,6 +226,7 @@ class Capture:
         self.masked = False
         self._latest_adjoint: tuple[Tensor, Sorting, Tensor] | None = None
         self._sorted_inputs: dict[Source, SortedInput] = {}
+        self._without_groups = functools.lru_cache(ROW_MAPS_KEPT)(Sorting.without_groups)
         self._backward = -1
 
     # ------------------------------------------------------------------ hooks on and off
@@ -397,7 +398,7 @@ class Capture:
         # The first module that a tensor enters sees data; what it computes of them depends on weights.
         constants = {key: self._constant(call.constant(key), forward.assignment) for key in learned}
         versions = [tensor._version for tensor in call.inputs]
-        source = tuple(map(_where, call.inputs))
+        source = tuple(map(where, call.inputs))
         forward.readers[source] = forward.readers.get(source, 0) + 1
         kind = call.outputs[0].device.type
         computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -609,18 +610,12 @@ class Capture:
     def _sorting(self, layer: WatchedLayer, use: Use, items: int, layout: Layout | None) -> Sorting:
         """How to sort the items of one use by cell; computed once for each assignment of groups."""
         forward = use.forward
+        if forward.assignment is None or forward.row_map is None:
+            return self._without_groups(items)
         # While the labels and the row map stay, so does the order; packed sequences bring another layout each time.
         if self._sortings[0] is not forward.assignment or self._sortings[1] is not forward.valid:
             self._sortings = (forward.assignment, forward.valid, {})
         cache = self._sortings[2]
-        if forward.assignment is None or forward.row_map is None:
-            if items not in cache:
-                if len(cache) > ROW_MAPS_KEPT:
-                    cache.clear()
-                cache[items] = Sorting.without_groups(items)
-            alone = cache[items]
-            assert alone is not None
-            return alone
         key = (*use.call.order_key(use.place), use.number, forward.row_map, items, use.call.layout())
         device = layer.parameter.device
         if layout is not None:
@@ -672,11 +667,6 @@ def _coarsest(*dtypes: torch.dtype | None) -> torch.dtype:
 
 def _at(position: int, function: Callable[[int, Tensor | None], None]) -> Callable[[Tensor], None]:
     return lambda adjoint: function(position, adjoint)
-
-
-def _where(tensor: Tensor) -> tuple[int, int, torch.Size, tuple[int, ...]]:
-    """Which tensor it is, among those that live."""
-    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()
 
 
 def _checksum(tensor: Tensor) -> float | None:

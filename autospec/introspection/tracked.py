@@ -68,7 +68,7 @@ class Block:
         """Continue from `state`."""
         before = state["before"]
         before = None if before is None else before.clone()
-        return cls(state["directions"].clone(), before, state.get("iterations", 2))
+        return cls(state["directions"].clone(), before, state.get("iterations", cls.iterations))
 
     def moved_on(self) -> Tensor:
         """Where the columns' space would be if it moved as it did in the step before: shape of the directions."""
@@ -174,6 +174,7 @@ def _iterate(
     rotation = torch.linalg.solve_triangular(factor.mT, vectors.flip(-1), upper=True)
     lengths = squares.flip(-1).clamp_min(0).sqrt()
     values = lengths[:, :count]
+    # Where a length is zero this is not finite, and the column is one that gives way.
     directions = _completed(back @ (rotation / lengths.unsqueeze(1)).to(back.device, back.dtype), lengths)
     if not tested:
         return values, directions, math.inf

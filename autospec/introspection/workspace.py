@@ -15,6 +15,7 @@ LARGEST_KEPT = 2**22
 # Bytes of the largest allocation that teaches glibc to keep freed memory (its 32 MiB, less what it adds itself).
 TEACHES = 2**25 - 2**16
 
+Where = tuple[int, int, torch.Size, tuple[int, ...]]
 Form = tuple[tuple[int, ...], torch.dtype, torch.device]
 
 
@@ -60,7 +61,7 @@ class Workspace:
 
     def memo(self, tensor: Tensor, function: Callable[[Tensor, Workspace], Tensor], lasting: bool = False) -> Tensor:
         """Apply a function to a tensor once a step, or, while the tensor stays the same from step to step, once."""
-        key = (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), function)
+        key = (*where(tensor), function)
         if key not in self._known:
             before = self._lasting.get(key) if lasting else None
             self._known[key] = before or (tensor, function(tensor, self))
@@ -91,6 +92,11 @@ class Workspace:
         """Give everything up."""
         self._tensors, self._taken, self._large, self._known = {}, {}, {}, {}
         self._lasting, self._still, self._scratch, self._scratched = {}, {}, {}, {}
+
+
+def where(tensor: Tensor) -> Where:
+    """Which tensor it is among those that live: its place, version and form."""
+    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()
 
 
 def keep_freed_memory() -> None:
