@@ -23,7 +23,7 @@ from .workspace import Workspace
 
 # Numbers in the patches that are multiplied at a time: about what a core's cache holds; and positions, whose products are
 # summed in float32.
-PIECE, TERMS = 2**19, 2**12
+PATCHES, TERMS = 2**19, 2**12
 # Fewer outputs or inputs than this, and more terms: there MKL sums one term after the other (measured: 9 eps where they agree).
 NARROW, MANY_TERMS = 16, 2**9
 # Rounding of a product of that size in float32, in units of eps: of sums whose terms are of either sign, relative to the
@@ -321,7 +321,7 @@ class Convolution(Factors):
         space, positions = self.kernel[2:], rows.shape[2:]
         outputs, inputs = self.kernel[:2]
         size, many = math.prod(space), math.prod(positions)
-        count = min(max(1, min(PIECE // (inputs * size), TERMS) // many), max(counts))
+        count = min(max(1, min(PATCHES // (inputs * size), TERMS) // many), max(counts))
         exact = exact or narrow(outputs, inputs * size, count * many)
         dtype = torch.float64 if exact else rows.dtype
         within, padded = [slice(None), slice(None)], [count, inputs]

@@ -80,11 +80,12 @@ def times_own_transpose(matrix: Tensor) -> Tensor:
 
 @functools.cache
 def numpy_has_one_thread() -> bool:
-    """Whether numpy's linear algebra has one thread.
+    """Whether numpy's linear algebra has one thread, and scipy's, which may be a library of its own.
 
     With more, threads that wait for work by spinning make small products dearer than torch's, which shares its threads with
     the training.
     """
+    import scipy.linalg  # noqa: F401, what is not loaded is not counted
     from threadpoolctl import threadpool_info
 
     return all(pool["num_threads"] == 1 for pool in threadpool_info() if pool["user_api"] == "blas")

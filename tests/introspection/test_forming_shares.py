@@ -170,7 +170,7 @@ UNEVEN = {
 UNEVEN_TRANSPOSED = {"uneven": {"stride": (3, 1), "padding": (0, 2), "output_padding": (2, 0), "dilation": (1, 2)}}
 
 
-@pytest.mark.parametrize("piece", [factors.PIECE, 400])
+@pytest.mark.parametrize("piece", [factors.PATCHES, 400])
 @pytest.mark.parametrize(
     ("kind", "options"),
     [(nn.Conv1d, form) for form in FORMS.values()]
@@ -185,7 +185,7 @@ UNEVEN_TRANSPOSED = {"uneven": {"stride": (3, 1), "padding": (0, 2), "output_pad
     ],
 )
 def test_a_convolution_in_pieces_has_the_gradient_that_autograd_has(kind, options, piece, monkeypatch):
-    monkeypatch.setattr(factors, "PIECE", piece)
+    monkeypatch.setattr(factors, "PATCHES", piece)
     torch.manual_seed(0)
     flat = kind in (nn.Conv1d, nn.ConvTranspose1d)
     layer = kind(4, 6, 5 if flat else (5, 3), **options).double()

@@ -1,5 +1,8 @@
 """Products and eigenvalues by torch and by numpy: the same values, whichever the threads make the cheaper."""
 
+import os
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -75,3 +78,18 @@ def test_numpy_is_asked_only_where_it_has_one_thread():
         with threadpool_limits(threads):
             assert spectra.numpy_has_one_thread() == (threads == 1)
     spectra.numpy_has_one_thread.cache_clear()
+
+
+def test_the_threads_of_a_library_that_scipy_brings_count_before_it_is_loaded():
+    code = """
+import sys
+import torch, numpy
+from threadpoolctl import threadpool_limits
+threadpool_limits(1)
+from autospec.introspection.spectra import numpy_has_one_thread
+assert "scipy.linalg" not in sys.modules
+print(numpy_has_one_thread())
+"""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
