@@ -93,6 +93,7 @@ class Forward:
     assignment: Assignment | None
     row_map: RowMap | None
     valid: np.ndarray | None = None
+    rows: Mapping[str, np.ndarray] = field(default_factory=dict)
     error: WatchError | None = None
     calls: dict[Place, int] = field(default_factory=dict)
     readers: dict[Source, int] = field(default_factory=dict)
@@ -210,7 +211,8 @@ class Capture:
         self.make_pending: Callable[[tuple[int, int], Workspace], Pending] = Pending
         self.audited: str | None = None
         self.forwards = 0
-        self._rows, self._batch_dim = rows, batch_dim
+        self.rows = dict(rows)
+        self._batch_dim = batch_dim
         self._row_maps: dict[Any, RowMap] = {}
         self._by_content: dict[Any, tuple[int, ...]] = {}
         self._sorts = any(isinstance(module, nn.RNNBase) for module in model.modules())
@@ -294,7 +296,7 @@ class Capture:
                     layer.parameter.register_post_accumulate_grad_hook(layer.note_gradient),
                 ]
         try:
-            self._forward = Forward(self.assignment, self._row_map(args, kwargs), self.valid)
+            self._forward = Forward(self.assignment, self._row_map(args, kwargs), self.valid, self.rows)
         except WatchError as error:
             if model.training:
                 raise
@@ -322,7 +324,7 @@ class Capture:
         if self.assignment is None:
             return None
         learned = [layer for layer in self.layers if layer.parameter.requires_grad]
-        watched = {place for layer in learned if layer.name not in self._rows for place in layer.places}
+        watched = {place for layer in learned if layer.name not in self.rows for place in layer.places}
         samples = len(self.assignment.cells)
         if not watched:
             return RowMap({}, 0, ())
@@ -471,7 +473,8 @@ class Capture:
             self._discard_zeroed()
             for source in list(self._sorted_inputs):  # a reader that the loss does not use never comes
                 self._give_up_sorted(source)
-        pending = layer.pending = layer.pending or self.make_pending(layer.shape, self.workspace)
+        before = layer.pending
+        pending = layer.pending = before or self.make_pending(layer.shape, self.workspace)
         batches = {id(use.forward.assignment): use.forward.assignment for use in uses}
         for assignment in batches.values():
             if assignment is not None:
@@ -479,9 +482,9 @@ class Capture:
         exact = layer.name == self.audited
         scale = self._loss_scale.of(_backward_pass())
         # Positions count from the first use of a forward pass, but adjoints arrive from the last one on.
-        layer.position = 0
+        layer.position, reached = 0, False
         for use in sorted(uses, key=lambda use: (use.place, use.number)):
-            self._gather_use(layer, pending, use, scale, exact, len(uses) == 1)
+            reached |= self._gather_use(layer, pending, use, scale, exact, len(uses) == 1)
             use.arrival.waiting -= 1
             if not use.arrival.waiting:
                 self._input_was_read(use)
@@ -497,6 +500,9 @@ class Capture:
                 ):
                     self.workspace.give_back(self._latest_adjoint[2])
                 self._latest_adjoint = None
+        if not reached:
+            layer.pending = before
+            return
         if self.shares and len(uses) == 1 and scale is None and not gradient.is_sparse:
             pending.shares.note_gradient(gradient)
         if self.audited is not None:
@@ -506,8 +512,11 @@ class Capture:
 
     def _gather_use(
         self, layer: WatchedLayer, pending: Pending, use: Use, scale: Tensor | None, exact: bool, alone: bool
-    ) -> None:
+    ) -> bool:
+        """Add one use of the parameter; False where it has no items, as an expert to which no sample was sent."""
         factors = use.call.factors(use.parameter, use.arrival.adjoints, self.workspace)
+        if not len(factors.adjoint):
+            return False
         pending.dtype = _coarsest(pending.dtype, use.dtype, use.call.outputs[0].dtype, factors.adjoint.dtype)
         layer.inputs.append(use.constant)
         sorting = self._sorting(layer, use, len(factors.activation), self._layout(factors, use, pending, alone))
@@ -561,6 +570,7 @@ class Capture:
             there.kept = there.kept or pending.keeps_rows
         elif sorting.order is not None and use.constant is None and not pending.keeps_rows:
             self.workspace.give_back(activation)
+        return True
 
     def _sorted_activation(self, use: Use, activation: Tensor, sorting: Sorting) -> Tensor:
         """Sort an activation, once for all layers that see it."""
@@ -639,8 +649,8 @@ class Capture:
         forward = use.forward
         assert forward.assignment is not None
         assert forward.row_map is not None
-        if layer.name in self._rows:
-            samples = self._rows[layer.name]
+        if layer.name in forward.rows:
+            samples = forward.rows[layer.name]
             if len(samples) and (samples.min() < 0 or samples.max() >= len(forward.assignment.cells)):
                 raise WatchError(f"rows= names a sample that the batch does not have, for '{layer.name}'.")
         else:
@@ -654,7 +664,7 @@ class Capture:
         if len(samples) != items:
             raise WatchError(
                 f"'{layer.name}' received {items} rows, but {len(samples)} are known: "
-                "give rows= with the sample of each row."
+                "give rows= with the sample of each row, to set_groups() where it changes from batch to batch."
             )
         return samples
 
@@ -673,7 +683,7 @@ def _checksum(tensor: Tensor) -> float | None:
     """Notice changes that bypass torch, which only memory shared with numpy can have."""
     if tensor.device.type != "cpu" or not tensor.is_floating_point():
         return None
-    rows = tensor.reshape(len(tensor), -1) if tensor.ndim > 1 else tensor.reshape(1, -1)
+    rows = tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1)
     # Weights without regularity notice rows or columns that change places, which a plain sum would not.  They begin at
     # another number for rows, so that rows and columns which change places with each other are noticed too.
     return float((rows @ irregular(rows.shape[1], tensor.dtype)) @ irregular(len(rows) + 1, tensor.dtype)[1:])

@@ -21,12 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from .errors import WatchError
 from .layers import LayerCall, rule_for
 
 MAX_HYPOTHESES = 64
+# From so many samples on one pass shows whether the model shuffles them.
+MANY_SAMPLES = 12
 
 Place = tuple[str, str]
 """A module's name and the parameter's name in it."""
@@ -239,6 +242,8 @@ def map_rows(
     reading, found = accepted[0]
     with generators_kept(inputs), torch.set_grad_enabled(attention):
         by_content = _by_content(twin, args, kwargs, inputs, reading, words, watched, found)
+        if model.training and samples > 1:
+            _refuse_mixing_in_training(model, twin, args, kwargs, inputs, reading, samples, watched, found)
     shared = {place: along for place, along in reading.lookups.items() if along.shared}
     return RowMap(found, len(words), reading.batch_dims, shared, by_content)
 
@@ -414,37 +419,91 @@ def _probe(
     watched: Collection[Place],
 ) -> dict[Place, list[np.ndarray]]:
     """Run one reading of the inputs; raise WatchError if a row is not one sample's."""
-    passes: list[dict[Place, list[np.ndarray]]] = []
+    passes = []
     for word in words:
-        marked: dict[int, Tensor] = {}
-        for tensor, dim in zip(inputs, reading.dims, strict=True):
-            if dim is not None:
-                chosen = torch.from_numpy(np.flatnonzero(word)).to(tensor.device)
-                marked[id(tensor)] = _finite(tensor.detach()).index_fill_(dim, chosen, math.nan)
-            else:
-                marked[id(tensor)] = _finite(tensor.detach())
-        with _lookups_marked(twin, reading, len(word), word), _nan_rows(twin, watched) as seen:
-            try:
-                twin(*_replaced(args, marked), **_replaced(kwargs, marked))
-            except Exception as error:
-                raise WatchError(
-                    f"the model failed on a batch in which some samples are NaN ({type(error).__name__}: {error}), "
-                    "so the rows of its layers could not be traced to samples."
-                ) from error
-        passes.append(seen)
+        try:
+            passes.append(_marked_pass(twin, args, kwargs, inputs, reading, word, watched))
+        except Exception as error:
+            raise WatchError(
+                f"the model failed on a batch in which some samples are NaN ({type(error).__name__}: {error}), "
+                "so the rows of its layers could not be traced to samples."
+            ) from error
     found: dict[Place, list[np.ndarray]] = {}
-    for key, calls in passes[0].items():
+    for key in dict.fromkeys(itertools.chain(*passes)):
+        if len({tuple(marks.shape for marks in seen.get(key, ())) for seen in passes}) > 1:
+            raise WatchError(
+                f"How many rows '{key[0] or key[1]}' receives depends on the numbers in the batch, as where samples are sent to "
+                "experts: leave it out with layers=."
+            )
         found[key] = []
-        for call in range(len(calls)):
-            shape = calls[call].shape
+        for call, marks in enumerate(passes[0][key]):
             samples = decode(np.stack([seen[key][call].reshape(-1) for seen in passes]), words)
-            samples = _filled(samples.reshape(shape), words.shape[1]).reshape(-1)
+            samples = _filled(samples.reshape(marks.shape), words.shape[1]).reshape(-1)
             if (samples == -2).any():
                 raise WatchError(f"Rows of the input of '{key[0] or key[1]}' mix several samples.")
             if (samples == -1).any():
                 raise WatchError(f"Rows of the input of '{key[0] or key[1]}' belong to no sample.")
             found[key].append(samples)
     return found
+
+
+def _marked_pass(
+    twin: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    inputs: Sequence[Tensor],
+    reading: Reading,
+    word: np.ndarray,
+    watched: Collection[Place],
+) -> dict[Place, list[np.ndarray]]:
+    """One forward pass with the samples of a word made NaN: where NaN came, as for `_nan_rows`."""
+    marked: dict[int, Tensor] = {}
+    for tensor, dim in zip(inputs, reading.dims, strict=True):
+        marked[id(tensor)] = _finite(tensor.detach())
+        if dim is not None:
+            marked[id(tensor)].index_fill_(dim, torch.from_numpy(np.flatnonzero(word)).to(tensor.device), math.nan)
+    with _lookups_marked(twin, reading, len(word), word), _nan_rows(twin, watched) as seen:
+        twin(*_replaced(args, marked), **_replaced(kwargs, marked))
+    return seen
+
+
+def _refuse_mixing_in_training(
+    model: nn.Module,
+    twin: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    inputs: Sequence[Tensor],
+    reading: Reading,
+    samples: int,
+    watched: Collection[Place],
+    found: Mapping[Place, list[np.ndarray]],
+) -> None:
+    """Refuse a model whose training mode gives rows to other samples, so far as a few passes show it.
+
+    Such a model shuffles or mixes its batch.  Statistics of the batch reach every row and are no reason to refuse; torch's
+    own normalisation is left in evaluation mode, so that what comes after it can be seen.
+    """
+    for module, copied in zip(model.modules(), twin.modules(), strict=True):
+        copied.training = module.training and not isinstance(module, _BatchNorm)
+    draw = np.random.default_rng(0)
+    # A random order leaves half of the samples among themselves once in (samples over half of them) times.
+    for _ in range(1 if samples >= MANY_SAMPLES else 3):
+        word = draw.permutation(samples) < samples // 2
+        try:
+            seen = _marked_pass(twin, args, kwargs, inputs, reading, word, watched)
+        except Exception:  # not every model can be trained on NaN
+            return
+        for key, calls in found.items():
+            if len(seen.get(key, ())) != len(calls):
+                continue
+            for rows, marks in zip(calls, seen[key], strict=True):
+                reached = marks.reshape(-1)
+                if len(reached) == len(rows) and not reached.all() and reached[~word[rows]].any():
+                    raise WatchError(
+                        f"In training mode rows of the input of '{key[0] or key[1]}' depend on other samples than in evaluation "
+                        "mode: the model shuffles or mixes its batch. Do so before it is called, with labels in the new order; "
+                        "or give rows=, or leave the layer out with layers=."
+                    )
 
 
 def _filled(samples: np.ndarray, count: int) -> np.ndarray:

@@ -119,8 +119,7 @@ class Watcher:
         self._sink: Sink | None = None
         self._crossed = tuple(crossed)
         self._layers = [WatchedLayer(found) for found in find_parameters(self._model, layers, unknown)]
-        given = {name: np.asarray(value).reshape(-1) for name, value in (rows or {}).items()}
-        self._check_rows_names(given)
+        given = self._checked_rows(rows)
         wanted = _checked_singular_values(singular_values)
         self._measurement = Measurement(self._layers, self._statistics, wanted, angles, solver)
         for layer in self._layers:
@@ -142,7 +141,7 @@ class Watcher:
         self._quiet = quiet
         self._recorded = 0
         self._count = 0
-        self._set_labels(groups, valid)
+        self._set_labels(groups, valid, None)
         self._labelled, self._labelled_in_a_row = False, 0
         self._active = False
         self._buffer: list[Record] = []
@@ -218,7 +217,7 @@ class Watcher:
         watching = self._seconds["watching"] + self._capture.seconds
         return {"steps": self._count, "recorded": self._recorded, "seconds": seconds, "watching_seconds": watching}
 
-    def set_groups(self, labels: Any, valid: Any = None) -> None:
+    def set_groups(self, labels: Any, valid: Any = None, rows: Mapping[str, Any] | None = None) -> None:
         """Give the labels of the next batch, in the order of its samples.
 
         Parameters
@@ -227,13 +226,16 @@ class Watcher:
             One label a sample.
         valid : array-like of bool, shape (samples, positions), optional
             Which positions of each sample count.
+        rows : dict of str to array-like of int, optional
+            As for `autospec.watch`, where the sample of each row changes from batch to batch, as the number of nodes of a
+            graph does; without it, what was given last holds.
 
         Raises
         ------
         WatchError
-            If a label was not among those given at the start.
+            If a label was not among those given at the start, or a name is not that of a watched parameter.
         """
-        self._set_labels(labels, valid)
+        self._set_labels(labels, valid, rows)
         self._labelled = True
 
     def step(self) -> None:
@@ -367,8 +369,10 @@ class Watcher:
         due = self._capture.recording and self._audit.due(self._recorded) and learned
         self._capture.audited = self._audit.chosen(learned, self._count) if due else None
 
-    def _set_labels(self, labels: Any, valid: Any) -> None:
+    def _set_labels(self, labels: Any, valid: Any, rows: Mapping[str, Any] | None) -> None:
         capture = self._capture
+        if rows is not None:
+            capture.rows = {**capture.rows, **self._checked_rows(rows)}
         if labels is not None:
             if capture.groups is None:
                 if self._recorded:
@@ -378,7 +382,7 @@ class Watcher:
             capture.assignment = capture.groups.assign(labels)
         capture.valid = None
         if valid is not None:
-            mask = np.asarray(valid.cpu() if isinstance(valid, torch.Tensor) else valid).astype(bool)
+            mask = _array(valid).astype(bool)
             if capture.assignment is None:
                 raise WatchError("valid= needs groups=, so that rows can be traced to samples.")
             if mask.ndim != 2 or len(mask) != len(capture.assignment.cells):
@@ -397,7 +401,7 @@ class Watcher:
             )
         return (
             f"step() was called at step {self._count}, but no gradient of a watched layer has arrived "
-            "since the last step: call it after loss.backward()."
+            "since the last step: call it after loss.backward(), and not for a batch without samples."
         )
 
     def _finish(self) -> None:
@@ -466,11 +470,16 @@ class Watcher:
             records, layouts, self.groups, groupings, self._statistics, attributes, self._measurement.pair_names()
         )
 
-    def _check_rows_names(self, rows: Mapping[str, Any]) -> None:
+    def _checked_rows(self, rows: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
         names = [layer.name for layer in self._layers]
-        for name in rows:
+        for name in rows or {}:
             if name not in names:
                 raise WatchError(f"rows= names '{name}', which is not a watched parameter (watched: {names}).")
+        return {name: _array(value).reshape(-1) for name, value in (rows or {}).items()}
+
+
+def _array(value: Any) -> np.ndarray:
+    return np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value)
 
 
 def _inner(model: nn.Module) -> nn.Module:

@@ -304,6 +304,162 @@ def test_an_input_that_has_as_many_rows_as_there_are_samples_by_chance_does_not_
         assert error(spectrum(watcher.trajectories, "inner.weight", "activation", "a"), svdvals(rows)[:4]) < 1e-6
 
 
+class Shuffled(nn.Module):
+    """Does something to its batch in training mode."""
+
+    def __init__(self, does):
+        super().__init__()
+        self.inner, self.head, self.does = nn.Linear(6, 4), nn.Linear(4, 3), does
+
+    def forward(self, x):
+        hidden = torch.tanh(self.inner(x))
+        return self.head(self.does(hidden) if self.training else hidden)
+
+
+def mixed_up(x):
+    return 0.7 * x + 0.3 * x[torch.randperm(len(x))]
+
+
+@pytest.mark.parametrize("samples", [4, 40])
+@pytest.mark.parametrize("does", [lambda x: x[torch.randperm(len(x))], lambda x: x.roll(1, 0), mixed_up])
+def test_a_model_that_shuffles_or_mixes_its_batch_in_training_alone_is_refused(does, samples):
+    labels = ["a", "b"] * (samples // 2)
+    problem = Problem(Shuffled(does), torch.randn(samples, 6), mean_square, labels)
+    with pytest.raises(WatchError, match="In training mode rows of the input of 'head' depend on other samples"):
+        record(problem)
+    assert np.isfinite(spectrum(record(problem, layers=["inner*"]), "inner.weight", "gradient", "a")).all()
+    problem.model.eval()
+    assert_exact(record(problem), problem, members(labels, samples))
+
+
+def normalised(x):
+    return (x - x.mean(0)) / x.std(0)
+
+
+def dropped(x):
+    return torch.where(torch.rand(len(x), 1) < 0.5, 0.0, x)
+
+
+@pytest.mark.parametrize("does", [normalised, dropped, nn.BatchNorm1d(4), nn.Dropout(0.5)])
+def test_statistics_of_the_batch_and_dropout_are_no_mixing_in_training(does):
+    tree = record(Problem(Shuffled(does), torch.randn(N, 6), mean_square, LABELS))
+    assert np.isfinite(spectrum(tree, "head.weight", "gradient", "a")).all()
+
+
+def test_a_model_that_cannot_be_trained_on_nan_is_traced_in_evaluation_mode_alone():
+    def refuses(x):
+        if x.isnan().any():
+            raise ValueError("not a number")
+        return x
+
+    problem = Problem(Shuffled(refuses), torch.randn(N, 6), mean_square, LABELS)
+    assert_exact(record(problem), problem, members(LABELS, N))
+
+
+class Experts(nn.Module):
+    """Sends each sample to one of some layers, by what it contains."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.experts = nn.ModuleList(layers)
+
+    def chosen(self, x):
+        return (x.flatten(1).sum(1) > 0).long() if len(x) % 2 else torch.ones(len(x), dtype=torch.int64)
+
+    def forward(self, x):
+        where = self.chosen(x)
+        return sum(layer(x[where == i]).square().sum() for i, layer in enumerate(self.experts))
+
+
+EXPERTS = {"linear": (nn.Linear, (6,)), "convolution": (nn.Conv1d, (6, 8))}
+
+
+def experts(kind):
+    layer, shape = EXPERTS[kind]
+    options = (6, 4) if layer is nn.Linear else (6, 4, 3)
+    return Experts([layer(*options) for _ in range(2)]), shape
+
+
+@pytest.mark.parametrize("statistics", [["gradient"], ["gradient", "activation", "adjoint"]])
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_an_expert_to_which_no_sample_is_sent_records_nothing(kind, statistics):
+    model, shape = experts(kind)
+    gradients = []
+    with autospec.watch(model, statistics=statistics, quiet=True) as watcher:
+        for samples in (8, 9, 8):  # an even number goes to the last
+            model.zero_grad()
+            model(torch.randn(samples, *shape)).backward()
+            gradients.append([layer.weight.grad.flatten(1).clone() for layer in model.experts])
+            watcher.step()
+    for i in range(2):
+        for statistic in statistics:
+            found = watcher.trajectories[f"layers/experts.{i}.weight/{statistic}"].sel(group="all").values
+            assert np.isnan(found[[0, 2]]).all() == (i == 0)
+            assert np.isfinite(found[1]).any()
+        found = watcher.trajectories[f"layers/experts.{i}.weight/gradient"].sel(group="all").values
+        assert error(found[1], svdvals(gradients[1][i])) < 1e-6
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_rows_that_are_sent_by_what_they_contain_are_refused(kind):
+    model, shape = experts(kind)
+    with (
+        pytest.raises(WatchError, match=r"How many rows 'experts\.0' receives depends on the numbers in the batch"),
+        autospec.watch(model, LABELS),
+    ):
+        model(torch.randn(N, *shape))
+
+
+def test_a_batch_without_samples_gives_nothing_to_record():
+    model = nn.Linear(6, 4)
+    with autospec.watch(model, quiet=True) as watcher:
+        model(torch.randn(0, 6)).sum().backward()
+        with pytest.raises(WatchError, match="not for a batch without samples"):
+            watcher.step()
+        model(torch.randn(3, 6)).sum().backward()
+        watcher.step()
+    assert watcher.trajectories.sizes["step"] == 1
+
+
+class Graphs(nn.Module):
+    """A layer on every node, one on the mean over its neighbours, one on the mean over each graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.node, self.neighbours, self.head = nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 2)
+
+    def forward(self, x, edges, graph):
+        hidden = torch.tanh(self.node(x))
+        hidden = torch.zeros_like(hidden).index_add(0, edges[1], hidden[edges[0]])
+        hidden = torch.tanh(self.neighbours(hidden))
+        return self.head(hidden.new_zeros(int(graph.max()) + 1, 4).index_add(0, graph, hidden))
+
+
+def test_rows_may_change_from_batch_to_batch_as_the_nodes_of_graphs_do():
+    model = Graphs()
+    shares = []
+    with autospec.watch(model, LABELS, rows={"head.weight": np.arange(N)}, quiet=True) as watcher:
+        for _ in range(3):
+            graph = torch.arange(N).repeat_interleave(torch.randint(3, 8, (N,)))
+            x, edges = torch.randn(len(graph), 6), torch.randint(len(graph), (2, 300))
+            edges = edges[:, graph[edges[0]] == graph[edges[1]]]
+            watcher.set_groups(LABELS, rows={"node.weight": graph, "neighbours.weight": graph})
+            # Nothing connects graphs, so a group's share is the gradient of its part of the loss.
+            output = model(x, edges, graph).square().sum(1)
+            parts = {group: output[mask].sum() for group, mask in members(LABELS, N).items()}
+            shares.append({g: torch.autograd.grad(p, list(model.parameters()), retain_graph=True) for g, p in parts.items()})
+            model.zero_grad()
+            output.sum().backward()
+            watcher.step()
+    names = [name for name, _ in model.named_parameters()]
+    for step, of_groups in enumerate(shares):
+        for group, share in of_groups.items():
+            for name, matrix in zip(names, share, strict=True):
+                if matrix.ndim == 2:
+                    found = spectrum(watcher.trajectories, name, "gradient", group, step)
+                    assert error(found, svdvals(matrix)) < 1e-6, (step, group, name)
+
+
 class Switch(nn.Module):
     """An option of the forward pass decides the order of the rows, for the same shape of input."""
 
