@@ -447,7 +447,9 @@ def test_rows_may_change_from_batch_to_batch_as_the_nodes_of_graphs_do():
             # Nothing connects graphs, so a group's share is the gradient of its part of the loss.
             output = model(x, edges, graph).square().sum(1)
             parts = {group: output[mask].sum() for group, mask in members(LABELS, N).items()}
-            shares.append({g: torch.autograd.grad(p, list(model.parameters()), retain_graph=True) for g, p in parts.items()})
+            shares.append(
+                {g: torch.autograd.grad(p, list(model.parameters()), retain_graph=True) for g, p in parts.items()}
+            )
             model.zero_grad()
             output.sum().backward()
             watcher.step()
