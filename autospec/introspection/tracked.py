@@ -32,6 +32,12 @@ FAR_BELOW = 1e-7
 SHIFT = 1e-14
 # Part of an image that must not lie in the space of those before it: what is left of it has lost that many digits.
 DEPENDENT = 1e-3
+# Part of the difference between the last wanted value and the block's last, squared, that unseen parts may gain in a step.
+NEW = 0.5
+# What the rounding of products adds to what the block holds, in the mean, relative to that.
+ROUNDED = 4e-7
+# Steps between looks at what the block does not hold, and products in each.
+LOOKS_AROUND, POWERS = 16, 2
 # Values below so many roundings of the largest have no direction of their own.
 LOST = 100
 # Rough costs in seconds, one core: of a product with a block and of a Gram matrix for each product of their sizes, of
@@ -48,27 +54,35 @@ class Block:
     ----------
     directions : Tensor
         Shape (matrices, width, count + MORE); the orthonormal columns span the leading right singular vectors.
+    seen, unseen : Tensor
+        Shape (matrices,), float64; how much of each matrix's squared norm the block holds, and how much it does not.
     before : Tensor or None
-        The same, a step earlier.
+        The directions a step earlier.
     iterations : int
         How many are expected at the next step: tests that would fail are spared.
+    age : int
+        Steps since a decomposition.
     """
 
     directions: Tensor
+    seen: Tensor
+    unseen: Tensor
     before: Tensor | None = None
     iterations: int = 2
+    age: int = 0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        before = None if self.before is None else self.before.clone()
-        return {"directions": self.directions.clone(), "before": before, "iterations": self.iterations}
+        kept = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in kept.items()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """Continue from `state`."""
-        before = state["before"]
-        before = None if before is None else before.clone()
-        return cls(state["directions"].clone(), before, state.get("iterations", cls.iterations))
+        kept: dict[str, Any] = {}
+        for name, value in state.items():
+            kept[name] = value.clone() if isinstance(value, Tensor) else value
+        return cls(**kept)
 
     def moved_on(self) -> Tensor:
         """Where the columns' space would be if it moved as it did in the step before: shape of the directions."""
@@ -135,6 +149,8 @@ def leading_values(matrices: Sequence[Tensor], count: int, last: Block | None) -
     """
     if last is not None and last.directions.shape == (len(matrices), matrices[0].shape[1], count + MORE):
         directions, first = last.moved_on(), 1
+        if last.age % LOOKS_AROUND == LOOKS_AROUND - 1:
+            directions = torch.cat([directions, _looked_around(matrices, last)], dim=2)
         if last.iterations > 1:
             _, back = _products(matrices, directions)
             lengths = back.norm(dim=1, keepdim=True).clamp_min(torch.finfo(back.dtype).tiny)
@@ -143,17 +159,60 @@ def leading_values(matrices: Sequence[Tensor], count: int, last: Block | None) -
             found = _iterate(matrices, count, directions, tested=iteration >= last.iterations - 1)
             if found is None:
                 break
-            values, directions, error = found
+            lengths, directions, error = found
             if error <= TOLERANCE:
+                lengths, directions = lengths[:, : count + MORE], directions[:, :, : count + MORE].contiguous()
+                seen = lengths.square().sum(1)
+                unseen = _squared_norms(matrices).to(seen.device) - seen
+                if bool(_something_new(lengths, count, seen, unseen, last).any()):
+                    break
                 expected = 1 if error <= FAR_BELOW and iteration == 2 else iteration
-                return Found(values, Block(directions, last.directions, expected), iteration)
+                block = Block(directions, seen, unseen, last.directions, expected, last.age + 1)
+                return Found(lengths[:, :count], block, iteration)
     return _decompose(matrices, count)
+
+
+def _looked_around(matrices: Sequence[Tensor], last: Block) -> Tensor:
+    """A direction of what the block does not hold, shape (matrices, width, 1), by the power method from a random one.
+
+    What has grown there slowly is in it, and takes a place in the block as soon as it is larger than the block's last value.
+    """
+    found = _drawn(last.directions, 1, last.age).expand(len(matrices), -1, -1)
+    for _ in range(POWERS):
+        found = found - last.directions @ (last.directions.mT @ found)
+        _, found = _products(matrices, found / found.norm(dim=1, keepdim=True))
+    return found / found.norm(dim=1, keepdim=True)
+
+
+def _something_new(lengths: Tensor, count: int, seen: Tensor, unseen: Tensor, last: Block) -> Tensor:
+    r"""Whether something as large as the wanted values may have appeared where no direction of the block sees it.
+
+    The residual proves each value to be a singular value, not that no larger one was missed.  One that has appeared since the
+    last step adds to what the block does not hold, :math:`\lVert M \rVert_F^2 - \sum_j \sigma_j^2`, at least what it exceeds
+    the block's last value by.  What was there may grow as the rest does.
+    """
+    grown = unseen - last.unseen * (seen / last.seen).clamp_min(1) - ROUNDED * seen
+    return grown > NEW * (lengths[:, count - 1].square() - lengths[:, -1].square())
+
+
+def _squared_norms(matrices: Sequence[Tensor]) -> Tensor:
+    """Squares of the Frobenius norms, float64, shape (matrices,)."""
+    whole, norms = matrices[0], []
+    of_rows = torch.linalg.vector_norm(whole, dim=1).double().square()
+    for matrix in matrices:
+        # Groups are rows of the whole batch, as a rule.
+        first, within = divmod(matrix.data_ptr() - whole.data_ptr(), whole.stride(0) * whole.itemsize)
+        part = of_rows[first : first + len(matrix)] if first >= 0 and not within else of_rows[:0]
+        if len(part) != len(matrix) or matrix.stride() != whole.stride():
+            part = torch.linalg.vector_norm(matrix, dim=1).double().square()
+        norms.append(part.sum())
+    return torch.stack(norms)
 
 
 def _iterate(
     matrices: Sequence[Tensor], count: int, directions: Tensor, tested: bool
 ) -> tuple[Tensor, Tensor, float] | None:
-    r"""One block iteration: values, better directions, and, if tested, the largest error relative to each largest value.
+    r"""One block iteration: all values, better directions, and, if tested, the largest error relative to each largest value.
 
     With the images :math:`X = M V` of the directions and :math:`Y = M^\top X`, the pencil :math:`(Y^\top Y, X^\top X)` has the
     squares of the Rayleigh-Ritz values of :math:`M M^\top` in the space of X, which is nearer to the left singular vectors than V
@@ -177,7 +236,7 @@ def _iterate(
     # Where a length is zero this is not finite, and the column is one that gives way.
     directions = _completed(back @ (rotation / lengths.unsqueeze(1)).to(back.device, back.dtype), lengths)
     if not tested:
-        return values, directions, math.inf
+        return lengths, directions, math.inf
     # The residual of the pairs, sigma u - M v; M' u is sigma v by definition.
     left = (rotation[:, :, :count] * values.unsqueeze(1)).to(back.device, back.dtype)
     lost = torch.stack(
@@ -189,7 +248,7 @@ def _iterate(
     bound, gap = values * lost, values**2 - lengths[:, -1:] ** 2
     shift = torch.minimum(bound, bound**2 / gap.clamp_min(torch.finfo(torch.float64).tiny))  # of the squares
     error = ((values**2 + shift).sqrt() - values).amax(1) / values[:, 0]
-    return values, directions, float(error.nan_to_num(nan=math.inf).max())
+    return lengths, directions, float(error.nan_to_num(nan=math.inf).max())
 
 
 def _products(matrices: Sequence[Tensor], directions: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -217,26 +276,36 @@ def _completed(directions: Tensor, lengths: Tensor) -> Tensor:
     lost = lengths <= LOST * torch.finfo(directions.dtype).eps * lengths[:, :1]
     if not bool(lost.any()):
         return directions
-    generator = torch.Generator().manual_seed(0)  # of our own: the training's is not touched
-    drawn = torch.randn(directions.shape[1:], generator=generator, dtype=directions.dtype)
-    found = torch.linalg.qr(torch.where(lost.unsqueeze(1).to(directions.device), drawn.to(directions), directions))
+    drawn = _drawn(directions, directions.shape[2], 0)
+    found = torch.linalg.qr(torch.where(lost.unsqueeze(1).to(directions.device), drawn, directions))
     return found.Q * found.R.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
 
 
+def _drawn(like: Tensor, count: int, seed: int) -> Tensor:
+    """Random directions of about unit length, shape (width, count), the same for all matrices."""
+    generator = torch.Generator().manual_seed(seed)  # of our own: the training's is not touched
+    width = like.shape[1]
+    return torch.randn(width, count, generator=generator, dtype=like.dtype).div_(math.sqrt(width)).to(like.device)
+
+
 def _decompose(matrices: Sequence[Tensor], count: int) -> Found:
-    values, directions = zip(*(_leading_of_one(matrix, count) for matrix in matrices), strict=True)
-    return Found(torch.stack(values), Block(torch.stack(directions)), 0)
+    lengths, directions, unseen = map(
+        torch.stack, zip(*(_leading_of_one(matrix, count) for matrix in matrices), strict=True)
+    )
+    return Found(lengths[:, :count], Block(directions, lengths.square().sum(1), unseen), 0)
 
 
-def _leading_of_one(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Leading values of one matrix, and directions, by a decomposition."""
+def _leading_of_one(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading values of one matrix, directions, and what of its squared norm these do not hold, by a decomposition."""
     rows = float64(matrix)
     finite = torch.isfinite(rows).all()
     rows = torch.where(finite, rows, 0.0)
     wide = rows.shape[0] < rows.shape[1]
-    squares, vectors = leading_eigenpairs(times_own_transpose(rows if wide else rows.mT), count + MORE)
+    gram = times_own_transpose(rows if wide else rows.mT)
+    squares, vectors = leading_eigenpairs(gram, count + MORE)
     lengths = squares.clamp_min(0).sqrt()
     if wide:  # from left to right singular vectors
         vectors = torch.linalg.qr(rows.mT @ vectors).Q
     vectors = vectors.to(matrix.device, matrix.dtype).contiguous()
-    return torch.where(finite, lengths[:count], math.nan), _completed(vectors.unsqueeze(0), lengths.unsqueeze(0))[0]
+    directions = _completed(vectors.unsqueeze(0), lengths.unsqueeze(0))[0]
+    return torch.where(finite, lengths, math.nan), directions, gram.trace() - lengths.square().sum()

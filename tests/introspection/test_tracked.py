@@ -131,6 +131,63 @@ def test_the_bound_holds_for_slowly_turning_matrices():
         assert float((found.values[0] - expected).abs().max() / expected[0]) < 1e-6
 
 
+def in_two_parts(part, grown):
+    """A matrix, and one that holds something in other columns besides, which no direction of a block sees."""
+    torch.manual_seed(2)
+    first = torch.randn(150, 40) @ torch.diag(torch.linspace(1, 0.3, 40)) @ torch.randn(40, 200) * part
+    hidden = torch.randn(60, 12) @ torch.randn(12, 90) * grown
+    return torch.block_diag(first, hidden)
+
+
+@pytest.mark.parametrize("grown", [1.8, 2, 5])
+def test_what_appears_where_the_block_does_not_see_it_is_found_at_once(grown):
+    before, after = in_two_parts(1, 0), in_two_parts(1, grown)
+    found = leading_values([before, before[:100]], 6, None)
+    for _ in range(5):
+        found = leading_values([before, before[:100]], 6, found.block)
+        assert found.iterations
+    found = leading_values([after, after[:100]], 6, found.block)
+    expected = torch.linalg.svdvals(after.double())[:6]
+    assert float(expected[5] / torch.linalg.svdvals(before.double())[5]) > 1.01  # it is among the wanted values
+    assert float((found.values[0] - expected).abs().max() / expected[0]) < 1e-6
+
+
+def test_what_grows_slowly_where_the_block_does_not_see_it_is_found_before_long():
+    found, wrong, followed = None, [], 0
+    for step in range(220):
+        matrix = in_two_parts(1, 0.01 * step)
+        found = leading_values([matrix], 6, None if found is None else found.block)
+        expected = torch.linalg.svdvals(matrix.double())[:6]
+        followed += found.iterations > 0
+        if float((found.values[0] - expected).abs().max() / expected[0]) > 1e-6:
+            wrong.append(step)
+    assert followed > 110
+    assert wrong == []
+
+
+def test_a_loss_that_is_switched_on_later_is_followed():
+    """Two cohorts have disjoint regions, so the second one's loss moves columns that were zero."""
+    torch.manual_seed(0)
+    x, mask = torch.zeros(N, WIDTH), torch.zeros(N, WIDTH)
+    for rows, columns in ((slice(0, 150), slice(0, 160)), (slice(150, N), slice(160, WIDTH))):
+        x[rows, columns] = torch.randn(150, 40) @ torch.diag(torch.logspace(0, -3, 40)) @ torch.randn(40, 160)
+        mask[rows, columns] = 1
+    found = {}
+    for solver in ("exact", "tracked"):
+        model = autoencoder()
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        with autospec.watch(model, LABELS, solver=solver, singular_values=5, quiet=True) as watcher:
+            for step in range(12):
+                optimizer.zero_grad()
+                errors = ((model(x) - x).square() * mask).sum(1)
+                (errors[:150].mean() + (step >= 6) * errors[150:].mean()).backward()
+                watcher.step()
+                optimizer.step()
+        found[solver] = watcher.trajectories["layers/2.weight/adjoint"].sel(group="all").values
+    scale = found["exact"][:, :1]
+    assert (np.abs(found["tracked"] - found["exact"]) / scale).max() < 1e-6
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_give_nan_and_the_next_step_is_fine(bad):
     torch.manual_seed(4)
