@@ -73,7 +73,7 @@ class Audit:
 
     def guard(self, name: str, pending: Pending) -> None:
         """Compare the sum of the shares with the gradient that arrived; warn of what came from no row."""
-        if pending.arrived is None:
+        if pending.arrived is None or pending.unnoted:
             return
         total, unit = _sum_of_shares(pending)
         outside = torch.linalg.matrix_norm(pending.arrived - total)
@@ -90,7 +90,7 @@ class Audit:
         if name not in self._found["outside"]:
             warnings.warn(
                 f"{fraction:.2g} of the gradient of '{name}' comes from no sample's row, and the groups' shares do not contain "
-                "it: a penalty on the weights is one, but a use of the weight outside its layer should be replaced by a call "
+                "it: a penalty on weights or on gradients is such a part, but a use of the weight outside its layer should be replaced by a call "
                 "of the layer, or the weight left out with layers=.",
                 stacklevel=5,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .audit import Audit, cancels
@@ -141,17 +143,24 @@ class WatchedLayer(WatchedParameter):
         self.rank_limit: np.ndarray | None = None
         self.true_factor = True
         self.position = 0
-        self.without_input = -1
+        self.refusal: tuple[int, WatchError] | None = None
+        self.added: set[tuple[int, Place, int]] = set()
+        self.passes: dict[int, Forward] = {}
         self.widths = {"activation": self.shape[1], "adjoint": self.shape[0]}
 
     def clear(self) -> None:
         """Forget what is pending."""
-        self.uses, self.inputs, self.pending = [], [], None
+        self.uses = []
+        self.forget_added()
+
+    def forget_added(self) -> None:
+        """Forget what earlier backward passes added."""
+        self.inputs, self.pending, self.added, self.passes = [], None, set(), {}
 
     def note_gradient(self, parameter: Tensor) -> None:
         """Note in which state a backward pass left the parameter's gradient."""
-        assert parameter.grad is not None
-        self.left = (id(parameter.grad), parameter.grad._version)
+        gradient = parameter.grad  # a hook of the user's may already have used it up
+        self.left = None if gradient is None else (id(gradient), gradient._version)
 
     def was_zeroed(self) -> bool:
         """Whether zero_grad() has discarded the gradient since the last backward pass."""
@@ -210,6 +219,7 @@ class Capture:
         self.follows: Callable[[WatchedLayer, Sequence[int], int], bool] | None = None
         self.make_pending: Callable[[tuple[int, int], Workspace], Pending] = Pending
         self.audited: str | None = None
+        self.differentiated = self.returned = False
         self.forwards = 0
         self.rows = dict(rows)
         self._batch_dim = batch_dim
@@ -230,6 +240,7 @@ class Capture:
         self._sorted_inputs: dict[Source, SortedInput] = {}
         self._without_groups = functools.lru_cache(ROW_MAPS_KEPT)(Sorting.without_groups)
         self._backward = -1
+        self._warned_twice = False
 
     # ------------------------------------------------------------------ hooks on and off
 
@@ -276,6 +287,7 @@ class Capture:
         self._calls = []
         self._latest_adjoint = None
         self._sorted_inputs = {}
+        self.differentiated = self.returned = False
         if self.recording:  # a step between two records needs nothing, and gives nothing up
             self.workspace.take_back()
 
@@ -351,7 +363,7 @@ class Capture:
     def _content(self, signature: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """What the inputs contain that the rows go by, as far as is known of inputs of this kind."""
         chosen = self._by_content.get(signature, ())
-        numbers = whole_numbers(args, kwargs, signature[0]) if chosen else []
+        numbers = whole_numbers(args, kwargs) if chosen else []
         return tuple((i, numbers[i].cpu().numpy().tobytes()) for i in chosen)
 
     def _on_call(self, module_name: str, wanted: Mapping[str, WatchedLayer]) -> Callable[[LayerCall], Tensor | None]:
@@ -409,12 +421,23 @@ class Capture:
         def arrives(position: int, adjoint: Tensor | None) -> None:
             if not self._active or adjoint is None:  # compiled code calls for outputs that the loss does not use
                 return
-            if forward.error is not None:
-                raise forward.error
             backward = _backward_pass()
-            if not call.inputs:  # if the graph was freed in an earlier backward pass, torch is about to say so
-                for layer in learned.values():
-                    layer.without_input = backward
+            # What this pass builds a graph of may come back in a gradient without passing here: a penalty on gradients.
+            self.differentiated = self.differentiated or torch.is_grad_enabled()
+            refusal = forward.error
+            if (
+                refusal is None and not call.inputs
+            ):  # if an earlier backward pass freed the graph, torch is about to say so
+                refusal = WatchError(
+                    f"a second backward pass reached '{next(iter(learned.values())).name}', whose input was not kept: only code "
+                    "outside the graph held it. Keep the model's activations until the last backward pass, or record one "
+                    "backward pass a step."
+                )
+            if refusal is not None:
+                if not all(layer.handles for layer in learned.values()):  # the model has never been called
+                    raise refusal
+                for layer in learned.values():  # it matters if a gradient comes of it
+                    layer.refusal = (backward, refusal)
                 return
             if not latest or latest[-1][0] != backward:
                 if any(tensor._version != version for tensor, version in zip(call.inputs, versions, strict=True)):
@@ -445,9 +468,19 @@ class Capture:
 
     # ------------------------------------------------------------------ the backward pass
 
+    @property
+    def guarded(self) -> bool:
+        """Whether the shares of this step are compared with the gradient that arrived."""
+        return self.audited is not None or self.differentiated
+
     def _gradient_hook(self, layer: WatchedLayer) -> Callable[[Tensor], None]:
+        node = get_gradient_edge(layer.parameter).node
+
         def gradient_arrives(gradient: Tensor) -> None:
             if self._active and self.recording:
+                if not _accumulates(node):
+                    self.returned = True
+                    return
                 begin = time.perf_counter()
                 self._gather(layer, gradient.detach())
                 self.seconds += time.perf_counter() - begin
@@ -458,11 +491,8 @@ class Capture:
         """Add one backward pass to what is pending for a parameter."""
         # Another backward pass, for the inputs' gradient say, may have crossed the layer without reaching here.
         uses, layer.uses = [use for use in layer.uses if use.backward == _backward_pass()], []
-        if layer.without_input == _backward_pass():
-            raise WatchError(
-                f"a second backward pass reached '{layer.name}', whose input was not kept: only code outside the graph held it. "
-                "Keep the model's activations until the last backward pass, or record one backward pass a step."
-            )
+        if layer.refusal is not None and layer.refusal[0] == _backward_pass():
+            raise layer.refusal[1]
         if not uses:
             raise WatchError(
                 f"a gradient reached '{layer.name}' that did not come through its layer's forward pass: the "
@@ -475,7 +505,10 @@ class Capture:
                 self._give_up_sorted(source)
         before = layer.pending
         pending = layer.pending = before or self.make_pending(layer.shape, self.workspace)
-        batches = {id(use.forward.assignment): use.forward.assignment for use in uses}
+        # Several losses of one forward pass have the same samples.
+        first = [use.forward for use in uses if id(use.forward) not in layer.passes]
+        layer.passes |= {id(forward): forward for forward in first}
+        batches = {id(forward.assignment): forward.assignment for forward in first}
         for assignment in batches.values():
             if assignment is not None:
                 pending.sizes = assignment.sizes if pending.sizes is None else pending.sizes + assignment.sizes
@@ -505,7 +538,8 @@ class Capture:
             return
         if self.shares and len(uses) == 1 and scale is None and not gradient.is_sparse:
             pending.shares.note_gradient(gradient)
-        if self.audited is not None:
+        pending.unnoted = pending.unnoted or not self.guarded
+        if self.guarded:
             flat = float64(gradient.to_dense() if gradient.is_sparse else gradient).reshape(layer.shape)
             flat = flat if scale is None else flat / scale
             pending.arrived = flat if pending.arrived is None else pending.arrived + flat
@@ -518,16 +552,20 @@ class Capture:
         if not len(factors.adjoint):
             return False
         pending.dtype = _coarsest(pending.dtype, use.dtype, use.call.outputs[0].dtype, factors.adjoint.dtype)
+        again = (id(use.forward), use.place, use.number) in layer.added
+        layer.added.add((id(use.forward), use.place, use.number))
+        if again and "adjoint" in self.factor_statistics:
+            self._give_up_adjoint(layer, pending)
         layer.inputs.append(use.constant)
         sorting = self._sorting(layer, use, len(factors.activation), self._layout(factors, use, pending, alone))
         self.masked = self.masked or sorting.masked
-        if sorting.left_out is not None and self.audited is not None:
+        if sorting.left_out is not None and self.guarded:
             out = sorting.left_out
             left = factors.with_(factors.activation[out], float64(single(factors.adjoint[out])))
             left = left if isinstance(left, Lookup) else left.with_(float64(single(left.activation)), left.adjoint)
             share = left.share() if scale is None else left.share() / scale
             pending.arrived = -share if pending.arrived is None else pending.arrived - share
-        if self.audited is not None and sorting.left_out is None and factors.in_pieces:
+        if self.guarded and sorting.left_out is None and factors.in_pieces:
             # torch's own sum of so many terms may be further off than the guard admits: the same sum, by the same kernel.
             share = factors.with_(single(factors.activation), single(factors.adjoint)).share()
             share = share if scale is None else share / scale
@@ -552,9 +590,10 @@ class Capture:
         if isinstance(factors, Convolution) and self.unfolded:
             factors = replace(factors, unfolded=True)
         constant = use.constant is not None and len(layer.inputs) == 1
-        shares = self.shares or self.audited is not None
+        shares = self.shares or self.guarded
         follows = None if self.follows is None else functools.partial(self.follows, layer)
-        pending.add(factors, sorting, shares, self.factor_statistics, constant, follows, use.backward)
+        statistics = [] if again else self.factor_statistics
+        pending.add(factors, sorting, shares, statistics, constant, follows, use.backward, counted=not again)
         layer.widths = pending.widths()
         layer.true_factor = not isinstance(factors, Convolution) or (
             factors.unfolded and factors.groups == 1 and not factors.transposed
@@ -571,6 +610,17 @@ class Capture:
         elif sorting.order is not None and use.constant is None and not pending.keeps_rows:
             self.workspace.give_back(activation)
         return True
+
+    def _give_up_adjoint(self, layer: WatchedLayer, pending: Pending) -> None:
+        """The adjoint of a forward pass is the sum over its backward passes, of which the first is no longer there."""
+        pending.give_up("adjoint")
+        if not self._warned_twice:
+            self._warned_twice = True
+            warnings.warn(
+                f"two backward passes went through one forward pass of '{layer.name}', whose adjoint is the sum of both: it is "
+                "recorded as NaN (said once). Add the losses and call backward() once.",
+                stacklevel=2,
+            )
 
     def _sorted_activation(self, use: Use, activation: Tensor, sorting: Sorting) -> Tensor:
         """Sort an activation, once for all layers that see it."""
@@ -599,7 +649,7 @@ class Capture:
         """Forget, at the first gradient of a backward pass, what zero_grad() has discarded since the last one."""
         for layer in self.layers:
             if layer.pending is not None and layer.was_zeroed():
-                layer.pending, layer.inputs = None, []
+                layer.forget_added()
 
     # ------------------------------------------------------------------ rows
 
@@ -613,7 +663,7 @@ class Capture:
         if not isinstance(factors, Product) or factors.outputs is not None or not pending.takes_grids:
             return None
         # Data are sorted once; the audit and positions ask for the items of each cell; shares of several uses may cancel.
-        first = use.constant is None and self.audited is None and not self.per_position and alone
+        first = use.constant is None and not self.guarded and not self.per_position and alone
         shape = factors.adjoint.shape[1], factors.activation.shape[1]
         return "grid" if first and min(shape) >= NARROW and math.prod(shape) <= LARGEST_BY_SAMPLE else None
 
@@ -702,6 +752,17 @@ def _signature(value: Any, sorts: bool, samples: int) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_signature(item, sorts, samples) for item in value)
     return value if isinstance(value, bool | int | str) else type(value).__name__
+
+
+def _accumulates(node: Node) -> bool:
+    """Whether the backward pass that is running adds to a parameter's gradient, of which this is the node in the graph.
+
+    torch.autograd.grad gives the gradient to its caller instead.
+    """
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # which says that torch.autograd.grad is running
+        return False
 
 
 def _backward_pass() -> int:

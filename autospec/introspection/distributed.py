@@ -99,6 +99,7 @@ class Processes:
         if any(each["arrived"] for each in there):
             zeros = torch.zeros(*layer.shape, dtype=torch.float64, device=like.device)
             total.arrived = self._mean(zeros if own.arrived is None else own.arrived.clone())
+            total.unnoted = any(each["unnoted"] for each in there)
         return total
 
     def _joined_rows(
@@ -164,5 +165,6 @@ def _describe(pending: Pending | None) -> dict[str, Any]:
         "positions": max((len(total) for total in pending.by_position.values()), default=0),
         "exact": bool(pending.exact),
         "arrived": pending.arrived is not None,
+        "unnoted": pending.unnoted,
         **stacks,
     }

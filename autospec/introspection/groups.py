@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +135,10 @@ class Groups:
         if labels is None:
             return {}
         columns = dict(labels) if isinstance(labels, Mapping) else {"group": labels}
+        for name, values in columns.items():
+            if not isinstance(values, Iterable):
+                raise WatchError(f"groups={values!r}: give one label for each sample of the batch.")
+            columns[name] = values if hasattr(values, "__len__") else list(values)
         lengths = {name: len(values) for name, values in columns.items()}
         if len(set(lengths.values())) > 1:
             raise WatchError(f"the groupings have different lengths ({lengths}): each needs one label a sample.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from .errors import WatchError
@@ -58,6 +59,11 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
     for module_name, module in model.named_modules():
         if isinstance(module, NO_MATRIX):
             continue
+        if isinstance(module, torch.jit.ScriptModule):
+            raise WatchError(
+                f"{f'{module_name!r}' if module_name else 'the model'} is TorchScript, whose layers cannot be watched: watch the "
+                "model that it was made of."
+            )
         rule = rule_for(module)
         known = () if rule is None else rule.parameters(module)
         # A weight that is computed from others, as by weight_norm, is no parameter; those others are unknown.

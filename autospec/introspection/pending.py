@@ -718,8 +718,15 @@ class Pending:
         self.dtype: torch.dtype | None = None
         self.exact: dict[bytes, Tensor] = {}
         self.arrived: Tensor | None = None
+        self.unnoted = False
         self.by_kernel: Tensor | None = None
         self._widths: dict[str, dict[int, int]] = {"activation": {}, "adjoint": {}}
+        self._given_up: set[str] = set()
+
+    def give_up(self, statistic: str) -> None:
+        """Record nothing of a factor in this step."""
+        self._given_up.add(statistic)
+        self.stacks[statistic] = {}
 
     def note_width(self, statistic: str, width: int) -> None:
         """Note that there are rows of that width."""
@@ -738,6 +745,7 @@ class Pending:
         constant: bool,
         follows: Callable[[Sequence[int], int], bool] | None = None,
         backward: int = -1,
+        counted: bool = True,
     ) -> None:
         """Add one use of the parameter in one backward pass.
 
@@ -757,6 +765,8 @@ class Pending:
             Says of the rows of each cell and their width whether to keep them as they are, for the tracked solver.
         backward : int
             Number of the backward pass.
+        counted : bool
+            Whether the rows count: not those that an earlier backward pass has added.
         """
         if isinstance(factors, Product):
             factors = self._kept(factors, sorting, constant or follows is not None)
@@ -764,7 +774,8 @@ class Pending:
             self.shares.constant = constant
             self.shares.add(factors, sorting, backward)
         for key, count in zip(sorting.keys, sorting.counts, strict=True):
-            self.rows[key] = self.rows.get(key, 0) + factors.rows_of(count)
+            self.rows[key] = self.rows.get(key, 0) + factors.rows_of(count) * counted
+        statistics = [statistic for statistic in statistics if statistic not in self._given_up]
         parts = factors.split(sorting.counts) if statistics else []
         for statistic in statistics:
             if statistic == "activation" and isinstance(factors, Lookup):

@@ -13,6 +13,8 @@ import copy
 import itertools
 import math
 import random
+import types
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -174,23 +176,20 @@ def map_rows(
     if batch_dim is not None:
         for position in [i for i, dims in enumerate(choices) if dims != (None,)][1:]:
             choices[position] = (*choices[position], None)
-    try:
-        twin = copy.deepcopy(model)
-    except Exception as error:
-        raise WatchError(
-            f"the model cannot be copied to find which rows belong to which sample ({error}): give rows=."
-        ) from error
-    twin.eval()
-    with torch.no_grad():
-        for tensor in itertools.chain(twin.parameters(), twin.buffers()):
-            tensor.copy_(_finite(tensor))  # a diverged model's rows can be traced all the same
+    twin = _twin(model)
     words = code_words(samples)
     accepted: list[tuple[Reading, dict[Place, list[np.ndarray]]]] = []
     reason = ""
     # In evaluation without gradients attention takes a short cut that no hook sees.
     attention = any(isinstance(module, nn.MultiheadAttention) for module in twin.modules())
     with generators_kept(inputs), torch.set_grad_enabled(attention):
-        lookups = _lookups(twin, args, kwargs, watched)
+        try:
+            lookups = _lookups(twin, args, kwargs, watched)
+        except WatchError:
+            raise
+        except Exception:  # without a hook that brings its input into form, say
+            twin = _twin(model, functions=True)
+            lookups = _lookups(twin, args, kwargs, watched)
         likely = [_likely(shape, samples, batch_dim) for shape in lookups.values()]
         if not any(dims != (None,) for dims in choices) and not any(
             along.along_samples for options in likely for along in options
@@ -248,9 +247,48 @@ def map_rows(
     return RowMap(found, len(words), reading.batch_dims, shared, by_content)
 
 
-def whole_numbers(args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> list[Tensor]:
-    """Tensors of whole numbers or truth values with an entry for each sample: NaN cannot show what hangs on them."""
-    return [t for t in _tensors((args, kwargs)) if not (t.is_floating_point() or t.is_complex()) and samples in t.shape]
+def _twin(model: nn.Module, functions: bool = False) -> nn.Module:
+    """A copy in evaluation mode, all of whose weights are finite: a diverged model's rows can be traced all the same.
+
+    Hooks that are plain functions stay behind, unless they are asked for: they act on what is outside of the model, where a
+    feature extractor's list would receive the copy's activations.  Hooks that are objects, weight normalisation's say, are
+    copied with what they hold.
+    """
+    memo: dict[int, Any] = {}
+    of_modules: list[Mapping[int, Callable]] = []
+    for module in model.modules():
+        of_modules += [module._forward_hooks, module._forward_pre_hooks]
+        # An activation that the model keeps in an attribute belongs to a graph, which torch does not copy.
+        for tensor in _tensors(list(vars(module).values())):
+            if tensor.grad_fn is not None:
+                memo[id(tensor)] = tensor.detach().clone()
+    memo |= {id(hooks): OrderedDict() for hooks in of_modules}
+    try:
+        twin = copy.deepcopy(model, memo)
+        for hooks in of_modules:
+            kept = {key: hook for key, hook in hooks.items() if functions or not isinstance(hook, types.FunctionType)}
+            memo[id(hooks)].update(copy.deepcopy(kept, memo))
+    except Exception as error:
+        raise WatchError(
+            f"the model cannot be copied to find which rows belong to which sample ({error}): give rows=."
+        ) from error
+    twin.eval()
+    with torch.no_grad():
+        for tensor in itertools.chain(twin.parameters(), twin.buffers()):
+            tensor.copy_(_finite(tensor))
+    return twin
+
+
+def whole_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Tensors of whole numbers or truth values: NaN cannot show what hangs on them."""
+    return [t for t in _tensors((args, kwargs)) if not (t.is_floating_point() or t.is_complex())]
+
+
+def _moved(numbers: Tensor, samples: int) -> Tensor:
+    """Numbers given to the next sample, or the next place; a single one is counted up."""
+    if numbers.numel() == 1:
+        return ~numbers if numbers.dtype == torch.bool else numbers + 1
+    return numbers.roll(1, numbers.shape.index(samples if samples in numbers.shape else max(numbers.shape)))
 
 
 def _by_content(
@@ -265,14 +303,15 @@ def _by_content(
 ) -> tuple[int, ...]:
     """Which tensors of whole numbers the rows go by, as far as other numbers show.
 
-    The probe is repeated with each sample's numbers given to the next sample.  Numbers that are the same for all samples
-    show nothing, so they count among those that the rows go by.
+    The probe is repeated with each sample's numbers given to the next sample, or, where samples are not counted, such as in an
+    index of the rows that are no padding, each number to the next place.  Numbers that are the same for all show nothing, so
+    they count among those that the rows go by.
     """
     samples = words.shape[1]
-    numbers = whole_numbers(args, kwargs, samples)
+    numbers = whole_numbers(args, kwargs)
     if samples == 1 or not numbers:
         return ()
-    moved = [tensor.roll(1, tensor.shape.index(samples)) for tensor in numbers]
+    moved = [_moved(tensor, samples) for tensor in numbers]
     same = [torch.equal(before, after) for before, after in zip(numbers, moved, strict=True)]
     if not all(same):
         given = {id(before): after for before, after in zip(numbers, moved, strict=True)}
@@ -393,7 +432,7 @@ def _lookups_marked(twin: nn.Module, reading: Reading, samples: int, word: np.nd
             chosen = torch.from_numpy(np.flatnonzero(word)).to(output.device)
             return output.detach().clone().index_fill_(along.dim, chosen, math.nan)
 
-        handles.append(module.register_forward_hook(hook))
+        handles.append(module.register_forward_hook(hook, prepend=True))
     try:
         yield
     finally:
@@ -462,7 +501,7 @@ def _marked_pass(
         marked[id(tensor)] = _finite(tensor.detach())
         if dim is not None:
             marked[id(tensor)].index_fill_(dim, torch.from_numpy(np.flatnonzero(word)).to(tensor.device), math.nan)
-    with _lookups_marked(twin, reading, len(word), word), _nan_rows(twin, watched) as seen:
+    with _nan_rows(twin, watched) as seen, _lookups_marked(twin, reading, len(word), word):
         twin(*_replaced(args, marked), **_replaced(kwargs, marked))
     return seen
 

@@ -378,6 +378,7 @@ class _Gathered(Pending):
         constant: bool,
         follows: Callable[[Sequence[int], int], bool] | None = None,
         backward: int = -1,
+        counted: bool = True,
     ) -> None:
         """Add one use of the parameter: rows of products as they are, other shares as matrices."""
         numbers = [_sample_number(key) for key in sorting.keys]
@@ -477,7 +478,7 @@ def sample_shares(
             value = loss(twin)
             if not capture.forwards:
                 raise WatchError("no call of the model was seen: loss(model) must call the model that it is given.")
-            torch.autograd.grad(value, [layer.parameter for layer in learned], allow_unused=True)
+            torch.autograd.backward(value, inputs=[layer.parameter for layer in learned])
         if capture.valid is not None and not capture.masked:
             raise WatchError(
                 f"valid= has {capture.valid.shape[1]} positions, but no watched layer has as many rows a sample."

@@ -399,6 +399,11 @@ class Watcher:
                 "has gradients: a compiled model must not be called before watch() is entered (torch._dynamo.reset() "
                 "makes it compile again), and the model that is watched must be the one that is called."
             )
+        if self._capture.returned:
+            return (
+                f"step() was called at step {self._count}, but no gradient was added to a watched layer's: torch.autograd.grad "
+                "returned them, which is not recorded, so call loss.backward()."
+            )
         return (
             f"step() was called at step {self._count}, but no gradient of a watched layer has arrived "
             "since the last step: call it after loss.backward(), and not for a batch without samples."
@@ -410,10 +415,11 @@ class Watcher:
             self._warn_if_not_finite(record)
 
     def _prove(self, record: Record) -> None:
-        """Audit the record, if it is due."""
-        if self._capture.audited is None:
+        """Audit the record, if it is due, and compare with the gradient that arrived, if there is reason to."""
+        if not self._capture.guarded:
             return
-        self._audit.audited(self._count, any(layer.pending and layer.pending.exact for layer in self._layers))
+        if self._capture.audited is not None:
+            self._audit.audited(self._count, any(layer.pending and layer.pending.exact for layer in self._layers))
         for layer in self._layers:
             if layer.pending is None:
                 continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,6 +62,21 @@ class _Products(TorchFunctionMode):
         return output
 
 
+class _Last(RemovableHandle):
+    """Stands among the handles for what is still to be done when they are removed.
+
+    After an interruption from the keyboard torch calls no hook, not even one that it always calls.
+    """
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        super().__init__(OrderedDict())
+        self.function = function
+
+    def remove(self) -> None:
+        """Do it."""
+        self.function()
+
+
 class AttentionRule:
     """nn.MultiheadAttention in all its forms: the packed or separate projections, and the output's."""
 
@@ -77,6 +93,7 @@ class AttentionRule:
         running: list[_Products] = []
 
         def begin(_: nn.Module, args: tuple[Any, ...]) -> None:
+            end()
             weights = {name: module.get_parameter(name) for name in self.parameters(module)}
             mode = _Products(weights, on_call)
             mode.__enter__()
@@ -88,5 +105,6 @@ class AttentionRule:
 
         return [
             module.register_forward_pre_hook(Hook(begin)),
-            module.register_forward_hook(Hook(end), always_call=True),
+            module.register_forward_hook(Hook(end), always_call=True, prepend=True),
+            _Last(end),
         ]

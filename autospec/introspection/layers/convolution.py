@@ -76,4 +76,4 @@ class ConvolutionRule:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             on_call(ConvolutionCall(module, args[0] if args else kwargs["input"], output))
 
-        return [module.register_forward_hook(Hook(hook), with_kwargs=True)]
+        return [module.register_forward_hook(Hook(hook), with_kwargs=True, prepend=True)]

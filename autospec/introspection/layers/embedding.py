@@ -100,4 +100,4 @@ class EmbeddingRule:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             return on_call(LookupCall(module, args[0] if args else kwargs["input"], output))
 
-        return [module.register_forward_hook(Hook(hook), with_kwargs=True)]
+        return [module.register_forward_hook(Hook(hook), with_kwargs=True, prepend=True)]

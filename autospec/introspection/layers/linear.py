@@ -62,4 +62,4 @@ class LinearRule:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             on_call(LinearCall("weight", args[0] if args else kwargs["input"], output))
 
-        return [module.register_forward_hook(Hook(hook), with_kwargs=True)]
+        return [module.register_forward_hook(Hook(hook), with_kwargs=True, prepend=True)]

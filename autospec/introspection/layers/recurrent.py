@@ -343,7 +343,7 @@ class RecurrentRule:
 
         return [
             module.register_forward_pre_hook(Hook(begin)),
-            module.register_forward_hook(Hook(end), with_kwargs=True),
+            module.register_forward_hook(Hook(end), with_kwargs=True, prepend=True),
         ]
 
 
@@ -441,4 +441,4 @@ class CellRule:
             state = args[1] if len(args) > 1 else kwargs.get("hx")
             on_call(CellCall(module, mode, args[0] if args else kwargs["input"], state, output))
 
-        return [module.register_forward_hook(Hook(hook), with_kwargs=True)]
+        return [module.register_forward_hook(Hook(hook), with_kwargs=True, prepend=True)]

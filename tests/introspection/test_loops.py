@@ -1,0 +1,314 @@
+"""Training loops as people write them: gradients on the side, several losses, penalties, hooks, interruptions."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+
+import autospec
+from autospec.introspection import WatchError
+
+from .oracle import Problem, assert_exact, error, members, record, spectrum, svdvals
+
+N = 24
+LABELS = ["a", "b", "b", "c"] * 6
+LAYERS = ("0.weight", "2.weight")
+STATISTICS = ("gradient", "activation", "adjoint", "contrast")
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5))
+
+
+def batch(samples=N):
+    return torch.randn(samples, 7, generator=torch.Generator().manual_seed(5))
+
+
+def two_losses(output):
+    return output[:, :2].square().mean(), (output[:, 2:] - 0.3).square().sum() / N
+
+
+def loss_of(output):
+    return sum(two_losses(output))
+
+
+def assert_same(tree, expected):
+    for layer in LAYERS:
+        for statistic in STATISTICS[:3]:
+            xr.testing.assert_equal(tree[f"layers/{layer}/{statistic}"], expected[f"layers/{layer}/{statistic}"])
+    xr.testing.assert_equal(tree["group_size"], expected["group_size"])
+    assert tree.attrs["audit"]["outside"] == {}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("samples", [N, 9], ids=["batch", "validation"])
+def test_gradients_of_weights_on_the_side_are_not_recorded(when, samples):
+    expected = record(Problem(network(), batch(), loss_of, LABELS))
+    model = network()
+
+    def on_the_side():
+        model.train(samples == N)
+        torch.autograd.grad(model(batch(samples))[:, 0].sum(), list(model.parameters()), allow_unused=True)
+        model.train()
+
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        if when == "before":
+            on_the_side()
+        loss = loss_of(model(batch()))
+        loss.backward(retain_graph=True)
+        if when == "after":
+            on_the_side()
+            torch.autograd.grad(loss, list(model.parameters()))
+        watcher.step()
+    assert_same(watcher.trajectories, expected)
+
+
+def test_gradients_that_are_never_added_to_the_weights_are_refused():
+    model = network()
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        gradients = torch.autograd.grad(loss_of(model(batch())), list(model.parameters()))
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        with pytest.raises(WatchError, match=r"torch\.autograd\.grad returned them, .* call loss\.backward\(\)"):
+            watcher.step()
+        loss_of(model(batch())).backward()
+        watcher.step()
+
+
+def test_two_backward_passes_through_one_forward_pass_count_its_samples_and_rows_once():
+    trees = []
+    for passes in (1, 2):
+        model = network()
+        with autospec.watch(model, LABELS, statistics=STATISTICS, quiet=True) as watcher:
+            first, second = two_losses(model(batch()))
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                if passes == 1:
+                    (first + second).backward()
+                else:
+                    first.backward(retain_graph=True)
+                    second.backward()
+            watcher.step()
+        assert [str(each.message)[:19] for each in said] == ["two backward passes"] * (passes - 1)
+        trees.append(watcher.trajectories)
+    once, twice = trees
+    xr.testing.assert_equal(once["group_size"], twice["group_size"])
+    for layer in LAYERS:
+        xr.testing.assert_equal(once[f"layers/{layer}/rank_limit"], twice[f"layers/{layer}/rank_limit"])
+        for statistic in ("gradient", "activation"):
+            xr.testing.assert_allclose(once[f"layers/{layer}/{statistic}"], twice[f"layers/{layer}/{statistic}"], 1e-5)
+        contrasts = [tree[f"contrasts/a - b/{layer}/gradient"] for tree in trees]
+        xr.testing.assert_allclose(*contrasts, 1e-5)
+        assert twice[f"layers/{layer}/adjoint"].isnull().all()
+
+
+def test_micro_batches_of_one_forward_pass_each_still_add_up():
+    model = network()
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for _ in range(2):
+            loss_of(model(batch())).backward()
+        watcher.step()
+    assert watcher.trajectories["group_size"].sel(group="all").item() == 2 * N
+    assert watcher.trajectories["layers/0.weight/adjoint"].notnull().any()
+
+
+def test_a_penalty_on_gradients_is_reported_at_whatever_step_it_comes():
+    model = network()
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for step in range(3):
+            model.zero_grad()
+            x = batch().requires_grad_()
+            output = model(x)
+            loss = loss_of(output)
+            if step == 1:
+                (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+                loss = loss + slope.square().sum()
+                with pytest.warns(UserWarning, match="a penalty on weights or on gradients is such a part"):
+                    loss.backward()
+                    watcher.step()
+            else:
+                loss.backward()
+                watcher.step()
+    outside = watcher.trajectories.attrs["audit"]["outside"]
+    assert set(outside) == set(LAYERS)
+    assert min(outside.values()) > 0.5
+
+
+def test_a_second_derivative_that_is_only_looked_at_is_no_penalty():
+    expected = record(Problem(network(), batch(), loss_of, LABELS))
+    model = network()
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        weights = list(model.parameters())
+        gradients = torch.autograd.grad(loss_of(model(batch())), weights, create_graph=True)
+        torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), weights)
+        loss_of(model(batch())).backward()
+        watcher.step()
+    assert_same(watcher.trajectories, expected)
+
+
+def test_weights_may_be_updated_while_the_backward_pass_runs():
+    """As in PyTorch's tutorial on fusing the optimizer's step into the backward pass."""
+    expected = record(Problem(network(), batch(), loss_of, LABELS))
+    model = network()
+    optimizers = {parameter: torch.optim.SGD([parameter], 0.1) for parameter in model.parameters()}
+
+    def update(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(update)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for _ in range(2):
+            loss_of(model(batch())).backward()
+            watcher.step()
+    assert_same(watcher.trajectories.isel(step=[0]), expected)
+
+
+class Features(list):
+    """A feature extractor that is an object."""
+
+    def __call__(self, _module, _args, output):
+        self.append(output)
+
+
+@pytest.mark.parametrize("kind", ["function", "object"])
+def test_hooks_of_the_users_see_the_training_alone(kind):
+    def losses(watched):
+        model = network()
+        features = Features() if kind == "object" else []
+        model[1].register_forward_hook(features if kind == "object" else lambda _, __, output: features.append(output))
+        optimizer, found = torch.optim.SGD(model.parameters(), 0.1), []
+        watcher = autospec.watch(model, LABELS, quiet=True) if watched else None
+        with watcher or warnings.catch_warnings():
+            for _ in range(3):
+                features.clear()
+                optimizer.zero_grad()
+                loss = loss_of(model(batch())) + 0.1 * sum(each.square().mean() for each in features)
+                loss.backward()
+                if watcher:
+                    watcher.step()
+                optimizer.step()
+                found.append((len(features), loss.item()))
+        return found
+
+    assert losses(watched=True) == losses(watched=False)
+
+
+def test_a_hook_that_needs_a_gradient_does_not_disturb():
+    model, seen = network(), []
+    model[1].register_forward_hook(lambda _, __, output: output.register_hook(seen.append) and None)
+    problem = Problem(model, batch(), loss_of, LABELS)
+    assert_exact(record(problem), problem, members(LABELS, N))
+    assert seen
+
+
+def test_a_function_that_is_a_hook_may_bring_the_input_into_form():
+    model, plain = network(), network()
+    model[0].register_forward_pre_hook(lambda _, args: (args[0].flatten(1),))
+    x = batch().reshape(N, 7, 1)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        loss_of(model(x)).backward()
+        watcher.step()
+    assert_same(watcher.trajectories, record(Problem(plain, batch(), loss_of, LABELS)))
+
+
+def test_a_hook_that_replaces_the_output_of_a_layer_is_after_it():
+    model = network()
+    model[0].register_forward_hook(lambda _, __, output: 2 * output)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        loss_of(model(batch())).backward()
+        watcher.step()
+    assert error(spectrum(watcher.trajectories, "0.weight", "gradient"), svdvals(model[0].weight.grad)) < 1e-6
+    assert watcher.trajectories.attrs["audit"]["outside"] == {}
+
+
+class Keeps(nn.Module):
+    """Keeps an activation in an attribute, as attention maps are."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.kept = network(), None
+
+    def forward(self, x):
+        self.kept = torch.softmax(self.net(x), 1)
+        return self.kept
+
+
+def test_an_activation_that_the_model_keeps_does_not_hinder_a_copy():
+    model = Keeps()
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for samples in (N, 16):
+            watcher.set_groups(LABELS[:samples])
+            model.zero_grad()
+            model(batch(samples)).square().sum().backward()
+            watcher.step()
+    found = spectrum(watcher.trajectories, "net.0.weight", "gradient", step=1)
+    assert error(found, svdvals(model.net[0].weight.grad)) < 1e-6
+
+
+def test_a_gradient_with_respect_to_inputs_of_another_batch_needs_no_labels():
+    expected = record(Problem(network(), batch(), loss_of, LABELS))
+    model = network()
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        model.eval()
+        probe = batch(9).requires_grad_()
+        assert torch.autograd.grad(model(probe).sum(), probe)[0].shape == (9, 7)
+        model.train()
+        loss_of(model(batch())).backward()
+        watcher.step()
+    assert_same(watcher.trajectories, expected)
+
+
+def test_an_interruption_within_attention_leaves_nothing_behind(monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    before = len(_get_current_function_mode_stack())
+    monkeypatch.setattr(nn.functional, "multi_head_attention_forward", interrupt)
+    with pytest.raises(KeyboardInterrupt), autospec.watch(model, quiet=True):
+        model(torch.randn(4, 3, 8))
+    assert len(_get_current_function_mode_stack()) == before
+
+
+class Unpadded(nn.Module):
+    """Sees the places that count alone, by their number in the whole batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(7, 4)
+
+    def forward(self, x, places):
+        return self.inner(x.flatten(0, 1)[places])
+
+
+def test_rows_that_are_chosen_by_their_number_are_traced_for_each_batch():
+    model, x, where = Unpadded(), torch.randn(N, 3, 7), members(LABELS, N)
+    lengths = [np.array([3, 1] * (N // 2)), np.array([1, 3] * (N // 2))]
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for each in lengths:
+            model.zero_grad()
+            places = torch.from_numpy(np.flatnonzero(np.arange(3) < each[:, None]))
+            model(x, places).square().sum().backward()
+            watcher.step()
+    for step, each in enumerate(lengths):
+        for group in "abc":
+            rows = x[torch.from_numpy((np.arange(3) < each[:, None]) & where[group][:, None])]
+            found = spectrum(watcher.trajectories, "inner.weight", "activation", group, step)
+            assert error(found, svdvals(rows)[: len(found)]) < 1e-6, (step, group)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_torchscript_is_refused_and_an_iterator_of_labels_is_not():
+    with pytest.raises(WatchError, match="the model is TorchScript"):
+        autospec.watch(torch.jit.script(network()), LABELS)
+    with pytest.raises(WatchError, match="groups=3: give one label for each sample"):
+        autospec.watch(network(), 3)
+    with autospec.watch(network(), iter(LABELS), quiet=True) as watcher:
+        assert watcher.groups == ("all", "a", "b", "c")
