@@ -90,8 +90,8 @@ class Audit:
         if name not in self._found["outside"]:
             warnings.warn(
                 f"{fraction:.2g} of the gradient of '{name}' comes from no sample's row, and the groups' shares do not contain "
-                "it: a penalty on weights or on gradients is such a part, but a use of the weight outside its layer should be replaced by a call "
-                "of the layer, or the weight left out with layers=.",
+                "it: a penalty on weights or on gradients is such a part, but a use of the weight outside its layer should be "
+                "replaced by a call of the layer, or the weight left out with layers=.",
                 stacklevel=5,
             )
         self._found["outside"][name] = max(self._found["outside"].get(name, 0.0), fraction)
@@ -126,6 +126,11 @@ class Audit:
                 continue
             error = float(np.abs(recorded[group, usable] - exact[index[usable] - 1]).max() / scale)
             self._found["largest_error"] = max(self._found["largest_error"], error)
+
+    def compare_followed(self, recorded: Tensor, exact: Tensor) -> None:
+        """Compare values that the tracked solver followed with those of a decomposition, each (groups, values)."""
+        errors = (recorded - exact).abs().amax(1) / exact[:, 0]
+        self._found["largest_error"] = max(self._found["largest_error"], float(errors.nan_to_num(0.0).max()))
 
 
 def cancels(pending: Pending) -> bool:

@@ -425,9 +425,8 @@ class Capture:
             # What this pass builds a graph of may come back in a gradient without passing here: a penalty on gradients.
             self.differentiated = self.differentiated or torch.is_grad_enabled()
             refusal = forward.error
-            if (
-                refusal is None and not call.inputs
-            ):  # if an earlier backward pass freed the graph, torch is about to say so
+            if refusal is None and not call.inputs:
+                # If it was an earlier backward pass that freed the graph, torch is about to say so itself.
                 refusal = WatchError(
                     f"a second backward pass reached '{next(iter(learned.values())).name}', whose input was not kept: only code "
                     "outside the graph held it. Keep the model's activations until the last backward pass, or record one "

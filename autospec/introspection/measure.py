@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .audit import Audit
 from .capture import ConstantInput, WatchedLayer
 from .errors import WatchError
 from .pending import IndexStack, Pending, RowStack, cells_of_groups, together
@@ -79,6 +80,7 @@ class Measurement:
         self._open: list[_Open] = []
         self._open_bytes = 0
         self._blocks: dict[str, Block] = {}
+        self.audit: Audit | None = None
         self.iterations: dict[int, int] = {}
 
     def name_groups(self, names: Sequence[str], groupings: Sequence[str]) -> None:
@@ -205,6 +207,8 @@ class Measurement:
         key = f"{layer.name}/{statistic}/{width}/{', '.join(self.groups[group] for group in groups)}"
         found = leading_values(matrices, count, self._blocks.get(key))
         self._blocks[key] = found.block
+        if self.audit is not None and found.iterations:
+            self.audit.compare_followed(found.values, leading_values(matrices, count, None).values)
         self.iterations[found.iterations] = self.iterations.get(found.iterations, 0) + 1
         return [_Job(layer, statistic, groups, None, found.values)]
 

@@ -262,6 +262,7 @@ class Watcher:
                 )
             if self._processes is not None:
                 self._processes.join(self._layers, self._capture.workspace)
+            self._measurement.audit = self._audit if self._capture.audited is not None else None
             record = self._measurement.record(self._count)
             self._recorded += 1
             (self._records if self._sink is None else self._buffer).append(record)

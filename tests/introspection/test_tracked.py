@@ -1,6 +1,7 @@
 """The tracked solver against the exact one, along whole trainings."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import autospec
+from autospec.introspection import tracked as tracked_module
 from autospec.introspection.tracked import leading_values
 
 N, WIDTH = 300, 320
@@ -129,6 +131,20 @@ def test_the_bound_holds_for_slowly_turning_matrices():
         found = leading_values([matrix], 6, found.block)
         expected = torch.linalg.svdvals(matrix.double())[:6]
         assert float((found.values[0] - expected).abs().max() / expected[0]) < 1e-6
+
+
+def test_the_audit_compares_what_was_followed_with_a_decomposition(monkeypatch):
+    fine = recorded(steps=20, solver="tracked", audit=5).trajectories.attrs["audit"]
+    assert fine["largest_error"] < 1e-6
+    follow = tracked_module.leading_values
+
+    def wrong(matrices, count, last):
+        found = follow(matrices, count, last)
+        return dataclasses.replace(found, values=found.values * (1.01 if found.iterations else 1))
+
+    monkeypatch.setattr("autospec.introspection.measure.leading_values", wrong)
+    spoiled = recorded(steps=20, solver="tracked", audit=5).trajectories.attrs["audit"]
+    assert spoiled["largest_error"] == pytest.approx(0.01, rel=1e-3)
 
 
 def in_two_parts(part, grown):
