@@ -13,7 +13,6 @@ import copy
 import itertools
 import math
 import random
-import types
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -188,7 +187,7 @@ def map_rows(
         except WatchError:
             raise
         except Exception:  # without a hook that brings its input into form, say
-            twin = _twin(model, functions=True)
+            twin = _twin(model, all_hooks=True)
             lookups = _lookups(twin, args, kwargs, watched)
         likely = [_likely(shape, samples, batch_dim) for shape in lookups.values()]
         if not any(dims != (None,) for dims in choices) and not any(
@@ -247,12 +246,11 @@ def map_rows(
     return RowMap(found, len(words), reading.batch_dims, shared, by_content)
 
 
-def _twin(model: nn.Module, functions: bool = False) -> nn.Module:
+def _twin(model: nn.Module, all_hooks: bool = False) -> nn.Module:
     """A copy in evaluation mode, all of whose weights are finite: a diverged model's rows can be traced all the same.
 
-    Hooks that are plain functions stay behind, unless they are asked for: they act on what is outside of the model, where a
-    feature extractor's list would receive the copy's activations.  Hooks that are objects, weight normalisation's say, are
-    copied with what they hold.
+    Hooks stay behind, unless they are asked for or are the model's own: they act on what is outside, where a feature extractor's
+    list would receive the copy's activations.
     """
     memo: dict[int, Any] = {}
     of_modules: list[Mapping[int, Callable]] = []
@@ -266,7 +264,7 @@ def _twin(model: nn.Module, functions: bool = False) -> nn.Module:
     try:
         twin = copy.deepcopy(model, memo)
         for hooks in of_modules:
-            kept = {key: hook for key, hook in hooks.items() if functions or not isinstance(hook, types.FunctionType)}
+            kept = {key: hook for key, hook in hooks.items() if all_hooks or _is_part_of(model, hook)}
             memo[id(hooks)].update(copy.deepcopy(kept, memo))
     except Exception as error:
         raise WatchError(
@@ -277,6 +275,12 @@ def _twin(model: nn.Module, functions: bool = False) -> nn.Module:
         for tensor in itertools.chain(twin.parameters(), twin.buffers()):
             tensor.copy_(_finite(tensor))
     return twin
+
+
+def _is_part_of(model: nn.Module, hook: Callable) -> bool:
+    """Whether a hook is torch's, as for weight normalisation or pruning, or a method of one of the model's modules."""
+    own = getattr(hook, "__self__", None)
+    return type(hook).__module__.startswith("torch.") or (isinstance(own, nn.Module) and own in set(model.modules()))
 
 
 def whole_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Training loops as people write them: gradients on the side, several losses, penalties, hooks, interruptions."""
 
+import threading
 import warnings
 from contextlib import nullcontext
 
@@ -204,6 +205,38 @@ def test_a_hook_that_needs_a_gradient_does_not_disturb():
     problem = Problem(model, batch(), loss_of, LABELS)
     assert_exact(record(problem), problem, members(LABELS, N))
     assert seen
+
+
+class Outside:
+    """Holds what cannot be copied, as a trainer does."""
+
+    def __init__(self):
+        self.lock, self.seen = threading.Lock(), 0
+
+    def note(self, *_):
+        with self.lock:
+            self.seen += 1
+
+
+def test_a_method_of_something_outside_of_the_model_may_be_a_hook():
+    model, outside = network(), Outside()
+    handle = model[1].register_forward_hook(outside.note)
+    problem = Problem(model, batch(), loss_of, LABELS)
+    tree = record(problem)
+    assert outside.seen == 1
+    handle.remove()
+    assert_exact(tree, problem, members(LABELS, N))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_hooks_that_are_part_of_the_model_are_copied_with_it():
+    model = network()
+    nn.utils.weight_norm(model[0])
+    problem = Problem(model, batch(), loss_of, LABELS)
+    tree = record(problem, unknown="skip")
+    assert list(tree["layers"].children) == ["2.weight"]
+    rows = problem.model[:2](batch()).detach()
+    assert error(spectrum(tree, "2.weight", "activation"), svdvals(rows)[:5]) < 1e-6
 
 
 def test_a_function_that_is_a_hook_may_bring_the_input_into_form():
