@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 from autospec.introspection import Watcher
+from autospec.introspection.copies import copy_model, tensors_in
 from autospec.introspection.errors import WatchError
 from autospec.introspection.groups import Groups
 from autospec.introspection.layers import rule_for
@@ -166,7 +166,7 @@ def check(
 
 def _generic_loss(output: Any) -> Tensor:
     total: Tensor | None = None
-    for tensor in _tensors(output):
+    for tensor in tensors_in(output):
         if tensor.is_floating_point() and tensor.requires_grad:
             weights = torch.linspace(0.5, 1.5, tensor.numel(), dtype=tensor.dtype, device=tensor.device)
             part = (weights * (tensor.reshape(-1) - 0.3).square()).mean()
@@ -176,17 +176,6 @@ def _generic_loss(output: Any) -> Tensor:
     return total
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
 def _call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return model(batch)
@@ -194,14 +183,14 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _batch_size(batch: Any) -> int:
-    return len(next(_tensors(batch)))
+    return len(next(tensors_in(batch)))
 
 
 class _Training:
     """A few steps of a copy of the model, always with the same random numbers."""
 
     def __init__(self, model: nn.Module, batch: Any, loss: Callable[[Any], Tensor]) -> None:
-        self.model, self.batch, self.loss = copy.deepcopy(model), batch, loss
+        self.model, self.batch, self.loss = copy_model(model), batch, loss
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
         self.generator = torch.Generator().manual_seed(SEED).get_state()
 
@@ -227,7 +216,7 @@ class _Training:
 
     def same_as(self, other: _Training) -> bool:
         """Whether weights, buffers, optimizer state and random numbers are bitwise equal."""
-        mine, others = ([*_tensors(each.model.state_dict()), *_tensors(each._states())] for each in (self, other))
+        mine, others = ([*tensors_in(each.model.state_dict()), *tensors_in(each._states())] for each in (self, other))
         return len(mine) == len(others) and all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
 
     def _states(self) -> list[Any]:
@@ -238,7 +227,7 @@ def _shares_by_copies(
     model: nn.Module, batch: Any, loss: Callable[[Any], Tensor], member: np.ndarray
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """dL/dW_c, where the samples of a group use their own copy W_c of each weight."""
-    twin = copy.deepcopy(model)
+    twin = copy_model(model)
     copies: dict[str, tuple[str, Tensor]] = {}
     reasons: dict[str, str] = {}
     first_name: dict[int, str] = {}

@@ -20,6 +20,17 @@ class Recurrent(nn.Module):
         return {"scores": self.head(self.rnn(x)[0].mean(1)) * scale}
 
 
+class Keeps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+        self(torch.randn(N, 5))
+
+    def forward(self, x):
+        self.kept = torch.softmax(self.inner(x), 1)
+        return self.head(self.kept)
+
+
 CASES = {
     "convolution, BatchNorm and Dropout": (
         lambda: nn.Sequential(
@@ -28,6 +39,7 @@ CASES = {
         lambda: torch.randn(N, 4, 10),
     ),
     "recurrent, inputs by name": (Recurrent, lambda: {"x": torch.randn(N, 7, 5), "scale": 2.0}),
+    "an activation that is kept": (Keeps, lambda: torch.randn(N, 5)),
     "attention": (
         lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True),
         lambda: (torch.randn(N, 7, 8),),

@@ -9,11 +9,9 @@ log2(samples) + 2 passes.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from .copies import copy_model, tensors_in
 from .errors import WatchError
 from .layers import LayerCall, rule_for
 
@@ -167,7 +166,7 @@ def map_rows(
         If no input has a dimension of that size, or the rows cannot be told apart, or more than one reading
         of the inputs is possible.
     """
-    inputs = [t for t in _tensors((args, kwargs)) if t.is_floating_point()]
+    inputs = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
     choices = [_candidate_dims(t, samples, batch_dim) for t in inputs]
     # An input may have a dimension of that size by chance, such as one position encoding a time point.
     if batch_dim is None and any(len(dims) > 1 for dims in choices):
@@ -193,7 +192,7 @@ def map_rows(
         if not any(dims != (None,) for dims in choices) and not any(
             along.along_samples for options in likely for along in options
         ):
-            every = [t for t in _tensors((args, kwargs)) if not t.is_floating_point()] + inputs
+            every = [t for t in tensors_in((args, kwargs)) if not t.is_floating_point()] + inputs
             shapes = ", ".join(str(tuple(t.shape)) for t in every) or "no tensor"
             where = "of size" if batch_dim is None else f"{batch_dim} of size"
             raise WatchError(
@@ -252,20 +251,9 @@ def _twin(model: nn.Module, all_hooks: bool = False) -> nn.Module:
     Hooks stay behind, unless they are asked for or are the model's own: they act on what is outside, where a feature extractor's
     list would receive the copy's activations.
     """
-    memo: dict[int, Any] = {}
-    of_modules: list[Mapping[int, Callable]] = []
-    for module in model.modules():
-        of_modules += [module._forward_hooks, module._forward_pre_hooks]
-        # An activation that the model keeps in an attribute belongs to a graph, which torch does not copy.
-        for tensor in _tensors(list(vars(module).values())):
-            if tensor.grad_fn is not None:
-                memo[id(tensor)] = tensor.detach().clone()
-    memo |= {id(hooks): OrderedDict() for hooks in of_modules}
+    own = set(model.modules())
     try:
-        twin = copy.deepcopy(model, memo)
-        for hooks in of_modules:
-            kept = {key: hook for key, hook in hooks.items() if all_hooks or _is_part_of(model, hook)}
-            memo[id(hooks)].update(copy.deepcopy(kept, memo))
+        twin = copy_model(model, lambda hook: all_hooks or _is_part_of(own, hook))
     except Exception as error:
         raise WatchError(
             f"the model cannot be copied to find which rows belong to which sample ({error}): give rows=."
@@ -277,15 +265,15 @@ def _twin(model: nn.Module, all_hooks: bool = False) -> nn.Module:
     return twin
 
 
-def _is_part_of(model: nn.Module, hook: Callable) -> bool:
-    """Whether a hook is torch's, as for weight normalisation or pruning, or a method of one of the model's modules."""
-    own = getattr(hook, "__self__", None)
-    return type(hook).__module__.startswith("torch.") or (isinstance(own, nn.Module) and own in set(model.modules()))
+def _is_part_of(modules: Collection[nn.Module], hook: Callable) -> bool:
+    """Whether a hook is torch's, as for weight normalisation or pruning, or a method of one of a model's modules."""
+    of = getattr(hook, "__self__", None)
+    return type(hook).__module__.startswith("torch.") or (isinstance(of, nn.Module) and of in modules)
 
 
 def whole_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Tensors of whole numbers or truth values: NaN cannot show what hangs on them."""
-    return [t for t in _tensors((args, kwargs)) if not (t.is_floating_point() or t.is_complex())]
+    return [t for t in tensors_in((args, kwargs)) if not (t.is_floating_point() or t.is_complex())]
 
 
 def _moved(numbers: Tensor, samples: int) -> Tensor:
@@ -404,7 +392,7 @@ def _same_result(
         for spread in (False, True):
             torch.set_rng_state(begin)
             with _lookups_marked(twin, reading if spread else Reading(reading.dims, {}), samples, None):
-                results.append([*_tensors(twin(*args, **kwargs)), torch.get_rng_state()])
+                results.append([*tensors_in(twin(*args, **kwargs)), torch.get_rng_state()])
     except Exception as error:
         raise refusal from error
     finally:
@@ -612,7 +600,7 @@ class _FunctionalUses(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if self.inside:
             return result
-        tensors = list(_tensors((args, kwargs or {})))
+        tensors = list(tensors_in((args, kwargs or {})))
         watched = [t for t in tensors if id(t) in self.names]
         if not watched:
             return result
@@ -621,7 +609,7 @@ class _FunctionalUses(TorchFunctionMode):
         if others and self.found is None:
             self.found = (name, getattr(func, "__name__", str(func)))
         elif not others and func not in _DETACHED:
-            for tensor in _tensors(result):
+            for tensor in tensors_in(result):
                 if tensor.ndim:  # a number, such as a penalty, is no weight any more
                     self.names[id(tensor)] = name
                     self.derived.append(tensor)  # an identity is only unique while its object lives
@@ -680,17 +668,6 @@ def _same(first: Mapping[Place, list[np.ndarray]], second: Mapping[Place, list[n
     return {key: len(calls) for key, calls in first.items()} == {
         key: len(calls) for key, calls in second.items()
     } and all(np.array_equal(a, b) for key in first for a, b in zip(first[key], second[key], strict=True))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _replaced(value: Any, marked: Mapping[int, Tensor]) -> Any:

@@ -6,7 +6,6 @@ share is kept, as a matrix or as its factors, and the groups' shares are product
 
 from __future__ import annotations
 
-import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from .audit import Audit
 from .capture import Capture, WatchedLayer
+from .copies import copy_model
 from .errors import WatchError
 from .factors import Factors, Lookup, Product
 from .groups import Assignment, Groups
@@ -458,7 +458,7 @@ def sample_shares(
     WatchError
         If the model cannot be watched, or the rows of a layer cannot be traced to samples.
     """
-    twin = copy.deepcopy(model)
+    twin = copy_model(model)
     found = [WatchedLayer(parameter) for parameter in find_parameters(twin, layers, unknown)]
     given = {name: np.asarray(value).reshape(-1) for name, value in (rows or {}).items()}
     capture = Capture(twin, found, ("gradient",), given, batch_dim, False, False, False, Audit(None))
