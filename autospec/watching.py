@@ -82,7 +82,8 @@ def watch(
     batch_dim : int, optional
         The dimension of the model's inputs that indexes samples, where it cannot be established.
     rows : dict of str to array-like of int, optional
-        For a parameter whose rows cannot be traced: the number of the sample of each row.
+        For a parameter whose rows cannot be traced: the number of the sample of each row.  Where it changes from batch to
+        batch, `Watcher.set_groups` takes it.
     unknown : {"refuse", "skip"}
         What to do with matrix parameters of layers that have no rule.
     audit : int, optional

@@ -150,7 +150,7 @@ class WatchedLayer(WatchedParameter):
 
     def clear(self) -> None:
         """Forget what is pending."""
-        self.uses = []
+        self.uses, self.refusal = [], None
         self.forget_added()
 
     def forget_added(self) -> None:
