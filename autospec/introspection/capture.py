@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .audit import Audit, cancels
@@ -473,11 +473,9 @@ class Capture:
         return self.audited is not None or self.differentiated
 
     def _gradient_hook(self, layer: WatchedLayer) -> Callable[[Tensor], None]:
-        node = get_gradient_edge(layer.parameter).node
-
         def gradient_arrives(gradient: Tensor) -> None:
             if self._active and self.recording:
-                if not _accumulates(node):
+                if not _accumulates(layer.parameter):
                     self.returned = True
                     return
                 begin = time.perf_counter()
@@ -753,13 +751,13 @@ def _signature(value: Any, sorts: bool, samples: int) -> Any:
     return value if isinstance(value, bool | int | str) else type(value).__name__
 
 
-def _accumulates(node: Node) -> bool:
-    """Whether the backward pass that is running adds to a parameter's gradient, of which this is the node in the graph.
+def _accumulates(parameter: nn.Parameter) -> bool:
+    """Whether the backward pass that is running adds to a parameter's gradient.
 
-    torch.autograd.grad gives the gradient to its caller instead.
+    torch.autograd.grad gives it to its caller instead.
     """
     try:
-        return torch._C._will_engine_execute_node(node)
+        return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
     except RuntimeError:  # which says that torch.autograd.grad is running
         return False
 

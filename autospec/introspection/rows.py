@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from .copies import copy_model, tensors_in
 from .errors import WatchError
+from .hooks import Hook
 from .layers import LayerCall, rule_for
 
 MAX_HYPOTHESES = 64
@@ -266,9 +267,13 @@ def _twin(model: nn.Module, all_hooks: bool = False) -> nn.Module:
 
 
 def _is_part_of(modules: Collection[nn.Module], hook: Callable) -> bool:
-    """Whether a hook is torch's, as for weight normalisation or pruning, or a method of one of a model's modules."""
+    """Whether a hook is torch's, as for weight normalisation or pruning, or a method of one of a model's modules.
+
+    Or the watcher's, which does nothing in a copy, but shows torch.compile that there are hooks.
+    """
     of = getattr(hook, "__self__", None)
-    return type(hook).__module__.startswith("torch.") or (isinstance(of, nn.Module) and of in modules)
+    torchs = type(hook).__module__.startswith("torch.")
+    return torchs or isinstance(hook, Hook) or (isinstance(of, nn.Module) and of in modules)
 
 
 def whole_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
