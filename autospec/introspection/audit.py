@@ -86,13 +86,20 @@ class Audit:
         if deviation <= GUARD_TOLERANCE:
             self._found["largest_guard_deviation"] = max(self._found["largest_guard_deviation"], deviation)
             return
-        fraction = float(outside / torch.linalg.matrix_norm(pending.arrived))
+        self._outside(name, float(outside / torch.linalg.matrix_norm(pending.arrived)), stacklevel=6)
+
+    def penalised(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
+        """Note a gradient all of which came through derivatives, in a backward pass of its own."""
+        total = gradient if parameter.grad is None else gradient + parameter.grad
+        self._outside(name, float(gradient.norm() / total.norm()), stacklevel=4)
+
+    def _outside(self, name: str, fraction: float, stacklevel: int) -> None:
         if name not in self._found["outside"]:
             warnings.warn(
                 f"{fraction:.2g} of the gradient of '{name}' comes from no sample's row, and the groups' shares do not contain "
                 "it: a penalty on weights or on gradients is such a part, but a use of the weight outside its layer should be "
                 "replaced by a call of the layer, or the weight left out with layers=.",
-                stacklevel=5,
+                stacklevel=stacklevel,
             )
         self._found["outside"][name] = max(self._found["outside"].get(name, 0.0), fraction)
 
@@ -144,7 +151,9 @@ def cancels(pending: Pending) -> bool:
 def _sum_of_shares(pending: Pending) -> tuple[Tensor, float]:
     """Sum of the groups' shares, and the unit of its rounding."""
     matrices = [float64(pending.shares.matrix([key])) for key in pending.shares.counts]
-    scale = max(float(torch.linalg.matrix_norm(matrix)) for matrix in matrices)
+    total = torch.stack(matrices).sum(0)
+    # The gradient is one sum over all rows: with many groups it is larger than each of their shares.
+    scale = max(float(torch.linalg.matrix_norm(matrix)) for matrix in (*matrices, total))
     rounding = torch.finfo(pending.dtype or torch.float32).eps
     unit = rounding * scale * max(sum(pending.rows.values()), *pending.shape) ** 0.5
-    return torch.stack(matrices).sum(0), unit
+    return total, unit

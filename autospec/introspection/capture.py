@@ -241,6 +241,9 @@ class Capture:
         self._without_groups = functools.lru_cache(ROW_MAPS_KEPT)(Sorting.without_groups)
         self._backward = -1
         self._warned_twice = False
+        self._observers: list[RemovableHandle] = []
+        self._replaced = False
+        self._spread: dict[int, tuple[Tensor, Tensor]] = {}
 
     # ------------------------------------------------------------------ hooks on and off
 
@@ -259,15 +262,17 @@ class Capture:
             wanted = {key: by_place[module_name, key] for name, key in by_place if name == module_name}
             self._handles += rule.attach(module, self._on_call(module_name, wanted))
         self._handles.append(self.model.register_forward_pre_hook(Hook(self._forward_begins), with_kwargs=True))
-        self._handles.append(self.model.register_forward_hook(Hook(self._forward_ends), always_call=True))
+        self._handles.append(
+            self.model.register_forward_hook(Hook(self._forward_ends), with_kwargs=True, always_call=True)
+        )
         self._loss_scale.listen()
 
     def detach(self) -> None:
         """Remove every hook, and what is pending."""
         self._loss_scale.stop()
-        for handle in self._handles:
+        for handle in (*self._handles, *self._observers):
             handle.remove()
-        self._handles, self._owners = [], []
+        self._handles, self._observers, self._owners = [], [], []
         for layer in self.layers:
             for handle in layer.handles:
                 handle.remove()
@@ -298,6 +303,8 @@ class Capture:
             return
         self.forwards += 1
         self._same_parameters()
+        if _backward_pass() < 0:
+            self._drop_what_was_not_added()
         if not (torch.is_grad_enabled() and self.recording):
             self._forward = None
             return
@@ -315,6 +322,21 @@ class Capture:
             # A validation pass may have another batch; it matters only if a gradient comes back from it.
             self._forward = Forward(self.assignment, None, error=error)
 
+    def _drop_what_was_not_added(self) -> None:
+        """Let go of what backward passes left that have ended without adding to a weight's gradient."""
+        for layer in self.layers:
+            for use in layer.uses:
+                self._let_go(use)
+            layer.uses = []
+        self._calls = [(call, arrival) for call, arrival in self._calls if arrival.adjoints]
+
+    @staticmethod
+    def _let_go(use: Use) -> None:
+        use.arrival.adjoints = []
+        use.call.forget()
+        if use.arrival.inputs_were_held and not use.call.inputs_are_held:
+            use.call.release()  # the graph has been freed
+
     def _same_parameters(self) -> None:
         """Refuse parameters that were replaced or moved inside the block: their hooks stayed behind."""
         for layer, owner, key, device in self._owners:
@@ -328,11 +350,23 @@ class Capture:
                     "move the model before it."
                 )
 
-    def _forward_ends(self, *_: Any) -> None:
-        if not self._paused:
-            self._forward = None
+    def _forward_ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._paused:
+            return
+        forward, self._forward = self._forward, None
+        self._spread = {}
+        for handle in self._observers:
+            handle.remove()
+        self._observers = []
+        if self._replaced and forward is not None and output is not None:
+            try:
+                forward.row_map = self._row_map(args, kwargs, all_hooks=True)
+            except WatchError as error:
+                if model.training:
+                    raise
+                forward.error = error
 
-    def _row_map(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RowMap | None:
+    def _row_map(self, args: tuple[Any, ...], kwargs: dict[str, Any], all_hooks: bool = False) -> RowMap | None:
         if self.assignment is None:
             return None
         learned = [layer for layer in self.layers if layer.parameter.requires_grad]
@@ -346,10 +380,10 @@ class Capture:
             self._by_content.clear()
             self._sortings = (None, None, {})
         content = self._content(signature, args, kwargs)
-        if (signature, content) not in self._row_maps:
+        if all_hooks or (signature, content) not in self._row_maps:
             self._paused, begin = True, time.perf_counter()
             try:
-                found = map_rows(self.model, args, kwargs, samples, watched, self._batch_dim)
+                found = map_rows(self.model, args, kwargs, samples, watched, self._batch_dim, all_hooks)
             finally:
                 self._paused = False
                 self.seconds += time.perf_counter() - begin
@@ -358,7 +392,46 @@ class Capture:
             self._row_maps[signature, content] = found
             assert self.groups is not None
             self.audit.probed(found, self.groups.missing)
+            self._observe(found.without_hooks)
         return self._row_maps[signature, content]
+
+    def _observe(self, names: Sequence[str]) -> None:
+        """Notice, in the forward pass that begins, hooks that replace something, and so may move rows.
+
+        The copy that traced the rows did not have these hooks, because they act on what is outside of the model.
+        """
+        self._replaced = False
+        modules = dict(self.model.named_modules())
+        for module in (
+            modules[name] for name in names if name
+        ):  # the model's own have been called, or come too late to matter
+            given: list[Any] = []
+            made: list[Any] = []
+
+            def begins(_: nn.Module, args: Any, kwargs: Any, given: list[Any] = given) -> None:
+                given[:] = [*args, *kwargs.values()]
+
+            def goes_on(_: nn.Module, args: Any, kwargs: Any, given: list[Any] = given) -> None:
+                self._note_replaced(given, [*args, *kwargs.values()])
+
+            def ends(_: nn.Module, __: Any, output: Any, made: list[Any] = made) -> None:
+                made[:] = [output]
+
+            def goes_out(_: nn.Module, __: Any, output: Any, made: list[Any] = made) -> None:
+                # What the watcher itself put in place is no hook's of the user's.
+                self._note_replaced(made, [self._spread[id(output)][1] if id(output) in self._spread else output])
+
+            self._observers += [
+                module.register_forward_pre_hook(Hook(begins), prepend=True, with_kwargs=True),
+                module.register_forward_pre_hook(Hook(goes_on), with_kwargs=True),
+                module.register_forward_hook(Hook(ends), prepend=True),
+                module.register_forward_hook(Hook(goes_out)),
+            ]
+
+    def _note_replaced(self, before: list[Any], after: list[Any]) -> None:
+        same = len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
+        self._replaced = self._replaced or not same
+        before.clear()
 
     def _content(self, signature: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """What the inputs contain that the rows go by, as far as is known of inputs of this kind."""
@@ -407,8 +480,10 @@ class Capture:
             along = forward.row_map.shared.get((module_name, "weight"))
             if along is not None:
                 assert forward.assignment is not None
+                output = call.outputs[0]
                 call = call.for_each_sample(len(forward.assignment.cells), along.dim, along.new)
                 replacement = call.outputs[0]
+                self._spread[id(replacement)] = (replacement, output)
         # The first module that a tensor enters sees data; what it computes of them depends on weights.
         constants = {key: self._constant(call.constant(key), forward.assignment) for key in learned}
         versions = [tensor._version for tensor in call.inputs]
@@ -423,7 +498,9 @@ class Capture:
                 return
             backward = _backward_pass()
             # What this pass builds a graph of may come back in a gradient without passing here: a penalty on gradients.
-            self.differentiated = self.differentiated or torch.is_grad_enabled()
+            if torch.is_grad_enabled() and not self.differentiated:
+                self.differentiated = True
+                self._note_what_was_added()
             refusal = forward.error
             if refusal is None and not call.inputs:
                 # If it was an earlier backward pass that freed the graph, torch is about to say so itself.
@@ -472,11 +549,21 @@ class Capture:
         """Whether the shares of this step are compared with the gradient that arrived."""
         return self.audited is not None or self.differentiated
 
+    def _note_what_was_added(self) -> None:
+        """Begin to compare shares with gradients in the middle of a step, where it began without gradients and unscaled."""
+        for layer in self.layers:
+            pending, gradient = layer.pending, layer.parameter.grad
+            if pending is None or gradient is None or not (pending.unnoted and pending.began_empty):
+                continue
+            if not (self.masked or self._loss_scale.was_used or gradient.is_sparse):
+                pending.arrived = float64(gradient).reshape(layer.shape).clone()
+                pending.unnoted = False
+
     def _gradient_hook(self, layer: WatchedLayer) -> Callable[[Tensor], None]:
         def gradient_arrives(gradient: Tensor) -> None:
             if self._active and self.recording:
                 if not _accumulates(layer.parameter):
-                    self.returned = True
+                    self._pass_over(layer)
                     return
                 begin = time.perf_counter()
                 self._gather(layer, gradient.detach())
@@ -484,12 +571,25 @@ class Capture:
 
         return gradient_arrives
 
+    def _pass_over(self, layer: WatchedLayer) -> None:
+        """Let go of what came with a gradient that is returned instead of added."""
+        self.returned = True
+        passed = [use for use in layer.uses if use.backward == _backward_pass()]
+        layer.uses = [use for use in layer.uses if use.backward != _backward_pass()]
+        for use in passed:
+            use.arrival.waiting -= 1
+            if not use.arrival.waiting:
+                self._let_go(use)
+
     def _gather(self, layer: WatchedLayer, gradient: Tensor) -> None:
         """Add one backward pass to what is pending for a parameter."""
         # Another backward pass, for the inputs' gradient say, may have crossed the layer without reaching here.
         uses, layer.uses = [use for use in layer.uses if use.backward == _backward_pass()], []
         if layer.refusal is not None and layer.refusal[0] == _backward_pass():
             raise layer.refusal[1]
+        if not uses and self.differentiated:
+            self.audit.penalised(layer.name, layer.parameter, gradient)
+            return
         if not uses:
             raise WatchError(
                 f"a gradient reached '{layer.name}' that did not come through its layer's forward pass: the "
@@ -502,6 +602,7 @@ class Capture:
                 self._give_up_sorted(source)
         before = layer.pending
         pending = layer.pending = before or self.make_pending(layer.shape, self.workspace)
+        pending.began_empty = pending.began_empty or (before is None and layer.parameter.grad is None)
         # Several losses of one forward pass have the same samples.
         first = [use.forward for use in uses if id(use.forward) not in layer.passes]
         layer.passes |= {id(forward): forward for forward in first}
@@ -518,10 +619,7 @@ class Capture:
             use.arrival.waiting -= 1
             if not use.arrival.waiting:
                 self._input_was_read(use)
-                use.arrival.adjoints = []
-                use.call.forget()
-                if use.arrival.inputs_were_held and not use.call.inputs_are_held:
-                    use.call.release()  # the graph has been freed
+                self._let_go(use)
                 self.workspace.forget(column_gram, [there.result for there in self._sorted_inputs.values()])
                 if (
                     self._latest_adjoint is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from .tracked import Block, leading_values, worthwhile
 from .tree import Record
 
 CONTRASTS = ("contrast", "cosine", "angles")
+# Pairs of groups from which on their places in the tree take seconds.
+MANY_PAIRS = 200
 # Decompositions are put off until there are this many steps, or this much memory of Gram matrices, to solve together.
 STEPS_TOGETHER = 16
 BYTES_TOGETHER = 2**23
@@ -90,6 +93,13 @@ class Measurement:
             (a, b) for a, b in itertools.combinations(range(1, len(names)), 2) if groupings[a] == groupings[b]
         ]
         self._cells = ((), [])
+        compared = [name for name in CONTRASTS if name in self.statistics]
+        if compared and len(self.pairs) > MANY_PAIRS:
+            warnings.warn(
+                f"{', '.join(compared)}: {len(self.pairs)} pairs of groups are compared at every layer, each with a place of its own "
+                "in the tree, which takes long to write and to read: choose coarser groups.",
+                stacklevel=5,
+            )
 
     def forget(self) -> None:
         """Let go of what is kept from step to step."""

@@ -718,7 +718,7 @@ class Pending:
         self.dtype: torch.dtype | None = None
         self.exact: dict[bytes, Tensor] = {}
         self.arrived: Tensor | None = None
-        self.unnoted = False
+        self.unnoted = self.began_empty = False
         self.by_kernel: Tensor | None = None
         self._widths: dict[str, dict[int, int]] = {"activation": {}, "adjoint": {}}
         self._given_up: set[str] = set()

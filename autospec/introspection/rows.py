@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -31,6 +32,8 @@ from .layers import LayerCall, rule_for
 MAX_HYPOTHESES = 64
 # From so many samples on one pass shows whether the model shuffles them.
 MANY_SAMPLES = 12
+# As many others at most a sample is mixed with: one by the order, and one by the order the other way round.
+MIXED_WITH = 2
 
 Place = tuple[str, str]
 """A module's name and the parameter's name in it."""
@@ -81,6 +84,8 @@ class RowMap:
     by_content : tuple of int
         Which of `whole_numbers` hold only for what they contain now: a model that sorts by length, or that has a layer for
         each scanner, gives other rows to a sample whose length or scanner is another.
+    without_hooks : tuple of str
+        Modules with hooks that the probe's copy did not have.
     """
 
     samples: dict[Place, list[np.ndarray]]
@@ -88,6 +93,7 @@ class RowMap:
     batch_dims: tuple[int, ...]
     shared: Mapping[Place, Along] = field(default_factory=dict)
     by_content: tuple[int, ...] = ()
+    without_hooks: tuple[str, ...] = ()
 
 
 def code_words(count: int) -> np.ndarray:
@@ -141,6 +147,7 @@ def map_rows(
     samples: int,
     watched: Collection[Place],
     batch_dim: int | None = None,
+    all_hooks: bool = False,
 ) -> RowMap:
     """Find which rows of every watched layer's input belong to which sample.
 
@@ -156,6 +163,8 @@ def map_rows(
         Module and parameter names of the matrices that are watched.
     batch_dim : int, optional
         The dimension of the inputs that indexes samples, where several have that size.
+    all_hooks : bool
+        Whether the copy has all hooks, also those that act on what is outside of the model.
 
     Returns
     -------
@@ -175,7 +184,7 @@ def map_rows(
     if batch_dim is not None:
         for position in [i for i, dims in enumerate(choices) if dims != (None,)][1:]:
             choices[position] = (*choices[position], None)
-    twin = _twin(model)
+    twin = _twin(model, all_hooks)
     words = code_words(samples)
     accepted: list[tuple[Reading, dict[Place, list[np.ndarray]]]] = []
     reason = ""
@@ -187,7 +196,10 @@ def map_rows(
         except WatchError:
             raise
         except Exception:  # without a hook that brings its input into form, say
-            twin = _twin(model, all_hooks=True)
+            if all_hooks:
+                raise
+            all_hooks = True
+            twin = _twin(model, all_hooks)
             lookups = _lookups(twin, args, kwargs, watched)
         likely = [_likely(shape, samples, batch_dim) for shape in lookups.values()]
         if not any(dims != (None,) for dims in choices) and not any(
@@ -226,7 +238,9 @@ def map_rows(
                     _same_result(model, twin, args, kwargs, reading, samples)
                     accepted.append((reading, found))
                 except WatchError as error:
-                    reason = reason or str(error)
+                    spread = [place for place, along in alongs.items() if along.shared and along.marked]
+                    failed = error.__cause__ is not None and bool(spread)
+                    reason = reason or str(_cannot_be_spread(spread[0]) if failed else error)
             if accepted:
                 break
     if not accepted:
@@ -240,10 +254,12 @@ def map_rows(
     reading, found = accepted[0]
     with generators_kept(inputs), torch.set_grad_enabled(attention):
         by_content = _by_content(twin, args, kwargs, inputs, reading, words, watched, found)
-        if model.training and samples > 1:
+        # With several processes the model may talk to the others, who have no pass to spare at the same time.
+        if model.training and samples > 1 and not _several_processes():
             _refuse_mixing_in_training(model, twin, args, kwargs, inputs, reading, samples, watched, found)
     shared = {place: along for place, along in reading.lookups.items() if along.shared}
-    return RowMap(found, len(words), reading.batch_dims, shared, by_content)
+    without_hooks = () if all_hooks else tuple(_modules_with_other_hooks(model))
+    return RowMap(found, len(words), reading.batch_dims, shared, by_content, without_hooks)
 
 
 def _twin(model: nn.Module, all_hooks: bool = False) -> nn.Module:
@@ -274,6 +290,18 @@ def _is_part_of(modules: Collection[nn.Module], hook: Callable) -> bool:
     of = getattr(hook, "__self__", None)
     torchs = type(hook).__module__.startswith("torch.")
     return torchs or isinstance(hook, Hook) or (isinstance(of, nn.Module) and of in modules)
+
+
+def _modules_with_other_hooks(model: nn.Module) -> Iterator[str]:
+    own = set(model.modules())
+    for name, module in model.named_modules():
+        hooks = itertools.chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
+        if any(not _is_part_of(own, hook) for hook in hooks):
+            yield name
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def whole_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -310,16 +338,19 @@ def _by_content(
         return ()
     moved = [_moved(tensor, samples) for tensor in numbers]
     same = [torch.equal(before, after) for before, after in zip(numbers, moved, strict=True)]
-    if not all(same):
-        given = {id(before): after for before, after in zip(numbers, moved, strict=True)}
+
+    def lasting(chosen: Sequence[int]) -> bool:
+        given = {id(numbers[i]): moved[i] for i in chosen}
         try:
             other = _probe(twin, _replaced(args, given), _replaced(kwargs, given), inputs, reading, words, watched)
-            lasting = _same(found, other)
         except WatchError:
-            lasting = False
-        if not lasting:
-            return tuple(range(len(numbers)))
-    return tuple(itertools.compress(range(len(numbers)), same))
+            return False
+        return _same(found, other)
+
+    told = [i for i, alike in enumerate(same) if not alike]
+    # All of them at once, and, where rows move, each of them.
+    go_by = [] if not told or lasting(told) else [i for i in told if len(told) == 1 or not lasting([i])] or told
+    return tuple(sorted({*go_by, *itertools.compress(range(len(numbers)), same)}))
 
 
 @dataclass(frozen=True)
@@ -385,10 +416,7 @@ def _same_result(
     shared = [place for place, along in reading.lookups.items() if along.shared]
     if not shared:
         return
-    refusal = WatchError(
-        f"The table '{shared[0][0]}' is shared by all samples in a way that cannot be followed to each of them: index it "
-        "with torch.arange(positions).unsqueeze(0) and add the result to the samples' values, or leave it out with layers=."
-    )
+    refusal = _cannot_be_spread(shared[0])
     buffers = [buffer.clone() for buffer in twin.buffers()]
     twin.train(model.training)
     try:
@@ -410,6 +438,13 @@ def _same_result(
             raise refusal
 
 
+def _cannot_be_spread(place: Place) -> WatchError:
+    return WatchError(
+        f"The table '{place[0]}' is shared by all samples in a way that cannot be followed to each of them: index it "
+        "with torch.arange(positions).unsqueeze(0) and add the result to the samples' values, or leave it out with layers=."
+    )
+
+
 @contextmanager
 def _lookups_marked(twin: nn.Module, reading: Reading, samples: int, word: np.ndarray | None) -> Iterator[None]:
     """Spread lookups that samples share, and make NaN what belongs to the samples of a word."""
@@ -429,7 +464,7 @@ def _lookups_marked(twin: nn.Module, reading: Reading, samples: int, word: np.nd
             chosen = torch.from_numpy(np.flatnonzero(word)).to(output.device)
             return output.detach().clone().index_fill_(along.dim, chosen, math.nan)
 
-        handles.append(module.register_forward_hook(hook, prepend=True))
+        handles.append(module.register_forward_hook(hook))
     try:
         yield
     finally:
@@ -473,8 +508,9 @@ def _probe(
             )
         found[key] = []
         for call, marks in enumerate(passes[0][key]):
-            samples = decode(np.stack([seen[key][call].reshape(-1) for seen in passes]), words)
-            samples = _filled(samples.reshape(marks.shape), words.shape[1]).reshape(-1)
+            patterns = np.stack([seen[key][call] for seen in passes])
+            decoded = decode(patterns.reshape(len(words), -1), words).reshape(marks.shape)
+            samples = _filled(decoded, patterns, words).reshape(-1)
             if (samples == -2).any():
                 raise WatchError(f"Rows of the input of '{key[0] or key[1]}' mix several samples.")
             if (samples == -1).any():
@@ -498,7 +534,7 @@ def _marked_pass(
         marked[id(tensor)] = _finite(tensor.detach())
         if dim is not None:
             marked[id(tensor)].index_fill_(dim, torch.from_numpy(np.flatnonzero(word)).to(tensor.device), math.nan)
-    with _nan_rows(twin, watched) as seen, _lookups_marked(twin, reading, len(word), word):
+    with _lookups_marked(twin, reading, len(word), word), _nan_rows(twin, watched) as seen:
         twin(*_replaced(args, marked), **_replaced(kwargs, marked))
     return seen
 
@@ -519,35 +555,47 @@ def _refuse_mixing_in_training(
     Such a model shuffles or mixes its batch.  Statistics of the batch reach every row and are no reason to refuse; torch's
     own normalisation is left in evaluation mode, so that what comes after it can be seen.
     """
-    for module, copied in zip(model.modules(), twin.modules(), strict=True):
-        copied.training = module.training and not isinstance(module, _BatchNorm)
-    draw = np.random.default_rng(0)
-    # A random order leaves half of the samples among themselves once in (samples over half of them) times.
-    for _ in range(1 if samples >= MANY_SAMPLES else 3):
-        word = draw.permutation(samples) < samples // 2
-        try:
-            seen = _marked_pass(twin, args, kwargs, inputs, reading, word, watched)
-        except Exception:  # not every model can be trained on NaN
-            return
+    training = {name: module.training for name, module in model.named_modules()}
+    for name, module in twin.named_modules():
+        module.training = training.get(name, True) and not isinstance(module, _BatchNorm)
+
+    def reached(word: np.ndarray) -> Iterator[tuple[Place, int]]:
+        """Uses of which rows of samples that are not marked turn NaN, and of how many samples."""
+        seen = _marked_pass(twin, args, kwargs, inputs, reading, word, watched)
         for key, calls in found.items():
-            if len(seen.get(key, ())) != len(calls):
-                continue
-            for rows, marks in zip(calls, seen[key], strict=True):
-                reached = marks.reshape(-1)
-                if len(reached) == len(rows) and not reached.all() and reached[~word[rows]].any():
-                    raise WatchError(
-                        f"In training mode rows of the input of '{key[0] or key[1]}' depend on other samples than in evaluation "
-                        "mode: the model shuffles or mixes its batch. Do so before it is called, with labels in the new order; "
-                        "or give rows=, or leave the layer out with layers=."
-                    )
+            if len(seen.get(key, ())) == len(calls):
+                for rows, marks in zip(calls, seen[key], strict=True):
+                    nan = marks.reshape(-1)
+                    if len(nan) == len(rows) and not nan.all() and nan[~word[rows]].any():
+                        yield key, len(np.unique(rows[nan & ~word[rows]]))
+
+    draw = np.random.default_rng(0)
+    try:
+        # A random order leaves half of the samples among themselves once in (samples over half of them) times.
+        half = [draw.permutation(samples) < samples // 2 for _ in range(1 if samples >= MANY_SAMPLES else 3)]
+        places = [key for word in half for key, _ in reached(word)]
+        one = [draw.permutation(samples) < 1 for _ in range(3)] if places else []
+        by_place = [pair for word in one for pair in reached(word)]
+    except Exception:  # not every model can be trained on NaN
+        return
+    # One sample reaches the one or two that it is exchanged or mixed with, but all that share a statistic.
+    if places and (not by_place or min(count for _, count in by_place) <= MIXED_WITH):
+        name = places[0][0] or places[0][1]
+        raise WatchError(
+            f"In training mode rows of the input of '{name}' depend on other samples than in evaluation mode: the model shuffles or "
+            "mixes its batch. Do so before it is called, with labels in the new order; or give rows=, or leave the layer out with "
+            "layers=."
+        )
 
 
-def _filled(samples: np.ndarray, count: int) -> np.ndarray:
-    """Give rows that depend on no sample, such as a learned token put before each sequence, to the sample of their slice.
+def _filled(samples: np.ndarray, patterns: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Give rows that depend on no sample to the sample of their slice; such as a learned token put before each sequence.
 
-    This needs one dimension along which slice i holds rows of sample i, at least one, and of no other sample.
+    Or on none in some passes, such as tokens of which some are masked at random.  This needs one dimension along which slice i
+    holds rows of no other sample than i, and in each pass in which sample i is marked a row that shows it.
     """
-    unknown = samples == -1
+    unknown = samples < 0
+    count = words.shape[1]
     if not unknown.any() or unknown.all():
         return samples
     for dim, size in enumerate(samples.shape):
@@ -555,8 +603,10 @@ def _filled(samples: np.ndarray, count: int) -> np.ndarray:
             continue
         shape = [count if axis == dim else 1 for axis in range(samples.ndim)]
         expected = np.arange(count).reshape(shape)
-        others = tuple(axis for axis in range(samples.ndim) if axis != dim)
-        if ((samples == expected) | unknown).all() and not unknown.all(axis=others).any():
+        others = tuple(axis + 1 for axis in range(samples.ndim) if axis != dim)
+        of_another = (patterns & ~words.reshape(len(words), *shape)).any(0)
+        known = (samples == expected) | (unknown & ~of_another)
+        if known.all() and np.array_equal(patterns.any(axis=others), words):
             return np.where(unknown, expected, samples)
     return samples
 

@@ -22,6 +22,11 @@ class LossScale:
     def __init__(self) -> None:
         self._found: tuple[int, Tensor | None] = (-1, None)
 
+    @property
+    def was_used(self) -> bool:
+        """Whether any loss has been scaled."""
+        return self._found[0] >= 0
+
     def of(self, backward: int) -> Tensor | None:
         """Scale of a backward pass, a tensor that holds one number; None where it is not scaled."""
         number, scale = self._found

@@ -262,3 +262,9 @@ def test_a_layer_called_in_a_loop_has_a_position_for_each_call():
 def test_a_layer_without_positions_has_none():
     tree = record(problem(nn.Linear(7, 5), normal(N, 7)), per_position=True)
     assert "gradient_by_position" not in tree["layers/weight"]
+
+
+def test_very_many_pairs_of_groups_are_warned_of():
+    labels = [f"site {i}" for i in range(25)]
+    with pytest.warns(UserWarning, match="contrast: 300 pairs of groups are compared"):
+        autospec.watch(torch.nn.Linear(3, 2), labels, statistics=["gradient", "contrast"])

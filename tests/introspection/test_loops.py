@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+import weakref
 from contextlib import nullcontext
 
 import numpy as np
@@ -138,6 +139,41 @@ def test_a_penalty_on_gradients_is_reported_at_whatever_step_it_comes():
     assert min(outside.values()) > 0.5
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.LeakyReLU])
+def test_a_penalty_with_a_backward_pass_of_its_own_is_reported(activation, order):
+    def model():
+        made = network()
+        made[1] = activation()
+        return made
+
+    def penalty():
+        x = batch().requires_grad_()
+        (slope,) = torch.autograd.grad(watched(x).sum(), x, create_graph=True)
+        slope.square().sum().backward()
+
+    def losses():
+        for part in (penalty, lambda: loss_of(watched(batch())).backward())[:: 1 if order == "before" else -1]:
+            part()
+
+    watched = model()
+    with autospec.watch(watched, LABELS, quiet=True, steps=[1]) as watcher:
+        for _ in range(2):
+            watched.zero_grad()
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                losses()
+                watcher.step()
+    assert ["penalty on weights or on gradients" in str(each.message) for each in said] == [True, True]
+    tree = watcher.trajectories
+    assert set(tree.attrs["audit"]["outside"]) == set(LAYERS)
+    if activation is nn.LeakyReLU:  # whose second derivative is zero: nothing of the penalty comes by rows
+        expected = record(Problem(model(), batch(), loss_of, LABELS))
+        for layer in LAYERS:
+            found, alone = (spectrum(each, layer, "gradient", "a", step=0) for each in (tree, expected))
+            assert error(found, alone) < 1e-6
+
+
 def test_a_second_derivative_that_is_only_looked_at_is_no_penalty():
     expected = record(Problem(network(), batch(), loss_of, LABELS))
     model = network()
@@ -249,6 +285,74 @@ def test_a_function_that_is_a_hook_may_bring_the_input_into_form():
     assert_same(watcher.trajectories, record(Problem(plain, batch(), loss_of, LABELS)))
 
 
+def turned(_, __, output):
+    return output.flip(0)
+
+
+def centred(_, __, output):
+    return output - output.mean(0)
+
+
+def mixed_in_training(module, _, output):
+    return output + output[torch.randperm(len(output))] if module.training else output
+
+
+def test_a_hook_that_moves_rows_is_followed():
+    model = network()
+    model[1].register_forward_hook(turned)
+    model[0].register_forward_pre_hook(lambda _, args: (args[0].flip(0),))
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for _ in range(2):
+            model.zero_grad()
+            loss_of(model(batch())).backward()
+            watcher.step()
+    where = members(LABELS, N)
+    hidden = torch.tanh(nn.functional.linear(batch(), model[0].weight, model[0].bias)).detach()
+    for step in range(2):
+        for group in "abc":
+            for name, rows in (("0.weight", batch()), ("2.weight", hidden)):
+                found = spectrum(watcher.trajectories, name, "activation", group, step)
+                expected = svdvals(rows[torch.from_numpy(where[group])])
+                assert error(found[: len(expected)], expected[: len(found)]) < 1e-6, (step, group, name)
+
+
+@pytest.mark.parametrize("hook", [centred, mixed_in_training])
+def test_a_hook_that_mixes_samples_is_refused(hook):
+    model = network()
+    model[1].register_forward_hook(hook)
+    with autospec.watch(model, LABELS, quiet=True), pytest.raises(WatchError, match=r"several samples|other samples"):
+        model(batch())
+
+
+class Positions(nn.Module):
+    """Adds a table that all samples share."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.inner, self.table, self.head, self.form = nn.Linear(7, 6), nn.Embedding(3, 6), nn.Linear(6, 2), form
+
+    def forward(self, x):
+        place = torch.arange(x.shape[1])
+        added = self.table(place.unsqueeze(0)) if self.form == "before" else self.table(place).unsqueeze(0)
+        return self.head(torch.tanh(self.inner(x) + added))
+
+
+def test_hooks_on_a_shared_table_see_it_as_it_is():
+    model, seen = Positions("before"), []
+    model.table.register_forward_hook(lambda _, __, output: seen.append(output.shape))
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        model(torch.randn(N, 3, 7)).square().sum().backward()
+        watcher.step()
+    assert seen == [(1, 3, 6)]
+    assert error(spectrum(watcher.trajectories, "table.weight", "gradient"), svdvals(model.table.weight.grad)) < 1e-6
+
+
+def test_a_shared_table_that_cannot_be_spread_is_refused_with_the_way_out():
+    model = Positions("after")
+    with autospec.watch(model, LABELS), pytest.raises(WatchError, match="The table 'table' is shared by all samples"):
+        model(torch.randn(N, 3, 7))
+
+
 def test_a_hook_that_replaces_the_output_of_a_layer_is_after_it():
     model = network()
     model[0].register_forward_hook(lambda _, __, output: 2 * output)
@@ -306,6 +410,57 @@ def test_an_interruption_within_attention_leaves_nothing_behind(monkeypatch):
     with pytest.raises(KeyboardInterrupt), autospec.watch(model, quiet=True):
         model(torch.randn(4, 3, 8))
     assert len(_get_current_function_mode_stack()) == before
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_gradients_on_the_side_keep_nothing_alive(kept):
+    model = network()
+    alive = []
+
+    def note(_, __, output):
+        alive.append(weakref.ref(output))
+
+    model[1].register_forward_hook(note)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for _ in range(4):
+            loss = loss_of(model(batch()))
+            for _ in range(1 + kept):
+                torch.autograd.grad(loss, list(model.parameters()), retain_graph=kept)
+            del loss
+        loss = loss_of(model(batch()))
+        assert sum(each() is not None for each in alive) == 1
+        calls = len(watcher._capture._calls)
+        loss.backward()
+        watcher.step()
+    assert calls <= 2
+
+
+def test_a_layer_that_is_made_at_the_first_call_does_not_disturb():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(7, 5)
+
+        def forward(self, x):
+            hidden = self.inner(x)
+            if not hasattr(self, "act"):
+                self.act = nn.Tanh()
+            return self.act(hidden)
+
+    problem = Problem(Late(), batch(), loss_of, LABELS)
+    assert_exact(record(problem), problem, members(LABELS, N))
+
+
+def test_weights_that_change_their_type_within_the_block_are_followed():
+    model = network()
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for x in (batch(), batch().double(), batch()):
+            model.to(x.dtype)
+            model.zero_grad()
+            loss_of(model(x)).backward()
+            watcher.step()
+    found = watcher.trajectories["layers/0.weight/gradient"].values
+    assert np.abs(found[1:] - found[0]).max() < 1e-6 * found.max()
 
 
 class Unpadded(nn.Module):

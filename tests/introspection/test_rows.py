@@ -340,10 +340,66 @@ def dropped(x):
     return torch.where(torch.rand(len(x), 1) < 0.5, 0.0, x)
 
 
-@pytest.mark.parametrize("does", [normalised, dropped, nn.BatchNorm1d(4), nn.Dropout(0.5)])
+def filled(x):
+    return torch.where(torch.rand(len(x), 1) < 0.5, x.mean(), x)
+
+
+@pytest.mark.parametrize("does", [normalised, dropped, filled, nn.BatchNorm1d(4), nn.Dropout(0.5)])
 def test_statistics_of_the_batch_and_dropout_are_no_mixing_in_training(does):
-    tree = record(Problem(Shuffled(does), torch.randn(N, 6), mean_square, LABELS))
+    labels = ["a", "b"] * 20
+    tree = record(Problem(Shuffled(does), torch.randn(40, 6), mean_square, labels))
     assert np.isfinite(spectrum(tree, "head.weight", "gradient", "a")).all()
+
+
+class Masked(nn.Module):
+    """Puts a learned token in place of some of each sample's, drawn anew every time."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.inner = nn.Parameter(torch.randn(6)), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.inner(torch.where(torch.rand(*x.shape[:2], 1) < 0.6, self.token, x))
+
+
+@pytest.mark.parametrize("batch_dim", [0, 1])
+def test_tokens_that_are_masked_at_random_go_to_the_sample_of_their_slice(batch_dim):
+    x = torch.randn(N, T + 3, 6) if batch_dim == 0 else torch.randn(T + 3, N, 6)
+    model, where = Masked(), members(LABELS, N)
+    seen = []
+    model.inner.register_forward_hook(lambda _, args, __: seen.append(args[0].detach()))
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        mean_square(model(x)).backward()
+        watcher.step()
+    for group in "ab":
+        rows = seen[-1].movedim(batch_dim, 0)[torch.from_numpy(where[group])].reshape(-1, 6)
+        found = spectrum(watcher.trajectories, "inner.weight", "activation", group)
+        assert error(found, svdvals(rows)[: len(found)]) < 1e-6
+
+
+def test_one_number_that_rows_go_by_does_not_let_the_others_count(monkeypatch):
+    class Tasks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.heads = nn.Embedding(30, 6), nn.ModuleList([nn.Linear(6, 3) for _ in range(2)])
+
+        def forward(self, tokens, task):
+            return self.heads[int(task)](self.table(tokens).sum(1))
+
+    probes = []
+
+    def counted(*args):
+        probes.append(args)
+        return map_rows(*args)
+
+    monkeypatch.setattr("autospec.introspection.capture.map_rows", counted)
+    model = Tasks()
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for task in (1, 1, 1, 0, 0, 1):
+            model.zero_grad()
+            mean_square(model(torch.randint(30, (N, T)), torch.tensor(task))).backward()
+            watcher.step()
+    assert len(probes) == 2
 
 
 def test_a_model_that_cannot_be_trained_on_nan_is_traced_in_evaluation_mode_alone():

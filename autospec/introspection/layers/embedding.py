@@ -100,4 +100,5 @@ class EmbeddingRule:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             return on_call(LookupCall(module, args[0] if args else kwargs["input"], output))
 
-        return [module.register_forward_hook(Hook(hook), with_kwargs=True, prepend=True)]
+        # After the user's hooks, who are not to see an output that is spread over the samples.
+        return [module.register_forward_hook(Hook(hook), with_kwargs=True)]
