@@ -24,7 +24,7 @@ from .hooks import Hook
 from .layers import LayerCall, LookupCall, rule_for
 from .parameters import WatchedParameter
 from .pending import Layout, Pending, Sorting
-from .rows import Place, RowMap, map_rows, whole_numbers
+from .rows import Place, RowMap, map_rows, several_processes, whole_numbers
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
 from .workspace import Where, Workspace, where
@@ -291,7 +291,7 @@ class Capture:
             arrival.adjoints = []
         self._calls = []
         self._latest_adjoint = None
-        self._sorted_inputs = {}
+        self._sorted_inputs, self._spread = {}, {}
         self.differentiated = self.returned = False
         if self.recording:  # a step between two records needs nothing, and gives nothing up
             self.workspace.take_back()
@@ -402,9 +402,8 @@ class Capture:
         """
         self._replaced = False
         modules = dict(self.model.named_modules())
-        for module in (
-            modules[name] for name in names if name
-        ):  # the model's own have been called, or come too late to matter
+        # Hooks of the model as a whole have been called already, or come after all layers.
+        for module in [modules[name] for name in names if name]:
             given: list[Any] = []
             made: list[Any] = []
 
@@ -550,12 +549,14 @@ class Capture:
         return self.audited is not None or self.differentiated
 
     def _note_what_was_added(self) -> None:
-        """Begin to compare shares with gradients in the middle of a step, where it began without gradients and unscaled."""
+        """Begin to compare shares with gradients in the middle of a step, where these are its own sum."""
+        if self.masked or self._loss_scale.was_used or several_processes():
+            return
         for layer in self.layers:
             pending, gradient = layer.pending, layer.parameter.grad
-            if pending is None or gradient is None or not (pending.unnoted and pending.began_empty):
+            if pending is None or gradient is None or gradient.is_sparse:
                 continue
-            if not (self.masked or self._loss_scale.was_used or gradient.is_sparse):
+            if pending.unnoted and pending.began_empty:
                 pending.arrived = float64(gradient).reshape(layer.shape).clone()
                 pending.unnoted = False
 

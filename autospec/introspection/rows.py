@@ -255,7 +255,7 @@ def map_rows(
     with generators_kept(inputs), torch.set_grad_enabled(attention):
         by_content = _by_content(twin, args, kwargs, inputs, reading, words, watched, found)
         # With several processes the model may talk to the others, who have no pass to spare at the same time.
-        if model.training and samples > 1 and not _several_processes():
+        if model.training and samples > 1 and not several_processes():
             _refuse_mixing_in_training(model, twin, args, kwargs, inputs, reading, samples, watched, found)
     shared = {place: along for place, along in reading.lookups.items() if along.shared}
     without_hooks = () if all_hooks else tuple(_modules_with_other_hooks(model))
@@ -300,7 +300,8 @@ def _modules_with_other_hooks(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _several_processes() -> bool:
+def several_processes() -> bool:
+    """Whether this process trains together with others."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
