@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -186,7 +186,7 @@ def map_rows(
             choices[position] = (*choices[position], None)
     twin = _twin(model, all_hooks)
     words = code_words(samples)
-    accepted: list[tuple[Reading, dict[Place, list[np.ndarray]]]] = []
+    accepted: list[tuple[_Probe, dict[Place, list[np.ndarray]]]] = []
     reason = ""
     # In evaluation without gradients attention takes a short cut that no hook sees.
     attention = any(isinstance(module, nn.MultiheadAttention) for module in twin.modules())
@@ -232,11 +232,11 @@ def map_rows(
                     continue
                 if batch_dim is not None and accepted:
                     break
-                reading = Reading(dims, alongs)
+                probe = _Probe(twin, args, kwargs, inputs, Reading(dims, alongs), watched)
                 try:
-                    found = _probe(twin, args, kwargs, inputs, reading, words, watched)
-                    _same_result(model, twin, args, kwargs, reading, samples)
-                    accepted.append((reading, found))
+                    found = probe.rows(words)
+                    _same_result(model, twin, args, kwargs, probe.reading, samples)
+                    accepted.append((probe, found))
                 except WatchError as error:
                     spread = [place for place, along in alongs.items() if along.shared and along.marked]
                     failed = error.__cause__ is not None and bool(spread)
@@ -246,17 +246,18 @@ def map_rows(
     if not accepted:
         raise WatchError(f"{reason} Say where the samples are with batch_dim= or rows=.")
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
-        readings = " or ".join(str(reading.batch_dims) for reading, _ in accepted)
+        readings = " or ".join(str(probe.reading.batch_dims) for probe, _ in accepted)
         raise WatchError(
             f"the samples could lie along more than one dimension of the model's inputs ({readings}): "
             "say which with batch_dim=."
         )
-    reading, found = accepted[0]
+    probe, found = accepted[0]
     with generators_kept(inputs), torch.set_grad_enabled(attention):
-        by_content = _by_content(twin, args, kwargs, inputs, reading, words, watched, found)
+        by_content = _by_content(probe, words, found)
         # With several processes the model may talk to the others, who have no pass to spare at the same time.
         if model.training and samples > 1 and not several_processes():
-            _refuse_mixing_in_training(model, twin, args, kwargs, inputs, reading, samples, watched, found)
+            _refuse_mixing_in_training(model, probe, samples, found)
+    reading = probe.reading
     shared = {place: along for place, along in reading.lookups.items() if along.shared}
     without_hooks = () if all_hooks else tuple(_modules_with_other_hooks(model))
     return RowMap(found, len(words), reading.batch_dims, shared, by_content, without_hooks)
@@ -317,16 +318,7 @@ def _moved(numbers: Tensor, samples: int) -> Tensor:
     return numbers.roll(1, numbers.shape.index(samples if samples in numbers.shape else max(numbers.shape)))
 
 
-def _by_content(
-    twin: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    inputs: Sequence[Tensor],
-    reading: Reading,
-    words: np.ndarray,
-    watched: Collection[Place],
-    found: Mapping[Place, list[np.ndarray]],
-) -> tuple[int, ...]:
+def _by_content(probe: _Probe, words: np.ndarray, found: Mapping[Place, list[np.ndarray]]) -> tuple[int, ...]:
     """Which tensors of whole numbers the rows go by, as far as other numbers show.
 
     The probe is repeated with each sample's numbers given to the next sample, or, where samples are not counted, such as in an
@@ -334,19 +326,17 @@ def _by_content(
     they count among those that the rows go by.
     """
     samples = words.shape[1]
-    numbers = whole_numbers(args, kwargs)
+    numbers = whole_numbers(probe.args, probe.kwargs)
     if samples == 1 or not numbers:
         return ()
     moved = [_moved(tensor, samples) for tensor in numbers]
     same = [torch.equal(before, after) for before, after in zip(numbers, moved, strict=True)]
 
     def lasting(chosen: Sequence[int]) -> bool:
-        given = {id(numbers[i]): moved[i] for i in chosen}
         try:
-            other = _probe(twin, _replaced(args, given), _replaced(kwargs, given), inputs, reading, words, watched)
+            return _same(found, probe.given({id(numbers[i]): moved[i] for i in chosen}).rows(words))
         except WatchError:
             return False
-        return _same(found, other)
 
     told = [i for i, alike in enumerate(same) if not alike]
     # All of them at once, and, where rows move, each of them.
@@ -481,88 +471,93 @@ def _candidate_dims(tensor: Tensor, samples: int, batch_dim: int | None) -> tupl
     return dims or (None,)
 
 
-def _probe(
-    twin: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    inputs: Sequence[Tensor],
-    reading: Reading,
-    words: np.ndarray,
-    watched: Collection[Place],
-) -> dict[Place, list[np.ndarray]]:
-    """Run one reading of the inputs; raise WatchError if a row is not one sample's."""
-    passes = []
-    for word in words:
-        try:
-            passes.append(_marked_pass(twin, args, kwargs, inputs, reading, word, watched))
-        except Exception as error:
-            raise WatchError(
-                f"the model failed on a batch in which some samples are NaN ({type(error).__name__}: {error}), "
-                "so the rows of its layers could not be traced to samples."
-            ) from error
-    found: dict[Place, list[np.ndarray]] = {}
-    for key in dict.fromkeys(itertools.chain(*passes)):
-        if len({tuple(marks.shape for marks in seen.get(key, ())) for seen in passes}) > 1:
-            raise WatchError(
-                f"How many rows '{key[0] or key[1]}' receives depends on the numbers in the batch, as where samples are sent to "
-                "experts: leave it out with layers=."
-            )
-        found[key] = []
-        for call, marks in enumerate(passes[0][key]):
-            patterns = np.stack([seen[key][call] for seen in passes])
-            decoded = decode(patterns.reshape(len(words), -1), words).reshape(marks.shape)
-            samples = _filled(decoded, patterns, words).reshape(-1)
-            if (samples == -2).any():
-                raise WatchError(f"Rows of the input of '{key[0] or key[1]}' mix several samples.")
-            if (samples == -1).any():
-                raise WatchError(f"Rows of the input of '{key[0] or key[1]}' belong to no sample.")
-            found[key].append(samples)
-    return found
+@dataclass(frozen=True, eq=False)
+class _Probe:
+    """A copy of a model, the batch it is called with, and one way to read that.
 
+    Attributes
+    ----------
+    twin : nn.Module
+        The copy.
+    args, kwargs
+        What it is called with.
+    inputs : sequence of Tensor
+        The floating-point tensors among them.
+    reading : Reading
+        Where these hold the samples.
+    watched : collection of (str, str)
+        Module and parameter names of the matrices that are watched.
+    """
 
-def _marked_pass(
-    twin: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    inputs: Sequence[Tensor],
-    reading: Reading,
-    word: np.ndarray,
-    watched: Collection[Place],
-) -> dict[Place, list[np.ndarray]]:
-    """One forward pass with the samples of a word made NaN: where NaN came, as for `_nan_rows`."""
-    marked: dict[int, Tensor] = {}
-    for tensor, dim in zip(inputs, reading.dims, strict=True):
-        marked[id(tensor)] = _finite(tensor.detach())
-        if dim is not None:
-            marked[id(tensor)].index_fill_(dim, torch.from_numpy(np.flatnonzero(word)).to(tensor.device), math.nan)
-    with _lookups_marked(twin, reading, len(word), word), _nan_rows(twin, watched) as seen:
-        twin(*_replaced(args, marked), **_replaced(kwargs, marked))
-    return seen
+    twin: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: Sequence[Tensor]
+    reading: Reading
+    watched: Collection[Place]
+
+    def given(self, others: Mapping[int, Tensor]) -> _Probe:
+        """The same with other tensors in place of some, by their identities."""
+        return replace(self, args=_replaced(self.args, others), kwargs=_replaced(self.kwargs, others))
+
+    def reached(self, word: np.ndarray) -> dict[Place, list[np.ndarray]]:
+        """Where NaN comes, as for `_nan_rows`, in a forward pass in which the samples of a word are NaN."""
+        marked: dict[int, Tensor] = {}
+        for tensor, dim in zip(self.inputs, self.reading.dims, strict=True):
+            marked[id(tensor)] = _finite(tensor.detach())
+            if dim is not None:
+                chosen = torch.from_numpy(np.flatnonzero(word)).to(tensor.device)
+                marked[id(tensor)].index_fill_(dim, chosen, math.nan)
+        with _lookups_marked(self.twin, self.reading, len(word), word), _nan_rows(self.twin, self.watched) as seen:
+            self.twin(*_replaced(self.args, marked), **_replaced(self.kwargs, marked))
+        return seen
+
+    def rows(self, words: np.ndarray) -> dict[Place, list[np.ndarray]]:
+        """Sample of each row, in every use of every watched matrix; raise WatchError if a row is not one sample's."""
+        passes = []
+        for word in words:
+            try:
+                passes.append(self.reached(word))
+            except Exception as error:
+                raise WatchError(
+                    f"the model failed on a batch in which some samples are NaN ({type(error).__name__}: {error}), "
+                    "so the rows of its layers could not be traced to samples."
+                ) from error
+        found: dict[Place, list[np.ndarray]] = {}
+        for key in dict.fromkeys(itertools.chain(*passes)):
+            if len({tuple(marks.shape for marks in seen.get(key, ())) for seen in passes}) > 1:
+                raise WatchError(
+                    f"How many rows '{key[0] or key[1]}' receives depends on the numbers in the batch, as where samples are sent to "
+                    "experts: leave it out with layers=."
+                )
+            found[key] = []
+            for call, marks in enumerate(passes[0][key]):
+                patterns = np.stack([seen[key][call] for seen in passes])
+                decoded = decode(patterns.reshape(len(words), -1), words).reshape(marks.shape)
+                samples = _filled(decoded, patterns, words).reshape(-1)
+                if (samples == -2).any():
+                    raise WatchError(f"Rows of the input of '{key[0] or key[1]}' mix several samples.")
+                if (samples == -1).any():
+                    raise WatchError(f"Rows of the input of '{key[0] or key[1]}' belong to no sample.")
+                found[key].append(samples)
+        return found
 
 
 def _refuse_mixing_in_training(
-    model: nn.Module,
-    twin: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    inputs: Sequence[Tensor],
-    reading: Reading,
-    samples: int,
-    watched: Collection[Place],
-    found: Mapping[Place, list[np.ndarray]],
+    model: nn.Module, probe: _Probe, samples: int, found: Mapping[Place, list[np.ndarray]]
 ) -> None:
     """Refuse a model whose training mode gives rows to other samples, so far as a few passes show it.
 
-    Such a model shuffles or mixes its batch.  Statistics of the batch reach every row and are no reason to refuse; torch's
-    own normalisation is left in evaluation mode, so that what comes after it can be seen.
+    Such a model shuffles or mixes its batch.  Statistics of the batch are no reason to refuse; torch's own normalisation is left
+    in evaluation mode, so that what comes after it can be seen.
     """
     training = {name: module.training for name, module in model.named_modules()}
-    for name, module in twin.named_modules():
+    for name, module in probe.twin.named_modules():
         module.training = training.get(name, True) and not isinstance(module, _BatchNorm)
 
-    def reached(word: np.ndarray) -> Iterator[tuple[Place, int]]:
+    def others_reached(word: np.ndarray) -> Iterator[tuple[Place, int]]:
         """Uses of which rows of samples that are not marked turn NaN, and of how many samples."""
-        seen = _marked_pass(twin, args, kwargs, inputs, reading, word, watched)
+        seen = probe.reached(word)
         for key, calls in found.items():
             if len(seen.get(key, ())) == len(calls):
                 for rows, marks in zip(calls, seen[key], strict=True):
@@ -574,9 +569,9 @@ def _refuse_mixing_in_training(
     try:
         # A random order leaves half of the samples among themselves once in (samples over half of them) times.
         half = [draw.permutation(samples) < samples // 2 for _ in range(1 if samples >= MANY_SAMPLES else 3)]
-        places = [key for word in half for key, _ in reached(word)]
+        places = [key for word in half for key, _ in others_reached(word)]
         one = [draw.permutation(samples) < 1 for _ in range(3)] if places else []
-        by_place = [pair for word in one for pair in reached(word)]
+        by_place = [pair for word in one for pair in others_reached(word)]
     except Exception:  # not every model can be trained on NaN
         return
     # One sample reaches the one or two that it is exchanged or mixed with, but all that share a statistic.
