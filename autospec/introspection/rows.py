@@ -301,6 +301,11 @@ def _modules_with_other_hooks(model: nn.Module) -> Iterator[str]:
             yield name
 
 
+def as_array(value: Any) -> np.ndarray:
+    """What a user gives of rows or positions, also as a tensor on another device."""
+    return np.asarray(value.cpu() if isinstance(value, Tensor) else value)
+
+
 def several_processes() -> bool:
     """Whether this process trains together with others."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

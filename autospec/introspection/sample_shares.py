@@ -23,7 +23,7 @@ from .factors import Factors, Lookup, Product
 from .groups import Assignment, Groups
 from .parameters import find_parameters
 from .pending import Pending, Sorting
-from .rows import generators_kept
+from .rows import as_array, generators_kept
 from .spectra import BLOCKS, CANCELLED, SMALLEST_IN_BLOCKS, float64, smaller_gram
 from .workspace import Workspace
 
@@ -460,14 +460,14 @@ def sample_shares(
     """
     twin = copy_model(model)
     found = [WatchedLayer(parameter) for parameter in find_parameters(twin, layers, unknown)]
-    given = {name: np.asarray(value).reshape(-1) for name, value in (rows or {}).items()}
+    given = {name: as_array(value).reshape(-1) for name, value in (rows or {}).items()}
     capture = Capture(twin, found, ("gradient",), given, batch_dim, False, False, False, Audit(None))
     capture.groups = Groups(None)
     capture.assignment = _each_sample_a_cell(samples)
     capture.recording = True
     capture.make_pending = functools.partial(_Gathered, samples=samples)
     if valid is not None:
-        mask = np.asarray(valid.cpu() if isinstance(valid, Tensor) else valid).astype(bool)
+        mask = as_array(valid).astype(bool)
         if mask.ndim != 2 or len(mask) != samples:
             raise WatchError(f"valid= has the shape {mask.shape}: give one row for each of the {samples} samples.")
         capture.valid = mask

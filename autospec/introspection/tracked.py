@@ -73,16 +73,12 @@ class Block:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        kept = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in kept.items()}
+        return _cloned({name: getattr(self, name) for name in self.__dataclass_fields__})
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """Continue from `state`."""
-        kept: dict[str, Any] = {}
-        for name, value in state.items():
-            kept[name] = value.clone() if isinstance(value, Tensor) else value
-        return cls(**kept)
+        return cls(**_cloned(state))
 
     def moved_on(self) -> Tensor:
         """Where the columns' space would be if it moved as it did in the step before: shape of the directions."""
@@ -90,6 +86,10 @@ class Block:
             return self.directions
         # What of the last directions is in the space before, once; what is new in them, twice.
         return torch.baddbmm(self.directions, self.before, self.before.mT @ self.directions, beta=2, alpha=-1)
+
+
+def _cloned(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 @dataclass

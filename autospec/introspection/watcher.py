@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 import torch.distributed as dist
 import xarray as xr
 from torch import nn
@@ -25,6 +24,7 @@ from .errors import WatchError
 from .groups import Groups
 from .measure import CONTRASTS, Measurement
 from .parameters import find_parameters
+from .rows import as_array
 from .schedule import Budget, Schedule, make_schedule
 from .tree import LayerLayout, Record, build_tree
 from .workspace import keep_freed_memory
@@ -383,7 +383,7 @@ class Watcher:
             capture.assignment = capture.groups.assign(labels)
         capture.valid = None
         if valid is not None:
-            mask = _array(valid).astype(bool)
+            mask = as_array(valid).astype(bool)
             if capture.assignment is None:
                 raise WatchError("valid= needs groups=, so that rows can be traced to samples.")
             if mask.ndim != 2 or len(mask) != len(capture.assignment.cells):
@@ -482,11 +482,7 @@ class Watcher:
         for name in rows or {}:
             if name not in names:
                 raise WatchError(f"rows= names '{name}', which is not a watched parameter (watched: {names}).")
-        return {name: _array(value).reshape(-1) for name, value in (rows or {}).items()}
-
-
-def _array(value: Any) -> np.ndarray:
-    return np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value)
+        return {name: as_array(value).reshape(-1) for name, value in (rows or {}).items()}
 
 
 def _inner(model: nn.Module) -> nn.Module:

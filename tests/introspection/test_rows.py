@@ -32,6 +32,19 @@ N, T = 9, 5
 LABELS = ["a", "b", "b"] * 3
 
 
+@pytest.fixture
+def probes(monkeypatch):
+    """What rows were traced for, call by call."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return map_rows(*args)
+
+    monkeypatch.setattr("autospec.introspection.capture.map_rows", counted)
+    return calls
+
+
 def mean_square(output):
     weights = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).reshape(output.shape)
     return (weights * (output - 0.3).square()).mean()
@@ -377,7 +390,7 @@ def test_tokens_that_are_masked_at_random_go_to_the_sample_of_their_slice(batch_
         assert error(found, svdvals(rows)[: len(found)]) < 1e-6
 
 
-def test_one_number_that_rows_go_by_does_not_let_the_others_count(monkeypatch):
+def test_one_number_that_rows_go_by_does_not_let_the_others_count(probes):
     class Tasks(nn.Module):
         def __init__(self):
             super().__init__()
@@ -386,13 +399,6 @@ def test_one_number_that_rows_go_by_does_not_let_the_others_count(monkeypatch):
         def forward(self, tokens, task):
             return self.heads[int(task)](self.table(tokens).sum(1))
 
-    probes = []
-
-    def counted(*args):
-        probes.append(args)
-        return map_rows(*args)
-
-    monkeypatch.setattr("autospec.introspection.capture.map_rows", counted)
     model = Tasks()
     with autospec.watch(model, LABELS, quiet=True) as watcher:
         for task in (1, 1, 1, 0, 0, 1):
@@ -593,7 +599,7 @@ def test_rows_that_go_by_the_numbers_of_each_batch_are_traced_in_each(family, nu
             assert error(found[: len(expected)], expected) < 1e-6, (step, group)
 
 
-def test_numbers_that_leave_the_rows_where_they_are_are_not_traced_again(monkeypatch):
+def test_numbers_that_leave_the_rows_where_they_are_are_not_traced_again(probes):
     class Tokens(nn.Module):
         def __init__(self):
             super().__init__()
@@ -602,13 +608,6 @@ def test_numbers_that_leave_the_rows_where_they_are_are_not_traced_again(monkeyp
         def forward(self, tokens, padding):
             return self.head((self.table(tokens) * ~padding.unsqueeze(-1)).sum(1))
 
-    probes = []
-
-    def counted(*args):
-        probes.append(args)
-        return map_rows(*args)
-
-    monkeypatch.setattr("autospec.introspection.capture.map_rows", counted)
     model = Tokens()
     with autospec.watch(model, LABELS, quiet=True) as watcher:
         for _ in range(5):
