@@ -625,8 +625,7 @@ def _nan_rows(twin: nn.Module, watched: Collection[Place]) -> Iterator[dict[Plac
         def on_call(call: LayerCall, name: str = name) -> None:
             for parameter in call.parameters:
                 if (name, parameter) in watched:
-                    marks = call.marks(parameter).cpu().numpy()
-                    seen.setdefault((name, parameter), []).append(marks.reshape(call.shape(parameter)))
+                    seen.setdefault((name, parameter), []).append(call.marks(parameter).cpu().numpy())
 
         handles += rule.attach(module, on_call)
     try:

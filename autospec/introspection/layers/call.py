@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..factors import Factors
@@ -36,11 +37,7 @@ class LayerCall(ABC):
 
     @abstractmethod
     def marks(self, parameter: str) -> Tensor:
-        """Whether each entry of the batch holds a NaN, shape (entries,): how entries are traced to samples."""
-
-    def shape(self, parameter: str) -> tuple[int, ...]:
-        """Dimensions in which the entries lie."""
-        return (len(self.marks(parameter)),)
+        """Whether each entry of the batch holds a NaN, in the dimensions in which they lie: how entries are traced to samples."""
 
     @abstractmethod
     def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Factors:
@@ -79,6 +76,15 @@ class LayerCall(ABC):
 
     def forget(self) -> None:  # noqa: B027 (most keep nothing)
         """Let go of what was computed in `factors`."""
+
+
+def hold_nan(tensor: Tensor, entries: int) -> Tensor:
+    """Whether each entry of the first dimensions holds a NaN; shape ``tensor.shape[:entries]``.
+
+    The largest value is NaN where one of them is, and takes a tenth of the time that asking each of them takes.
+    """
+    rest = tensor.flatten(entries)
+    return rest.amax(-1).isnan() if rest.shape[-1] else rest.new_zeros(rest.shape[:-1], dtype=torch.bool)
 
 
 OnCall = Callable[[LayerCall], Tensor | None]

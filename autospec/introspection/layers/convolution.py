@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from ..factors import Convolution
 from ..hooks import Hook
 from ..workspace import Workspace
-from .call import LayerCall, OnCall
+from .call import LayerCall, OnCall, hold_nan
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -32,7 +32,7 @@ class ConvolutionCall(LayerCall):
 
     def marks(self, parameter: str) -> Tensor:
         """Whether each entry of the batch holds a NaN."""
-        return self._batched(self.inputs[0]).isnan().flatten(1).any(1)
+        return hold_nan(self._batched(self.inputs[0]), 1)
 
     def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Convolution:
         """The input and the derivative at the output."""

@@ -13,7 +13,7 @@ from ..errors import WatchError
 from ..factors import Lookup
 from ..hooks import Hook
 from ..workspace import Workspace
-from .call import LayerCall, OnCall
+from .call import LayerCall, OnCall, hold_nan
 
 
 class LookupCall(LayerCall):
@@ -28,8 +28,7 @@ class LookupCall(LayerCall):
 
     def marks(self, parameter: str) -> Tensor:
         """Whether each vector that was looked up holds a NaN."""
-        output = self.outputs[0]
-        return output.reshape(-1, output.shape[-1]).isnan().any(1)
+        return hold_nan(self.outputs[0], self.outputs[0].ndim - 1).flatten()
 
     def samples_of_items(self, parameter: str, samples: np.ndarray) -> np.ndarray:
         """Items are indices; padding has no share in the weight."""

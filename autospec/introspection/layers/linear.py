@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from ..factors import Product
 from ..hooks import Hook
 from ..workspace import Workspace
-from .call import LayerCall, OnCall
+from .call import LayerCall, OnCall, hold_nan
 
 
 class LinearCall(LayerCall):
@@ -30,12 +30,7 @@ class LinearCall(LayerCall):
 
     def marks(self, parameter: str) -> Tensor:
         """Whether each row holds a NaN."""
-        activation = self.inputs[0]
-        return activation.reshape(-1, activation.shape[-1]).isnan().any(1)
-
-    def shape(self, parameter: str) -> tuple[int, ...]:
-        """Dimensions of the input but the last."""
-        return tuple(self.inputs[0].shape[:-1])
+        return hold_nan(self.inputs[0], self.inputs[0].ndim - 1)
 
     def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Product:
         """Rows of the input and of the derivative at the output."""

@@ -17,7 +17,7 @@ from ..factors import Product, single
 from ..gates import Adjoints, Scan, Weights, adjoints, scan
 from ..hooks import Hook
 from ..workspace import Workspace, to_device
-from .call import LayerCall, OnCall
+from .call import LayerCall, OnCall, hold_nan
 
 # Deviation of the layer's output, computed again, that only another dropout mask explains.
 SAME_OUTPUT = 1e-3
@@ -118,9 +118,9 @@ class RecurrentCall(LayerCall):
 
     def marks(self, parameter: str) -> Tensor:
         """Whether each sequence holds a NaN, in the caller's order."""
-        marked = self.sequences.apart(self.inputs[0]).isnan().any(-1).any(0)
+        marked = hold_nan(self.sequences.apart(self.inputs[0]), 2).any(0)
         for state in self.inputs[1:]:
-            marked = marked | self.sequences.state(state).isnan().any(-1).any(0)
+            marked = marked | hold_nan(self.sequences.state(state), 2).any(0)
         if self.sequences.order is None:
             return marked
         return torch.empty_like(marked).index_copy_(0, self.sequences.order, marked)
@@ -366,7 +366,7 @@ class CellCall(LayerCall):
         """Whether each entry of the batch holds a NaN."""
         marked = torch.zeros((), dtype=torch.bool, device=self.inputs[0].device)
         for tensor in self.inputs:
-            marked = marked | tensor.reshape(-1, tensor.shape[-1]).isnan().any(1)
+            marked = marked | hold_nan(tensor.reshape(-1, tensor.shape[-1]), 1)
         return marked
 
     def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Product:
