@@ -701,6 +701,23 @@ def test_the_audit_says_what_was_checked():
     assert audit["probe_passes"] >= 5
 
 
+def test_the_guard_knows_how_hundreds_of_groups_round():
+    """Their shares point the same way: the gradient, one sum over all rows, is rounded like what is far larger than each of them."""
+    torch.manual_seed(0)
+    layer, groups = nn.Linear(30, 20), 600
+    x = 1 + 0.1 * torch.randn(groups, 30)
+    with (
+        warnings.catch_warnings(),
+        autospec.watch(layer, np.arange(groups), statistics=["gradient"], singular_values=1, quiet=True) as watcher,
+    ):
+        warnings.simplefilter("error")
+        layer(x).sum().backward()
+        watcher.step()
+    audit = watcher.trajectories.attrs["audit"]
+    assert audit["outside"] == {}
+    assert 0 < audit["largest_guard_deviation"] < audit["guard_tolerance"]
+
+
 @pytest.mark.parametrize("labels", [None, LABELS])
 def test_an_unchanged_full_batch_has_the_same_spectrum_whether_or_not_it_was_kept(labels):
     model, x = smooth(), batch()
