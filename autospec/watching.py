@@ -78,7 +78,8 @@ def watch(
     crossed : sequence of sequences of str
         Groupings to cross, such as ``[("diagnosis", "sex")]``.
     valid : array-like of bool, shape (samples, positions), optional
-        Positions that count, where sequences are padded; rows of the others are left out everywhere.
+        Positions that count, where sequences are padded; rows of the others are left out in every layer that has one row for
+        each position (a convolution's items are whole series).
     batch_dim : int, optional
         The dimension of the model's inputs that indexes samples, where it cannot be established.
     rows : dict of str to array-like of int, optional

@@ -21,7 +21,7 @@ from .errors import WatchError
 from .factors import NARROW, Convolution, Factors, Lookup, Product, shares_by_position, single
 from .groups import Assignment, Groups
 from .hooks import Hook
-from .layers import LayerCall, LookupCall, rule_for
+from .layers import LayerCall, LookupCall, allow_short_cuts, rule_for
 from .parameters import WatchedParameter
 from .pending import Layout, Pending, Sorting
 from .rows import Place, RowMap, map_rows, several_processes, whole_numbers
@@ -44,7 +44,7 @@ class ConstantInput:
     tensor: Tensor
     version: int
     checksum: float | None
-    assignment: Assignment | None
+    forward: Forward
 
     def same(self, other: ConstantInput) -> bool:
         """Whether the other is the same data, of the same groups."""
@@ -54,7 +54,9 @@ class ConstantInput:
             and self.tensor.stride() == other.tensor.stride()
             and self.version == other.version
             and self.checksum == other.checksum
-            and self.assignment is other.assignment
+            and self.forward.assignment is other.forward.assignment
+            and self.forward.valid is other.forward.valid
+            and self.forward.rows is other.forward.rows
         )
 
 
@@ -94,12 +96,19 @@ class Forward:
 
     assignment: Assignment | None
     row_map: RowMap | None
+    number: int = -1
     valid: np.ndarray | None = None
     rows: Mapping[str, np.ndarray] = field(default_factory=dict)
     error: WatchError | None = None
     calls: dict[Place, int] = field(default_factory=dict)
     readers: dict[Source, int] = field(default_factory=dict)
     """How many calls have yet to give the activation that is made of these inputs."""
+
+    def count_call(self, place: Place) -> int:
+        """How often a layer has been called before this call."""
+        number = self.calls.get(place, 0)
+        self.calls[place] = number + 1
+        return number
 
 
 @dataclass
@@ -220,7 +229,7 @@ class Capture:
         self.make_pending: Callable[[tuple[int, int], Workspace], Pending] = Pending
         self.audited: str | None = None
         self.differentiated = self.returned = False
-        self.forwards = 0
+        self.forwards = self._depth = 0
         self.rows = dict(rows)
         self._batch_dim = batch_dim
         self._row_maps: dict[Any, RowMap] = {}
@@ -250,6 +259,7 @@ class Capture:
     def attach(self) -> None:
         """Register every hook."""
         self._active = True
+        self._handles += allow_short_cuts(self.model)
         modules = dict(self.model.named_modules())
         by_place = {place: layer for layer in self.layers for place in layer.places}
         for (module_name, key), layer in by_place.items():
@@ -279,7 +289,7 @@ class Capture:
             layer.handles, layer.sorted_input = [], None
         self.clear()
         self.workspace.release()
-        self._forward = None
+        self._forward, self._depth = None, 0
         self._active = False
 
     def clear(self) -> None:
@@ -289,7 +299,7 @@ class Capture:
         for call, arrival in self._calls:
             call.forget()
             arrival.adjoints = []
-        self._calls = []
+        self._calls, self._depth = [], 0
         self._latest_adjoint = None
         self._sorted_inputs, self._spread = {}, {}
         self.differentiated = self.returned = False
@@ -301,13 +311,16 @@ class Capture:
     def _forward_begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused or not self._active:
             return
+        self._depth += 1
+        if self._depth > 1:  # a model that calls itself: what it does there belongs to the call from outside
+            return
         self.forwards += 1
-        self._same_parameters()
         if _backward_pass() < 0:
             self._drop_what_was_not_added()
-        if not (torch.is_grad_enabled() and self.recording):
+        if not (torch.is_grad_enabled() and self.recording) or _transformed():
             self._forward = None
             return
+        self._same_parameters()
         for layer in self.layers:
             if not layer.handles and layer.parameter.requires_grad:
                 layer.handles = [
@@ -315,7 +328,7 @@ class Capture:
                     layer.parameter.register_post_accumulate_grad_hook(layer.note_gradient),
                 ]
         try:
-            self._forward = Forward(self.assignment, self._row_map(args, kwargs), self.valid, self.rows)
+            self._forward = Forward(self.assignment, self._row_map(args, kwargs), self.forwards, self.valid, self.rows)
         except WatchError as error:
             if model.training:
                 raise
@@ -351,7 +364,10 @@ class Capture:
                 )
 
     def _forward_ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._paused:
+        if self._paused or not self._active:
+            return
+        self._depth = max(self._depth - 1, 0)
+        if self._depth:
             return
         forward, self._forward = self._forward, None
         self._spread = {}
@@ -440,12 +456,17 @@ class Capture:
 
     def _on_call(self, module_name: str, wanted: Mapping[str, WatchedLayer]) -> Callable[[LayerCall], Tensor | None]:
         def on_call(call: LayerCall) -> Tensor | None:
-            if self._paused or not self._active or not self.recording or not torch.is_grad_enabled():
+            if self._paused or not self._active or not self.recording or _transformed():
                 return None
             parameters = [key for key in call.parameters if key in wanted]
             if not parameters:
                 return None
             forward = self._forward
+            if not torch.is_grad_enabled():
+                if forward is not None:  # the probe has counted it
+                    for key in parameters:
+                        forward.count_call((module_name, key))
+                return None
             if forward is None:
                 if self.assignment is None:
                     forward = Forward(None, None)
@@ -466,10 +487,7 @@ class Capture:
         self, call: LayerCall, module_name: str, wanted: Mapping[str, WatchedLayer], forward: Forward
     ) -> Tensor | None:
         """Hook the outputs of one call, which may be replaced by an equal one that samples do not share."""
-        numbers = {}
-        for key in wanted:
-            numbers[key] = forward.calls.get((module_name, key), 0)
-            forward.calls[module_name, key] = numbers[key] + 1
+        numbers = {key: forward.count_call((module_name, key)) for key in wanted}
         learned = {key: layer for key, layer in wanted.items() if layer.parameter.requires_grad}
         outputs = [output for output in call.outputs if output.requires_grad]
         if not outputs or not learned:
@@ -484,7 +502,7 @@ class Capture:
                 replacement = call.outputs[0]
                 self._spread[id(replacement)] = (replacement, output)
         # The first module that a tensor enters sees data; what it computes of them depends on weights.
-        constants = {key: self._constant(call.constant(key), forward.assignment) for key in learned}
+        constants = {key: self._constant(call.constant(key), forward) for key in learned}
         versions = [tensor._version for tensor in call.inputs]
         source = tuple(map(where, call.inputs))
         forward.readers[source] = forward.readers.get(source, 0) + 1
@@ -536,10 +554,10 @@ class Capture:
         call.leave_graph()
         return replacement
 
-    def _constant(self, tensor: Tensor | None, assignment: Assignment | None) -> ConstantInput | None:
+    def _constant(self, tensor: Tensor | None, forward: Forward) -> ConstantInput | None:
         if tensor is None or tensor.requires_grad:
             return None
-        return ConstantInput(tensor, tensor._version, _checksum(tensor), assignment)
+        return ConstantInput(tensor, tensor._version, _checksum(tensor), forward)
 
     # ------------------------------------------------------------------ the backward pass
 
@@ -613,9 +631,11 @@ class Capture:
                 pending.sizes = assignment.sizes if pending.sizes is None else pending.sizes + assignment.sizes
         exact = layer.name == self.audited
         scale = self._loss_scale.of(_backward_pass())
-        # Positions count from the first use of a forward pass, but adjoints arrive from the last one on.
-        layer.position, reached = 0, False
-        for use in sorted(uses, key=lambda use: (use.place, use.number)):
+        # Positions count from the first use in a forward pass, but adjoints arrive from the last one on.
+        reached, begun = False, None
+        for use in sorted(uses, key=lambda use: (use.forward.number, use.place, use.number)):
+            layer.position = layer.position if use.forward is begun else 0
+            begun = use.forward
             reached |= self._gather_use(layer, pending, use, scale, exact, len(uses) == 1)
             use.arrival.waiting -= 1
             if not use.arrival.waiting:
@@ -859,6 +879,11 @@ def _accumulates(parameter: nn.Parameter) -> bool:
         return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
     except RuntimeError:  # which says that torch.autograd.grad is running
         return False
+
+
+def _transformed() -> bool:
+    """Whether torch.func differentiates what is running: it returns the gradients."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _backward_pass() -> int:

@@ -188,9 +188,7 @@ def map_rows(
     words = code_words(samples)
     accepted: list[tuple[_Probe, dict[Place, list[np.ndarray]]]] = []
     reason = ""
-    # In evaluation without gradients attention takes a short cut that no hook sees.
-    attention = any(isinstance(module, nn.MultiheadAttention) for module in twin.modules())
-    with generators_kept(inputs), torch.set_grad_enabled(attention):
+    with generators_kept(inputs), torch.no_grad(), _without_short_cuts():
         try:
             lookups = _lookups(twin, args, kwargs, watched)
         except WatchError:
@@ -252,7 +250,7 @@ def map_rows(
             "say which with batch_dim=."
         )
     probe, found = accepted[0]
-    with generators_kept(inputs), torch.set_grad_enabled(attention):
+    with generators_kept(inputs), torch.no_grad(), _without_short_cuts():
         by_content = _by_content(probe, words, found)
         # With several processes the model may talk to the others, who have no pass to spare at the same time.
         if model.training and samples > 1 and not several_processes():
@@ -711,6 +709,17 @@ def generators_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextmanager
+def _without_short_cuts() -> Iterator[None]:
+    """Keep attention from the short cut that it takes in evaluation without gradients, which no hook sees."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _finite(tensor: Tensor) -> Tensor:

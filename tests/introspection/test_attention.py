@@ -205,6 +205,63 @@ def test_tokens_that_are_not_valid_are_left_out_everywhere():
     assert not np.allclose(tree[activation], whole[activation], rtol=1e-2)
 
 
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, 0.1, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+    def forward(self, x, padding=None):
+        states = self.encoder(x, src_key_padding_mask=padding)
+        if padding is not None:  # torch cuts off what is padding in every sequence
+            states = states.masked_fill(padding[:, : states.shape[1], None], 0)
+        return self.head(states.mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("case", ["validation", "padded", "frozen", "attention", "within training"])
+def test_where_torch_takes_a_short_cut_the_watcher_changes_nothing(case):
+    """It computes a layer in one call, which hooks would prevent: last digits of a validation loss would differ."""
+    torch.manual_seed(0)
+    x = torch.randn(N, 9, 8)
+    padding = torch.arange(9) >= torch.randint(3, 8, (N, 1)) if case in ("padded", "frozen") else None
+    model = nn.MultiheadAttention(8, 2, batch_first=True) if case == "attention" else Encoder()
+    if case == "frozen":
+        model.encoder.requires_grad_(False)
+
+    def run(watcher):
+        results = []
+        for _ in range(2):
+            model.train()
+            if case == "frozen":
+                model.encoder.eval()
+            model.zero_grad()
+            torch.manual_seed(1)
+            output = model(x, x, x)[0] if case == "attention" else model(x, padding)
+            output.square().sum().backward()
+            watcher.step()
+            model.eval()
+            if case == "within training":
+                model.head.train()
+            with torch.no_grad():
+                results += [output, (model(x, x, x)[0] if case == "attention" else model(x, padding))]
+        return results
+
+    class Nobody:
+        def step(self):
+            pass
+
+    before = copy.deepcopy(model.state_dict())
+    expected = run(Nobody())
+    model.load_state_dict(before)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        found = run(watcher)
+        assert all(module._forward_hooks for module in model.modules() if type(module) is nn.Linear)  # they are back
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def test_a_bert_from_hugging_face_is_watched_like_any_other_model():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
     torch.manual_seed(0)

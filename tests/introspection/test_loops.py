@@ -490,6 +490,85 @@ def test_rows_that_are_chosen_by_their_number_are_traced_for_each_batch():
             assert error(found, svdvals(rows)[: len(found)]) < 1e-6, (step, group)
 
 
+class Distilled(nn.Module):
+    """Compares with what it made of a part of the batch, without gradients."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.inner, self.head, self.part = nn.Linear(7, 4), nn.Linear(4, 3), part
+
+    def forward(self, x):
+        with torch.no_grad():
+            first = self.inner(x.transpose(0, 1) if self.part is None else x[:, self.part])
+            target = first.mean(0 if self.part is None else 1)
+        return self.head(torch.tanh(self.inner(x) - target.unsqueeze(1)))
+
+
+class Refining(nn.Module):
+    """Calls itself for a first guess."""
+
+    def __init__(self, guess_learns):
+        super().__init__()
+        self.inner, self.head, self.guess_learns = nn.Linear(10, 8), nn.Linear(8, 3), guess_learns
+
+    def forward(self, x, guess=None):
+        if guess is None:
+            with nullcontext() if self.guess_learns else torch.no_grad():
+                guess = self(x, x.new_zeros(*x.shape[:-1], 3))
+        return self.head(torch.tanh(self.inner(torch.cat([x, guess], -1))))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Distilled(None), Distilled(slice(2)), Refining(True), Refining(False)],
+    ids=["other order", "fewer rows", "calls itself", "calls itself without gradients"],
+)
+def test_calls_without_gradients_and_of_the_model_by_itself_are_counted(model):
+    problem = Problem(model, torch.randn(N, 5, 7), lambda y: (y - 1).square().sum(), LABELS)
+    assert_exact(record(problem), problem, members(LABELS, N))
+
+
+def test_positions_count_within_each_forward_pass():
+    model, x = nn.Linear(7, 5), torch.randn(N, 6, 7, generator=torch.Generator().manual_seed(1))
+    parts = x.chunk(2, 1)
+    found = []
+    for together in (True, False):
+        with autospec.watch(model, LABELS, quiet=True, per_position=True) as watcher:
+            model.zero_grad()
+            losses = [model(part).square().sum() for part in parts]
+            if together:
+                sum(losses).backward()
+            else:
+                [loss.backward() for loss in losses]
+            watcher.step()
+        found.append(watcher.trajectories["layers/weight/gradient_by_position"].sel(group="b").values[0])
+    wide, rows = nn.Linear(7, 5).double(), members(LABELS, N)["b"]
+    wide.load_state_dict(model.state_dict())
+    for position in range(3):
+        loss = sum(wide(part.double()[rows, position]).square().sum() for part in parts)
+        expected = svdvals(torch.autograd.grad(loss, wide.weight)[0])
+        for each in found:
+            assert each.shape == (3, 5)
+            assert error(each[position], expected) < 1e-6
+
+
+def test_functions_of_torch_func_run_beside_the_training():
+    """A moving average of the weights is evaluated; sensitivities are computed."""
+    expected = record(Problem(network(), batch(), loss_of, LABELS))
+    model = network()
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        loss = loss_of(model(batch()))
+        slope = torch.func.grad(lambda x: model(x).sum())(batch())
+        torch.func.vmap(model)(batch())
+        loss.backward()
+        with torch.no_grad():
+            torch.func.functional_call(model, {name: p * 0.9 for name, p in model.named_parameters()}, batch())
+        watcher.step()
+    x = batch().requires_grad_()
+    assert torch.allclose(slope, torch.autograd.grad(network()(x).sum(), x)[0])
+    assert_same(watcher.trajectories, expected)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_torchscript_is_refused_and_an_iterator_of_labels_is_not():
     with pytest.raises(WatchError, match="the model is TorchScript"):

@@ -778,6 +778,26 @@ def test_valid_may_come_with_the_labels_of_each_batch():
     assert error(spectrum(tree, "weight", "activation", "a", step=1), svdvals(whole)) < 1e-6
 
 
+@pytest.mark.parametrize("labels", [LABELS, None], ids=["labels again", "the same labels"])
+def test_a_new_mask_holds_for_data_that_stay_the_same(labels):
+    model, x = nn.Linear(6, 4), torch.randn(N, T, 6)
+    masks = [
+        valid_positions(),
+        (lambda valid: (valid, {"a": valid & torch.from_numpy(members(LABELS, N)["a"])[:, None]}))(
+            torch.ones(N, T, dtype=torch.bool).tril()
+        ),
+    ]
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for valid, _ in masks:
+            watcher.set_groups(labels, valid=valid)
+            model.zero_grad()
+            mean_square(model(x)).backward()
+            watcher.step()
+    for step, (_, kept) in enumerate(masks):
+        found = spectrum(watcher.trajectories, "weight", "activation", "a", step)
+        assert error(found, svdvals(x[kept["a"]])) < 1e-6
+
+
 def test_rows_left_out_by_valid_are_no_penalty():
     valid, _ = valid_positions()
     problem = Problem(nn.Linear(6, 4), torch.randn(N, T, 6), mean_square, LABELS)

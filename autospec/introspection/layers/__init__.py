@@ -11,14 +11,14 @@ from typing import Protocol
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .attention import AttentionRule
+from .attention import AttentionRule, allow_short_cuts
 from .call import LayerCall, OnCall
 from .convolution import ConvolutionRule
 from .embedding import EmbeddingRule, LookupCall
 from .linear import LinearRule
 from .recurrent import CellRule, RecurrentRule
 
-__all__ = ["NO_MATRIX", "LayerCall", "LayerRule", "LookupCall", "OnCall", "rule_for"]
+__all__ = ["NO_MATRIX", "LayerCall", "LayerRule", "LookupCall", "OnCall", "allow_short_cuts", "rule_for"]
 
 
 class LayerRule(Protocol):

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -77,6 +78,60 @@ class _Last(RemovableHandle):
         self.function()
 
 
+def takes_short_cut(module: nn.Module) -> bool:
+    """Whether torch may compute attention, or a whole layer of it, in one call, of which no gradient can come."""
+    learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
+    return not (module.training or learns) and torch.backends.mha.get_fastpath_enabled()
+
+
+def allow_short_cuts(model: nn.Module) -> list[RemovableHandle]:
+    """Take the watcher's hooks off each nn.TransformerEncoderLayer while it can take its short cut.
+
+    Torch does not take it where there are hooks, and the other way differs in the last digits: a validation loss would
+    not be what it is without a watcher.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, whose layers are called by other modules of it.
+
+    Returns
+    -------
+    list of RemovableHandle
+        To be removed before the hooks of the layers.
+    """
+    lifted: list[tuple[dict[int, Callable], dict[int, Callable]]] = []
+
+    def put_back(*_: Any) -> None:
+        while lifted:
+            hooks, before = lifted.pop()
+            now = dict(hooks)
+            hooks.clear()
+            hooks.update({key: hook for key, hook in before.items() if isinstance(hook, Hook) or key in now} | now)
+
+    def lift(layers: Sequence[nn.Module], *_: Any) -> None:
+        put_back()
+        modules = [module for layer in layers if takes_short_cut(layer) for module in layer.modules()]
+        for hooks in (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)):
+            lifted.append((hooks, dict(hooks)))
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
+                del hooks[key]
+
+    callers: dict[nn.Module, list[nn.Module]] = {}
+    modules = dict(model.named_modules())
+    for name, layer in modules.items():
+        if name and isinstance(layer, nn.TransformerEncoderLayer):
+            caller = name.rpartition(".")[0]
+            while caller and isinstance(modules[caller], nn.ModuleList | nn.ModuleDict):
+                caller = caller.rpartition(".")[0]
+            callers.setdefault(modules[caller], []).append(layer)
+    handles: list[RemovableHandle] = [_Last(put_back)]
+    for module, layers in callers.items():
+        handles.append(module.register_forward_pre_hook(Hook(functools.partial(lift, layers))))
+        handles.append(module.register_forward_hook(Hook(put_back), always_call=True))
+    return handles
+
+
 class AttentionRule:
     """nn.MultiheadAttention in all its forms: the packed or separate projections, and the output's."""
 
@@ -94,6 +149,8 @@ class AttentionRule:
 
         def begin(_: nn.Module, args: tuple[Any, ...]) -> None:
             end()
+            if takes_short_cut(module):
+                return
             weights = {name: module.get_parameter(name) for name in self.parameters(module)}
             mode = _Products(weights, on_call)
             mode.__enter__()
