@@ -63,7 +63,7 @@ class Audit:
     def probed(self, found: RowMap, missing: dict[str, int]) -> None:
         """Note how rows were traced to samples."""
         self._found["probe_passes"] = max(self._found["probe_passes"], found.passes)
-        self._found["batch_dims"] = list(found.batch_dims)
+        self._found["batch_dims"] = list(found.reading.batch_dims)
         self._found["samples_without_label"] = missing
 
     def audited(self, step: int, compared: bool) -> None:

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from .hooks import Hook
 from .layers import LayerCall, LookupCall, allow_short_cuts, rule_for
 from .parameters import WatchedParameter
 from .pending import Layout, Pending, Sorting
-from .rows import Place, RowMap, map_rows, several_processes, whole_numbers
+from .rows import Place, Reading, RowMap, map_rows, several_processes, whole_numbers
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
 from .workspace import Where, Workspace, where
@@ -234,6 +234,7 @@ class Capture:
         self._batch_dim = batch_dim
         self._row_maps: dict[Any, RowMap] = {}
         self._by_content: dict[Any, tuple[int, ...]] = {}
+        self._reading: Reading | None = None
         self._sorts = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._sortings: tuple[Assignment | None, np.ndarray | None, dict[Any, Sorting | None]] = (None, None, {})
         self._forward: Forward | None = None
@@ -389,7 +390,7 @@ class Capture:
         watched = {place for layer in learned if layer.name not in self.rows for place in layer.places}
         samples = len(self.assignment.cells)
         if not watched:
-            return RowMap({}, 0, ())
+            return RowMap({})
         signature = (samples, _signature((args, kwargs), self._sorts, samples), frozenset(watched))
         if len(self._row_maps) > ROW_MAPS_KEPT:
             self._row_maps.clear()
@@ -399,10 +400,11 @@ class Capture:
         if all_hooks or (signature, content) not in self._row_maps:
             self._paused, begin = True, time.perf_counter()
             try:
-                found = map_rows(self.model, args, kwargs, samples, watched, self._batch_dim, all_hooks)
+                found = map_rows(self.model, args, kwargs, samples, watched, self._batch_dim, all_hooks, self._reading)
             finally:
                 self._paused = False
                 self.seconds += time.perf_counter() - begin
+            self._reading = found.reading
             self._by_content[signature] = found.by_content
             content = self._content(signature, args, kwargs)
             self._row_maps[signature, content] = found
@@ -766,6 +768,8 @@ class Capture:
         for layer in self.layers:
             if layer.pending is not None and layer.was_zeroed():
                 layer.forget_added()
+        if all(layer.pending is None for layer in self.layers):  # a line search evaluates the loss many times a step
+            self.workspace.take_back()
 
     # ------------------------------------------------------------------ rows
 
@@ -867,7 +871,16 @@ def _signature(value: Any, sorts: bool, samples: int) -> Any:
         return tuple((key, _signature(item, sorts, samples)) for key, item in value.items())
     if isinstance(value, list | tuple):
         return tuple(_signature(item, sorts, samples) for item in value)
-    return value if isinstance(value, bool | int | str) else type(value).__name__
+    if is_dataclass(value) and not isinstance(value, type):
+        return tuple(_signature(getattr(value, each.name), sorts, samples) for each in fields(value))
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fc":  # data; other arrays may say where rows lie
+        return value.shape
+    if isinstance(value, np.ndarray | np.generic):
+        return value.shape, str(value.tolist()) if value.dtype.kind == "O" else value.tobytes()
+    if isinstance(value, bool | int | str) or not hasattr(value, "__dict__") or callable(value):
+        return value if isinstance(value, bool | int | str) else type(value).__name__
+    held = [each for each in vars(value).items() if isinstance(each[1], Tensor | np.ndarray | list | tuple)]
+    return type(value).__name__, *((name, _signature(item, sorts, samples)) for name, item in held)
 
 
 def _accumulates(parameter: nn.Parameter) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,9 @@ class Groups:
                 group_names.append(" & ".join(f"{grouping}={label}" for grouping, label in combination.items()))
                 groupings.append(" & ".join(crossing))
         self.names, self.groupings = tuple(group_names), tuple(groupings)
+        twice = [name for name in self.names if self.names.count(name) > 1]
+        if twice:
+            raise WatchError(f"two groups have the name '{twice[0]}': rename a grouping or its labels.")
         self.missing = {name: int(sum(value is None for value in _strings(values))) for name, values in columns.items()}
         self.missing = {name: count for name, count in self.missing.items() if count}
 
@@ -134,15 +137,27 @@ class Groups:
     def _columns(labels: Any) -> dict[str, Any]:
         if labels is None:
             return {}
+        if getattr(labels, "columns", None) is not None and getattr(labels, "ndim", 2) == 2:
+            raise WatchError(
+                f"groups is a table with the columns {list(map(str, labels.columns))}: give one column, groups=table['...'], or "
+                "several groupings as a dict of columns."
+            )
         columns = dict(labels) if isinstance(labels, Mapping) else {"group": labels}
         for name, values in columns.items():
-            if not isinstance(values, Iterable):
+            if not isinstance(values, Iterable) or isinstance(values, str | bytes) or getattr(values, "ndim", 1) == 0:
                 raise WatchError(f"groups={values!r}: give one label for each sample of the batch.")
             columns[name] = values if hasattr(values, "__len__") else list(values)
         lengths = {name: len(values) for name, values in columns.items()}
         if len(set(lengths.values())) > 1:
             raise WatchError(f"the groupings have different lengths ({lengths}): each needs one label a sample.")
         return columns
+
+
+def listed(labels: Any) -> Any:
+    """Labels that can be read more than once: what an iterator gives as a list."""
+    if isinstance(labels, Mapping):
+        return {name: listed(values) for name, values in labels.items()}
+    return list(labels) if isinstance(labels, Iterator) else labels
 
 
 def _strings(values: Any) -> list[str | None]:
@@ -153,7 +168,9 @@ def _strings(values: Any) -> list[str | None]:
         raise WatchError(
             "groups has more than one label for a sample: give one column of labels, or a dict of several."
         )
-    return [None if _is_missing(value) else str(value) for value in values]
+    return [
+        None if _is_missing(value) else value.decode() if isinstance(value, bytes) else str(value) for value in values
+    ]
 
 
 def _is_missing(value: Any) -> bool:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from .copies import copy_model, tensors_in
@@ -75,12 +76,10 @@ class RowMap:
     samples : dict of (str, str) to list of ndarray
         For each watched (module, parameter): at its first, second, ... use in one forward pass, the sample of each
         entry of its batch (of each row, for a linear layer).
-    shared : dict of (str, str) to Along
-        Lookups that all samples share, such as a table of positions.
     passes : int
         Forward passes that the probe took.
-    batch_dims : tuple of int
-        The dimension of each of the model's floating-point inputs that indexes samples.
+    reading : Reading
+        Where the model's inputs hold the samples.
     by_content : tuple of int
         Which of `whole_numbers` hold only for what they contain now: a model that sorts by length, or that has a layer for
         each scanner, gives other rows to a sample whose length or scanner is another.
@@ -89,11 +88,15 @@ class RowMap:
     """
 
     samples: dict[Place, list[np.ndarray]]
-    passes: int
-    batch_dims: tuple[int, ...]
-    shared: Mapping[Place, Along] = field(default_factory=dict)
+    passes: int = 0
+    reading: Reading = field(default_factory=lambda: Reading((), {}))
     by_content: tuple[int, ...] = ()
     without_hooks: tuple[str, ...] = ()
+
+    @property
+    def shared(self) -> dict[Place, Along]:
+        """Lookups that all samples share, such as a table of positions."""
+        return {place: along for place, along in self.reading.lookups.items() if along.shared}
 
 
 def code_words(count: int) -> np.ndarray:
@@ -148,6 +151,7 @@ def map_rows(
     watched: Collection[Place],
     batch_dim: int | None = None,
     all_hooks: bool = False,
+    known: Reading | None = None,
 ) -> RowMap:
     """Find which rows of every watched layer's input belong to which sample.
 
@@ -165,6 +169,8 @@ def map_rows(
         The dimension of the inputs that indexes samples, where several have that size.
     all_hooks : bool
         Whether the copy has all hooks, also those that act on what is outside of the model.
+    known : Reading, optional
+        How a batch of another size was read: it decides where more than one reading is possible.
 
     Returns
     -------
@@ -177,7 +183,8 @@ def map_rows(
         of the inputs is possible.
     """
     inputs = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
-    choices = [_candidate_dims(t, samples, batch_dim) for t in inputs]
+    packed = {id(each.data): each for each in _packed_sequences((args, kwargs)) if _sequences(each) == samples}
+    choices = [(0,) if id(t) in packed else _candidate_dims(t, samples, batch_dim) for t in inputs]
     # An input may have a dimension of that size by chance, such as one position encoding a time point.
     if batch_dim is None and any(len(dims) > 1 for dims in choices):
         choices = [dims if dims == (None,) else (*dims, None) for dims in choices]
@@ -199,19 +206,27 @@ def map_rows(
             all_hooks = True
             twin = _twin(model, all_hooks)
             lookups = _lookups(twin, args, kwargs, watched)
-        likely = [_likely(shape, samples, batch_dim) for shape in lookups.values()]
+        # With as many positions as samples an index of either may be one of positions.
+        sides = [*(len(dims) for dims in choices), *(shape.count(samples) for shape in lookups.values())]
+        by_size = batch_dim is not None or max(sides, default=0) < 2
+
+        def likely(shape: tuple[int, ...], samples: int, batch_dim: int | None) -> tuple[Along, ...]:
+            return (_likely if by_size or len(shape) > 1 else _possible)(shape, samples, batch_dim)
+
+        options_of_lookups = [likely(shape, samples, batch_dim) for shape in lookups.values()]
         if not any(dims != (None,) for dims in choices) and not any(
-            along.along_samples for options in likely for along in options
+            along.along_samples for options in options_of_lookups for along in options
         ):
             every = [t for t in tensors_in((args, kwargs)) if not t.is_floating_point()] + inputs
             shapes = ", ".join(str(tuple(t.shape)) for t in every) or "no tensor"
             where = "of size" if batch_dim is None else f"{batch_dim} of size"
             raise WatchError(
                 f"groups has {samples} labels, but no input of the model has a dimension {where} {samples} "
-                f"(inputs: {shapes}): give one label for each sample of the batch, in the batch's order. Whole numbers are "
+                f"(inputs: {shapes}): give one label for each sample of the batch, in the batch's order, with set_groups() where "
+                "batches differ. Whole numbers are "
                 "traced through nn.Embedding alone; elsewhere give the model floating-point input, or rows=."
             )
-        for round_ in (_likely, _possible):
+        for round_ in (likely, _possible):
             options = {
                 place: (Along(0, marked=False),) if place not in watched and not _has(shape, samples) else None
                 for place, shape in lookups.items()
@@ -244,6 +259,8 @@ def map_rows(
     if not accepted:
         raise WatchError(f"{reason} Say where the samples are with batch_dim= or rows=.")
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
+        accepted = [each for each in accepted if each[0].reading == known] or accepted
+    if any(not _same(found, accepted[0][1]) for _, found in accepted):
         readings = " or ".join(str(probe.reading.batch_dims) for probe, _ in accepted)
         raise WatchError(
             f"the samples could lie along more than one dimension of the model's inputs ({readings}): "
@@ -255,10 +272,8 @@ def map_rows(
         # With several processes the model may talk to the others, who have no pass to spare at the same time.
         if model.training and samples > 1 and not several_processes():
             _refuse_mixing_in_training(model, probe, samples, found)
-    reading = probe.reading
-    shared = {place: along for place, along in reading.lookups.items() if along.shared}
     without_hooks = () if all_hooks else tuple(_modules_with_other_hooks(model))
-    return RowMap(found, len(words), reading.batch_dims, shared, by_content, without_hooks)
+    return RowMap(found, len(words), probe.reading, by_content, without_hooks)
 
 
 def _twin(model: nn.Module, all_hooks: bool = False) -> nn.Module:
@@ -333,7 +348,11 @@ def _by_content(probe: _Probe, words: np.ndarray, found: Mapping[Place, list[np.
     if samples == 1 or not numbers:
         return ()
     moved = [_moved(tensor, samples) for tensor in numbers]
-    same = [torch.equal(before, after) for before, after in zip(numbers, moved, strict=True)]
+    # How sequences are packed says whose their rows are; moved on it would fit them no more.
+    of_packing = {id(tensor) for each in _packed_sequences((probe.args, probe.kwargs)) for tensor in each[1:]}
+    same = [
+        torch.equal(before, after) or id(before) in of_packing for before, after in zip(numbers, moved, strict=True)
+    ]
 
     def lasting(chosen: Sequence[int]) -> bool:
         try:
@@ -411,22 +430,19 @@ def _same_result(
     if not shared:
         return
     refusal = _cannot_be_spread(shared[0])
-    buffers = [buffer.clone() for buffer in twin.buffers()]
     twin.train(model.training)
     try:
         results = []
         begin = torch.get_rng_state()
         for spread in (False, True):
             torch.set_rng_state(begin)
-            with _lookups_marked(twin, reading if spread else Reading(reading.dims, {}), samples, None):
+            marked = _lookups_marked(twin, reading if spread else Reading(reading.dims, {}), samples, None)
+            with _unchanged(twin), marked:
                 results.append([*tensors_in(twin(*args, **kwargs)), torch.get_rng_state()])
     except Exception as error:
         raise refusal from error
     finally:
         twin.eval()
-        with torch.no_grad():
-            for buffer, before in zip(twin.buffers(), buffers, strict=True):
-                buffer.copy_(before)
     for before, after in zip(*results, strict=True):
         if before.shape != after.shape or not torch.equal(before.nan_to_num(), after.nan_to_num()):
             raise refusal
@@ -506,12 +522,15 @@ class _Probe:
     def reached(self, word: np.ndarray) -> dict[Place, list[np.ndarray]]:
         """Where NaN comes, as for `_nan_rows`, in a forward pass in which the samples of a word are NaN."""
         marked: dict[int, Tensor] = {}
+        packed = {id(each.data): each for each in _packed_sequences((self.args, self.kwargs))}
         for tensor, dim in zip(self.inputs, self.reading.dims, strict=True):
             marked[id(tensor)] = _finite(tensor.detach())
             if dim is not None:
-                chosen = torch.from_numpy(np.flatnonzero(word)).to(tensor.device)
+                marks = word[_samples_of_packed(packed[id(tensor)])] if id(tensor) in packed else word
+                chosen = torch.from_numpy(np.flatnonzero(marks)).to(tensor.device)
                 marked[id(tensor)].index_fill_(dim, chosen, math.nan)
-        with _lookups_marked(self.twin, self.reading, len(word), word), _nan_rows(self.twin, self.watched) as seen:
+        looked_up = _lookups_marked(self.twin, self.reading, len(word), word)
+        with _unchanged(self.twin), looked_up, _nan_rows(self.twin, self.watched) as seen:
             self.twin(*_replaced(self.args, marked), **_replaced(self.kwargs, marked))
         return seen
 
@@ -541,7 +560,10 @@ class _Probe:
                 if (samples == -2).any():
                     raise WatchError(f"Rows of the input of '{key[0] or key[1]}' mix several samples.")
                 if (samples == -1).any():
-                    raise WatchError(f"Rows of the input of '{key[0] or key[1]}' belong to no sample.")
+                    raise WatchError(
+                        f"Rows of the input of '{key[0] or key[1]}' belong to no sample: NaN of none reaches them, as where "
+                        "they are made of whole numbers or of weights alone, or NaN is replaced."
+                    )
                 found[key].append(samples)
         return found
 
@@ -590,15 +612,22 @@ def _refuse_mixing_in_training(
 def _filled(samples: np.ndarray, patterns: np.ndarray, words: np.ndarray) -> np.ndarray:
     """Give rows that depend on no sample to the sample of their slice; such as a learned token put before each sequence.
 
-    Or on none in some passes, such as tokens of which some are masked at random.  This needs one dimension along which slice i
-    holds rows of no other sample than i, and in each pass in which sample i is marked a row that shows it.
+    Or on none in some passes, such as tokens of which some are masked at random; or windows that are filled up at the edge of a
+    picture.  This needs one dimension along which slice i, or the i-th slices of as many, holds rows of no other sample than i,
+    and in each pass in which sample i is marked a row that shows it.
     """
     unknown = samples < 0
     count = words.shape[1]
     if not unknown.any() or unknown.all():
         return samples
     for dim, size in enumerate(samples.shape):
-        if size != count or samples.ndim == 1:
+        if size % count or (samples.ndim == 1 and size == count):
+            continue
+        if size > count:
+            apart = (*samples.shape[:dim], count, size // count, *samples.shape[dim + 1 :])
+            found = _filled(samples.reshape(apart), patterns.reshape(len(words), *apart), words)
+            if (found >= 0).all():
+                return found.reshape(samples.shape)
             continue
         shape = [count if axis == dim else 1 for axis in range(samples.ndim)]
         expected = np.arange(count).reshape(shape)
@@ -685,7 +714,7 @@ def _refuse_functional_uses(
         if rule_for(module) is not None:
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
     try:
-        with mode:
+        with _unchanged(twin), mode:
             twin(*args, **kwargs)
     finally:
         for handle in handles:
@@ -712,6 +741,25 @@ def generators_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
+def _unchanged(twin: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass leaves in a model, such as a recurrent layer's last state for the next batch."""
+    attributes = [each for module in twin.modules() for each in (vars(module), module._buffers)]
+    before = [dict(each) for each in attributes]
+    tensors = {id(t): t for t in tensors_in(before) if not isinstance(t, nn.Parameter) and not t.is_inference()}
+    values = [(tensor, tensor._version, tensor.clone()) for tensor in tensors.values()]
+    try:
+        yield
+    finally:
+        for each, items in zip(attributes, before, strict=True):
+            each.clear()
+            each.update(items)
+        with torch.no_grad():
+            for tensor, version, value in values:
+                if tensor._version != version:
+                    tensor.copy_(value)
+
+
+@contextmanager
 def _without_short_cuts() -> Iterator[None]:
     """Keep attention from the short cut that it takes in evaluation without gradients, which no hook sees."""
     before = torch.backends.mha.get_fastpath_enabled()
@@ -720,6 +768,27 @@ def _without_short_cuts() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _packed_sequences(value: Any) -> Iterator[PackedSequence]:
+    """Every one of them in arguments, in containers of any depth."""
+    if isinstance(value, PackedSequence):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _packed_sequences(item)
+
+
+def _sequences(packed: PackedSequence) -> int:
+    return int(packed.batch_sizes[0])
+
+
+def _samples_of_packed(packed: PackedSequence) -> np.ndarray:
+    """The sample of each row of its data: rows lie time first, longer sequences before shorter ones."""
+    order = np.arange(_sequences(packed))
+    if packed.sorted_indices is not None:
+        order = packed.sorted_indices.cpu().numpy()
+    return np.concatenate([order[:count] for count in packed.batch_sizes.tolist()])
 
 
 def _finite(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from .audit import Audit
 from .capture import Capture, WatchedLayer
 from .distributed import Processes
 from .errors import WatchError
-from .groups import Groups
+from .groups import Groups, listed
 from .measure import CONTRASTS, Measurement
 from .parameters import find_parameters
 from .rows import as_array
@@ -375,6 +375,7 @@ class Watcher:
         if rows is not None:
             capture.rows = {**capture.rows, **self._checked_rows(rows)}
         if labels is not None:
+            labels = listed(labels)
             if capture.groups is None:
                 if self._recorded:
                     raise WatchError("set_groups() came after steps without groups: give watch(groups=...) the labels.")

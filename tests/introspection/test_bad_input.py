@@ -35,6 +35,11 @@ class OwnForward(nn.Linear):
         return super().forward(x) * 2
 
 
+class OwnConvolution(nn.Conv1d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
 class OwnLSTM(nn.LSTM):
     def forward(self, x):
         return super().forward(x)[0] * 2
@@ -84,6 +89,21 @@ MISTAKES = {
         LABELS,
         {"unknown": "skip"},
         ["no matrix parameter that can be watched"],
+    ),
+    "labels as one string": (model, "SZ", {}, ["groups='SZ'", "one label for each sample"]),
+    "a single number as labels": (model, torch.tensor(1), {}, ["groups=tensor(1)", "one label for each sample"]),
+    "a table as labels": (
+        model,
+        pd.DataFrame({"diagnosis": LABELS, "sex": LABELS}),
+        {},
+        ["['diagnosis', 'sex']", "groups=table['...']"],
+    ),
+    "two groups of one name": (model, {"x": ["1", "y=1"] * 3, "x=y": ["1"] * 6}, {}, ["'x=y=1'", "rename"]),
+    "a convolution with its own product": (
+        lambda: OwnConvolution(4, 3, 1),
+        LABELS,
+        {},
+        ["'weight' (OwnConvolution)"],
     ),
     "a Linear with its own forward pass": (lambda: OwnForward(4, 3), LABELS, {}, ["'weight' (OwnForward)"]),
     "matrices of the model's own": (OwnMatrices, LABELS, {}, ["'first' (OwnMatrices)", "'second' (OwnMatrices)"]),

@@ -1,15 +1,19 @@
 """Training loops as people write them: gradients on the side, several losses, penalties, hooks, interruptions."""
 
+import copy
 import threading
 import warnings
 import weakref
 from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import _get_current_function_mode_stack
 
 import autospec
@@ -490,6 +494,137 @@ def test_rows_that_are_chosen_by_their_number_are_traced_for_each_batch():
             assert error(found, svdvals(rows)[: len(found)]) < 1e-6, (step, group)
 
 
+class Scanners(nn.Module):
+    """A head for each scanner, whose names come in one way or another."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.heads = nn.Linear(7, 4), nn.ModuleDict({"A": nn.Linear(4, 3), "B": nn.Linear(4, 3)})
+
+    def forward(self, x, scanners):
+        scanners = np.asarray(getattr(scanners, "names", scanners))
+        states = torch.tanh(self.inner(x))
+        for name, head in self.heads.items():
+            chosen = torch.from_numpy(np.flatnonzero(scanners == name))
+            states = states.index_copy(0, chosen, nn.functional.pad(head(states[chosen]), (0, 1)))
+        return states
+
+
+@dataclass
+class Names:
+    names: np.ndarray
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        list,
+        np.asarray,
+        lambda names: np.asarray(names, dtype=object),
+        Names,
+        lambda names: SimpleNamespace(names=names),
+    ],
+    ids=["list", "array", "array of objects", "dataclass", "object"],
+)
+def test_rows_that_go_by_what_is_no_tensor_are_traced_for_each_batch(form):
+    model, x, where = Scanners(), batch(), members(LABELS, N)
+    orders = [np.array(list("AABB") * (N // 4)), np.array(list("BABA") * (N // 4))]
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for scanners in orders:
+            model.zero_grad()
+            model(x, form(scanners)).square().sum().backward()
+            watcher.step()
+    states = torch.tanh(model.inner(x)).detach()
+    for step, scanners in enumerate(orders):
+        for group in "abc":
+            rows = states[torch.from_numpy((scanners == "A") & where[group])]
+            found = spectrum(watcher.trajectories, "heads.A.weight", "activation", group, step)
+            if not len(rows):
+                assert not found.any()
+                continue
+            assert error(found, svdvals(rows)[: len(found)]) < 1e-6, (step, group)
+
+
+class Carries(nn.Module):
+    """Begins each batch where the last one ended."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        self.layer, self.state = nn.GRU(7, 5, batch_first=True), None
+        if buffer:
+            del self.state
+            self.register_buffer("state", torch.zeros(1, N, 5))
+
+    def forward(self, x):
+        output, state = self.layer(x, None if self.state is None else self.state.clone())
+        if isinstance(self.state, Tensor):
+            self.state.copy_(state.detach())
+        else:
+            self.state = state.detach()
+        return output
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_a_state_that_is_carried_on_is_not_touched_by_the_probe(buffer):
+    x = torch.randn(N, 4, 7, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(0)
+    plain = Carries(buffer)
+    model = copy.deepcopy(plain)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for part in x.chunk(2, 1):
+            for each in (plain, model):
+                each.zero_grad()
+                each(part).square().sum().backward()
+            watcher.step()
+    assert torch.equal(model.state, plain.state)
+    assert torch.equal(model.layer.weight_hh_l0.grad, plain.layer.weight_hh_l0.grad)
+    found = spectrum(watcher.trajectories, "layer.weight_ih_l0", "gradient", step=1)
+    assert error(found, svdvals(plain.layer.weight_ih_l0.grad)) < 1e-6
+
+
+class Windows(nn.Module):
+    """Attention's projections of windows of three, filled up at the edge."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(7, 4)
+
+    def forward(self, x):
+        filled = nn.functional.pad(x, (0, 0, 0, -x.shape[1] % 3))
+        return self.project(filled.reshape(-1, 3, 7)).mean(1)
+
+
+def test_rows_that_fill_up_windows_go_to_the_sample_of_their_window():
+    problem = Problem(
+        Windows(),
+        torch.randn(N, 7, 7),
+        loss_of,
+        LABELS,
+        lambda y: torch.arange(N).repeat_interleave(3)[:, None].expand(y.shape[:-1]),
+    )
+    assert_exact(record(problem), problem, members(LABELS, N))
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+def test_a_packed_sequence_may_be_what_the_model_is_called_with(enforce_sorted):
+    model, x = nn.LSTM(7, 5), torch.randn(9, N, 7, generator=torch.Generator().manual_seed(2))
+    lengths = torch.arange(N, 0, -1).clamp(max=9)
+    lengths = lengths if enforce_sorted else lengths.flip(0)
+    where = members(LABELS, N)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted)
+        model(packed)[0].data.square().sum().backward()
+        watcher.step()
+    for group in "abc":
+        model.zero_grad()
+        of_group = torch.from_numpy(where[group])
+        alone = pack_padded_sequence(x[:, of_group], lengths[of_group], enforce_sorted=enforce_sorted)
+        model(alone)[0].data.square().sum().backward()
+        for name in ("weight_ih_l0", "weight_hh_l0"):
+            expected = svdvals(model.get_parameter(name).grad)
+            assert error(spectrum(watcher.trajectories, name, "gradient", group), expected) < 1e-6
+
+
 class Distilled(nn.Module):
     """Compares with what it made of a part of the batch, without gradients."""
 
@@ -575,5 +710,7 @@ def test_torchscript_is_refused_and_an_iterator_of_labels_is_not():
         autospec.watch(torch.jit.script(network()), LABELS)
     with pytest.raises(WatchError, match="groups=3: give one label for each sample"):
         autospec.watch(network(), 3)
-    with autospec.watch(network(), iter(LABELS), quiet=True) as watcher:
-        assert watcher.groups == ("all", "a", "b", "c")
+    expected = record(Problem(network(), batch(), loss_of, LABELS))
+    for labels in (iter(LABELS), {"group": iter(LABELS)}, np.array(LABELS, dtype="S1")):
+        tree = record(Problem(network(), batch(), loss_of, labels))
+        xr.testing.assert_equal(tree["layers/0.weight"].dataset, expected["layers/0.weight"].dataset)

@@ -24,6 +24,7 @@ from .oracle import (
     members,
     record,
     sample_second,
+    shared_by,
     spectrum,
     svdvals,
 )
@@ -150,6 +151,40 @@ def test_as_many_times_as_samples_is_refused_where_nothing_tells_and_batch_dim_d
         assert_exact(trees[-1], problem, members(LABELS, N))
     with pytest.raises(WatchError, match=r"no input of the model has a dimension 2 of size 9"):
         record(Problem(nn.Linear(6, 4), x, mean_square, LABELS), batch_dim=2)
+
+
+class Tokens(nn.Module):
+    """Words and their places, which only the decision behind them brings together, or nothing."""
+
+    def __init__(self, attends):
+        super().__init__()
+        self.words, self.places, self.inner = nn.Embedding(11, 6), nn.Embedding(N + 1, 6), nn.Linear(6, 6)
+        self.attends, self.head = attends, nn.Linear(6, 2)
+
+    def forward(self, index):
+        states = self.words(index) + self.places(torch.arange(index.shape[1]))
+        states = torch.tanh(self.inner(states))
+        return self.head(states + states.mean(1, keepdim=True) if self.attends else states)
+
+
+@pytest.mark.parametrize("attends", [True, False], ids=["attends", "alone"])
+def test_as_many_tokens_as_samples_with_a_table_of_places(attends):
+    model, generator = Tokens(attends), torch.Generator().manual_seed(0)
+    square, wide = (torch.randint(0, 11, (N, tokens), generator=generator) for tokens in (N, N + 1))
+    problem = Problem(model, square, mean_square, LABELS, {"places": shared_by(N)})
+    if attends:
+        assert_exact(record(problem), problem, members(LABELS, N))
+        return
+    with pytest.raises(WatchError, match="more than one dimension"):
+        record(problem)
+    assert_exact(record(problem, batch_dim=0), problem, members(LABELS, N))
+    # What another batch has shown decides.
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for index in (wide, square):
+            model.zero_grad()
+            mean_square(model(index)).backward()
+            watcher.step()
+    assert_exact(watcher.trajectories.isel(step=slice(1, None)), problem, members(LABELS, N))
 
 
 def test_as_many_features_as_samples_is_no_ambiguity():

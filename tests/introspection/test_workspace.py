@@ -95,6 +95,27 @@ def test_nothing_is_kept_for_a_layer_that_the_loss_does_not_use_beyond_one_backw
     assert held[0][0] == unused
 
 
+def test_evaluations_of_the_loss_between_two_updates_take_no_more_memory_than_one():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 20)), torch.randn(64, 30)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=12)
+    held = []
+
+    def evaluate():
+        optimizer.zero_grad()
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        held.append(sum(map(len, watching._capture.workspace._tensors.values())))
+        return loss
+
+    with autospec.watch(model, ["a", "b", "c", "d"] * 16, quiet=True) as watching:
+        optimizer.step(evaluate)
+        watching.step()
+    assert len(held) > 5
+    assert held[1:] == held[:1] * (len(held) - 1)
+    assert held[0] > 0
+
+
 def three_branches(unused):
     torch.manual_seed(0)
     model = Branches(nn.Linear(7, 6), *(nn.Linear(6, 5) for _ in range(3)), unused=unused)

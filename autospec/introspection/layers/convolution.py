@@ -63,8 +63,12 @@ class ConvolutionRule:
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module computes the forward pass of one of torch's convolutions."""
-        families = CONVOLUTIONS + TRANSPOSED
-        return any(isinstance(module, family) and type(module).forward is family.forward for family in families)
+        own = ("forward", "_conv_forward")
+        return any(
+            isinstance(module, family)
+            and all(getattr(type(module), name, None) is getattr(family, name, None) for name in own)
+            for family in CONVOLUTIONS + TRANSPOSED
+        )
 
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
         """The kernels."""
