@@ -156,4 +156,6 @@ def _sum_of_shares(pending: Pending) -> tuple[Tensor, float]:
     scale = max(float(torch.linalg.matrix_norm(matrix)) for matrix in (*matrices, total))
     rounding = torch.finfo(pending.dtype or torch.float32).eps
     unit = rounding * scale * max(sum(pending.rows.values()), *pending.shape) ** 0.5
-    return total, unit
+    # Near a stationary point rows cancel within each share, too.
+    squares = pending.shares.rounding_of_products(list(pending.shares.counts), 0.0)
+    return total, max(unit, (squares or 0.0) ** 0.5)

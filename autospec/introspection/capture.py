@@ -765,11 +765,13 @@ class Capture:
 
     def _discard_zeroed(self) -> None:
         """Forget, at the first gradient of a backward pass, what zero_grad() has discarded since the last one."""
-        for layer in self.layers:
-            if layer.pending is not None and layer.was_zeroed():
-                layer.forget_added()
-        if all(layer.pending is None for layer in self.layers):  # a line search evaluates the loss many times a step
-            self.workspace.take_back()
+        zeroed = [layer for layer in self.layers if layer.pending is not None and layer.was_zeroed()]
+        for layer in zeroed:
+            layer.forget_added()
+        if zeroed and all(
+            layer.pending is None for layer in self.layers
+        ):  # a line search evaluates the loss many times
+            self.workspace.begin_again()
 
     # ------------------------------------------------------------------ rows
 

@@ -16,7 +16,19 @@ import torch
 from torch import Tensor
 
 from .errors import WatchError
-from .factors import ROUNDING_OF_SUM, SHORTEST, TERMS, Factors, Grid, Lookup, Product, narrow, rounding, square
+from .factors import (
+    ROUNDING_OF_SUM,
+    ROUNDING_OF_WALK,
+    SHORTEST,
+    TERMS,
+    Factors,
+    Grid,
+    Lookup,
+    Product,
+    narrow,
+    rounding,
+    square,
+)
 from .groups import Assignment
 from .spectra import PIECE, column_gram, float64, gram_by_rows, gram_of_few, irregular, smaller_gram
 from .workspace import LARGEST_KEPT, Workspace, to_device
@@ -28,6 +40,8 @@ SMALL = 2**20
 CANCELLED = 0.2
 # The same where the rounding is known, relative to the share: every spectrum keeps to 1e-6.
 ROUNDED = 8e-7
+# Square of a share, over those of its factors, below which float64 products with the rows' Gram matrix lose 1e-6 of it.
+CANCELLED_BY_ROWS = 1e-9
 # Largest deviation of a gradient's product with a vector from that of the rows, in units of rounding (measured: 5.4).
 ROUNDING_OF_IMAGE = 8.0
 # Below this many rows, as a fraction of the matrix's smaller side, the factors are kept instead of the share.
@@ -218,9 +232,11 @@ class Shares:
         self.held: list[tuple[Factors, Sorting]] | None = []
         self._backward = -1
         self._matrices: tuple[Tensor, ...] = ()
+        self._walks: dict[bytes, float] | None = None
 
     def add(self, factors: Factors, sorting: Sorting, backward: int = -1) -> None:
         """Add the items of one use in one backward pass, sorted by cell; they may not be modified afterwards."""
+        self._walks = None
         counts = self.counts
         for key, count in zip(sorting.keys, sorting.counts, strict=True):
             counts[key] = counts.get(key, 0) + factors.rows_of(count)
@@ -353,11 +369,10 @@ class Shares:
         if self.batch is None or set(grams) != set(self.products):
             return None
         gram, image = self.batch
-        norm, summed = _norm(gram), sum(map(_norm, grams.values()))
-        if not norm > CANCELLED * summed:
-            squares = self._rounding_of_products(list(grams), summed**2) if math.isfinite(summed) else None
-            if not self._outweighs(gram, norm, squares):
-                return None
+        norm, norms = _norm(gram), list(map(_norm, grams.values()))
+        squares = self.rounding_of_products(list(grams), sum(norms) ** 2)
+        if not (norm > CANCELLED * sum(norms) if squares is None else self._outweighs(gram, norm, squares)):
+            return None
         parts, walk = [], 0.0
         for ((adjoint, activation),) in self.products.values():
             seen = self.workspace.memo(activation, _image, lasting=self.constant)
@@ -505,6 +520,10 @@ class Shares:
                 found[i] = gram_of_few(activation, adjoint, self.workspace, self.constant and len(pairs) == 1)
             elif len(pairs) == 1 and self.constant:
                 found[i] = gram_by_rows(*pairs[0], self.workspace)
+                walks = self._walks_of_cells()
+                largest = walks[cells[0]] * len(pairs[0][0]) if walks else 0.0
+                if 0 < float(found[i].trace()) < CANCELLED_BY_ROWS * largest:
+                    found[i] = smaller_gram(self._wide_share(cells))
         of_cells = {groups[i][0]: gram for i, gram in found.items() if len(groups[i]) == 1}
         rest = [i for i in range(len(groups)) if i not in found]
         batch = self._gram_of_batch(of_cells) if rest and len(groups[rest[0]]) == len(self.counts) else None
@@ -536,36 +555,57 @@ class Shares:
             if not self.lookups and all(key in self.squares for key in cells):
                 squares = sum(float(self.squares[key]) for key in cells)
             else:
-                parts = [of_cell.get(key, math.inf) for key in cells]
-                if len(cells) == 1 or not math.isfinite(sum(parts)) or norms[i] >= CANCELLED * sum(parts):
+                parts = [of_cell[key] if key in of_cell else self._norm_of_share(key) for key in cells]
+                squares = self.rounding_of_products(cells, sum(part**2 for part in parts))
+                if squares is None and (len(cells) == 1 or norms[i] >= CANCELLED * sum(parts)):
                     continue
-                squares = self._rounding_of_products(cells, sum(part**2 for part in parts))
             if not self._outweighs(grams[i], norms[i], squares):
                 grams[i] = smaller_gram(self._wide_share(cells))
 
-    def _rounding_of_products(self, cells: Sequence[bytes], sums: float) -> float | None:
+    def _norm_of_share(self, key: bytes) -> float:
+        """Frobenius norm of the share of a cell that is no group by itself."""
+        return float(torch.linalg.vector_norm(self.matrix([key])))
+
+    def rounding_of_products(self, cells: Sequence[bytes], sums: float) -> float | None:
         """Square of what the rounding of some cells' products may be (Frobenius), if that is what their shares are.
 
         ``sums`` is the square of what is summed up, cell by cell, or in one product for all of them.
         """
-        squares = 0.0
-        for factors, sorting in self.held or ():
-            if not isinstance(factors, Product) or factors.adjoint.dtype != torch.float32:
-                return None
-            if sorting.counts and max(sorting.counts) > TERMS:
-                return None
-            for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
-                if key in cells:
-                    squares += float(rounding(part.adjoint, part.activation, 0.0))
-        return squares + ROUNDING_OF_SUM**2 * torch.finfo(torch.float32).eps ** 2 * sums
+        walks = self._walks_of_cells()
+        if not walks:
+            return None
+        squares = ROUNDING_OF_WALK**2 * sum(walks[key] for key in cells) + ROUNDING_OF_SUM**2 * sums
+        return torch.finfo(torch.float32).eps ** 2 * squares
+
+    def _walks_of_cells(self) -> dict[bytes, float]:
+        """Square of what each cell's share would be if the terms of its products had no common direction; or nothing.
+
+        They are known of products in single precision of few rows, which are held; computed once a step.
+        """
+        if self._walks is None:
+            held = self.held or []
+            known = all(
+                isinstance(factors, Product)
+                and factors.adjoint.dtype == torch.float32
+                and max(sorting.counts, default=0) <= TERMS
+                for factors, sorting in held
+            )
+            self._walks = dict.fromkeys(self.counts, 0.0) if held and known else {}
+            for factors, sorting in held if known else ():
+                for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
+                    seen = self.workspace.memo(part.activation, _square, lasting=self.constant)
+                    self._walks[key] += float(seen) * float(square(part.adjoint)) / max(len(part.adjoint), 1)
+        return self._walks
 
     def _outweighs(self, gram: Tensor, norm: float, squares: float | None) -> bool:
         """Whether a share is large enough over its rounding, so far as that is known; what is not finite cannot be mended."""
         if squares is None:
             return False
         rounded = math.sqrt(squares) * self._largest_of_rounding
+        if not math.isfinite(rounded) or rounded <= ROUNDED * norm / math.sqrt(len(gram)):
+            return True
         least = float(gram.norm()) / norm if norm else 0.0  # at most the share's largest singular value
-        return not math.isfinite(rounded) or rounded <= ROUNDED * least
+        return rounded <= ROUNDED * least
 
     def _wide_share(self, cells: Sequence[bytes]) -> Tensor:
         """The share of some cells from their factors, in float64."""
@@ -865,6 +905,11 @@ def row_count(rows: Tensor) -> int:
 def _norm(gram: Tensor) -> float:
     """Frobenius norm of the matrix with that Gram matrix."""
     return math.sqrt(max(float(gram.trace()), 0.0))
+
+
+def _square(tensor: Tensor, _: Workspace) -> Tensor:
+    """Sum of the squares of a tensor's numbers."""
+    return square(tensor)
 
 
 def _image(activation: Tensor, _: Workspace) -> Tensor:

@@ -78,6 +78,10 @@ class Workspace:
             if key[-1] is not function or pair[0].untyped_storage().data_ptr() in kept
         }
 
+    def begin_again(self) -> None:
+        """Everything may be handed out again within a step, whose beginning has been discarded."""
+        self._taken, self._known = {}, {}
+
     def take_back(self) -> None:
         """Everything may be handed out again; what was not needed in this step is given up."""
         self._tensors = {key: tensors[: self._taken.get(key, 0)] for key, tensors in self._tensors.items()}
