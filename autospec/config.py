@@ -659,11 +659,26 @@ def load_config(path: str | Path) -> Config:
     return parse_config(read_yaml(path), str(path))
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML's own readers keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Read a mapping; raises yaml.constructor.ConstructorError."""
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in lines and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{key.value}' stands twice, at line {lines[key.value]} and", key.start_mark
+                )
+            lines[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read the settings in a YAML file, not validated; raises UserError, with the line, if they cannot be read."""
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: write a config there, or make one with autospec init.") from None
     except OSError as error:
@@ -671,7 +686,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{path} is no text in UTF-8: save it again with that encoding.") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        words = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise UserError(f"{path} is not valid YAML: {words}.") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds no settings: it should be a YAML mapping, as in the repository's config.yaml.")
     return data

@@ -5,6 +5,7 @@ Nothing is imported here, neither the user's module nor torch, so that Snakemake
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import sys
@@ -64,3 +65,33 @@ def module_file(path: str, folder: str | Path = ".") -> Path:
             "put its file into the analysis folder, or install its package."
         )
     return Path(origin)
+
+
+def require_class(path: str, folder: str | Path = ".") -> None:
+    """Refuse a model whose file is no Python, or plainly lacks the class, without running it.
+
+    Parameters
+    ----------
+    path, folder
+        As for `module_file`.
+
+    Raises
+    ------
+    UserError
+        If there is no such module, it cannot be parsed, or nothing in it has the class' name.
+    """
+    file, name = module_file(path, folder), split_path(path)[1]
+    if file.suffix != ".py":
+        return
+    try:
+        body = ast.parse(file.read_bytes()).body
+    except (SyntaxError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise UserError(
+            f"the model '{path}' cannot be read ({file}{line}: {error.args[0]}): correct the file."
+        ) from None
+    # It may be imported, or made by a function: only what the text does not mention cannot be there.
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if not re.search(rf"\b{name}\b|import\s*\*|__getattr__", text):
+        classes = ", ".join(f"'{node.name}'" for node in body if isinstance(node, ast.ClassDef)) or "none"
+        raise UserError(f"the model '{path}' names a class that {file} does not have: its classes are {classes}.")

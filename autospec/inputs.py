@@ -27,7 +27,7 @@ def require_files(config: Config) -> None:
                 "the config; relative paths start at the analysis folder."
             )
     for path in config.models.values():
-        custom_model.module_file(path)
+        custom_model.require_class(path)
     for name in config.datasets:
         for path in specs.dataset_files(config, name):
             if not Path(path).is_file():

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from autospec import specs
+from autospec.cohort.files import listed
 from autospec.cohort.layouts import description_of
 from autospec.cohort.record import require_kind
 from autospec.cohort.selection import Cohort, candidates, freesurfer_sources, functional_files
 from autospec.cohort.simulated import simulated_candidates
 from autospec.cohort.simulation import SimulationSettings, require_possible
-from autospec.cohort.subjects import CohortSettings, Done, Scan
+from autospec.cohort.subjects import MISSING, CohortSettings, Done, Scan
 from autospec.config import (
     Config,
     FolderCohort,
@@ -59,6 +62,9 @@ def read_cohort(config: Config) -> Cohort:
     else:
         cohort = candidates(settings)
     _require_fit(config, cohort)
+    for name in config.experiments:
+        if config.experiments[name].dataset in config.cohort_datasets:
+            _require_groups(config, cohort, name)
     require_kind(str(Path(result("cohort")).parent), cohort.kind)
     return cohort
 
@@ -89,6 +95,72 @@ def _require_fit(config: Config, cohort: Cohort) -> None:
             raise UserError(
                 f"the data set '{name}' needs maps, and the layout {cohort.layout} brings time courses alone."
             )
+
+
+def groups_in(config: Config, cohort: Cohort, dataset: str) -> dict[str, list[str]]:
+    """Labels of those whose data a data set of the cohort is made from, by grouping; ``n/a`` where one is not known."""
+    structural = isinstance(config.datasets[dataset], FreesurferDataset)
+    people = [each.person for each in (cohort.structural if structural else cohort.functional)]
+    found = {name: [getattr(person, name) for person in people] for name in ("diagnosis", "sex", "site")}
+    found["diagnosis_sex"] = [
+        MISSING if MISSING in (person.diagnosis, person.sex) else f"{person.diagnosis} {person.sex}"
+        for person in people
+    ]
+    for name in cohort_settings(config)["groupings"]:
+        found.setdefault(name, [person.groupings.get(name, MISSING) for person in people])
+    return {name: labels for name, labels in found.items() if name != "site" or set(labels) != {MISSING}}
+
+
+def compared_groups(config: Config, cohort: Cohort, experiment: str) -> dict[str, int]:
+    """Participants of each group that an experiment's panels may compare, by the names that `autospec.watch` gives groups."""
+    settings = config.experiments[experiment]
+    there = groups_in(config, cohort, settings.dataset)
+    wanted = settings.groupings or ["diagnosis"]
+    columns = list(dict.fromkeys(part for each in wanted for part in each.split(" x ")))
+    named = {
+        name: [f"{name}={label}" if len(columns) > 1 and label != MISSING else label for label in there[name]]
+        for name in columns
+    }
+    groups = [label for labels in named.values() for label in labels]
+    for crossing in (each.split(" x ") for each in wanted if " x " in each):
+        pairs = zip(*(named[part] for part in crossing), strict=True)
+        groups += [MISSING if MISSING in pair else " & ".join(pair) for pair in pairs]
+    return dict(sorted(Counter(label for label in groups if label != MISSING).items()))
+
+
+def _require_groups(config: Config, cohort: Cohort, name: str) -> None:
+    """Refuse groupings, groups and covariates of an experiment that the cohort's table does not have."""
+    experiment, there = config.experiments[name], groups_in(config, cohort, config.experiments[name].dataset)
+
+    column = ", or name further columns of the cohort's table under cohort.groupings"
+
+    def require(what: str, wanted: str, known: Iterable[str], else_: str = column) -> None:
+        if wanted not in known:
+            raise UserError(
+                f"{what} names '{wanted}', but there is {listed([repr(each) for each in sorted(known)])}: correct it{else_}."
+            )
+
+    for wanted in (part for each in experiment.groupings for part in each.split(" x ")):
+        require(f"experiments.{name}.groupings", wanted, there)
+        if set(there[wanted]) <= {MISSING}:
+            raise UserError(
+                f"experiments.{name}.groupings names '{wanted}', which is not known of anybody in the cohort."
+            )
+    groups = compared_groups(config, cohort, name)
+    for label in [label for panel in experiment.panels for label in panel.compare or ()]:
+        if label not in groups:
+            raise UserError(
+                f"a panel of '{name}' compares the group '{label}', but the groups are {listed([repr(each) for each in groups])}: "
+                "correct compare in the config."
+            )
+    if any(specs.permuted(config, name, run) or experiment.runs[run].refit for run in experiment.runs):
+        numbers = {"age", "mean_fd"}
+        if isinstance(config.datasets[experiment.dataset], FreesurferDataset):
+            numbers.add("intracranial_volume")
+        for wanted in config.statistics.within:
+            require("statistics.within", wanted, {*there, "target"})
+        for wanted in config.statistics.conditional_on:
+            require("statistics.conditional_on", wanted, numbers, "")
 
 
 def cohort_settings(config: Config) -> CohortSettings:

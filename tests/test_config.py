@@ -225,9 +225,10 @@ def test_a_missing_setting_is_named():
         (b"", "holds no settings"),
         (b"- a\n- b\n", "holds no settings"),
         (b"training: [1, 2\n", "is not valid YAML"),
+        (b"training: {epochs: 1}\ntitle: x\ntraining: {epochs: 3}\n", "'training' stands twice, at line 1 and line 3"),
         (b"title: \xff\xfe\n", "no text in UTF-8"),
     ],
-    ids=["empty", "a list", "unclosed", "other encoding"],
+    ids=["empty", "a list", "unclosed", "twice", "other encoding"],
 )
 def test_a_file_that_is_no_config_is_one_sentence(tmp_path, content, said):
     file = tmp_path / "config.yaml"

@@ -15,7 +15,7 @@ from torch import nn
 import autospec
 from autospec import specs
 from autospec.config import parse_config
-from autospec.custom_model import module_file, split_path
+from autospec.custom_model import module_file, require_class, split_path
 from autospec.describe import ACTIVATIONS as ACTIVATION_WORDS
 from autospec.describe import ARCHITECTURES as ARCHITECTURE_WORDS
 from autospec.describe import architecture_words
@@ -545,6 +545,23 @@ def test_the_file_of_a_module_is_found_without_importing_anything(analysis, monk
     monkeypatch.chdir(ROOT)
     assert module_file("numpy:Net") != analysis / "numpy.py"
     assert module_file("numpy:Net", analysis) == analysis / "numpy.py"
+
+
+def test_a_class_that_cannot_be_there_is_noticed_without_running_its_file(tmp_path):
+    for name, text in (
+        ("plain", "class Net: ...\n"),
+        ("made", "def make():\n    return type('Net', (), {})\nNet = make()\n"),
+        ("handed_on", "from plain import *\n"),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
+        require_class(f"{name}:Net", tmp_path)
+    with pytest.raises(
+        UserError, match=r"'plain:Nett' names a class that .*plain.py does not have: its classes are 'Net'"
+    ):
+        require_class("plain:Nett", tmp_path)
+    (tmp_path / "broken.py").write_text("import os\nclass Net(:\n")
+    with pytest.raises(UserError, match=r"'broken:Net' cannot be read .*broken.py, line 2"):
+        require_class("broken:Net", tmp_path)
 
 
 def test_the_example_of_the_page_runs(analysis):

@@ -96,6 +96,52 @@ def test_settings_that_do_not_fit_the_layout_are_refused(tmp_path, monkeypatch):
             participants.read_cohort(parse_config({"cohort": folder, **more}))
 
 
+RUN = {"task": "autoencoder", "hidden": [4]}
+EXPERIMENT = {"title": "T", "dataset": "v", "runs": {"ae": RUN}, "panels": [{"run": "ae", "compare": ["HC", "SZ"]}]}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "statistics", "said"),
+    [
+        ({}, {}, ""),
+        (
+            {"groupings": ["diagnosis x sex"], "panels": [{"run": "ae", "compare": ["diagnosis=HC & sex=F", "sex=M"]}]},
+            {},
+            "",
+        ),
+        ({"groupings": ["medication"]}, {}, "experiments.e.groupings names 'medication', but there is 'diagnosis'"),
+        ({"groupings": ["diagnosis x sexx"]}, {}, "experiments.e.groupings names 'sexx'.*cohort.groupings"),
+        (
+            {"panels": [{"run": "ae", "compare": ["HC", "CTRL"]}]},
+            {},
+            "a panel of 'e' compares the group 'CTRL', but.*'HC', 'SZ'",
+        ),
+        ({"groupings": ["sex"]}, {}, "a panel of 'e' compares the group 'HC', but the groups are 'F', 'M'"),
+        ({}, {"within": ["centre"]}, "statistics.within names 'centre'"),
+        ({}, {"within": ["sex"], "conditional_on": ["age", "intracranial_volume"]}, ""),
+        ({}, {"conditional_on": ["ages"]}, "statistics.conditional_on names 'ages', but there is 'age'"),
+        ({}, {"within": ["centre"], "permutation": "none"}, ""),
+    ],
+)
+def test_groups_that_the_cohort_does_not_have_are_refused_before_any_job(
+    experiment, statistics, said, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(
+        {
+            "cohort": {"kind": "simulated", "subjects": 12},
+            "datasets": {"v": {"kind": "freesurfer"}},
+            "experiments": {"e": EXPERIMENT | experiment},
+            "statistics": statistics,
+        }
+    )
+    if not said:
+        participants.read_cohort(config)
+        return
+    with pytest.raises(UserError, match=said):
+        participants.read_cohort(config)
+
+
 def test_networks_of_gift_are_taken_over(tmp_path):
     import nibabel
 
