@@ -20,11 +20,12 @@ def require_files(config: Config) -> None:
     UserError
         If one is missing; relative paths are relative to the current folder, the analysis.
     """
+    get = " NeuroMark 1.0 comes with autospec fetch-template; stand-in needs no file."
     for key, path in (("template", config.ica.template), ("atlas", config.ica.atlas)):
         if config.needs_networks and path not in (None, "stand-in") and not Path(path).is_file():
             raise UserError(
                 f"ica.{key} names the file {path}, which does not exist (looked in {Path.cwd()}): correct the path in "
-                "the config; relative paths start at the analysis folder."
+                f"the config; relative paths start at the analysis folder.{get if key == 'template' else ''}"
             )
     for path in config.models.values():
         custom_model.require_class(path)

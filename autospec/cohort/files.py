@@ -44,6 +44,10 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{problem}.")
     try:
         data = Path(path).read_bytes()
+        if data.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+            raise UserError(
+                f"{path} is a workbook, as of Excel, and no text: save its sheet as CSV, and name that file."
+            )
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
         return data.decode("utf-8-sig")

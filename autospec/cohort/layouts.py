@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from autospec.cohort import bids, gift, niak, nitrc, table, trends
@@ -56,6 +56,8 @@ def recognise(folder: str, phenotypes: str | None = None) -> str:
         return "niak"
     if nitrc.TABLE in names:
         return "nitrc"
+    if phenotypes and not Path(phenotypes).is_file():
+        raise UserError(f"the table {phenotypes} does not exist: correct phenotypes in the config.")
     tables = [phenotypes] if phenotypes else [str(Path(folder) / "participants.tsv")]
     if any(Path(each).is_file() and "bold" in read_table(each).columns for each in tables):
         return "table"
@@ -66,8 +68,14 @@ def recognise(folder: str, phenotypes: str | None = None) -> str:
     raise UserError(
         f"{folder} has no layout that is known: it holds neither fMRIPrep's *_desc-preproc_bold.nii.gz, nor NIAK's "
         f"fmri_*.nii.gz, nor {nitrc.TABLE}, nor a participants.tsv with a column bold, nor results of GIFT, "
-        f"nor {trends.DATA}."
+        f"nor {trends.DATA}.{_other_table(names, phenotypes)}"
     )
+
+
+def _other_table(names: Collection[str], phenotypes: str | None) -> str:
+    """What to do with a table of another name."""
+    found = sorted(name for name in names if re.fullmatch(r"participants\.(csv|txt|xlsx?)", name))
+    return f" It holds {found[0]}: name it under phenotypes." if found and not phenotypes else ""
 
 
 def read_layout(folder: str, settings: CohortSettings) -> tuple[str, list[Subject]]:

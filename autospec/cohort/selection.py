@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -168,6 +171,7 @@ def select(
     if not participants:
         first = f", the first because: {exclusions[0].reason}" if exclusions else ""
         raise UserError(f"nobody in {settings['folder']} can take part: {len(exclusions)} are left out{first}.")
+    _require_images_of_their_own(participants)
     uncoded = sum(UNCODED in each.reason for each in exclusions)
     if uncoded and not any(each.person.diagnosis == "SZ" for each in participants):
         raise UserError(
@@ -176,6 +180,19 @@ def select(
         )
     tables = [subject.table for subject in subjects if subject.table]
     return Cohort(layout, kind, participants, exclusions, tables[0] if tables else "")
+
+
+def _require_images_of_their_own(participants: list[Participant]) -> None:
+    """Refuse an image that two participants have: it would be in both groups, or trained on and held out."""
+    whose: dict[str, str] = {}
+    for each in participants:
+        for bold in {os.path.realpath(scan.bold) for scan in each.scans if scan.bold}:
+            if bold in whose:
+                raise UserError(
+                    f"sub-{whose[bold]} and sub-{each.id} have the same image, {bold}: correct the table of participants, or "
+                    "leave one of them out."
+                )
+            whose[bold] = each.id
 
 
 def _decide(
@@ -223,6 +240,18 @@ def _labelled(subject: str, scans: tuple[Scan, ...]) -> tuple[Scan, ...]:
             )
         found[label] = replace(scan, label=label)
     return tuple(found.values())
+
+
+def in_words(exclusions: Sequence[Exclusion]) -> str:
+    """Why people are left out: the commonest reason, with somebody as an example."""
+    if not exclusions:
+        return "nobody has data that can be used"
+    # Numbers differ from one to the next: 0.61 mm, 0.52 mm.
+    kinds = Counter(re.sub(r"\S*\d\S*", "", each.reason) for each in exclusions)
+    commonest = kinds.most_common(1)[0][0]
+    first = next(each for each in exclusions if re.sub(r"\S*\d\S*", "", each.reason) == commonest)
+    others = f" (and of {kinds[commonest] - 1} more the like)" if kinds[commonest] > 1 else ""
+    return f"of sub-{first.id}{others}: {first.reason.rstrip('.')}"
 
 
 def functional_files(participant: Participant) -> list[str]:

@@ -36,7 +36,9 @@ def read_paths(folder: str, settings: CohortSettings) -> list[Subject]:
         If the table cannot be read or has no column ``bold``; if rows of one id contradict each other, or name several
         images and no rule chooses.
     """
-    path = settings["phenotypes"] or str(Path(folder) / "participants.tsv")
+    path = settings["phenotypes"] or existing(Path(folder) / "participants.tsv")
+    if not path:
+        raise UserError(f"{folder} has no participants.tsv: put one there, or name a table under phenotypes.")
     columns, by_id = read_rows(path, settings["columns"].get("id"))
     if "bold" not in columns:
         raise UserError(f"{path} has no column 'bold': add one with the path of each participant's 4-D image.")

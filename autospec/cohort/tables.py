@@ -26,7 +26,7 @@ from autospec.cohort.record import (
     TABLE,
     require_kind,
 )
-from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, functional_files
+from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, functional_files, in_words
 from autospec.cohort.subjects import MISSING, CohortSettings, Scan
 from autospec.errors import UserError
 from autospec.freesurfer import STATS
@@ -115,9 +115,7 @@ def write_cohort(cohort: Cohort, settings: CohortSettings, statuses: Mapping[str
         if used or each.freesurfer:
             rows.append(_row(each, used, settings))
     if not rows:
-        raise UserError(
-            f"nobody is left of {len(cohort.participants)} participants: loosen max_mean_fd or min_volumes."
-        )
+        raise UserError(f"nobody is left of {len(cohort.participants)} participants: {in_words(exclusions)}.")
     columns = [*FIRST_COLUMNS, *extra_columns(settings), *LAST_COLUMNS]
     exclusions.sort(key=lambda each: natural_key(each.id))
     excluded = [{"participant_id": f"sub-{each.id}", "part": each.part, "reason": each.reason} for each in exclusions]

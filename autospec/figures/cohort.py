@@ -126,7 +126,10 @@ def read_results(participants: str, folders: list[str]) -> Results:
     diagnoses = {row["id"]: row["diagnosis"] for row in read_participants(participants)}
     rows = read_scans(participants)
     if not rows:
-        raise UserError(f"nobody in {participants} has functional data: there is nothing to draw.")
+        raise UserError(
+            f"nobody in {participants} has functional data that can be used, so there is nothing to draw: "
+            "exclusions.tsv beside it has the reasons."
+        )
     if missing := [row["id"] for row in rows if row["id"] not in by_id]:
         raise UserError(f"there are no results of {listed(missing)}: their own jobs have not run.")
     groups: dict[str, list[str]] = {label: [] for label in sorted({diagnoses[row["subject"]] for row in rows})}

@@ -120,8 +120,8 @@ def exchangeable(
         return ""
     return (
         f"The groups '{group_a}' and '{group_b}' differ in the target, which the weights and adjoints of this classifier "
-        "have seen, so their labels cannot be exchanged after training: set refit to true for this run, which permutes "
-        "them before training."
+        "have seen, so their labels cannot be exchanged after training: refits, with refit set to true for this run, permute "
+        "them before it."
     )
 
 

@@ -98,9 +98,10 @@ def test_a_bad_image_stops_the_check_where_that_is_wanted(tmp_path):
 
 
 def test_motion_excludes_and_volumes_are_taken_from_headers_where_no_table_says_them(tmp_path):
-    participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "123"])
+    participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "1234"])
     fmriprep(tmp_path, ["1", "2"])
     fmriprep(tmp_path, ["2"], moved=0.8)
+    image(tmp_path / "sub-4/func/sub-4_task-rest_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz", volumes=9)
     image(tmp_path / "sub-3/func/sub-3_task-rest_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz", volumes=7)
     found = {each.id: each for each in check_cohort(settings(tmp_path, max_mean_fd=0.5), networks=5).exclusions}
     assert "0.800 mm" in found["2"].reason
@@ -109,6 +110,10 @@ def test_motion_excludes_and_volumes_are_taken_from_headers_where_no_table_says_
     found = {each.id: each.reason for each in check_cohort(settings(tmp_path, min_volumes=8), networks=5).exclusions}
     assert found["1"] == "6 usable volumes, fewer than min_volumes (8)"
     assert found["3"] == "7 volumes, fewer than min_volumes (8)"
+    assert "4" not in found
+    said = r"nobody is left of 4 participants: of sub-1 \(and of 1 more the like\): 6 usable volumes"
+    with pytest.raises(UserError, match=said):
+        check_cohort(settings(tmp_path, min_volumes=10), networks=5)
 
 
 def test_images_that_differ_are_warned_of(tmp_path):

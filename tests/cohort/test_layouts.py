@@ -684,6 +684,25 @@ def test_time_courses_with_missing_values_are_refused(tmp_path):
 # What is none of these
 
 
+def test_a_table_of_another_name_is_pointed_to(tmp_path):
+    (tmp_path / "participants.csv").write_text("id,bold\n1,a.nii\n")
+    with pytest.raises(
+        UserError, match=r"no layout that is known.* It holds participants.csv: name it under phenotypes"
+    ):
+        recognise(str(tmp_path))
+    with pytest.raises(UserError, match=r"the table gone.csv does not exist: correct phenotypes"):
+        recognise(str(tmp_path), "gone.csv")
+    with pytest.raises(UserError, match=r"has no participants.tsv: put one there, or name a table under phenotypes"):
+        candidates(settings(tmp_path, layout="table"))
+
+
+def test_an_image_of_two_participants_is_refused(tmp_path):
+    image(tmp_path / "a.nii.gz")
+    (tmp_path / "participants.tsv").write_text("id\tbold\tdiagnosis\tsex\n1\ta.nii.gz\tHC\tM\n2\t./a.nii.gz\tSZ\tF\n")
+    with pytest.raises(UserError, match=r"sub-1 and sub-2 have the same image, .*a.nii.gz"):
+        candidates(settings(tmp_path, diagnosis="Patient as labelled"))
+
+
 def test_an_unknown_folder_is_refused_with_what_is_known(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing")
     with pytest.raises(UserError, match=r"no layout that is known: .*COBRE_AllData") as caught:

@@ -291,7 +291,8 @@ def test_another_kind_of_cohort_in_the_same_place_is_refused(mixed, tmp_path):
 
 
 def test_limits_that_leave_nobody_are_refused(mixed, tmp_path):
-    with pytest.raises(UserError, match="nobody is left of 5 participants"):
+    said = r"nobody is left of 5 participants: of sub-\d+ \(and of \d more the like\): .*max_mean_fd"
+    with pytest.raises(UserError, match=said):
         build_cohort(settings(mixed, max_mean_fd=0.01), None, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

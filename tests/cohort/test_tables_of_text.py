@@ -57,11 +57,12 @@ def test_a_byte_order_mark_and_quoted_commas_are_read(tmp_path):
         (b"\n\n", "is empty: it should have"),
         (b"id,dx\n01\n", "row 2 .* has 1 cells, but the header names 2"),
         (b"\xff\xfe\x00", "no text in UTF-8"),
+        (b"PK\x03\x04\x14\x00", "a workbook, as of Excel.*save its sheet as CSV"),
         (gzip.compress(b"id\n" * 900)[:-12], "damaged or cut short"),
         (b"/annex/objects/MD5E-s8--0\n", "git-annex pointer; its content was not fetched"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
     ],
-    ids=["empty", "blank", "ragged", "binary", "truncated", "annex", "lfs"],
+    ids=["empty", "blank", "ragged", "binary", "workbook", "truncated", "annex", "lfs"],
 )
 def test_a_table_that_cannot_be_read_is_refused_by_name(tmp_path, data, said):
     path = tmp_path / "table.csv"

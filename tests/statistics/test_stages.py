@@ -249,7 +249,7 @@ def test_a_classifier_s_pairs_are_refused_where_they_differ_in_the_target(judge,
     }
     assert set(found.described["comparisons"]) == set(found.table["comparison"]) == within
     assert len(found.described["refused"]) == 5
-    assert "set refit to true" in found.described["refused"]["diagnosis=HC - diagnosis=SZ"]
+    assert "refit set to true" in found.described["refused"]["diagnosis=HC - diagnosis=SZ"]
     assert found.described["comparisons"]["sex=F - sex=M"]["strata"] == 2  # one for each target
     assert "within one and the same target" in found.described["method"]
     assert (found.table["p_adjusted"].dropna() >= 3 / 40).all()  # three comparisons
