@@ -16,7 +16,7 @@ from autospec.figures.layout import name_axes, place_axes, size_of
 from autospec.figures.selection import at_chance
 from autospec.figures.spectra import label_decades
 
-RIGHT_MM = 28.0
+RIGHT_MM, BAR_MM = 15.0, 11.0
 NAME = "gradient_by_position"
 
 
@@ -67,7 +67,10 @@ def draw_positions(figure: Any, tree: xr.DataTree, pair: list[str], layers: list
             "a panel shows positions, but no layer of the run has weights that are used at several: take the panel out "
             "of the config, or choose a recurrent network or one with tokens."
         )
-    axes = place_axes(figure, len(layers), 3, RIGHT_MM)
+    axes = place_axes(figure, len(layers), 3, RIGHT_MM + BAR_MM)
+    for ax in axes[:, 2]:  # makes room for the scale of both groups beside theirs
+        box = ax.get_position()
+        ax.set_position((box.x0 + BAR_MM / size_of(figure).width, box.y0, box.width, box.height))
     values = {layer: [largest_by_position(tree, layer, group) for group in pair] for layer in layers}
     ratios = {layer: np.log2(first / second) for layer, (first, second) in values.items()}
     limit = colour_limit(ratios.values())
@@ -87,8 +90,8 @@ def draw_positions(figure: Any, tree: xr.DataTree, pair: list[str], layers: list
             ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
             ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         draw_cells(row[2], steps, positions, ratios[layer], limit, GREYS if grey else COLOURS)
-        _bar(figure, row[0], scale, "Greys_r" if grey else "cividis")
-    name_axes(axes, layers, ["first group", "second group", "ratio"], "position")
+        _bar(figure, row[1], scale, "Greys_r" if grey else "cividis")
+    name_axes(axes, layers, [*pair, "ratio"], "position")
     draw_ratio_bar(figure, axes[0, -1], axes[-1, -1], limit, GREYS if grey else COLOURS, pair)
     return axes
 
@@ -100,10 +103,10 @@ def _scale(values: list[np.ndarray]) -> LogNorm:
 
 
 def _bar(figure: Any, beside: Any, scale: LogNorm, colours: str) -> None:
-    """Draw the scale of the largest singular value at the right of a row."""
+    """Draw the scale of the largest singular value, which both groups have, at the right of the second."""
     width = size_of(figure).width
     box = beside.get_position()
-    cax = figure.add_axes((1 - 24.0 / width, box.y0, 2.0 / width, box.y1 - box.y0))
+    cax = figure.add_axes((box.x1 + 1.5 / width, box.y0, 2.0 / width, box.y1 - box.y0))
     bar = figure.colorbar(ScalarMappable(scale, colours), cax=cax)
     bar.set_label("σ₁ of the gradient", fontsize=5.5, labelpad=1)
     bar.outline.set_linewidth(0.4)
