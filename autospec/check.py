@@ -11,12 +11,15 @@ from autospec import inputs
 from autospec.cohort.check import Report, check_cohort, planned_cohort
 from autospec.cohort.files import listed
 from autospec.cohort.images import Header
+from autospec.cohort.selection import Cohort
 from autospec.cohort.simulated import coarse_brain
 from autospec.cohort.simulation import REPETITION_TIME
+from autospec.cohort.subjects import MISSING
 from autospec.config import Config, load_config
 from autospec.errors import UserError
 from autospec.ica.template import Template, analysis_grid, coverage, fixed_mask, load_template, on_grid
-from autospec.participants import cohort_settings, read_cohort, simulation_settings
+from autospec.participants import cohort_settings, compared_groups, read_cohort, simulation_settings
+from autospec.specs import permuted
 
 MUCH = 0.99
 """Share of a network below which an image is said to cut it."""
@@ -61,8 +64,34 @@ def check_analysis(folder: str) -> str:
             lines = report.lines()
         if template is not None:
             lines += _template_lines(config, template, report)
+        lines += _group_lines(config, cohort)
     sets = ", ".join(f"{name} ({dataset.kind})" for name, dataset in config.datasets.items())
     return "\n".join([*lines, f"data sets: {sets or 'none'}"])
+
+
+def _group_lines(config: Config, cohort: Cohort) -> list[str]:
+    """Warn of comparisons that will not be tested, as far as the table of participants says."""
+    found = []
+    least = config.statistics.minimum_group_size
+    for name, experiment in config.experiments.items():
+        if experiment.dataset not in config.cohort_datasets:
+            continue
+        tested = {run for run in experiment.runs if permuted(config, name, run) or experiment.runs[run].refit}
+        compared = {label for panel in experiment.panels if panel.run in tested for label in panel.compare or ()}
+        groups = compared_groups(config, cohort, name)
+        found += [
+            f"warning: '{name}' compares '{label}', of whom there are {groups[label]}: groups of fewer than "
+            f"statistics.minimum_group_size ({least}) are not tested"
+            for label in sorted(compared)
+            if groups[label] < least
+        ]
+    unknown = [each.id for each in cohort.participants if each.person.age == MISSING]
+    if "age" in config.statistics.conditional_on and unknown:
+        found.append(
+            f"warning: statistics.conditional_on names age, which is not known of {listed([f'sub-{name}' for name in unknown])}: "
+            "comparisons that they are in have no p"
+        )
+    return found
 
 
 def _seeks(config: Config) -> bool:

@@ -63,7 +63,11 @@ def performance_words(performance: dict[str, Any] | None) -> str:
     inside = [f"chance {chance:.2f}"] if measure == "accuracy" and chance is not None else []
     inside.append(f"N = {performance['held_out']}")
     words = f"{MEASURES[measure]} {performance[measure]:.2f} ({', '.join(inside)})"
-    return f"at chance on held-out data, hence grey: {words}" if performance.get("at_chance") else f"held-out {words}"
+    if not performance.get("at_chance"):
+        return f"held-out {words}"
+    all_right = measure == "accuracy" and performance[measure] == 1
+    found = "too few held out to tell from chance" if all_right else "at chance on held-out data"
+    return f"{found}, hence grey: {words}"
 
 
 def data_words(dataset: dict[str, Any] | None) -> str:

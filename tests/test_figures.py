@@ -197,6 +197,10 @@ def test_simulated_data_and_the_stand_in_are_named_by_the_data_sets_own_words(tr
             "held-out accuracy 0.62 (chance 0.55, N = 29)",
         ),
         (
+            {"held_out": 3, "accuracy": 1.0, "chance": 0.67, "p": 0.3, "at_chance": True},
+            "too few held out to tell from chance, hence grey: accuracy 1.00 (chance 0.67, N = 3)",
+        ),
+        (
             {"held_out": 9, "explained": -0.1, "chance": 0.0, "at_chance": True},
             "at chance on held-out data, hence grey: variance explained -0.10 (N = 9)",
         ),

@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 from autospec import participants, specs
+from autospec.check import check_analysis
 from autospec.cohort.simulated import simulate_cohort
 from autospec.config import parse_config
 from autospec.errors import UserError
@@ -140,6 +142,20 @@ def test_groups_that_the_cohort_does_not_have_are_refused_before_any_job(
         return
     with pytest.raises(UserError, match=said):
         participants.read_cohort(config)
+
+
+@pytest.mark.parametrize("permutation", ["compared", "none"])
+def test_check_warns_of_groups_too_small_to_be_tested(permutation, tmp_path):
+    config = {
+        "cohort": {"kind": "simulated", "subjects": 12},
+        "datasets": {"v": {"kind": "freesurfer"}},
+        "experiments": {"e": EXPERIMENT},
+        "statistics": {"minimum_group_size": 9, "permutation": permutation},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    said = check_analysis(str(tmp_path))
+    warned = [f"warning: 'e' compares '{label}', of whom there are 6" in said for label in ("HC", "SZ")]
+    assert any(warned) == (permutation == "compared"), said
 
 
 def test_networks_of_gift_are_taken_over(tmp_path):

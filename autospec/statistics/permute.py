@@ -27,6 +27,7 @@ from autospec.statistics.study import Question, Study, columns_of, exchangeable,
 from autospec.statistics.table import COLUMNS, comparison_name, read_confounds, write_description, write_tests
 from autospec.storage import write_packed
 from autospec.training.prepare import Prepared, prepare
+from autospec.training.progress import Progress
 from autospec.training.snapshots import Snapshots, open_snapshots
 
 TEST = "permutation"
@@ -114,7 +115,7 @@ def build_permutation(
     questions = [*plan.questions, *(check.question for check in asked if check.question is not None)]
     identity = json.dumps([settings, code, digest, of_weights], sort_keys=True)
     folder = Path(work) / settings["name"] / f"permutation-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    distributions = null_distributions(questions, runs, prepared, folder)
+    distributions = null_distributions(questions, runs, prepared, folder, settings["name"])
     found = [
         evaluate(each, alpha=settings["alpha"], comparisons=len(plan.questions))
         for each in distributions[: len(plan.questions)]
@@ -191,13 +192,14 @@ def _question(
 
 
 def null_distributions(
-    questions: Sequence[Question], runs: Sequence[Snapshots], prepared: Sequence[Prepared], folder: Path
+    questions: Sequence[Question], runs: Sequence[Snapshots], prepared: Sequence[Prepared], folder: Path, name: str
 ) -> list[NullDistributions]:
     """Compute every question's statistics at every kept update, averaged over seeds.
 
     Each update's shares are computed once for all questions.  Finished updates are kept in the folder.
     """
     of_seeds: list[list[NullDistributions]] = []
+    progress, done = Progress(name, sum(len(run.steps) for run in runs)), 0
     for number, (run, setting) in enumerate(zip(runs, prepared, strict=True)):
         found = []
         for place, question in enumerate(questions):
@@ -208,6 +210,8 @@ def null_distributions(
                 shares = shares_at(run, setting, step)
                 for each in found:
                     each.add(step, shares)
+                progress.show(done, "labels permuted")
+            done += 1
         of_seeds.append(found)
     return [average_over_seeds(each) for each in zip(*of_seeds, strict=True)]
 

@@ -1,4 +1,4 @@
-"""How far a training is, and where its time goes."""
+"""How far a training or a test of it is, and where its time goes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """Lines that say how far a training is, a few seconds apart.
+    """Lines that say how far a job is, a few seconds apart.
 
     Parameters
     ----------
     name : str
         The run.
     total : int
-        Updates to make.
+        Updates to make, or to test.
     first : int
         The first that is made now.
     """
@@ -27,15 +27,15 @@ class Progress:
         self.name, self.total, self.first = name, total, first
         self.started = self.last = time.monotonic()
 
-    def show(self, done: int, loss: float) -> None:
-        """Print a line if the last one is long enough ago."""
+    def show(self, done: int, note: str) -> None:
+        """Print a line about an update, counted from 0, if the last one is long enough ago."""
         now = time.monotonic()
         if now - self.last < SECONDS_BETWEEN_LINES and done + 1 < self.total:
             return
         self.last = now
         left = (now - self.started) / (done + 1 - self.first) * (self.total - done - 1)
         print(
-            f"{self.name}: update {done + 1} of {self.total}, loss {loss:.4g}, {left:.0f} s left",
+            f"{self.name}: update {done + 1} of {self.total}, {note}, {left:.0f} s left",
             file=sys.stderr,
             flush=True,
         )

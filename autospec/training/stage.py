@@ -176,7 +176,7 @@ class _Run:
                 progress = Progress(self.name, self.total, self.done)
                 while self.done < self.total:
                     loss = self._update(watcher)
-                    progress.show(self.done - 1, loss)
+                    progress.show(self.done - 1, f"loss {loss:.4g}")
                     if self.done < self.total and self.checkpoints.due(self.done):
                         self._save(watcher)
                 self._require_finite(self.trainer.finite())

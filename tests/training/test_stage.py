@@ -217,7 +217,7 @@ def test_progress_is_a_line_now_and_then_and_always_the_last(capsys, monkeypatch
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
     progress = Progress("small/judge", 4)
     for done, loss in enumerate([4.0, 3.0, 2.0, 1.0]):
-        progress.show(done, loss)
+        progress.show(done, f"loss {loss:g}")
     assert capsys.readouterr().err.splitlines() == [
         "small/judge: update 2 of 4, loss 3, 6 s left",
         "small/judge: update 4 of 4, loss 1, 0 s left",
