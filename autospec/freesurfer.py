@@ -213,7 +213,10 @@ def _ids_of(path: str) -> dict[str, tuple[str, str]]:
             problem = f"{folder} has no {listed(missing)}: recon-all has not finished" if missing else ""
             found[name] = (str(folder), problem)
         if not found:
-            raise UserError(f"{path} holds no <subject>/stats: it should be FreeSurfer's SUBJECTS_DIR.")
+            raise UserError(
+                f"{path} holds no <subject>/stats, as FreeSurfer's SUBJECTS_DIR does: name that folder, or tables, under "
+                "freesurfer; or [] for none."
+            )
         return found
     table = _checked_table(path)
     for row in table.rows:

@@ -409,7 +409,9 @@ def test_volumes_are_scaled_and_useless_regions_dropped(cohort, tmp_path):
     target = tmp_path / "volumes.zarr.zip"
     sources = [str(tmp_path / "data/sourcedata/freesurfer")]
     chosen = {"name": "volumes", "icv": "none", "training": None}
-    assert build_volumes(chosen, cohort, sources, str(target)) == "volumes: 3 participants, 3 regions (4 dropped)"
+    assert build_volumes(chosen, cohort, sources, str(target)) == (
+        "volumes: 3 participants, 3 regions (4 dropped: constant: Left-Lateral-Ventricle, 5th-Ventricle, lh_insula, rh_insula)"
+    )
     dataset = plain(target)
     assert dataset["x"].dims == ("sample", "region")
     assert dataset["id"].values.tolist() == ["01", "03", "10"]
@@ -464,7 +466,7 @@ def test_missing_heads_and_regions():
     heads, ids, everybody = np.array([1.5, np.nan, 1.6]), ["a", "b", "c"], np.ones(3, dtype=bool)
     features = make_features(volumes, ["r", "s", "t"], heads, ids, "none", everybody)
     assert features.regions == ["r"]
-    assert features.notes == ["dropped, missing in somebody: s", "dropped, constant: t"]
+    assert features.notes == ["dropped, missing in b: s", "dropped, constant: t"]
     with pytest.raises(UserError, match="icv is proportional, but the intracranial volume of b is not known"):
         make_features(volumes, ["r", "s", "t"], heads, ids, "proportional", everybody)
     with pytest.raises(UserError, match="no FreeSurfer region is left"):

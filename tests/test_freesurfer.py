@@ -210,7 +210,7 @@ def test_folders_and_sessions_of_freesurfer(tmp_path):
     with pytest.raises(UserError, match="several folders for 01"):
         read_volumes([str(tmp_path)])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="should be FreeSurfer's SUBJECTS_DIR"):
+    with pytest.raises(UserError, match="as FreeSurfer's SUBJECTS_DIR does: name that folder"):
         read_volumes([str(tmp_path / "empty")])
     with pytest.raises(UserError, match="does not exist"):
         read_volumes([str(tmp_path / "nowhere.csv")])

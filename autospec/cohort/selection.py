@@ -204,7 +204,7 @@ def _decide(
         what = "an image" if subject.scans or subject.problem else "FreeSurfer volumes"
         return None, [Exclusion(name, "all", f"has {what}, but no row in the table of participants", bad=True)]
     table = settings["phenotypes"] or f"the table of participants in {settings['folder']}"
-    person = describe(subject.phenotype, settings, table)
+    person = describe(subject.phenotype, settings, f"the row of sub-{name} in {table}")
     if isinstance(person, Refusal):
         return None, [Exclusion(name, "all", person.reason, person.bad)]
     exclusions = []

@@ -94,7 +94,8 @@ def build_volumes(settings: VolumesSettings, participants: str, sources: list[st
         covariates=half.covariates | {"intracranial_volume": list(intracranial)},
     )
     dropped = len(found.regions) - len(features.regions)
-    return f"{settings['name']}: {len(half.ids)} participants, {len(features.regions)} regions ({dropped} dropped)"
+    why = "; ".join(note.removeprefix("dropped, ") for note in features.notes)
+    return f"{settings['name']}: {len(half.ids)} participants, {len(features.regions)} regions ({dropped} dropped{why and ': ' + why})"
 
 
 def in_order(found: Volumes, ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -155,7 +156,8 @@ def make_features(
     notes = []
     whole = np.isfinite(volumes).all(0)
     if not whole.all():
-        notes.append(f"dropped, missing in somebody: {', '.join(np.array(regions)[~whole])}")
+        lacking = [name for name, row in zip(ids, volumes, strict=True) if not np.isfinite(row).all()]
+        notes.append(f"dropped, missing in {listed(lacking)}: {', '.join(np.array(regions)[~whole])}")
     # Whether a region is constant is seen before it is divided by the size of the head, which varies.
     varies = whole & (np.ptp(np.where(whole, volumes, 0.0)[training], axis=0) > 0)
     if not varies[whole].all():
