@@ -23,8 +23,9 @@ use_this_python(ROOT)
 # A config given with --configfile stands alone.  A job on a cluster reads this file again and reads no profile, so the
 # profile's replace-workflow-config would not keep config.yaml from being merged into it there.
 try:
-    for path in workflow.overwrite_configfiles or ["config.yaml"]:
-        read_yaml(path)  # says in one sentence, with its line, what cannot be read or stands twice
+    for path in map(str, workflow.overwrite_configfiles or ["config.yaml"]):
+        if path.endswith((".yaml", ".yml")):
+            read_yaml(path)  # says in one sentence, with its line, what cannot be read or stands twice
 except UserError as error:
     raise WorkflowError(str(error)) from None
 if not workflow.overwrite_configfiles:

@@ -662,16 +662,17 @@ def load_config(path: str | Path) -> Config:
 class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice in a mapping, of which YAML's own readers keep the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Read a mapping; raises yaml.constructor.ConstructorError."""
-        lines: dict[str, int] = {}
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping as it is written, before others are merged into it; raises yaml.composer.ComposerError."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in lines and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"'{key.value}' stands twice, at line {lines[key.value]} and", key.start_mark
+            if (name := (key.tag, key.value)) in lines and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.composer.ComposerError(
+                    None, None, f"'{key.value}' stands twice, at line {lines[name]} and", key.start_mark
                 )
-            lines[key.value] = key.start_mark.line + 1
-        return super().construct_mapping(node, deep)
+            lines[name] = key.start_mark.line + 1
+        return node
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from autospec.analysis import NEW_CONFIG
-from autospec.config import load_config, parse_config
+from autospec.config import load_config, parse_config, read_yaml
 from autospec.documentation import SCHEMA, generated
 from autospec.errors import UserError
 from tests.conftest import ROOT
@@ -237,6 +237,15 @@ def test_a_file_that_is_no_config_is_one_sentence(tmp_path, content, said):
         load_config(file)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mapping_may_be_merged_into_several_and_overridden(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "a: &a {k: 1, m: 0}\nb:\n  c:\n    d: &d {<<: *a, k: 2}\ne: {<<: *d}\nf: {<<: *d, k: 3}\ng: {1: x, '1': y}\n"
+    )
+    assert read_yaml(file)["e"] == {"k": 2, "m": 0}
+    assert read_yaml(file)["f"] == {"k": 3, "m": 0}
 
 
 def test_a_config_that_is_not_there_is_one_sentence(tmp_path):

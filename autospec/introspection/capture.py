@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,11 +25,13 @@ from .hooks import Hook
 from .layers import LayerCall, LookupCall, allow_short_cuts, rule_for
 from .parameters import WatchedParameter
 from .pending import Layout, Pending, Sorting
-from .rows import Place, Reading, RowMap, map_rows, several_processes, whole_numbers
+from .rows import Place, Reading, RowMap, as_array, content_of, map_rows, several_processes, whole_numbers
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
 from .workspace import Where, Workspace, where
 
+# Objects within objects among a model's arguments that are looked into.
+DEEPEST = 3
 # Row maps of batches of different shapes, before all are probed anew.
 ROW_MAPS_KEPT = 64
 # Bytes of one item, a volume say, from which on it is not copied: fresh memory for all of them costs more than the copy.
@@ -236,7 +239,8 @@ class Capture:
         self._by_content: dict[Any, tuple[int, ...]] = {}
         self._reading: Reading | None = None
         self._sorts = any(isinstance(module, nn.RNNBase) for module in model.modules())
-        self._sortings: tuple[Assignment | None, np.ndarray | None, dict[Any, Sorting | None]] = (None, None, {})
+        self._sortings: dict[Any, Sorting | None] = {}
+        self._sorted_for: tuple[Any, ...] = ()
         self._forward: Forward | None = None
         self._handles: list[RemovableHandle] = []
         self._owners: list[tuple[WatchedLayer, nn.Module, str, torch.device]] = []
@@ -313,8 +317,9 @@ class Capture:
         if self._paused or not self._active:
             return
         self._depth += 1
-        if self._depth > 1:  # a model that calls itself: what it does there belongs to the call from outside
-            return
+        if self._depth > 1 and _running_calls(model) > 1:
+            return  # a model that calls itself: what it does there belongs to the call from outside
+        self._depth = 1  # after an interruption torch calls no hook, so the end of that call was not seen
         self.forwards += 1
         if _backward_pass() < 0:
             self._drop_what_was_not_added()
@@ -395,7 +400,7 @@ class Capture:
         if len(self._row_maps) > ROW_MAPS_KEPT:
             self._row_maps.clear()
             self._by_content.clear()
-            self._sortings = (None, None, {})
+            self._sortings = {}
         content = self._content(signature, args, kwargs)
         if all_hooks or (signature, content) not in self._row_maps:
             self._paused, begin = True, time.perf_counter()
@@ -404,7 +409,7 @@ class Capture:
             finally:
                 self._paused = False
                 self.seconds += time.perf_counter() - begin
-            self._reading = found.reading
+            self._reading = found.reading if found.certain else self._reading
             self._by_content[signature] = found.by_content
             content = self._content(signature, args, kwargs)
             self._row_maps[signature, content] = found
@@ -454,21 +459,17 @@ class Capture:
         """What the inputs contain that the rows go by, as far as is known of inputs of this kind."""
         chosen = self._by_content.get(signature, ())
         numbers = whole_numbers(args, kwargs) if chosen else []
-        return tuple((i, numbers[i].cpu().numpy().tobytes()) for i in chosen)
+        return tuple((i, content_of(as_array(numbers[i]))) for i in chosen)
 
     def _on_call(self, module_name: str, wanted: Mapping[str, WatchedLayer]) -> Callable[[LayerCall], Tensor | None]:
         def on_call(call: LayerCall) -> Tensor | None:
-            if self._paused or not self._active or not self.recording or _transformed():
+            off = self._paused or not self._active or not self.recording
+            if off or not torch.is_grad_enabled() or _transformed():
                 return None
             parameters = [key for key in call.parameters if key in wanted]
             if not parameters:
                 return None
             forward = self._forward
-            if not torch.is_grad_enabled():
-                if forward is not None:  # the probe has counted it
-                    for key in parameters:
-                        forward.count_call((module_name, key))
-                return None
             if forward is None:
                 if self.assignment is None:
                     forward = Forward(None, None)
@@ -795,9 +796,10 @@ class Capture:
         if forward.assignment is None or forward.row_map is None:
             return self._without_groups(items)
         # While the labels and the row map stay, so does the order; packed sequences bring another layout each time.
-        if self._sortings[0] is not forward.assignment or self._sortings[1] is not forward.valid:
-            self._sortings = (forward.assignment, forward.valid, {})
-        cache = self._sortings[2]
+        given = (forward.assignment, forward.valid, forward.rows)
+        if len(self._sorted_for) != len(given) or any(a is not b for a, b in zip(self._sorted_for, given, strict=True)):
+            self._sorted_for, self._sortings = given, {}
+        cache = self._sortings
         key = (*use.call.order_key(use.place), use.number, forward.row_map, items, use.call.layout())
         device = layer.parameter.device
         if layout is not None:
@@ -861,28 +863,37 @@ def _checksum(tensor: Tensor) -> float | None:
     return float((rows @ irregular(rows.shape[1], tensor.dtype)) @ irregular(len(rows) + 1, tensor.dtype)[1:])
 
 
-def _signature(value: Any, sorts: bool, samples: int) -> Any:
+def _signature(value: Any, sorts: bool, samples: int, inside: tuple[int, ...] = ()) -> Any:
     """Shapes of all tensors in the arguments, and options: with the same ones the rows lie in the same order.
 
-    Numbers of sequences by time step, as in a PackedSequence, belong to it; for numbers by sample see `RowMap.by_content`.
+    Numbers of sequences by time step, as in a PackedSequence, belong to it, and what tables and objects hold that is no data; for
+    numbers and names by sample see `RowMap.by_content`.  ``inside`` are the objects in which the value lies.
     """
     if isinstance(value, Tensor):
         sizes = sorts and value.ndim == 1 and len(value) != samples and not value.is_floating_point()
         return tuple(value.tolist()) if sizes and value.device.type == "cpu" else tuple(value.shape)
     if isinstance(value, Mapping):
-        return tuple((key, _signature(item, sorts, samples)) for key, item in value.items())
+        return tuple((key, _signature(item, sorts, samples, inside)) for key, item in value.items())
     if isinstance(value, list | tuple):
-        return tuple(_signature(item, sorts, samples) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return tuple(_signature(getattr(value, each.name), sorts, samples) for each in fields(value))
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fc":  # data; other arrays may say where rows lie
-        return value.shape
+        return tuple(_signature(item, sorts, samples, inside) for item in value)
     if isinstance(value, np.ndarray | np.generic):
-        return value.shape, str(value.tolist()) if value.dtype.kind == "O" else value.tobytes()
-    if isinstance(value, bool | int | str) or not hasattr(value, "__dict__") or callable(value):
-        return value if isinstance(value, bool | int | str) else type(value).__name__
-    held = [each for each in vars(value).items() if isinstance(each[1], Tensor | np.ndarray | list | tuple)]
-    return type(value).__name__, *((name, _signature(item, sorts, samples)) for name, item in held)
+        seen = value.ndim and not inside
+        return value.shape if seen or value.dtype.kind in "fc" else (value.shape, content_of(value))
+    if isinstance(value, bool | int | str):
+        return value
+    if hasattr(type(value), "to_numpy"):  # a column of a table
+        return _signature(value.to_numpy(), sorts, samples, (*inside, id(value)))
+    held = vars(value) if hasattr(value, "__dict__") and not callable(value) else {}
+    if is_dataclass(value) and not isinstance(value, type):
+        held = {each.name: getattr(value, each.name, None) for each in fields(value)}
+    if id(value) in inside or len(inside) > DEEPEST:
+        held = {}
+    plain = (bool, int, float, str, bytes, type(None))  # counters and the like, which change without a row moving
+    return type(value).__name__, *(
+        (name, _signature(item, sorts, samples, (*inside, id(value))))
+        for name, item in held.items()
+        if not isinstance(item, plain)
+    )
 
 
 def _accumulates(parameter: nn.Parameter) -> bool:
@@ -894,6 +905,15 @@ def _accumulates(parameter: nn.Parameter) -> bool:
         return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
     except RuntimeError:  # which says that torch.autograd.grad is running
         return False
+
+
+def _running_calls(model: nn.Module) -> int:
+    """How many calls of a model are running, one within the other."""
+    frame, count = sys._getframe(), 0
+    while frame is not None:
+        count += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
 
 
 def _transformed() -> bool:

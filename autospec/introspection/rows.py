@@ -85,6 +85,8 @@ class RowMap:
         each scanner, gives other rows to a sample whose length or scanner is another.
     without_hooks : tuple of str
         Modules with hooks that the probe's copy did not have.
+    certain : bool
+        Whether no other reading of the inputs is possible.
     """
 
     samples: dict[Place, list[np.ndarray]]
@@ -92,6 +94,7 @@ class RowMap:
     reading: Reading = field(default_factory=lambda: Reading((), {}))
     by_content: tuple[int, ...] = ()
     without_hooks: tuple[str, ...] = ()
+    certain: bool = False
 
     @property
     def shared(self) -> dict[Place, Along]:
@@ -191,29 +194,23 @@ def map_rows(
     if batch_dim is not None:
         for position in [i for i, dims in enumerate(choices) if dims != (None,)][1:]:
             choices[position] = (*choices[position], None)
-    twin = _twin(model, all_hooks)
     words = code_words(samples)
     accepted: list[tuple[_Probe, dict[Place, list[np.ndarray]]]] = []
     reason = ""
-    with generators_kept(inputs), torch.no_grad(), _without_short_cuts():
-        try:
-            lookups = _lookups(twin, args, kwargs, watched)
-        except WatchError:
-            raise
-        except Exception:  # without a hook that brings its input into form, say
-            if all_hooks:
-                raise
-            all_hooks = True
-            twin = _twin(model, all_hooks)
-            lookups = _lookups(twin, args, kwargs, watched)
+    with generators_kept(inputs), torch.enable_grad(), _without_short_cuts():
+        twin, lookups, all_hooks = _running_twin(model, args, kwargs, watched, all_hooks)
         # With as many positions as samples an index of either may be one of positions.
-        sides = [*(len(dims) for dims in choices), *(shape.count(samples) for shape in lookups.values())]
+        sides = [*(len(dims) for dims in choices), *(lookup.shape.count(samples) for lookup in lookups.values())]
         by_size = batch_dim is not None or max(sides, default=0) < 2
 
-        def likely(shape: tuple[int, ...], samples: int, batch_dim: int | None) -> tuple[Along, ...]:
-            return (_likely if by_size or len(shape) > 1 else _possible)(shape, samples, batch_dim)
+        def likely(lookup: _Indices) -> tuple[Along, ...]:
+            sure = by_size or lookup.given or len(lookup.shape) > 1
+            return (_likely if sure else _possible)(lookup.shape, samples, batch_dim)
 
-        options_of_lookups = [likely(shape, samples, batch_dim) for shape in lookups.values()]
+        def possible(lookup: _Indices) -> tuple[Along, ...]:
+            return _possible(lookup.shape, samples, batch_dim)
+
+        options_of_lookups = [likely(lookup) for lookup in lookups.values()]
         if not any(dims != (None,) for dims in choices) and not any(
             along.along_samples for options in options_of_lookups for along in options
         ):
@@ -226,20 +223,20 @@ def map_rows(
                 "batches differ. Whole numbers are "
                 "traced through nn.Embedding alone; elsewhere give the model floating-point input, or rows=."
             )
-        for round_ in (likely, _possible):
+        for round_ in (likely, possible):
             options = {
-                place: (Along(0, marked=False),) if place not in watched and not _has(shape, samples) else None
-                for place, shape in lookups.items()
+                place: (Along(0, marked=False),) if place not in watched and samples not in lookup.shape else None
+                for place, lookup in lookups.items()
             }
-            # Lookups of one shape are read in one way.
-            by_shape = {shape: round_(shape, samples, batch_dim) for shape in lookups.values()}
-            if math.prod(map(len, choices)) * math.prod(map(len, by_shape.values())) > MAX_HYPOTHESES:
+            # Lookups of one kind and shape are read in one way.
+            by_kind = {lookup: round_(lookup) for lookup in lookups.values()}
+            if math.prod(map(len, choices)) * math.prod(map(len, by_kind.values())) > MAX_HYPOTHESES:
                 raise WatchError("too many dimensions of the inputs could index samples: say which with batch_dim=.")
-            for dims, chosen in itertools.product(itertools.product(*choices), itertools.product(*by_shape.values())):
-                along_of_shape = dict(zip(by_shape, chosen, strict=True))
+            for dims, chosen in itertools.product(itertools.product(*choices), itertools.product(*by_kind.values())):
+                along_of_kind = dict(zip(by_kind, chosen, strict=True))
                 alongs = {
-                    place: only[0] if (only := options[place]) else along_of_shape[shape]
-                    for place, shape in lookups.items()
+                    place: only[0] if (only := options[place]) else along_of_kind[lookup]
+                    for place, lookup in lookups.items()
                 }
                 if all(dim is None for dim in dims) and not any(along.along_samples for along in alongs.values()):
                     continue
@@ -267,13 +264,13 @@ def map_rows(
             "say which with batch_dim=."
         )
     probe, found = accepted[0]
-    with generators_kept(inputs), torch.no_grad(), _without_short_cuts():
+    with generators_kept(inputs), torch.enable_grad(), _without_short_cuts():
         by_content = _by_content(probe, words, found)
         # With several processes the model may talk to the others, who have no pass to spare at the same time.
         if model.training and samples > 1 and not several_processes():
             _refuse_mixing_in_training(model, probe, samples, found)
     without_hooks = () if all_hooks else tuple(_modules_with_other_hooks(model))
-    return RowMap(found, len(words), probe.reading, by_content, without_hooks)
+    return RowMap(found, len(words), probe.reading, by_content, without_hooks, len(accepted) == 1)
 
 
 def _twin(model: nn.Module, all_hooks: bool = False) -> nn.Module:
@@ -292,8 +289,32 @@ def _twin(model: nn.Module, all_hooks: bool = False) -> nn.Module:
     twin.eval()
     with torch.no_grad():
         for tensor in itertools.chain(twin.parameters(), twin.buffers()):
-            tensor.copy_(_finite(tensor))
+            if tensor.layout == torch.strided and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                tensor.copy_(_finite(tensor))
     return twin
+
+
+def _running_twin(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Collection[Place], all_hooks: bool
+) -> tuple[nn.Module, dict[Place, _Indices], bool]:
+    """A copy that runs, what it looks up in tables, and whether it has all hooks.
+
+    Gradients are enabled, so that what a model does without them can be told apart, but the copy's weights need none, which
+    spares the graph.  If that fails, as where a model asks for a gradient in its forward pass, or lacks a hook that brings its
+    input into form, it is tried as it trains.
+    """
+    for hooks, learns in dict.fromkeys([(all_hooks, False), (all_hooks, True), (True, True)]):
+        twin = _twin(model, hooks)
+        if not learns:
+            twin.requires_grad_(False)
+        try:
+            return twin, _lookups(twin, args, kwargs, watched), hooks
+        except WatchError:
+            raise
+        except Exception:
+            if hooks and learns:
+                raise
+    raise AssertionError("unreachable")
 
 
 def _is_part_of(modules: Collection[nn.Module], hook: Callable) -> bool:
@@ -319,21 +340,40 @@ def as_array(value: Any) -> np.ndarray:
     return np.asarray(value.cpu() if isinstance(value, Tensor) else value)
 
 
+def content_of(array: np.ndarray | np.generic) -> str | bytes:
+    """What an array holds, to be compared with another of its shape."""
+    return str(array.tolist()) if array.dtype.kind == "O" else array.tobytes()
+
+
 def several_processes() -> bool:
     """Whether this process trains together with others."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def whole_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Tensors of whole numbers or truth values: NaN cannot show what hangs on them."""
-    return [t for t in tensors_in((args, kwargs)) if not (t.is_floating_point() or t.is_complex())]
+def whole_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | np.ndarray]:
+    """Tensors of whole numbers or truth values, and arrays of these or of names: NaN cannot show what hangs on them."""
+    tensors = [t for t in tensors_in((args, kwargs)) if not (t.is_floating_point() or t.is_complex())]
+    return [*tensors, *(array for array in _arrays_in((args, kwargs)) if array.ndim and array.dtype.kind not in "fc")]
 
 
-def _moved(numbers: Tensor, samples: int) -> Tensor:
+def _arrays_in(value: Any) -> Iterator[np.ndarray]:
+    """Every numpy array in arguments, in containers of any depth."""
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _arrays_in(item)
+
+
+def _moved(numbers: Tensor | np.ndarray, samples: int) -> Tensor | np.ndarray:
     """Numbers given to the next sample, or the next place; a single one is counted up."""
+    shape = tuple(numbers.shape)
+    dim = shape.index(samples if samples in shape else max(shape)) if shape else 0
+    if isinstance(numbers, np.ndarray):
+        return np.roll(numbers, 1, dim)
     if numbers.numel() == 1:
         return ~numbers if numbers.dtype == torch.bool else numbers + 1
-    return numbers.roll(1, numbers.shape.index(samples if samples in numbers.shape else max(numbers.shape)))
+    return numbers.roll(1, dim)
 
 
 def _by_content(probe: _Probe, words: np.ndarray, found: Mapping[Place, list[np.ndarray]]) -> tuple[int, ...]:
@@ -351,7 +391,8 @@ def _by_content(probe: _Probe, words: np.ndarray, found: Mapping[Place, list[np.
     # How sequences are packed says whose their rows are; moved on it would fit them no more.
     of_packing = {id(tensor) for each in _packed_sequences((probe.args, probe.kwargs)) for tensor in each[1:]}
     same = [
-        torch.equal(before, after) or id(before) in of_packing for before, after in zip(numbers, moved, strict=True)
+        content_of(as_array(before)) == content_of(as_array(after)) or id(before) in of_packing
+        for before, after in zip(numbers, moved, strict=True)
     ]
 
     def lasting(chosen: Sequence[int]) -> bool:
@@ -380,18 +421,28 @@ class Reading:
         return (*(dim for dim in self.dims if dim is not None), *of_lookups)
 
 
+@dataclass(frozen=True)
+class _Indices:
+    """What a lookup looks up: the shape, and whether it is what the model was given, and not made in it."""
+
+    shape: tuple[int, ...]
+    given: bool
+
+
 def _lookups(
     twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Collection[Place]
-) -> dict[Place, tuple[int, ...]]:
-    """Shape of the indices of every lookup in one forward pass; weights used outside their layer are refused."""
-    shapes: dict[Place, tuple[int, ...]] = {}
+) -> dict[Place, _Indices]:
+    """The indices of every lookup in one forward pass; weights used outside their layer are refused."""
+    found: dict[Place, _Indices] = {}
+    given = {tensor.data_ptr() for tensor in tensors_in((args, kwargs))}
     handles = []
     for name, module in twin.named_modules():
         rule = rule_for(module)
         if rule is not None and isinstance(module, nn.Embedding):
 
             def on_call(call: LayerCall, name: str = name) -> None:
-                shapes[name, "weight"] = tuple(call.inputs[0].shape)
+                indices = call.inputs[0]
+                found[name, "weight"] = _Indices(tuple(indices.shape), indices.data_ptr() in given)
 
             handles += rule.attach(module, on_call)
     try:
@@ -399,11 +450,7 @@ def _lookups(
     finally:
         for handle in handles:
             handle.remove()
-    return shapes
-
-
-def _has(shape: tuple[int, ...], samples: int) -> bool:
-    return samples in shape
+    return found
 
 
 def _possible(shape: tuple[int, ...], samples: int, batch_dim: int | None) -> tuple[Along, ...]:
@@ -515,20 +562,20 @@ class _Probe:
     reading: Reading
     watched: Collection[Place]
 
-    def given(self, others: Mapping[int, Tensor]) -> _Probe:
+    def given(self, others: Mapping[int, Tensor | np.ndarray]) -> _Probe:
         """The same with other tensors in place of some, by their identities."""
         return replace(self, args=_replaced(self.args, others), kwargs=_replaced(self.kwargs, others))
 
     def reached(self, word: np.ndarray) -> dict[Place, list[np.ndarray]]:
         """Where NaN comes, as for `_nan_rows`, in a forward pass in which the samples of a word are NaN."""
-        marked: dict[int, Tensor] = {}
+        marked: dict[int, Tensor | np.ndarray] = {}
         packed = {id(each.data): each for each in _packed_sequences((self.args, self.kwargs))}
         for tensor, dim in zip(self.inputs, self.reading.dims, strict=True):
-            marked[id(tensor)] = _finite(tensor.detach())
+            marked[id(tensor)] = data = _finite(tensor.detach())
             if dim is not None:
                 marks = word[_samples_of_packed(packed[id(tensor)])] if id(tensor) in packed else word
                 chosen = torch.from_numpy(np.flatnonzero(marks)).to(tensor.device)
-                marked[id(tensor)].index_fill_(dim, chosen, math.nan)
+                data.index_fill_(dim, chosen, math.nan)
         looked_up = _lookups_marked(self.twin, self.reading, len(word), word)
         with _unchanged(self.twin), looked_up, _nan_rows(self.twin, self.watched) as seen:
             self.twin(*_replaced(self.args, marked), **_replaced(self.kwargs, marked))
@@ -650,6 +697,8 @@ def _nan_rows(twin: nn.Module, watched: Collection[Place]) -> Iterator[dict[Plac
             continue
 
         def on_call(call: LayerCall, name: str = name) -> None:
+            if not torch.is_grad_enabled():  # such a call is none in training
+                return
             for parameter in call.parameters:
                 if (name, parameter) in watched:
                     seen.setdefault((name, parameter), []).append(call.marks(parameter).cpu().numpy())
@@ -743,16 +792,21 @@ def generators_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
 @contextmanager
 def _unchanged(twin: nn.Module) -> Iterator[None]:
     """Put back what a forward pass leaves in a model, such as a recurrent layer's last state for the next batch."""
-    attributes = [each for module in twin.modules() for each in (vars(module), module._buffers)]
+    own = ("_buffers", "_modules", "_parameters")
+    attributes = [each for m in twin.modules() for each in (vars(m), *(vars(m)[name] for name in own))]
     before = [dict(each) for each in attributes]
+    lists = [(item, list(item)) for items in before for item in items.values() if type(item) is list]
+    dicts = [(item, dict(item)) for items in before for item in items.values() if type(item) is dict]
     tensors = {id(t): t for t in tensors_in(before) if not isinstance(t, nn.Parameter) and not t.is_inference()}
     values = [(tensor, tensor._version, tensor.clone()) for tensor in tensors.values()]
     try:
         yield
     finally:
-        for each, items in zip(attributes, before, strict=True):
+        for each, items in (*zip(attributes, before, strict=True), *dicts):
             each.clear()
             each.update(items)
+        for each, kept in lists:
+            each[:] = kept
         with torch.no_grad():
             for tensor, version, value in values:
                 if tensor._version != version:
@@ -803,8 +857,8 @@ def _same(first: Mapping[Place, list[np.ndarray]], second: Mapping[Place, list[n
     } and all(np.array_equal(a, b) for key in first for a, b in zip(first[key], second[key], strict=True))
 
 
-def _replaced(value: Any, marked: Mapping[int, Tensor]) -> Any:
-    if isinstance(value, Tensor):
+def _replaced(value: Any, marked: Mapping[int, Tensor | np.ndarray]) -> Any:
+    if isinstance(value, Tensor | np.ndarray):
         return marked.get(id(value), value)
     if isinstance(value, Mapping):
         return {key: _replaced(item, marked) for key, item in value.items()}

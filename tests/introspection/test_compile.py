@@ -25,6 +25,7 @@ from .families import (
     weighted,
     whole_numbers,
 )
+from .oracle import error, spectrum, svdvals
 
 MODELS = {
     "Linear, in-place ReLU": lambda: (
@@ -127,8 +128,22 @@ def test_a_compiled_part_of_the_model_that_was_called_before_is_refused():
     part, x = make("Linear, twice")
     model = nn.Sequential(torch.compile(part, backend="eager"), nn.Linear(7, 3))
     weighted(model(x)).backward()
-    with autospec.watch(model, LABELS), pytest.raises(WatchError, match=r"gradient reached '0\..*layer\.weight'"):
+    with autospec.watch(model), pytest.raises(WatchError, match=r"gradient reached '0\..*layer\.weight'"):
         weighted(model(x)).backward()
+
+
+def test_with_groups_the_probe_has_such_a_part_compiled_again():
+    """Weights of the probe's copy need no gradient, so torch compiles again, and then the hooks are there."""
+    part, x = make("Linear, twice")
+    model = nn.Sequential(torch.compile(part, backend="eager"), nn.Linear(7, 3))
+    weighted(model(x)).backward()
+    model.zero_grad()
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        weighted(model(x)).backward()
+        watcher.step()
+    found = spectrum(watcher.trajectories, "0._orig_mod.layer.weight", "gradient")
+    assert error(found, svdvals(part.layer.weight.grad)) < 1e-6
+    assert watcher.trajectories.attrs["audit"]["largest_error"] < 1e-6
 
 
 def test_steps_that_are_not_recorded_and_validation_leave_no_trace():

@@ -1,25 +1,27 @@
 """Training loops as people write them: gradients on the side, several losses, penalties, hooks, interruptions."""
 
 import copy
+import signal
 import threading
 import warnings
 import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import _get_current_function_mode_stack
 
 import autospec
 from autospec.introspection import WatchError
 
-from .oracle import Problem, assert_exact, error, members, record, spectrum, svdvals
+from .oracle import Problem, assert_exact, assert_shares, error, members, record, spectrum, svdvals
 
 N = 24
 LABELS = ["a", "b", "b", "c"] * 6
@@ -513,6 +515,11 @@ class Scanners(nn.Module):
 @dataclass
 class Names:
     names: np.ndarray
+    itself: "Names | None" = None
+    unset: int = field(init=False)
+
+    def __post_init__(self):
+        self.itself = self
 
 
 @pytest.mark.parametrize(
@@ -523,8 +530,10 @@ class Names:
         lambda names: np.asarray(names, dtype=object),
         Names,
         lambda names: SimpleNamespace(names=names),
+        lambda names: SimpleNamespace(names=names, more=SimpleNamespace(kept={"names": names})),
+        pd.Series,
     ],
-    ids=["list", "array", "array of objects", "dataclass", "object"],
+    ids=["list", "array", "array of objects", "dataclass", "object", "object in an object", "column"],
 )
 def test_rows_that_go_by_what_is_no_tensor_are_traced_for_each_batch(form):
     model, x, where = Scanners(), batch(), members(LABELS, N)
@@ -546,29 +555,33 @@ def test_rows_that_go_by_what_is_no_tensor_are_traced_for_each_batch(form):
 
 
 class Carries(nn.Module):
-    """Begins each batch where the last one ended."""
+    """Begins each batch where the last one ended, and makes a part of itself when it is first called."""
 
-    def __init__(self, buffer):
+    def __init__(self, how):
         super().__init__()
-        self.layer, self.state = nn.GRU(7, 5, batch_first=True), None
-        if buffer:
-            del self.state
+        self.layer, self.how, self.states = nn.GRU(7, 5, batch_first=True), how, []
+        if how == "buffer":
             self.register_buffer("state", torch.zeros(1, N, 5))
 
     def forward(self, x):
-        output, state = self.layer(x, None if self.state is None else self.state.clone())
-        if isinstance(self.state, Tensor):
+        if not hasattr(self, "gain"):
+            self.register_buffer("gain", torch.ones(5))
+        if self.how == "buffer":
+            output, state = self.layer(x, self.state.clone())
             self.state.copy_(state.detach())
         else:
-            self.state = state.detach()
-        return output
+            output, state = self.layer(x, self.states[-1] if self.states else None)
+            self.states = [*self.states, state.detach()] if self.how == "attribute" else self.states
+            if self.how == "list":
+                self.states.append(state.detach())
+        return output * self.gain
 
 
-@pytest.mark.parametrize("buffer", [False, True])
-def test_a_state_that_is_carried_on_is_not_touched_by_the_probe(buffer):
+@pytest.mark.parametrize("how", ["buffer", "attribute", "list"])
+def test_a_state_that_is_carried_on_is_not_touched_by_the_probe(how):
     x = torch.randn(N, 4, 7, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(0)
-    plain = Carries(buffer)
+    plain = Carries(how)
     model = copy.deepcopy(plain)
     with autospec.watch(model, LABELS, quiet=True) as watcher:
         for part in x.chunk(2, 1):
@@ -576,7 +589,12 @@ def test_a_state_that_is_carried_on_is_not_touched_by_the_probe(buffer):
                 each.zero_grad()
                 each(part).square().sum().backward()
             watcher.step()
-    assert torch.equal(model.state, plain.state)
+    for one, other in (
+        zip([model.state], [plain.state], strict=True)
+        if how == "buffer"
+        else zip(model.states, plain.states, strict=True)
+    ):
+        assert torch.equal(one, other)
     assert torch.equal(model.layer.weight_hh_l0.grad, plain.layer.weight_hh_l0.grad)
     found = spectrum(watcher.trajectories, "layer.weight_ih_l0", "gradient", step=1)
     assert error(found, svdvals(plain.layer.weight_ih_l0.grad)) < 1e-6
@@ -661,6 +679,51 @@ class Refining(nn.Module):
 def test_calls_without_gradients_and_of_the_model_by_itself_are_counted(model):
     problem = Problem(model, torch.randn(N, 5, 7), lambda y: (y - 1).square().sum(), LABELS)
     assert_exact(record(problem), problem, members(LABELS, N))
+
+
+class Guided(nn.Module):
+    """Looks at its own guess, made without gradients, of other rows than it goes on with; in training alone or always."""
+
+    def __init__(self, attends, in_training):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(8, 2, batch_first=True) if attends else nn.Linear(8, 8)
+        self.head, self.attends, self.in_training = nn.Linear(8, 3), attends, in_training
+
+    def forward(self, x):
+        def mixed(rows):
+            return self.inner(rows, rows, rows)[0] if self.attends else self.inner(rows)
+
+        guess = 0.0
+        if self.training or not self.in_training:
+            with torch.no_grad():
+                guess = mixed(x.flip(0)).flip(0).mean(1, keepdim=True)
+        states = mixed(x)
+        if states.requires_grad:
+            states.retain_grad()
+        return self.head(torch.tanh(states - guess))
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+@pytest.mark.parametrize(("attends", "in_training"), [(True, False), (False, False), (False, True), (True, True)])
+def test_what_is_made_without_gradients_is_no_use_in_whatever_mode(attends, in_training, mode):
+    torch.manual_seed(1)
+    problem = Problem(
+        Guided(attends, in_training).train(mode == "training"), torch.randn(N, 5, 8), lambda y: y.square().sum(), LABELS
+    )
+    assert_shares({1e-6: record(problem)}, problem, members(LABELS, N))
+
+
+def test_a_call_of_the_model_that_was_interrupted_does_not_disturb_the_next():
+    expected = record(Problem(network(), batch(), loss_of, LABELS))
+    model = network()
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        handle = model[1].register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            model(batch())
+        handle.remove()
+        loss_of(model(batch())).backward()
+        watcher.step()
+    assert_same(watcher.trajectories, expected)
 
 
 def test_positions_count_within_each_forward_pass():

@@ -187,6 +187,52 @@ def test_as_many_tokens_as_samples_with_a_table_of_places(attends):
     assert_exact(watcher.trajectories.isel(step=slice(1, None)), problem, members(LABELS, N))
 
 
+def test_a_batch_of_one_sample_decides_nothing_about_later_ones():
+    model = nn.Linear(6, 4)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        watcher.set_groups(LABELS[:1])
+        mean_square(model(torch.randn(1, 1, 6))).backward()
+        watcher.set_groups(LABELS)
+        with pytest.raises(WatchError, match="more than one dimension"):
+            model(torch.randn(N, N, 6))
+        watcher.step()
+
+
+def test_rows_that_are_given_anew_hold_although_another_layer_is_traced():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), torch.randn(N, 6)
+    orders = [np.arange(N), np.roll(np.arange(N), 1)]
+    with autospec.watch(model, LABELS, rows={"1.weight": orders[0]}, statistics=["activation"], quiet=True) as watcher:
+        for order in orders:
+            watcher.set_groups(None, rows={"1.weight": order})
+            model.zero_grad()
+            mean_square(model(x)).backward()
+            watcher.step()
+    seen = model[0](x).detach()
+    for step, order in enumerate(orders):
+        rows = seen[torch.from_numpy(members(LABELS, N)["a"][order])]
+        found = spectrum(watcher.trajectories, "1.weight", "activation", "a", step)
+        assert error(found, svdvals(rows)[: len(found)]) < 1e-6
+
+
+def test_numbers_of_a_schedule_do_not_have_the_rows_traced_anew(probes):
+    class Annealed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 4)
+
+        def forward(self, x, weight, chosen):
+            return self.inner(x * float(weight))[torch.from_numpy(chosen)]
+
+    model, generator = Annealed(), np.random.default_rng(0)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for weight in np.linspace(0.5, 1, 4):
+            model.zero_grad()
+            mean_square(model(torch.randn(N, 6), weight, generator.permutation(N))).backward()
+            watcher.step()
+    assert len(probes) == 1
+
+
 def test_as_many_features_as_samples_is_no_ambiguity():
     problem = Problem(nn.Linear(N, 4), torch.randn(N, N), mean_square, LABELS)
     tree = record(problem)

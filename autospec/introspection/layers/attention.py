@@ -100,20 +100,23 @@ def allow_short_cuts(model: nn.Module) -> list[RemovableHandle]:
     list of RemovableHandle
         To be removed before the hooks of the layers.
     """
-    lifted: list[tuple[dict[int, Callable], dict[int, Callable]]] = []
+    lifted: list[list[tuple[dict[int, Callable], dict[int, Callable]]]] = []
 
     def put_back(*_: Any) -> None:
-        while lifted:
-            hooks, before = lifted.pop()
+        for hooks, before in lifted.pop() if lifted else ():
             now = dict(hooks)
             hooks.clear()
             hooks.update({key: hook for key, hook in before.items() if isinstance(hook, Hook) or key in now} | now)
 
+    def put_all_back(*_: Any) -> None:
+        while lifted:
+            put_back()
+
     def lift(layers: Sequence[nn.Module], *_: Any) -> None:
-        put_back()
         modules = [module for layer in layers if takes_short_cut(layer) for module in layer.modules()]
+        lifted.append([])
         for hooks in (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)):
-            lifted.append((hooks, dict(hooks)))
+            lifted[-1].append((hooks, dict(hooks)))
             for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
                 del hooks[key]
 
@@ -125,7 +128,9 @@ def allow_short_cuts(model: nn.Module) -> list[RemovableHandle]:
             while caller and isinstance(modules[caller], nn.ModuleList | nn.ModuleDict):
                 caller = caller.rpartition(".")[0]
             callers.setdefault(modules[caller], []).append(layer)
-    handles: list[RemovableHandle] = [_Last(put_back)]
+    handles: list[RemovableHandle] = [_Last(put_all_back)]
+    if callers:  # after an interruption no hook is called that would have put them back
+        handles.append(model.register_forward_pre_hook(Hook(put_all_back)))
     for module, layers in callers.items():
         handles.append(module.register_forward_pre_hook(Hook(functools.partial(lift, layers))))
         handles.append(module.register_forward_hook(Hook(put_back), always_call=True))
