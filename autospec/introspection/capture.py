@@ -769,9 +769,8 @@ class Capture:
         zeroed = [layer for layer in self.layers if layer.pending is not None and layer.was_zeroed()]
         for layer in zeroed:
             layer.forget_added()
-        if zeroed and all(
-            layer.pending is None for layer in self.layers
-        ):  # a line search evaluates the loss many times
+        # A line search evaluates the loss many times a step.
+        if zeroed and all(layer.pending is None for layer in self.layers):
             self.workspace.begin_again()
 
     # ------------------------------------------------------------------ rows

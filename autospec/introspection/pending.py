@@ -555,6 +555,9 @@ class Shares:
             if not self.lookups and all(key in self.squares for key in cells):
                 squares = sum(float(self.squares[key]) for key in cells)
             else:
+                unknown = [key for key in cells if key not in of_cell]
+                if unknown and not self._walks_of_cells():
+                    continue
                 parts = [of_cell[key] if key in of_cell else self._norm_of_share(key) for key in cells]
                 squares = self.rounding_of_products(cells, sum(part**2 for part in parts))
                 if squares is None and (len(cells) == 1 or norms[i] >= CANCELLED * sum(parts)):
@@ -592,9 +595,10 @@ class Shares:
             )
             self._walks = dict.fromkeys(self.counts, 0.0) if held and known else {}
             for factors, sorting in held if known else ():
-                for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
-                    seen = self.workspace.memo(part.activation, _square, lasting=self.constant)
-                    self._walks[key] += float(seen) * float(square(part.adjoint)) / max(len(part.adjoint), 1)
+                sides = (side.split_with_sizes(sorting.counts) for side in (factors.adjoint, factors.activation))
+                for key, adjoint, activation in zip(sorting.keys, *sides, strict=True):
+                    seen = self.workspace.memo(activation, _square, lasting=self.constant)
+                    self._walks[key] += float(square(adjoint)) * float(seen) / max(len(adjoint), 1)
         return self._walks
 
     def _outweighs(self, gram: Tensor, norm: float, squares: float | None) -> bool:
