@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def copy_model(model: nn.Module, keep_hooks: Callable[[Callable], bool] = lambda _: True) -> nn.Module:
@@ -37,11 +39,13 @@ def copy_model(model: nn.Module, keep_hooks: Callable[[Callable], bool] = lambda
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor in arguments, in containers of any depth."""
-    if isinstance(value, Tensor):
+    return instances_in(value, Tensor)
+
+
+def instances_in(value: Any, kind: type[T]) -> Iterator[T]:
+    """Everything of a kind in arguments, in containers of any depth."""
+    if isinstance(value, kind):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from instances_in(item, kind)

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from .copies import copy_model, tensors_in
+from .copies import copy_model, instances_in, tensors_in
 from .errors import WatchError
 from .hooks import Hook
 from .layers import LayerCall, rule_for
@@ -186,7 +186,9 @@ def map_rows(
         of the inputs is possible.
     """
     inputs = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
-    packed = {id(each.data): each for each in _packed_sequences((args, kwargs)) if _sequences(each) == samples}
+    packed = {
+        id(each.data): each for each in instances_in((args, kwargs), PackedSequence) if _sequences(each) == samples
+    }
     choices = [(0,) if id(t) in packed else _candidate_dims(t, samples, batch_dim) for t in inputs]
     # An input may have a dimension of that size by chance, such as one position encoding a time point.
     if batch_dim is None and any(len(dims) > 1 for dims in choices):
@@ -353,16 +355,10 @@ def several_processes() -> bool:
 def whole_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | np.ndarray]:
     """Tensors of whole numbers or truth values, and arrays of these or of names: NaN cannot show what hangs on them."""
     tensors = [t for t in tensors_in((args, kwargs)) if not (t.is_floating_point() or t.is_complex())]
-    return [*tensors, *(array for array in _arrays_in((args, kwargs)) if array.ndim and array.dtype.kind not in "fc")]
-
-
-def _arrays_in(value: Any) -> Iterator[np.ndarray]:
-    """Every numpy array in arguments, in containers of any depth."""
-    if isinstance(value, np.ndarray):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _arrays_in(item)
+    return [
+        *tensors,
+        *(array for array in instances_in((args, kwargs), np.ndarray) if array.ndim and array.dtype.kind not in "fc"),
+    ]
 
 
 def _moved(numbers: Tensor | np.ndarray, samples: int) -> Tensor | np.ndarray:
@@ -389,7 +385,9 @@ def _by_content(probe: _Probe, words: np.ndarray, found: Mapping[Place, list[np.
         return ()
     moved = [_moved(tensor, samples) for tensor in numbers]
     # How sequences are packed says whose their rows are; moved on it would fit them no more.
-    of_packing = {id(tensor) for each in _packed_sequences((probe.args, probe.kwargs)) for tensor in each[1:]}
+    of_packing = {
+        id(tensor) for each in instances_in((probe.args, probe.kwargs), PackedSequence) for tensor in each[1:]
+    }
     same = [
         content_of(as_array(before)) == content_of(as_array(after)) or id(before) in of_packing
         for before, after in zip(numbers, moved, strict=True)
@@ -569,7 +567,7 @@ class _Probe:
     def reached(self, word: np.ndarray) -> dict[Place, list[np.ndarray]]:
         """Where NaN comes, as for `_nan_rows`, in a forward pass in which the samples of a word are NaN."""
         marked: dict[int, Tensor | np.ndarray] = {}
-        packed = {id(each.data): each for each in _packed_sequences((self.args, self.kwargs))}
+        packed = {id(each.data): each for each in instances_in((self.args, self.kwargs), PackedSequence)}
         for tensor, dim in zip(self.inputs, self.reading.dims, strict=True):
             marked[id(tensor)] = data = _finite(tensor.detach())
             if dim is not None:
@@ -822,15 +820,6 @@ def _without_short_cuts() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _packed_sequences(value: Any) -> Iterator[PackedSequence]:
-    """Every one of them in arguments, in containers of any depth."""
-    if isinstance(value, PackedSequence):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _packed_sequences(item)
 
 
 def _sequences(packed: PackedSequence) -> int:
