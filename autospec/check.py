@@ -19,7 +19,7 @@ from autospec.config import Config, load_config
 from autospec.errors import UserError
 from autospec.ica.template import Template, analysis_grid, coverage, fixed_mask, load_template, on_grid
 from autospec.participants import cohort_settings, compared_groups, read_cohort, simulation_settings
-from autospec.specs import permuted
+from autospec.specs import tested
 
 MUCH = 0.99
 """Share of a network below which an image is said to cut it."""
@@ -76,8 +76,8 @@ def _group_lines(config: Config, cohort: Cohort) -> list[str]:
     for name, experiment in config.experiments.items():
         if experiment.dataset not in config.cohort_datasets:
             continue
-        tested = {run for run in experiment.runs if permuted(config, name, run) or experiment.runs[run].refit}
-        compared = {label for panel in experiment.panels if panel.run in tested for label in panel.compare or ()}
+        shown = [panel for panel in experiment.panels if tested(config, name, panel.run)]
+        compared = {label for panel in shown for label in panel.compare or ()}
         groups = compared_groups(config, cohort, name)
         found += [
             f"warning: '{name}' compares '{label}', of whom there are {groups[label]}: groups of fewer than "

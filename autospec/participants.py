@@ -101,11 +101,8 @@ def groups_in(config: Config, cohort: Cohort, dataset: str) -> dict[str, list[st
     """Labels of those whose data a data set of the cohort is made from, by grouping; ``n/a`` where one is not known."""
     structural = isinstance(config.datasets[dataset], FreesurferDataset)
     people = [each.person for each in (cohort.structural if structural else cohort.functional)]
-    found = {name: [getattr(person, name) for person in people] for name in ("diagnosis", "sex", "site")}
-    found["diagnosis_sex"] = [
-        MISSING if MISSING in (person.diagnosis, person.sex) else f"{person.diagnosis} {person.sex}"
-        for person in people
-    ]
+    own = ("diagnosis", "sex", "diagnosis_sex", "site")
+    found = {name: [getattr(person, name) for person in people] for name in own}
     for name in cohort_settings(config)["groupings"]:
         found.setdefault(name, [person.groupings.get(name, MISSING) for person in people])
     return {name: labels for name, labels in found.items() if name != "site" or set(labels) != {MISSING}}
@@ -153,7 +150,7 @@ def _require_groups(config: Config, cohort: Cohort, name: str) -> None:
                 f"a panel of '{name}' compares the group '{label}', but the groups are {listed([repr(each) for each in groups])}: "
                 "correct compare in the config."
             )
-    if any(specs.permuted(config, name, run) or experiment.runs[run].refit for run in experiment.runs):
+    if any(specs.tested(config, name, run) for run in experiment.runs):
         numbers = {"age", "mean_fd"}
         if isinstance(config.datasets[experiment.dataset], FreesurferDataset):
             numbers.add("intracranial_volume")

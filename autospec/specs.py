@@ -146,6 +146,11 @@ def permuted(config: Config, experiment: str, run: str) -> bool:
     return config.statistics.permutation == "all" or (config.statistics.permutation == "compared" and compared)
 
 
+def tested(config: Config, experiment: str, run: str) -> bool:
+    """Whether groups of a run are tested, after training or by training again."""
+    return permuted(config, experiment, run) or config.experiments[experiment].runs[run].refit
+
+
 def permutation_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
     """Settings of a run's permutation test; the run's own stand with its weights."""
     read = {"alpha", "permutations", "seed", "within", "conditional_on", "minimum_group_size", "confounds", "keep_null"}

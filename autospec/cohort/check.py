@@ -11,7 +11,7 @@ from autospec.cohort.files import listed
 from autospec.cohort.images import Header, read_header, require_mni, time_between_volumes
 from autospec.cohort.motion import motion_of, motion_problem
 from autospec.cohort.precomputed import shape_of
-from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, in_words
+from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, nobody_is_left
 from autospec.cohort.subjects import CohortSettings, Scan
 from autospec.errors import UserError
 
@@ -143,7 +143,7 @@ def check_cohort(settings: CohortSettings, networks: int = 53, voxel_mm: float |
         if used or each.freesurfer:
             taking_part.append(each)
     if not taking_part:
-        raise UserError(f"nobody is left of {len(cohort.participants)} participants: {in_words(exclusions)}.")
+        raise nobody_is_left(cohort, exclusions)
     return _report(cohort, taking_part, functional, seen, exclusions, networks, voxel_mm)
 
 

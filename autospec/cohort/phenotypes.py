@@ -63,6 +63,12 @@ class Person:
     site: str
     groupings: dict[str, str]
 
+    @property
+    def diagnosis_sex(self) -> str:
+        """Both together; n/a where one is not known."""
+        known = MISSING not in (self.diagnosis, self.sex)
+        return f"{self.diagnosis} {self.sex}" if known else MISSING
+
 
 @dataclass(frozen=True)
 class Refusal:

@@ -242,16 +242,17 @@ def _labelled(subject: str, scans: tuple[Scan, ...]) -> tuple[Scan, ...]:
     return tuple(found.values())
 
 
-def in_words(exclusions: Sequence[Exclusion]) -> str:
-    """Why people are left out: the commonest reason, with somebody as an example."""
-    if not exclusions:
-        return "nobody has data that can be used"
+def nobody_is_left(cohort: Cohort, exclusions: Sequence[Exclusion]) -> UserError:
+    """Say that nobody is left, and why: the commonest reason, with somebody as an example."""
     # Numbers differ from one to the next: 0.61 mm, 0.52 mm.
-    kinds = Counter(re.sub(r"\S*\d\S*", "", each.reason) for each in exclusions)
-    commonest = kinds.most_common(1)[0][0]
-    first = next(each for each in exclusions if re.sub(r"\S*\d\S*", "", each.reason) == commonest)
-    others = f" (and of {kinds[commonest] - 1} more the like)" if kinds[commonest] > 1 else ""
-    return f"of sub-{first.id}{others}: {first.reason.rstrip('.')}"
+    kinds = [re.sub(r"\S*\d\S*", "", each.reason) for each in exclusions]
+    why = "nobody has data that can be used"
+    if kinds:
+        commonest, count = Counter(kinds).most_common(1)[0]
+        first = exclusions[kinds.index(commonest)]
+        others = f" (and of {count - 1} more the like)" if count > 1 else ""
+        why = f"of sub-{first.id}{others}: {first.reason.rstrip('.')}"
+    return UserError(f"nobody is left of {len(cohort.participants)} participants: {why}.")
 
 
 def functional_files(participant: Participant) -> list[str]:

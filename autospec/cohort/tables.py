@@ -26,7 +26,7 @@ from autospec.cohort.record import (
     TABLE,
     require_kind,
 )
-from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, functional_files, in_words
+from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, functional_files, nobody_is_left
 from autospec.cohort.subjects import MISSING, CohortSettings, Scan
 from autospec.errors import UserError
 from autospec.freesurfer import STATS
@@ -115,7 +115,7 @@ def write_cohort(cohort: Cohort, settings: CohortSettings, statuses: Mapping[str
         if used or each.freesurfer:
             rows.append(_row(each, used, settings))
     if not rows:
-        raise UserError(f"nobody is left of {len(cohort.participants)} participants: {in_words(exclusions)}.")
+        raise nobody_is_left(cohort, exclusions)
     columns = [*FIRST_COLUMNS, *extra_columns(settings), *LAST_COLUMNS]
     exclusions.sort(key=lambda each: natural_key(each.id))
     excluded = [{"participant_id": f"sub-{each.id}", "part": each.part, "reason": each.reason} for each in exclusions]
@@ -166,7 +166,6 @@ def _functional_problem(status: dict[str, Any], motion: Motion, settings: Cohort
 
 def _row(participant: Participant, used: list[_Used], settings: CohortSettings) -> dict[str, str]:
     person = participant.person
-    known = MISSING not in (person.diagnosis, person.sex)
     scans = [each.scan for each in used]
     motion = motion_of(_confounds(scans or participant.scans), participant.phenotype)
     if any(scan.row for scan in scans):
@@ -177,7 +176,7 @@ def _row(participant: Participant, used: list[_Used], settings: CohortSettings) 
         "participant_id": f"sub-{participant.id}",
         "diagnosis": person.diagnosis,
         "sex": person.sex,
-        "diagnosis_sex": f"{person.diagnosis} {person.sex}" if known else MISSING,
+        "diagnosis_sex": person.diagnosis_sex,
         "age": person.age,
         "site": person.site,
         **{name: person.groupings[name] for name in extra_columns(settings)},
