@@ -1,7 +1,8 @@
 """Which labellings of the subjects a permutation test compares with the observed one.
 
-The unit is the subject, with all its sessions and windows.  A comparison permutes within its two groups, on request
-within strata such as sites; a continuous confounder is met by labellings drawn conditionally on it.
+The unit is the subject, with all its sessions and windows.  A comparison permutes within its two groups, among subjects
+with as many samples, on request within strata such as sites; a continuous confounder is met by labellings drawn
+conditionally on it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class Comparison:
     in_first : ndarray of bool, shape (units,)
         Which subjects are in the first group.
     stratum : ndarray of int, shape (units,)
-        Number of each subject's stratum.
+        Number of each subject's stratum; subjects of one stratum have as many samples.
     sizes : ndarray of int, shape (units,)
         Samples of each subject.
     """
@@ -68,11 +69,12 @@ class Comparison:
     def warnings(self) -> list[str]:
         """What a reader should know of the groups' sizes."""
         counts = {self.first: int(self.in_first.sum()), self.second: int((~self.in_first).sum())}
-        return [
+        found = [
             f"the group '{label}' has only {count} subjects: a test of so few finds large differences alone"
             for label, count in counts.items()
             if count < FEW_SUBJECTS
         ]
+        return found + unequal_sizes(self.sizes, self.stratum, self.in_first)
 
     def distinct(self) -> int:
         """Count the labellings, the observed one too, that keep each group's number of subjects in each stratum."""
@@ -91,6 +93,10 @@ def compare(
     minimum: int = SMALLEST_GROUP,
 ) -> Comparison:
     """Take two groups out of a study's labels.
+
+    Subjects with unequal numbers of samples are of different strata: the more samples there are, the less does their mean
+    vary, so that such subjects are not exchangeable (Winkler et al. 2014, "Permutation inference for the general linear
+    model", NeuroImage 92).
 
     Parameters
     ----------
@@ -154,12 +160,40 @@ def compare(
         value_of = _one_value_each(values, unit, ids, f"value of '{name}'").astype(str)
         _, codes = np.unique(value_of, return_inverse=True)
         _, stratum = np.unique(stratum * (codes.max() + 1) + codes, return_inverse=True)
-    comparison = Comparison(first, second, unit, ids, in_first, stratum, np.bincount(unit[rows]))
+    sizes = np.bincount(unit[rows])
+    comparison = Comparison(first, second, unit, ids, in_first, by_size(stratum, sizes), sizes)
     if comparison.distinct() == 1:
+        if replace(comparison, stratum=stratum).distinct() > 1:
+            raise UserError(
+                f"no two subjects of '{first}' and '{second}' {'of one stratum ' if strata else ''}have as many samples, so no "
+                "labels can be exchanged: use as many samples of each subject, one scan say."
+            )
         raise UserError(
             f"no stratum holds subjects of both '{first}' and '{second}', so nothing can be permuted: use fewer strata."
         )
     return comparison
+
+
+def unequal_sizes(sizes: np.ndarray, stratum: np.ndarray, label: np.ndarray) -> list[str]:
+    """Say what unequal numbers of samples mean for the labellings, in a sentence; nothing where they are equal.
+
+    Parameters
+    ----------
+    sizes, stratum, label : ndarray, shape (units,)
+        Samples of each unit, number of its stratum, and its label.
+    """
+    if len(set(sizes.tolist())) == 1:
+        return []
+    fixed = sum(len(set(label[stratum == each].tolist())) == 1 for each in stratum.tolist())
+    return [
+        f"subjects have {sizes.min()} to {sizes.max()} samples, and labels were exchanged among those with as many: {fixed} of "
+        f"{len(sizes)} had nobody with another label to exchange with"
+    ]
+
+
+def by_size(stratum: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Strata of units that have as many samples, and share their stratum; shapes (units,)."""
+    return np.unique(np.stack([stratum, sizes]), axis=1, return_inverse=True)[1].reshape(-1)
 
 
 def _with_absent(values: np.ndarray) -> Iterator[tuple[object, bool]]:

@@ -28,10 +28,12 @@ from autospec.statistics.covariates import (
 from autospec.statistics.measures import SPECTRAL, STATISTICS, deciding, effective_rank
 from autospec.statistics.permutations import (
     balance_of,
+    by_size,
     conditional_givers,
     means_of_units,
     propensity_logits,
     remaining_imbalance,
+    unequal_sizes,
 )
 from autospec.statistics.study import columns_of, exchangeable, grouped, numbers_of
 from autospec.statistics.table import comparison_name
@@ -42,6 +44,11 @@ from autospec.training.prepare import Prepared, prepare
 from autospec.training.settings import RunSettings
 from autospec.training.snapshots import snapshot_updates
 from autospec.watching import watch
+
+NOTHING_TO_PERMUTE = (
+    "all labels are equal within each stratum of subjects with as many samples, so there is nothing to permute: use fewer "
+    "strata (statistics.within), one scan of each subject, or do not ask for refits."
+)
 
 
 class RefitPartSettings(TypedDict):
@@ -144,7 +151,7 @@ def build_refit_part(settings: RefitPartSettings, dataset: str, output: str, dev
     attributes = {
         "labellings": len(drawn.giver),
         "enumerated": drawn.enumerated,
-        "message": drawn.message,
+        "message": "; ".join([drawn.message, *unequal_sizes(np.bincount(unit), strata, labels)]),
         "digest": hashlib.sha256(
             b"".join(each.giver.astype("<i8").tobytes() for each in (drawn, *(one.drawn for one in checked.matched)))
         ).hexdigest(),
@@ -194,7 +201,8 @@ def strata_of(
     """Number of each subject's stratum, and the groupings that make the strata.
 
     Labels are permuted within the groupings asked for, and within whatever the target is crossed with: where groups are
-    diagnosis x sex, the diagnosis is permuted within each sex.
+    diagnosis x sex, the diagnosis is permuted within each sex.  Subjects with unequal numbers of samples are not exchangeable:
+    see `autospec.statistics.permutations.compare`.
     """
     trained = samples_with(open_labelled(dataset), set(prepared.training.ids))
     columns = columns_of(trained, within, "statistics.within")
@@ -202,10 +210,10 @@ def strata_of(
     for name in dict.fromkeys(itertools.chain(*prepared.crossed)):
         if not _determines(prepared.labels[name], target):
             columns[name] = prepared.labels[name]
-    subjects = np.unique(unit)
+    subjects, sizes = np.unique(unit, return_counts=True)
     if not columns:
-        return np.zeros(len(subjects), dtype=np.int64), []
-    return of_subjects(list(columns.values()), unit, subjects, " or ".join(columns)), list(columns)
+        return by_size(np.zeros(len(subjects), dtype=np.int64), sizes), []
+    return by_size(of_subjects(list(columns.values()), unit, subjects, " or ".join(columns)), sizes), list(columns)
 
 
 def _determines(labels: Sequence[str | None], target: Sequence[int]) -> bool:
@@ -234,10 +242,7 @@ def draw_relabellings(labels: np.ndarray, strata: np.ndarray, refits: int, seed:
     members = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
     distinct = math.prod(_arrangements(labels[units]) for units in members)
     if distinct == 1:
-        raise UserError(
-            "all labels are equal within each stratum, so there is nothing to permute: use fewer strata (statistics.within), "
-            "or do not ask for refits."
-        )
+        raise UserError(NOTHING_TO_PERMUTE)
     identity = np.arange(len(labels))
     if distinct <= refits + 1:
         rows = [identity]
@@ -297,10 +302,7 @@ def draw_conditional_relabellings(
     giver = conditional_givers(target, logits, strata, refits, seed)
     drawn = target[giver]
     if (drawn == target).all():
-        raise UserError(
-            "all labels are equal within each stratum, so there is nothing to permute: use fewer strata (statistics.within), "
-            "or do not ask for refits."
-        )
+        raise UserError(NOTHING_TO_PERMUTE)
     balance: list[dict[str, Any]] = []
     imbalance = ""
     for a, b in itertools.combinations(range(len(classes)), 2):

@@ -20,9 +20,9 @@ def write_people(
     motion_effect: float = 0.0,
     covariates: bool = True,
     seed: int = 0,
-    twice: bool = False,
+    scans: int | np.ndarray = 1,
 ) -> Path:
-    """Write a labelled data set: half SZ, half HC, either sex, two sites; each subject once, or twice."""
+    """Write a labelled data set: half SZ, half HC, either sex, two sites; each subject so often."""
     generator = np.random.default_rng(seed)
     diagnosis = np.array(["SZ", "HC"] * (count // 2))
     sex = np.array(["F", "F", "M", "M"] * (count // 4) + ["F"] * (count % 4))
@@ -32,8 +32,8 @@ def write_people(
     x[:, :3] += effect * (diagnosis == "SZ")[:, None]
     x[:, 2:6] += motion_effect * (motion > np.median(motion))[:, None]
     names = [f"{i:03d}" for i in range(count)]
-    rows = np.repeat(np.arange(count), 2) if twice else np.arange(count)
-    x = x[rows] + (0.3 * generator.normal(size=(len(rows), 8)) if twice else 0)
+    rows = np.repeat(np.arange(count), scans)
+    x = x[rows] + (0.3 * generator.normal(size=(len(rows), 8)) if len(rows) > count else 0)
     dataset = labelled(
         x,
         ("region",),

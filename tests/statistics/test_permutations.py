@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -91,6 +92,52 @@ def test_subjects_move_with_all_their_samples_and_the_order_of_samples_decides_n
     first, second = group_sizes(labellings, comparison.sizes)
     assert (first == per_sample.sum(1)).all()
     assert (first + second == len(subjects)).all()
+
+
+def test_subjects_with_unequal_numbers_of_samples_exchange_no_labels():
+    label_of = "aaaabbbbab"
+    scans = [1, 1, 2, 2, 1, 2, 2, 1, 3, 4]
+    subjects, labels = np.repeat(np.arange(10).astype(str), scans), np.repeat(list(label_of), scans)
+    comparison = compare(labels, "a", "b", subjects=subjects)
+    assert comparison.distinct() == math.comb(4, 2) ** 2
+    moved = draw_labellings(comparison, 40, seed=0).in_first
+    of_size = np.stack([moved[:, comparison.sizes == size].sum(1) for size in (1, 2, 3, 4)], axis=1)
+    assert (of_size == [2, 2, 1, 0]).all()
+    assert "subjects have 1 to 4 samples" in comparison.warnings[-1]
+    assert "2 of 10 had nobody" in comparison.warnings[-1]
+    # A stratum of the user's own divides each of them further.
+    sites = np.repeat(list("xxxyxxyxxx"), scans)
+    assert compare(labels, "a", "b", subjects=subjects, strata={"site": sites}).distinct() == math.comb(4, 2) * 2 * 2
+    once_or_thrice = np.repeat([1, 3], 5)
+    with pytest.raises(UserError, match=r"no two subjects of 'a' and 'b' have as many samples.*one scan"):
+        compare(
+            np.repeat(["a", "b"], 5).repeat(once_or_thrice),
+            "a",
+            "b",
+            subjects=np.arange(10).astype(str).repeat(once_or_thrice),
+        )
+
+
+def test_the_level_holds_where_one_group_was_scanned_more_often():
+    rejected = Counter()
+    for study in range(400):
+        generator = np.random.default_rng(study)
+        often = np.arange(24) % 12 < np.repeat([2, 10], 12)
+        subjects, labels = (np.repeat(each, 1 + 3 * often) for each in (np.arange(24), ["a"] * 12 + ["b"] * 12))
+        x = 0.2 * generator.normal(size=(24, 6))[subjects] + generator.normal(size=(len(subjects), 6))
+        comparison = compare(labels, "a", "b", subjects=subjects)
+        for name, each in {
+            "as they are": comparison,
+            "all alike": replace(comparison, stratum=np.zeros(24, dtype=np.int64)),
+        }.items():
+            drawn = draw_labellings(each, 99, study)
+            of_sample = drawn.in_first[:, comparison.unit]
+            first, second = group_sizes(drawn, comparison.sizes)
+            means = of_sample @ x / first[:, None] - ~of_sample @ x / second[:, None]
+            lengths = np.linalg.norm(means, axis=1)
+            rejected[name] += (lengths >= lengths[0]).mean() <= 0.05
+    assert stats.binomtest(rejected["as they are"], 400, 0.05, alternative="greater").pvalue > 0.01
+    assert stats.binomtest(rejected["all alike"], 400, 0.05, alternative="greater").pvalue < 1e-4
 
 
 @pytest.mark.parametrize(

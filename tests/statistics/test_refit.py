@@ -107,7 +107,7 @@ def test_equal_labels_are_a_mistake():
 
 
 def test_target_and_groups_move_together_by_subject_within_sex_where_that_is_crossed(tmp_path):
-    dataset = write_people(tmp_path / "people.zarr.zip", twice=True)
+    dataset = write_people(tmp_path / "people.zarr.zip", scans=2)
     prepared = prepare(settings_of("classifier", ["diagnosis x sex", "site"]), str(dataset), CPU)
     subjects = np.array(prepared.training.subjects)
     names, unit = np.unique(subjects, return_inverse=True)
@@ -242,6 +242,24 @@ def test_parts_together_are_the_refits_of_one_job(people, tmp_path):
     with pytest.raises(UserError, match=r"hold the refits \[3, 4, 5\], but 0 to 5 are needed"):
         joined(parts[:1])
     assert (tmp_path / "whole.zarr.zip").read_bytes() != (tmp_path / "0.zarr.zip").read_bytes()
+
+
+def test_subjects_with_unequal_numbers_of_scans_exchange_no_labels(tmp_path):
+    scans = np.where(np.arange(20) % 3 == 0, 3, 1)
+    dataset = str(write_people(tmp_path / "people.zarr.zip", 20, scans=scans))
+    run = settings_of("classifier", held_out=0.0)
+    run["hidden"] = [32]  # wider than groups have samples, whose number limits the rank
+    prepared = prepare(run, dataset, torch.device("cpu"))
+    unit = np.unique(prepared.training.subjects, return_inverse=True)[1]
+    strata, names = strata_of(prepared, dataset, [], unit)
+    assert names == []
+    np.testing.assert_array_equal(strata, (np.bincount(unit) > 1).astype(int))
+    part = tmp_path / "part.zarr.zip"
+    build_refit_part(settings(0, 9, 9, run), dataset, str(part), "cpu")
+    assert "subjects have 1 to 3 samples" in refits(part).attrs["message"]
+    patients_more = str(write_people(tmp_path / "more.zarr.zip", 20, scans=np.where(np.arange(20) % 2 == 0, 3, 1)))
+    with pytest.raises(UserError, match="one scan of each subject"):
+        build_refit_part(settings(0, 9, 9, run), patients_more, str(tmp_path / "no.zarr.zip"), "cpu")
 
 
 def test_the_stage_finds_a_difference_that_the_network_learned(people, tmp_path):
