@@ -18,6 +18,8 @@ from .spectra import float64
 
 # The shares' sum and the gradient that arrived are two float32 sums of the same products in another order.
 GUARD_TOLERANCE = 8.0
+# Part of a gradient in rows that `valid` leaves out from which on the mask may be meant for other rows.
+LEFT_OUT = 0.01
 
 
 class Audit:
@@ -38,6 +40,7 @@ class Audit:
             "largest_guard_deviation": 0.0,
             "guard_tolerance": GUARD_TOLERANCE,
             "outside": {},
+            "left_out": {},
             "probe_passes": 0,
             "batch_dims": [],
             "samples_without_label": {},
@@ -75,6 +78,8 @@ class Audit:
         """Compare the sum of the shares with the gradient that arrived; warn of what came from no row."""
         if pending.arrived is None or pending.unnoted:
             return
+        if pending.left_out is not None:
+            self._left_out(name, pending.left_out, pending.arrived)
         total, unit = _sum_of_shares(pending)
         outside = torch.linalg.matrix_norm(pending.arrived - total)
         deviation = float(outside) / unit if unit else 0.0
@@ -87,6 +92,21 @@ class Audit:
             self._found["largest_guard_deviation"] = max(self._found["largest_guard_deviation"], deviation)
             return
         self._outside(name, float(outside / torch.linalg.matrix_norm(pending.arrived)), stacklevel=6)
+
+    def _left_out(self, name: str, left_out: Tensor, rest: Tensor) -> None:
+        """Warn of a mask that leaves out what the layer learns from."""
+        size = float(torch.linalg.matrix_norm(left_out + rest))
+        fraction = float(torch.linalg.matrix_norm(left_out)) / size if size else 0.0
+        if not fraction > LEFT_OUT:
+            return
+        if name not in self._found["left_out"]:
+            warnings.warn(
+                f"rows that valid= leaves out hold {fraction:.2g} of the gradient of '{name}', and the groups' shares do not "
+                "contain them: either the loss depends on these positions, or the layer's rows lie in another order than the "
+                "columns of valid=, as where a series is turned round; leave the layer out with layers=, or valid= away.",
+                stacklevel=5,
+            )
+        self._found["left_out"][name] = max(self._found["left_out"].get(name, 0.0), fraction)
 
     def penalised(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
         """Note a gradient all of which came through derivatives, in a backward pass of its own."""

@@ -239,7 +239,8 @@ class Capture:
         self._by_content: dict[Any, tuple[int, ...]] = {}
         self._reading: Reading | None = None
         self._sorts = any(isinstance(module, nn.RNNBase) for module in model.modules())
-        self._sortings: dict[Any, Sorting | None] = {}
+        self._sortings: dict[Any, Sorting] = {}
+        self._sortings_used: dict[Any, Sorting] = {}
         self._sorted_for: tuple[Any, ...] = ()
         self._forward: Forward | None = None
         self._handles: list[RemovableHandle] = []
@@ -310,6 +311,7 @@ class Capture:
         self.differentiated = self.returned = False
         if self.recording:  # a step between two records needs nothing, and gives nothing up
             self.workspace.take_back()
+            self._sortings, self._sortings_used = self._sortings_used, {}  # padding may lie elsewhere at each step
 
     # ------------------------------------------------------------------ the forward pass
 
@@ -400,7 +402,7 @@ class Capture:
         if len(self._row_maps) > ROW_MAPS_KEPT:
             self._row_maps.clear()
             self._by_content.clear()
-            self._sortings = {}
+            self._sortings, self._sortings_used = {}, {}
         content = self._content(signature, args, kwargs)
         if all_hooks or (signature, content) not in self._row_maps:
             self._paused, begin = True, time.perf_counter()
@@ -684,6 +686,7 @@ class Capture:
             left = left if isinstance(left, Lookup) else left.with_(float64(single(left.activation)), left.adjoint)
             share = left.share() if scale is None else left.share() / scale
             pending.arrived = -share if pending.arrived is None else pending.arrived - share
+            pending.left_out = share if pending.left_out is None else pending.left_out + share
         if self.guarded and sorting.left_out is None and factors.in_pieces:
             # torch's own sum of so many terms may be further off than the guard admits: the same sum, by the same kernel.
             share = factors.with_(single(factors.activation), single(factors.adjoint)).share()
@@ -797,29 +800,33 @@ class Capture:
         # While the labels and the row map stay, so does the order; packed sequences bring another layout each time.
         given = (forward.assignment, forward.valid, forward.rows)
         if len(self._sorted_for) != len(given) or any(a is not b for a, b in zip(self._sorted_for, given, strict=True)):
-            self._sorted_for, self._sortings = given, {}
+            self._sorted_for, self._sortings, self._sortings_used = given, {}, {}
         cache = self._sortings
-        key = (*use.call.order_key(use.place), use.number, forward.row_map, items, use.call.layout())
+        key = (layout, *use.call.order_key(use.place), use.number, forward.row_map, items, use.call.layout())
         device = layer.parameter.device
-        if layout is not None:
-            if (key, layout) not in cache:
-                samples = self._samples_of_items(layer, use, items)
-                cache[key, layout] = Sorting.as_they_lie(samples, forward.assignment, forward.valid, device, layout)
-            there = cache[key, layout]
-            if there is not None:
-                return there
-        sorting = cache.get(key)
-        if sorting is None:
-            samples = self._samples_of_items(layer, use, items)
-            content = samples.dtype, samples.tobytes(), device  # layers whose items lie alike have the same
-            if content not in cache:
-                cache[content] = Sorting.by_cell(samples, forward.assignment, forward.valid, device)
-            sorting = cache[key] = cache[content]
-        assert sorting is not None
-        return sorting
+        if key not in cache:
+            samples, known = self._samples_of_items(layer, use, items)
+            there = None
+            if layout is not None:
+                there = Sorting.as_they_lie(
+                    layer.name, samples, forward.assignment, forward.valid, device, known, layout
+                )
+            if there is None:
+                # Layers whose items lie alike have the same.
+                content = samples.dtype, samples.tobytes(), device, known and (known[0].tobytes(), known[1])
+                there = cache.get(content) or Sorting.by_cell(
+                    layer.name, samples, forward.assignment, forward.valid, device, known
+                )
+                cache[content] = there
+            cache[key] = there
+        self._sortings_used[key] = cache[key]
+        return cache[key]
 
-    def _samples_of_items(self, layer: WatchedLayer, use: Use, items: int) -> np.ndarray:
-        forward = use.forward
+    def _samples_of_items(
+        self, layer: WatchedLayer, use: Use, items: int
+    ) -> tuple[np.ndarray, tuple[np.ndarray, int] | None]:
+        """Sample of each item, and its position where the layer knows it."""
+        forward, known = use.forward, None
         assert forward.assignment is not None
         assert forward.row_map is not None
         if layer.name in forward.rows:
@@ -834,12 +841,13 @@ class Capture:
                     "are not known: give rows=."
                 )
             samples = use.call.samples_of_items(use.parameter, calls[use.number])
+            known = use.call.positions_of_items(use.parameter, calls[use.number])
         if len(samples) != items:
             raise WatchError(
                 f"'{layer.name}' received {items} rows, but {len(samples)} are known: "
                 "give rows= with the sample of each row, to set_groups() where it changes from batch to batch."
             )
-        return samples
+        return samples, known
 
 
 def _coarsest(*dtypes: torch.dtype | None) -> torch.dtype:

@@ -216,3 +216,12 @@ def _combinations(
     rank = [{label: i for i, label in enumerate(order[name])} for name in crossing]
     ordered = sorted(rows, key=lambda row: [rank[i][label] for i, label in enumerate(row)])
     return [dict(zip(crossing, row, strict=True)) for row in ordered]
+
+
+def places(labels: np.ndarray, count: int) -> np.ndarray:
+    """Place of each entry among those with the same label, counted from 0."""
+    order = np.argsort(labels, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(labels, minlength=count))])
+    result = np.empty(len(labels), dtype=np.int64)
+    result[order] = np.arange(len(labels)) - starts[labels[order]]
+    return result

@@ -29,7 +29,7 @@ from .factors import (
     rounding,
     square,
 )
-from .groups import Assignment
+from .groups import Assignment, places
 from .spectra import PIECE, column_gram, float64, gram_by_rows, gram_of_few, irregular, smaller_gram
 from .workspace import LARGEST_KEPT, Workspace, to_device
 
@@ -87,15 +87,19 @@ class Sorting:
     @classmethod
     def by_cell(
         cls,
+        name: str,
         samples: np.ndarray,
         assignment: Assignment,
         valid: np.ndarray | None,
         device: torch.device,
+        known: tuple[np.ndarray, int] | None = None,
     ) -> Sorting:
         """Sort by the cell of each item's sample.
 
         Parameters
         ----------
+        name : str
+            Of the parameter.
         samples : ndarray of int, shape (items,)
             Sample of each item.
         assignment : Assignment
@@ -104,8 +108,10 @@ class Sorting:
             Positions that count; it holds where the samples have as many items.
         device : torch.device
             Where the items are.
+        known : (ndarray of int, shape (items,), int), optional
+            Position of each item in its sample, and how many positions there are, where the layer says so.
         """
-        positions, kept, masked = _kept_items(samples, assignment, valid)
+        positions, kept, masked = _kept_items(name, samples, assignment, valid, known)
         cells = assignment.cells[samples]
         order = np.argsort(cells, kind="stable")
         order = order[kept[order]]
@@ -123,7 +129,14 @@ class Sorting:
 
     @classmethod
     def as_they_lie(
-        cls, samples: np.ndarray, assignment: Assignment, valid: np.ndarray | None, device: torch.device, layout: Layout
+        cls,
+        name: str,
+        samples: np.ndarray,
+        assignment: Assignment,
+        valid: np.ndarray | None,
+        device: torch.device,
+        known: tuple[np.ndarray, int] | None,
+        layout: Layout,
     ) -> Sorting | None:
         """Leave the items where they are, if all of them count and their order allows it; parameters as for `by_cell`.
 
@@ -132,7 +145,7 @@ class Sorting:
         layout : {"runs", "grid"}
             Tell runs of one cell apart; or, where items lie sample by sample, as many of each, say how in a `Grid`.
         """
-        positions, kept, masked = _kept_items(samples, assignment, valid)
+        positions, kept, masked = _kept_items(name, samples, assignment, valid, known)
         if not kept.all():
             return None
         if layout == "runs":
@@ -143,14 +156,14 @@ class Sorting:
         many = _rows_of_each(samples)
         if many < SHORTEST:
             return None
-        present, places = np.unique(assignment.cells[samples[::many]], return_inverse=True)
+        present, cell_of = np.unique(assignment.cells[samples[::many]], return_inverse=True)
         return cls(
             None,
-            (np.bincount(places) * many).tolist(),
+            (np.bincount(cell_of) * many).tolist(),
             [assignment.members[i].tobytes() for i in present],
             positions,
             masked=masked,
-            grid=Grid(many, to_device(torch.from_numpy(places.reshape(-1)), device)),
+            grid=Grid(many, to_device(torch.from_numpy(cell_of.reshape(-1)), device)),
         )
 
     def sort(self, items: Tensor, workspace: Workspace | None = None) -> Tensor:
@@ -168,25 +181,48 @@ class Sorting:
             start = sum(self.counts[:cell])
             positions = self.positions[start : start + self.counts[cell]]
             count = int(self.positions.max()) + 1
-            places = _places(positions, count)
-            table = np.full((count, int(places.max()) + 1), -1)
-            table[positions, places] = np.arange(len(positions))
+            row_of = places(positions, count)
+            table = np.full((count, int(row_of.max()) + 1), -1)
+            table[positions, row_of] = np.arange(len(positions))
             self._tables[cell, device] = to_device(torch.from_numpy(table), device)
         return self._tables[cell, device]
 
 
 def _kept_items(
-    samples: np.ndarray, assignment: Assignment, valid: np.ndarray | None
+    name: str,
+    samples: np.ndarray,
+    assignment: Assignment,
+    valid: np.ndarray | None,
+    known: tuple[np.ndarray, int] | None,
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Position of each item in its sample, whether it counts, and whether the mask of positions applies to these items."""
-    positions = _places(samples, len(assignment.cells))
-    masked = valid is not None and len(positions) > 0 and int(positions.max()) + 1 == valid.shape[1]
-    if valid is None or not masked:
-        return positions, np.ones(len(samples), dtype=bool), masked
-    kept = valid[samples, positions]
-    if not kept.any():
-        raise WatchError("valid= leaves no row at all: mark the positions that count with True.")
-    return positions, kept, masked
+    """Position of each item in its sample, whether it counts, and whether the mask of positions applies to these items.
+
+    Items that are as many of each sample as the mask has columns are its positions; items that are as many as it marks are
+    those that it marks.
+    """
+    everything, count = np.ones(len(samples), dtype=bool), len(assignment.cells)
+    counts = np.bincount(samples, minlength=count)
+    present = counts[counts > 0]
+    equal = len(present) > 0 and bool((present == present[0]).all())
+    positions, length = known or (places(samples, count), int(present[0]) if equal else 0)
+    if valid is None or not len(samples):
+        return positions, everything, False
+    if length == valid.shape[1]:
+        kept = valid[samples, positions]
+        if not kept.any():
+            raise WatchError("valid= leaves no row at all: mark the positions that count with True.")
+        return positions, kept, True
+    if bool((counts == valid.sum(1)).all()):
+        if known is None and not equal:
+            positions = np.nonzero(valid)[1][np.argsort(np.argsort(samples, kind="stable"), kind="stable")]
+        return positions, everything, True
+    if known is None and max(present) == valid.shape[1]:
+        raise WatchError(
+            f"'{name}' received between {min(present)} and {max(present)} rows of a sample, neither as many as valid= has "
+            "positions nor as many as it marks, so which to leave out is not known: mark in valid= the positions whose rows "
+            "reach the layer, or leave the layer out with layers=."
+        )
+    return positions, everything, False
 
 
 def _rows_of_each(samples: np.ndarray) -> int:
@@ -196,15 +232,6 @@ def _rows_of_each(samples: np.ndarray) -> int:
         return 0
     by_sample = samples.reshape(-1, many)
     return many if (by_sample == by_sample[:, :1]).all() else 0
-
-
-def _places(labels: np.ndarray, count: int) -> np.ndarray:
-    """Place of each entry among those with the same label, counted from 0."""
-    order = np.argsort(labels, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(labels, minlength=count))])
-    places = np.empty(len(labels), dtype=np.int64)
-    places[order] = np.arange(len(labels)) - starts[labels[order]]
-    return places
 
 
 class Shares:
@@ -764,6 +791,7 @@ class Pending:
         self.arrived: Tensor | None = None
         self.unnoted = self.began_empty = False
         self.by_kernel: Tensor | None = None
+        self.left_out: Tensor | None = None
         self._widths: dict[str, dict[int, int]] = {"activation": {}, "adjoint": {}}
         self._given_up: set[str] = set()
 

@@ -141,6 +141,7 @@ class Watcher:
         self._quiet = quiet
         self._recorded = 0
         self._count = 0
+        self._valid_by_batch = False
         self._set_labels(groups, valid, None)
         self._labelled, self._labelled_in_a_row = False, 0
         self._active = False
@@ -235,6 +236,13 @@ class Watcher:
         WatchError
             If a label was not among those given at the start, or a name is not that of a watched parameter.
         """
+        if valid is None and self._capture.valid is not None and not self._valid_by_batch:
+            warnings.warn(
+                "watch() was given valid=, but set_groups() was not: positions that do not count are recorded too from here on. "
+                "Give set_groups() the valid= of each batch.",
+                stacklevel=2,
+            )
+        self._valid_by_batch = self._valid_by_batch or valid is not None
         self._set_labels(labels, valid, rows)
         self._labelled = True
 

@@ -159,3 +159,17 @@ def test_a_batch_of_other_indices_at_every_step_is_followed():
         for name, share in share_by_copies(made, TABLE["b"]).items():
             recorded = spectrum(watcher.trajectories, name, "gradient", "b", step)
             assert error(recorded, svdvals(share)) < 2e-5
+
+
+def test_padding_that_lies_elsewhere_at_each_step_leaves_nothing_behind():
+    model = nn.Sequential(nn.Embedding(9, 4, padding_idx=0), nn.Flatten(), nn.Linear(20, 2))
+    kept = []
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for step in range(6):
+            generator = torch.Generator().manual_seed(step)
+            tokens = torch.randint(1, 9, (len(LABELS), 5), generator=generator)
+            tokens = tokens * (torch.rand(tokens.shape, generator=generator) < 0.7)
+            model(tokens).square().mean().backward()
+            watcher.step()
+            kept.append(len(watcher._capture._sortings))
+    assert len(set(kept[1:])) == 1

@@ -1,5 +1,6 @@
 """Rows are traced to samples, or refused; they are never assumed."""
 
+import copy
 import math
 import warnings
 
@@ -882,10 +883,112 @@ def test_a_new_mask_holds_for_data_that_stay_the_same(labels):
 def test_rows_left_out_by_valid_are_no_penalty():
     valid, _ = valid_positions()
     problem = Problem(nn.Linear(6, 4), torch.randn(N, T, 6), mean_square, LABELS)
+    with pytest.warns(
+        UserWarning, match=r"rows that valid= leaves out hold 0\.\d+ of the gradient of 'weight'"
+    ) as said:
+        tree = record(problem, valid=valid)
+    assert len(said) == 1
+    assert tree.attrs["audit"]["outside"] == {}
+    a, d, _ = factors(problem)["weight"]
+    share = d[~valid.flatten()].T @ a[~valid.flatten()]
+    fraction = float(torch.linalg.matrix_norm(share) / torch.linalg.matrix_norm(d.T @ a))
+    assert tree.attrs["audit"]["left_out"] == {"weight": pytest.approx(fraction, rel=1e-4)}
+
+
+class Padded(nn.Module):
+    """A mean over the positions that count, with padding in the place of the others, and a layer that sees these alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(20, 5, padding_idx=0)
+        self.every, self.valid_alone, self.decide = nn.Linear(5, 6), nn.Linear(6, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens, valid):
+        states = torch.tanh(self.every(self.table(tokens)))
+        picked = torch.tanh(self.valid_alone(states[valid]))
+        filled = states.new_zeros(*tokens.shape, 4).masked_scatter(valid.unsqueeze(-1), picked)
+        return self.decide(filled.sum(1) / valid.sum(1, keepdim=True))
+
+
+MASKS = {
+    "to the right": lambda lengths: torch.arange(T) < lengths,
+    "to the left": lambda lengths: torch.arange(T) >= T - lengths,
+    "in between": lambda lengths: (torch.arange(T) * 3 + lengths) % T < lengths,
+}
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("where", MASKS)
+def test_rows_that_were_picked_by_the_model_are_not_masked_again(where, by_position):
+    valid = MASKS[where](torch.tensor([5, 3, 1, 4, 2, 5, 2, 1, 3]).unsqueeze(1))
+    tokens = torch.randint(1, 20, (N, T)) * valid
+    model = Padded()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tree = record(problem, valid=valid)
-    assert tree.attrs["audit"]["outside"] == {}
+        with autospec.watch(model, LABELS, valid=valid, per_position=by_position, quiet=True) as watcher:
+            mean_square(model(tokens, valid)).backward()
+            watcher.step()
+    tree, exact, rows = watcher.trajectories, copy.deepcopy(model).double(), []
+    exact.valid_alone.register_forward_hook(lambda _, args, output: rows.append((args[0], output)))
+    whole = mean_square(exact(tokens, valid))
+    activation, output = rows[0]
+    adjoint, activation = torch.autograd.grad(whole, output)[0], activation.detach()
+    sample, position = valid.nonzero(as_tuple=True)
+    for group, member in members(LABELS, N).items():
+        inside = torch.from_numpy(member)
+        exact.zero_grad()
+        made = exact(tokens, valid)
+        mean_square(torch.where(inside.unsqueeze(1), made, made.detach())).backward()
+        for name in ("table.weight", "every.weight", "valid_alone.weight", "decide.weight"):
+            assert error(spectrum(tree, name, "gradient", group), svdvals(exact.get_parameter(name).grad)) < 1e-6, name
+        assert (
+            error(spectrum(tree, "valid_alone.weight", "activation", group), svdvals(activation[inside[sample]])) < 1e-6
+        )
+        for place in range(T) if by_position else ():
+            there = inside[sample] & (position == place)
+            found = tree["layers/valid_alone.weight/gradient_by_position"].sel(step=0, group=group, position=place)
+            assert error(found.values, svdvals(adjoint[there].T @ activation[there])) < 1e-6
+
+
+def test_valid_that_is_neither_all_rows_nor_those_that_came_is_refused_by_name():
+    lengths = torch.tensor([5, 3, 1, 4, 2, 5, 2, 1, 3]).unsqueeze(1)
+    came, valid = torch.arange(T) < lengths, torch.arange(T) < lengths - (lengths > 1).int()
+    model = Padded()
+    with (
+        autospec.watch(model, LABELS, valid=valid, quiet=True),
+        pytest.raises(
+            WatchError, match=r"'valid_alone\.weight' received between 1 and 5 rows of a sample.*mark in valid="
+        ),
+    ):
+        mean_square(model(torch.randint(1, 20, (N, T)), came)).backward()
+
+
+def test_a_mask_for_rows_that_lie_the_other_way_round_is_told_of():
+    valid, _ = valid_positions()
+
+    class TurnedRound(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ahead, self.back = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return (self.ahead(x) * self.back(x.flip(1)).flip(1) * valid.unsqueeze(-1)).sum(1)
+
+    with pytest.warns(UserWarning, match=r"hold 0\.\d+ of the gradient of 'back\.weight'.*another order") as said:
+        record(Problem(TurnedRound(), torch.randn(N, T, 6), mean_square, LABELS), valid=valid)
+    assert len(said) == 1
+
+
+def test_labels_of_a_batch_without_its_mask_are_told_of_once():
+    valid, _ = valid_positions()
+    model = nn.Linear(6, 4)
+    with autospec.watch(model, LABELS, valid=valid, quiet=True) as watcher:
+        with pytest.warns(UserWarning, match="Give set_groups\\(\\) the valid= of each batch"):
+            watcher.set_groups(LABELS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for mask in (None, valid, None):
+                watcher.set_groups(LABELS, valid=mask)
 
 
 def test_the_probe_leaves_buffers_gradients_and_random_numbers_alone():

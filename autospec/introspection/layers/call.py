@@ -47,6 +47,13 @@ class LayerCall(ABC):
         """Sample of each item of the factors, given the sample of each entry; by default items are entries."""
         return samples
 
+    def positions_of_items(self, parameter: str, samples: np.ndarray) -> tuple[np.ndarray, int] | None:
+        """Position of each item in its sample, and how many there are, given the sample of each entry.
+
+        None where all entries are items: these lie in order.
+        """
+        return None
+
     def order_key(self, place: tuple[str, str]) -> tuple[str, ...]:
         """What has the same items in the same order: a place is a module's and a parameter's name."""
         return place

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import WatchError
 from ..factors import Lookup
+from ..groups import places
 from ..hooks import Hook
 from ..workspace import Workspace
 from .call import LayerCall, OnCall, hold_nan
@@ -33,6 +34,13 @@ class LookupCall(LayerCall):
     def samples_of_items(self, parameter: str, samples: np.ndarray) -> np.ndarray:
         """Items are indices; padding has no share in the weight."""
         return samples if self.kept is None else samples[self.kept.cpu().numpy()]
+
+    def positions_of_items(self, parameter: str, samples: np.ndarray) -> tuple[np.ndarray, int] | None:
+        """Padding has a position, too."""
+        if self.kept is None:
+            return None
+        positions = places(samples, int(samples.max()) + 1)
+        return positions[self.kept.cpu().numpy()], int(positions.max()) + 1
 
     def layout(self) -> Any:
         """Where the padding is."""

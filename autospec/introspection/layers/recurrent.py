@@ -129,6 +129,13 @@ class RecurrentCall(LayerCall):
         """Items are valid steps of sequences, time first."""
         return self.sequences.samples_of_rows(samples, len(self.sequences.apart(self.inputs[0])))
 
+    def positions_of_items(self, parameter: str, samples: np.ndarray) -> tuple[np.ndarray, int] | None:
+        """Steps of packed sequences."""
+        if not self.sequences.packed:
+            return None
+        valid = self.sequences.valid.cpu().numpy()
+        return np.nonzero(valid)[0], len(valid)
+
     def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Product:
         """Rows of what enters the weight and of the derivative at the gates; computed once for all weights."""
         if not _identical(self._found[0], adjoints):
