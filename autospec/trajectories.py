@@ -68,13 +68,23 @@ class TrajectoryStore:
             if not self._folder.exists():
                 _create(self._folder, tree)
             group = zarr.open_group(str(self._folder), mode="r+")
-            stored: Any
+            stored: Any = group["step"]
+            before = stored.shape[0]
+            after = before + tree.sizes["step"]
+            appended = set()
             for path, array in _arrays(tree):
-                stored = group[path]
+                stored = group[path] if path in group else _new_array(group, path, array, before)
                 if "step" in array.dims:
-                    stored.append(array.values, axis=0)
+                    _append(stored, array.values)
+                    appended.add(path)
                 elif array.name == "rank_limit":  # larger batches may have come
                     stored[...] = array.values
+                elif array.size > stored.size:
+                    stored.resize(array.shape)
+                    stored[...] = array.values
+            for path, stored in _stored_arrays(group):
+                if _grows(stored) and path not in appended:  # nothing of it in these steps
+                    stored.resize((after, *stored.shape[1:]))
             zarr.consolidate_metadata(str(self._folder))
 
     def truncate(self, count: int) -> None:
@@ -92,7 +102,7 @@ class TrajectoryStore:
         with without_consolidation_warning():
             group = zarr.open_group(str(self._folder), mode="r+")
             for path, array in _stored_arrays(group):
-                if "step" in (getattr(array.metadata, "dimension_names", None) or ()):
+                if _grows(array):
                     if array.shape[0] < count:
                         raise UserError(
                             f"{self._folder} holds fewer steps ({array.shape[0]}) than {count} in '{path}'."
@@ -198,26 +208,49 @@ def _create(folder: Path, tree: xr.DataTree) -> None:
         if node.path != "/":
             root.require_group(node.path.lstrip("/"), overwrite=False).attrs.update(_plain(node.attrs))
     for path, array in _arrays(tree):
-        grows = "step" in array.dims
-        shape = (0, *array.shape[1:]) if grows else array.shape
-        text = array.dtype.kind in "TOU"
-        chunks = (STEPS_PER_CHUNK, *array.shape[1:]) if grows else array.shape
-        stored = root.create_array(
-            path,
-            shape=shape,
-            dtype="string" if text else array.dtype,
-            chunks=tuple(max(1, size) for size in chunks),
-            fill_value=np.nan if array.dtype.kind == "f" else None,
-            dimension_names=list(map(str, array.dims)),
-            attributes=_plain(array.attrs),
-        )
-        if not grows:
-            stored[...] = array.values.astype(object) if text else array.values
-        # xarray finds coordinates that are no dimensions by this attribute.
+        _new_array(root, path, array)
+    # xarray finds coordinates that are no dimensions by this attribute.
     auxiliary = [str(name) for name in tree.coords if name not in tree.dims]
     if auxiliary:
         for name in tree.data_vars:
             root[str(name)].attrs["coordinates"] = " ".join(auxiliary)
+
+
+def _new_array(root: zarr.Group, path: str, array: xr.DataArray, steps: int = 0) -> zarr.Array:
+    """Create an array, with nothing in so many steps; complete where it has none."""
+    grows = "step" in array.dims
+    text = array.dtype.kind in "TOU"
+    chunks = (STEPS_PER_CHUNK, *array.shape[1:]) if grows else array.shape
+    stored = root.create_array(
+        path,
+        shape=(steps, *array.shape[1:]) if grows else array.shape,
+        dtype="string" if text else array.dtype,
+        chunks=tuple(max(1, size) for size in chunks),
+        fill_value=np.nan if array.dtype.kind == "f" else None,
+        dimension_names=list(map(str, array.dims)),
+        attributes=_plain(array.attrs),
+    )
+    if not grows:
+        stored[...] = array.values.astype(object) if text else array.values
+    return stored
+
+
+def _append(stored: zarr.Array, values: np.ndarray) -> None:
+    """Add steps, whose other sizes may be others: longer sequences may have come, or shorter ones."""
+    sizes = tuple(max(sizes) for sizes in zip(stored.shape[1:], values.shape[1:], strict=True))
+    if stored.shape[1:] != sizes:
+        stored.resize((stored.shape[0], *sizes))
+    if values.shape[1:] != sizes:
+        values = np.pad(
+            values,
+            [(0, size - had) for size, had in zip((len(values), *sizes), values.shape, strict=True)],
+            constant_values=np.nan,
+        )
+    stored.append(values, axis=0)
+
+
+def _grows(stored: zarr.Array) -> bool:
+    return "step" in (getattr(stored.metadata, "dimension_names", None) or ())
 
 
 def _arrays(tree: xr.DataTree) -> Iterator[tuple[str, xr.DataArray]]:

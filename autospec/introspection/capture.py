@@ -159,6 +159,7 @@ class WatchedLayer(WatchedParameter):
         self.added: set[tuple[int, Place, int]] = set()
         self.passes: dict[int, Forward] = {}
         self.widths = {"activation": self.shape[1], "adjoint": self.shape[0]}
+        self.widths_seen: dict[str, int] = {}
 
     def clear(self) -> None:
         """Forget what is pending."""
@@ -716,7 +717,10 @@ class Capture:
         follows = None if self.follows is None else functools.partial(self.follows, layer)
         statistics = [] if again else self.factor_statistics
         pending.add(factors, sorting, shares, statistics, constant, follows, use.backward, counted=not again)
-        layer.widths = pending.widths()
+        # Two uses of a weight may have rows of different widths, and not both at each step.
+        seen = layer.widths_seen
+        seen |= {name: max(width, seen.get(name, 0)) for name, width in pending.widths().items()}
+        layer.widths = dict(seen)
         layer.true_factor = not isinstance(factors, Convolution) or (
             factors.unfolded and factors.groups == 1 and not factors.transposed
         )

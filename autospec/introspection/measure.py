@@ -410,8 +410,9 @@ class Measurement:
             bases = {group: leading_directions(matrix, count) for group, matrix in matrices.items()}
             for a, b in pairs:
                 angles = np.full(len(index), np.nan, dtype=np.float32)
-                found = principal_angles(bases[a], bases[b]).cpu().numpy()[: len(index)]
-                angles[: len(found)] = found
+                found = principal_angles(bases[a], bases[b]).cpu().numpy()
+                there = index <= len(found)
+                angles[there] = found[index[there] - 1]
                 record.contrasts[self._pair(a, b), layer.name, "angles"] = angles
 
     def pair_names(self) -> list[str]:

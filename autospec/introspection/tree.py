@@ -138,19 +138,28 @@ def build_tree(
 
 def _layer_node(records: Sequence[Record], layout: LayerLayout, groups: int, statistics: Sequence[str]) -> xr.Dataset:
     variables: dict[str, Any] = {}
-    for statistic in [name for name in statistics if name in DESCRIPTIONS]:
+    recorded = [name for name in statistics if name in DESCRIPTIONS]
+    # A layer may have had wider rows at one step than at another.
+    widths = [
+        each.spectra[layout.name, name].shape[1]
+        for each in records
+        for name in recorded
+        if (layout.name, name) in each.spectra
+    ]
+    count = max([len(layout.index), *widths])
+    number = layout.index if count == len(layout.index) else np.arange(1, count + 1)
+    for statistic in recorded:
         key = (layout.name, statistic)
-        empty = np.full((groups, len(layout.index)), np.nan, dtype=np.float32)
-        values = [record.spectra.get(key, empty) for record in records]
-        floors = [record.floors.get(key, empty[:, 0]) for record in records]
-        variables[statistic] = (
-            ("step", "group", "index"),
-            np.array(values, dtype=np.float32).reshape(len(records), groups, len(layout.index)),
-            {"description": DESCRIPTIONS[statistic]},
-        )
+        values = np.full((len(records), groups, count), np.nan, dtype=np.float32)
+        floors = np.full((len(records), groups), np.nan, dtype=np.float32)
+        for step, record in enumerate(records):
+            if key in record.spectra:
+                values[step, :, : record.spectra[key].shape[1]] = record.spectra[key]
+                floors[step] = record.floors[key]
+        variables[statistic] = (("step", "group", "index"), values, {"description": DESCRIPTIONS[statistic]})
         variables[f"{statistic}_noise_floor"] = (
             ("step", "group"),
-            np.array(floors, dtype=np.float32).reshape(len(records), groups),
+            floors,
             {
                 "description": f"level below which a singular value of the {statistic} is rounding",
                 "constant": NOISE_CONSTANTS[statistic],
@@ -169,14 +178,15 @@ def _layer_node(records: Sequence[Record], layout: LayerLayout, groups: int, sta
             np.array([record.alignment.get(layout.name, missing) for record in records], dtype=np.float32),
             {"description": "nuclear norm of the gradient over the sum of products of its factors' singular values"},
         )
-    coords: dict[str, Any] = {"index": ("index", layout.index, {"description": "number of the singular value, from 1"})}
+    coords: dict[str, Any] = {"index": ("index", number, {"description": "number of the singular value, from 1"})}
     found = [record.by_position[layout.name] for record in records if layout.name in record.by_position]
     if found:
         positions = max(each.shape[1] for each in found)
-        whole = np.full((len(records), groups, positions, len(layout.index)), np.nan, dtype=np.float32)
+        whole = np.full((len(records), groups, positions, count), np.nan, dtype=np.float32)
         for row, record in zip(whole, records, strict=True):
             if layout.name in record.by_position:
-                row[:, : record.by_position[layout.name].shape[1]] = record.by_position[layout.name]
+                of_step = record.by_position[layout.name]
+                row[:, : of_step.shape[1], : of_step.shape[2]] = of_step
         variables["gradient_by_position"] = (
             ("step", "group", "position", "index"),
             whole,

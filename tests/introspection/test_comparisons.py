@@ -52,6 +52,17 @@ def test_contrast_cosine_and_angles_are_those_of_the_shares(case):
             assert 0 < floor < expected[0]
 
 
+def test_an_angle_stands_at_its_own_number():
+    made = FAMILIES["Linear"]()
+    every, chosen = (
+        record(made, statistics=["angles"], angles=3, singular_values=wanted)["contrasts/a - b/0.weight"].angles[0]
+        for wanted in (None, [1, 3])
+    )
+    assert chosen.index.values.tolist() == [1, 3]
+    np.testing.assert_array_equal(chosen, every.sel(index=[1, 3]))
+    assert every.sel(index=2) < every.sel(index=3)
+
+
 def prescribed(a, d, labels, dtype=torch.float32, **options):
     """Record a product with these very rows."""
     a, d = torch.as_tensor(a, dtype=dtype), torch.as_tensor(d, dtype=dtype)

@@ -173,3 +173,32 @@ def test_padding_that_lies_elsewhere_at_each_step_leaves_nothing_behind():
             watcher.step()
             kept.append(len(watcher._capture._sortings))
     assert len(set(kept[1:])) == 1
+
+
+def test_a_table_that_reads_rows_at_some_steps_alone_has_all_its_values():
+    """Tied to an output layer, it has rows of either kind at some steps: their spectra are of different lengths."""
+
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.back, self.read = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False), nn.Linear(5, 4)
+            self.back.weight = self.table.weight
+
+        def forward(self, x, words=None):
+            states = torch.tanh(self.read(x))
+            return self.back(states if words is None else states + self.table(words))
+
+    model, x, words = Sometimes(), normal(len(LABELS), 5), torch.randint(0, 9, (len(LABELS),))
+    with autospec.watch(model, LABELS, singular_values="all", quiet=True) as watcher:
+        for step in range(3):
+            model.zero_grad()
+            model(x, words if step == 1 else None).square().mean().backward()
+            watcher.step()
+    activation = watcher.trajectories["layers/table.weight/activation"].sel(group="all").values
+    states = torch.tanh(model.read(x)).detach()
+    counts = np.sort(torch.bincount(words, minlength=9).double().sqrt().numpy())[::-1][: len(LABELS)]
+    assert activation.shape[1] >= 4 + len(counts)
+    assert np.isnan(activation[[0, 2], 4:]).all()
+    assert error(activation[0, :4], svdvals(states)) < 1e-6
+    both = np.sort(np.concatenate([svdvals((states + model.table(words)).detach()), counts]))[::-1]
+    assert error(activation[1, : len(both)], both) < 1e-6

@@ -372,6 +372,48 @@ def test_larger_batches_later_raise_the_rank_limit_on_disk_too(tmp_path):
     assert trees == [[4, 4, 2, 2], [4, 4, 2, 2]]
 
 
+class Changing(nn.Module):
+    """A layer that is frozen for some steps, and one that reads sequences of any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.decide = nn.Linear(5, 4), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.decide(torch.tanh(self.read(x)).mean(1))
+
+
+CHANGES = {
+    "frozen at first": (lambda step: step < 70, lambda step: 3),
+    "frozen later": (lambda step: step >= 64, lambda step: 3),
+    "longer sequences later": (lambda step: False, lambda step: 3 if step < 70 else 6),
+    "shorter sequences later": (lambda step: False, lambda step: 6 if step < 70 else 3),
+}
+
+
+@pytest.mark.parametrize("name", ["x.zarr", "x.zarr.zip"])
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_changes_from_one_chunk_to_the_next_is_stored_as_it_is_in_memory(tmp_path, case, name):
+    frozen, length = CHANGES[case]
+
+    def train_with(**options):
+        torch.manual_seed(5)
+        model, x = Changing(), torch.randn(N, 6, 5)
+        with autospec.watch(model, LABELS, per_position=True, singular_values="all", quiet=True, **options) as watcher:
+            for step in range(150):
+                model.read.weight.requires_grad_(not frozen(step))
+                model.zero_grad()
+                model(x[:, : length(step)]).square().mean().backward()
+                watcher.step()
+        return watcher.trajectories
+
+    stored, expected = train_with(store=tmp_path / name), train_with()
+    for node in expected.subtree:
+        found = stored[node.path].to_dataset(inherit=False)
+        xr.testing.assert_equal(found, node.to_dataset(inherit=False))
+    assert not frozen(65) or np.isnan(expected["layers/read.weight/alignment"].sel(step=65)).all()
+
+
 def test_a_training_that_fails_leaves_its_records_readable(tmp_path):
     loop = Loop(store=tmp_path / "x.zarr.zip")
     with contextlib.suppress(RuntimeError), loop.watcher:
