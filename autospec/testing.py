@@ -14,10 +14,11 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 from autospec.introspection import Watcher
-from autospec.introspection.copies import copy_model, tensors_in
+from autospec.introspection.copies import copy_model, kept_apart, tensors_in
 from autospec.introspection.errors import WatchError
 from autospec.introspection.groups import Groups
 from autospec.introspection.layers import rule_for
+from autospec.introspection.rows import generators_kept
 
 STEPS = 3
 SEED = 0
@@ -126,6 +127,10 @@ def check(
     """
     loss = loss or _generic_loss
     found = Check()
+    with kept_apart(model) as copied, generators_kept(list(model.parameters())), torch.no_grad():
+        twin = copy_model(model)
+        copied.update(twin.modules())
+        _call(twin, batch)  # a copy that called the model itself would train it
     plain, watched = _Training(model, batch, loss), _Training(model, batch, loss)
     again = _Training(model, batch, loss)
     seconds = plain.run(steps)

@@ -34,6 +34,7 @@ from .workspace import Where, Workspace, where
 DEEPEST = 3
 # Row maps of batches of different shapes, before all are probed anew.
 ROW_MAPS_KEPT = 64
+COMPILER = "torch._dynamo"
 # Bytes of one item, a volume say, from which on it is not copied: fresh memory for all of them costs more than the copy.
 LARGE_ITEM = 2**18
 # Numbers in a matrix up to which one product a sample, for samples of many rows, costs less than sorting the rows.
@@ -618,7 +619,12 @@ class Capture:
         if not uses:
             raise WatchError(
                 f"a gradient reached '{layer.name}' that did not come through its layer's forward pass: the "
-                "parameter is used outside its layer, which cannot be watched; leave it out with layers=."
+                "parameter is used outside its layer, which cannot be watched, so leave it out with layers="
+                + (
+                    "; or it was compiled before watch() was entered: torch._dynamo.reset()."
+                    if COMPILER in sys.modules
+                    else "."
+                )
             )
         if self._backward < _backward_pass():
             self._backward = _backward_pass()

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from .copies import copy_model, instances_in, tensors_in
+from .copies import copy_model, instances_in, kept_apart, tensors_in
 from .errors import WatchError
 from .hooks import Hook
 from .layers import LayerCall, rule_for
@@ -199,8 +199,13 @@ def map_rows(
     words = code_words(samples)
     accepted: list[tuple[_Probe, dict[Place, list[np.ndarray]]]] = []
     reason = ""
-    with generators_kept(inputs), torch.enable_grad(), _without_short_cuts():
-        twin, lookups, all_hooks = _running_twin(model, args, kwargs, watched, all_hooks)
+    with (
+        generators_kept(inputs),
+        torch.enable_grad(),
+        _without_short_cuts(),
+        kept_apart(model, evaluated=True) as copied,
+    ):
+        twin, lookups, all_hooks = _running_twin(model, copied, args, kwargs, watched, all_hooks)
         # With as many positions as samples an index of either may be one of positions.
         sides = [*(len(dims) for dims in choices), *(lookup.shape.count(samples) for lookup in lookups.values())]
         by_size = batch_dim is not None or max(sides, default=0) < 2
@@ -266,7 +271,13 @@ def map_rows(
             "say which with batch_dim=."
         )
     probe, found = accepted[0]
-    with generators_kept(inputs), torch.enable_grad(), _without_short_cuts():
+    with (
+        generators_kept(inputs),
+        torch.enable_grad(),
+        _without_short_cuts(),
+        kept_apart(model, evaluated=True) as copied,
+    ):
+        copied.update(probe.twin.modules())
         by_content = _by_content(probe, words, found)
         # With several processes the model may talk to the others, who have no pass to spare at the same time.
         if model.training and samples > 1 and not several_processes():
@@ -297,7 +308,12 @@ def _twin(model: nn.Module, all_hooks: bool = False) -> nn.Module:
 
 
 def _running_twin(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Collection[Place], all_hooks: bool
+    model: nn.Module,
+    copied: set[nn.Module],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    watched: Collection[Place],
+    all_hooks: bool,
 ) -> tuple[nn.Module, dict[Place, _Indices], bool]:
     """A copy that runs, what it looks up in tables, and whether it has all hooks.
 
@@ -307,6 +323,7 @@ def _running_twin(
     """
     for hooks, learns in dict.fromkeys([(all_hooks, False), (all_hooks, True), (True, True)]):
         twin = _twin(model, hooks)
+        copied.update(twin.modules())
         if not learns:
             twin.requires_grad_(False)
         try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .audit import Audit
 from .capture import Capture, WatchedLayer
-from .copies import copy_model
+from .copies import copy_model, kept_apart
 from .errors import WatchError
 from .factors import Factors, Lookup, Product
 from .groups import Assignment, Groups
@@ -474,7 +474,8 @@ def sample_shares(
     learned = [layer for layer in found if layer.parameter.requires_grad]
     capture.attach()
     try:
-        with generators_kept(list(twin.parameters())), torch.enable_grad():
+        with generators_kept(list(twin.parameters())), torch.enable_grad(), kept_apart(model) as copied:
+            copied.update(twin.modules())
             value = loss(twin)
             if not capture.forwards:
                 raise WatchError("no call of the model was seen: loss(model) must call the model that it is given.")

@@ -1,0 +1,200 @@
+"""Copies run in the model's place, and nothing of the model or around it changes."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import autospec
+from autospec.introspection import WatchError
+from autospec.introspection.copies import copy_model, kept_apart
+from autospec.introspection.sample_shares import sample_shares
+from autospec.testing import check
+
+from .oracle import Problem, assert_exact, members, record
+
+
+def mean_square(output):
+    return output.square().mean()
+
+
+N = 12
+LABELS = ["a", "b", "b", "c"] * 3
+
+
+class Net(nn.Module):
+    """A layer, statistics of the batch, and another layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.norm(self.first(x))))
+
+
+class InAttributes(Net):
+    """Functions that hold the model: in an attribute, in a container, as a default, and one within the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = lambda x: torch.tanh(self.norm(self.first(x)))
+        self.heads = {"main": [functools.partial(lambda layer, x: layer(x), self.second)]}
+        self.whole = lambda x, model=self: model.heads["main"][0](model.body(x))
+
+    def forward(self, x):
+        return self.whole(x)
+
+
+def timed(model):
+    """Wrap the forward pass, as timers and loggers do."""
+    inner, calls = model.forward, [0]
+
+    @functools.wraps(inner)
+    def forward(*args, **kwargs):
+        calls[0] += 1
+        return inner(*args, **kwargs)
+
+    model.forward = forward
+    return model
+
+
+def in_autocast(model):
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    return model
+
+
+def compiled(model):
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+MODELS = {
+    "functions in attributes": InAttributes,
+    "wrapped": lambda: timed(timed(Net())),
+    "autocast": lambda: in_autocast(Net()),
+    "compiled": lambda: compiled(Net()),
+}
+
+
+def trained(make, watched):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(N, 5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watcher = autospec.watch(model, LABELS, quiet=True) if watched else None
+    if watcher is not None:
+        watcher.__enter__()
+    for _ in range(3):
+        optimizer.zero_grad()
+        mean_square(model(x)).backward()
+        if watcher is not None:
+            watcher.step()
+        optimizer.step()
+    if watcher is not None:
+        watcher.__exit__(None, None, None)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_in_functions_of_its_own_is_copied_with_them_and_stays_as_it_was(case):
+    plain, watched = (trained(MODELS[case], each) for each in (False, True))
+    for name, value in plain.items():
+        assert torch.equal(value, watched[name]), name
+
+
+def test_shares_of_a_model_in_functions_of_its_own_are_exact():
+    model, plain, x = InAttributes(), Net(), torch.randn(N, 5)
+    plain.load_state_dict(model.state_dict())
+    tree = record(Problem(model, x, mean_square, LABELS))
+    assert_exact(tree, Problem(plain, x, mean_square, LABELS), members(LABELS, N))
+
+
+def test_the_copy_holds_itself_and_shares_no_state_with_the_model():
+    model = timed(InAttributes())
+    twin = copy_model(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    x = torch.randn(N, 5)
+    assert not twin(x).any()
+    assert model(x).any()
+    calls = [
+        dict(zip(each.forward.__code__.co_freevars, each.forward.__closure__, strict=True)) for each in (model, twin)
+    ]
+    assert [each["calls"].cell_contents for each in calls] == [[1], [1]]
+
+
+class Holder:
+    """Something of another library's, which Python copies as it says."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __deepcopy__(self, memo):
+        return Holder(self.layer)
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+class HeldElsewhere(Net):
+    def __init__(self):
+        super().__init__()
+        self.normalise = Holder(self.norm)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.normalise(self.first(x))))
+
+
+def watched_once(model, x):
+    with autospec.watch(model, LABELS):
+        model(x)
+
+
+USES = {
+    "watch": watched_once,
+    "sample_shares": lambda model, x: sample_shares(model, lambda each: mean_square(each(x)), N),
+    "check": lambda model, x: check(model, x, LABELS, quiet=True),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_copy_that_would_run_the_models_own_layers_is_refused_before_it_does(use):
+    model, x = HeldElsewhere(), torch.randn(N, 5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(WatchError, match=r"calls 'norm' of the model itself.*in a method of the model"):
+        USES[use](model, x)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert model.norm.training
+
+
+def test_what_a_model_calls_that_is_no_part_of_it_is_put_back():
+    outside = nn.BatchNorm1d(3)
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return torch.tanh(outside(nn.ReLU()(self.first(x))))
+
+    model, x = Around(), torch.randn(N, 5)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        mean_square(model(x)).backward()
+        watcher.step()
+    expected = nn.BatchNorm1d(3)
+    expected(torch.relu(model.first(x)))
+    assert outside.training
+    assert int(outside.num_batches_tracked) == 1
+    assert torch.equal(outside.running_mean, expected.running_mean)
+    assert np.isfinite(watcher.trajectories["layers/first.weight/gradient"]).all()
+
+
+def test_modules_without_weights_may_be_anybodys():
+    with kept_apart(Net()):
+        nn.Softmax(0)(torch.ones(3))
