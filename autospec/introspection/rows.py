@@ -29,6 +29,7 @@ from .copies import copy_model, instances_in, kept_apart, tensors_in
 from .errors import WatchError
 from .hooks import Hook
 from .layers import LayerCall, rule_for
+from .spectra import irregular
 
 MAX_HYPOTHESES = 64
 # From so many samples on one pass shows whether the model shuffles them.
@@ -487,33 +488,69 @@ def _likely(shape: tuple[int, ...], samples: int, batch_dim: int | None) -> tupl
 def _same_result(
     model: nn.Module, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reading: Reading, samples: int
 ) -> None:
-    """Refuse a reading in which spreading a shared lookup changes what the model computes or draws at random."""
+    """Refuse a reading in which spreading a shared lookup changes what the model computes, draws at random, or learns.
+
+    What is spread before it meets the samples' own values is computed once a sample, and the sum over samples that autograd
+    then forms is another one, to rounding.
+    """
     shared = [place for place, along in reading.lookups.items() if along.shared]
     if not shared:
         return
     refusal = _cannot_be_spread(shared[0])
-    twin.train(model.training)
+    begin = torch.get_rng_state()
+
+    def result(spread: bool) -> list[Tensor]:
+        torch.set_rng_state(begin)
+        marked = _lookups_marked(twin, reading if spread else Reading(reading.dims, {}), samples, None)
+        with _unchanged(twin), marked, _learning_as(twin, model) as weights:
+            made = list(tensors_in(twin(*args, **kwargs)))
+            after = torch.get_rng_state()
+            learned = [each for each in made if each.requires_grad and each.is_floating_point()]
+            sizes = [
+                (each * irregular(each.numel(), each.dtype).to(each.device).view_as(each)).sum() for each in learned
+            ]
+            gradients = torch.autograd.grad(sizes, weights, allow_unused=True) if sizes else ()
+        dense = (each.to_dense() if each.is_sparse else each for each in gradients if each is not None)
+        return [*(each.detach().nan_to_num() for each in (*made, *dense)), after]
+
     try:
-        results = []
-        begin = torch.get_rng_state()
-        for spread in (False, True):
-            torch.set_rng_state(begin)
-            marked = _lookups_marked(twin, reading if spread else Reading(reading.dims, {}), samples, None)
-            with _unchanged(twin), marked:
-                results.append([*tensors_in(twin(*args, **kwargs)), torch.get_rng_state()])
+        plain, spread = result(False), result(True)
+        if not _all_equal(plain, spread) and _all_equal(plain, result(False)):
+            raise refusal
+    except WatchError:
+        raise
     except Exception as error:
         raise refusal from error
+
+
+def _all_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether tensors are bitwise equal."""
+    return len(first) == len(second) and all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True)
+    )
+
+
+@contextmanager
+def _learning_as(twin: nn.Module, model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Let a copy train as the model does; yields its weights that learn."""
+    learn = {name: each.requires_grad for name, each in model.named_parameters()}
+    before = [(each, each.requires_grad) for each in twin.parameters()]
+    twin.train(model.training)
+    for name, each in twin.named_parameters():
+        each.requires_grad_(learn.get(name, False))
+    try:
+        yield [each for each in twin.parameters() if each.requires_grad]
     finally:
         twin.eval()
-    for before, after in zip(*results, strict=True):
-        if before.shape != after.shape or not torch.equal(before.nan_to_num(), after.nan_to_num()):
-            raise refusal
+        for each, needed in before:
+            each.requires_grad_(needed)
 
 
 def _cannot_be_spread(place: Place) -> WatchError:
     return WatchError(
         f"The table '{place[0]}' is shared by all samples in a way that cannot be followed to each of them: index it "
-        "with torch.arange(positions).unsqueeze(0) and add the result to the samples' values, or leave it out with layers=."
+        "with torch.arange(positions).unsqueeze(0) and add what it gives to the samples' values, before anything else is computed of "
+        "it, or leave it out with layers=."
     )
 
 

@@ -1,5 +1,6 @@
 """Embeddings: counts of indices, padding, tables that all samples share, and the tie to the output layer."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -202,3 +203,54 @@ def test_a_table_that_reads_rows_at_some_steps_alone_has_all_its_values():
     assert error(activation[0, :4], svdvals(states)) < 1e-6
     both = np.sort(np.concatenate([svdvals((states + model.table(words)).detach()), counts]))[::-1]
     assert error(activation[1, : len(both)], both) < 1e-6
+
+
+class PositionsComputedOn(nn.Module):
+    """A table of positions, of which something is computed before it is added to the samples' values."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.table, self.read, self.between = nn.Embedding(11, 6), nn.Linear(6, 6), between
+
+    def forward(self, x):
+        return torch.tanh(self.read(x + self.between(self.table(torch.arange(x.shape[1]).unsqueeze(0)))))
+
+
+def trained_for_some_steps(between, watched, **options):
+    torch.manual_seed(2)
+    model, x = PositionsComputedOn(between()), torch.randn(len(LABELS), 11, 6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    watcher = autospec.watch(model, LABELS, quiet=True, **options) if watched else None
+    with watcher or contextlib.nullcontext():
+        for _ in range(4):
+            optimizer.zero_grad()
+            weighted(model(x)).backward()
+            if watcher is not None:
+                watcher.step()
+            optimizer.step()
+    return model.state_dict()
+
+
+BETWEEN = {
+    "nothing": nn.Identity,
+    "dropout": lambda: nn.Dropout(0.0),
+    "layer norm": lambda: nn.LayerNorm(6),
+    "projection": lambda: nn.Linear(6, 6),
+    "activation": nn.Tanh,
+}
+
+
+@pytest.mark.parametrize("case", BETWEEN)
+def test_training_is_unchanged_whatever_is_computed_of_a_shared_table(case):
+    """Spread over the samples before a layer, it is computed once a sample, and summed in another order."""
+    plain = trained_for_some_steps(BETWEEN[case], watched=False)
+    options = {}
+    if case not in ("nothing", "dropout"):
+        with pytest.raises(
+            WatchError, match=r"'table' is shared by all samples.*before anything else is computed of it"
+        ):
+            trained_for_some_steps(BETWEEN[case], watched=True)
+        options = {"layers": ["read.weight"]}
+    watched = trained_for_some_steps(BETWEEN[case], watched=True, **options)
+    for name, value in plain.items():
+        assert torch.equal(value, watched[name]), name
