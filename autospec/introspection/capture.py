@@ -247,6 +247,7 @@ class Capture:
         self._forward: Forward | None = None
         self._handles: list[RemovableHandle] = []
         self._owners: list[tuple[WatchedLayer, nn.Module, str, torch.device]] = []
+        self._children: dict[str, tuple[nn.Module, str, nn.Module]] = {}
         self._calls: list[tuple[LayerCall, Arrival]] = []
         self._loss_scale = LossScale()
         self.workspace = Workspace()
@@ -273,6 +274,10 @@ class Capture:
         for (module_name, key), layer in by_place.items():
             path, _, own = f"{module_name}.{key}".lstrip(".").rpartition(".")
             self._owners.append((layer, modules[path], own, layer.parameter.device))
+            while path:  # each module on the way is where it was
+                above, _, child = path.rpartition(".")
+                self._children[path] = modules[above], child, modules[path]
+                path = above
         for module_name in dict.fromkeys(name for name, _ in by_place):
             module = modules[module_name]
             rule = rule_for(module)
@@ -290,7 +295,7 @@ class Capture:
         self._loss_scale.stop()
         for handle in (*self._handles, *self._observers):
             handle.remove()
-        self._handles, self._observers, self._owners = [], [], []
+        self._handles, self._observers, self._owners, self._children = [], [], [], {}
         for layer in self.layers:
             for handle in layer.handles:
                 handle.remove()
@@ -361,7 +366,12 @@ class Capture:
             use.call.release()  # the graph has been freed
 
     def _same_parameters(self) -> None:
-        """Refuse parameters that were replaced or moved inside the block: their hooks stayed behind."""
+        """Refuse parameters and modules that were replaced or moved inside the block: their hooks stayed behind."""
+        for path, (above, child, module) in self._children.items():
+            if above._modules.get(child) is not module:
+                raise WatchError(
+                    f"'{path}' was replaced by another module inside the watch() block: change the model before it."
+                )
         for layer, owner, key, device in self._owners:
             if owner._parameters.get(key) is not layer.parameter:
                 raise WatchError(
@@ -414,7 +424,8 @@ class Capture:
                 self._paused = False
                 self.seconds += time.perf_counter() - begin
             self._reading = found.reading if found.certain else self._reading
-            self._by_content[signature] = found.by_content
+            # What one batch does not show, another has shown.
+            self._by_content[signature] = tuple(sorted({*self._by_content.get(signature, ()), *found.by_content}))
             content = self._content(signature, args, kwargs)
             self._row_maps[signature, content] = found
             assert self.groups is not None

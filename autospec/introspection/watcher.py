@@ -339,6 +339,7 @@ class Watcher:
         if self._sink is not None:
             self._flush()
         return {
+            "made": self._made(),
             "count": self._count,
             "recorded": self._recorded,
             "audit": self._audit.summary(),
@@ -350,8 +351,31 @@ class Watcher:
             "records": [record.state() for record in self._records],
         }
 
+    def _made(self) -> dict[str, Any]:
+        """What records depend on that a watcher is made with; plain lists, which a checkpoint can hold."""
+        wanted = self._measurement.wanted
+        return {
+            "groups": list(self.groups),
+            "layers": [[layer.name, *layer.shape] for layer in self._layers],
+            "statistics": sorted(self._statistics),
+            "singular_values": list(wanted) if isinstance(wanted, tuple) else wanted,
+        }
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`: records made after it are dropped."""
+        """Continue from `state_dict`: records made after it are dropped.
+
+        Raises
+        ------
+        WatchError
+            If the watcher that made it had other groups, layers or statistics.
+        """
+        made = state["made"]
+        for what, value in self._made().items():
+            if value != made[what]:
+                raise WatchError(
+                    f"the state was saved by a watcher with other {what.replace('_', ' ')} ({made[what]} instead of {value}): "
+                    "make the watcher as that one was, or begin a new record."
+                )
         self._count, self._recorded = state["count"], state["recorded"]
         self._audit.restore(state["audit"])
         for layer in self._layers:

@@ -1,5 +1,6 @@
 """A mistake gives one sentence that says what, where and what to do."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -363,6 +364,18 @@ def test_a_parameter_replaced_inside_the_block_is_noticed_at_the_next_forward_pa
         watcher.step()
         setattr(module, key, nn.Parameter(getattr(module, key).detach().clone()))
         with pytest.raises(WatchError, match=rf"'{name}' was replaced by another parameter inside the watch\(\) block"):
+            network(x)
+
+
+@pytest.mark.parametrize("path", ["1", "2", "2.0"])
+def test_a_module_replaced_inside_the_block_is_noticed_at_the_next_forward_pass(path):
+    network, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))), torch.randn(N, 4)
+    with autospec.watch(network, LABELS, quiet=True) as watcher:
+        network(x).square().sum().backward()
+        watcher.step()
+        above, _, child = path.rpartition(".")
+        setattr(network.get_submodule(above), child, copy.deepcopy(network.get_submodule(path)))
+        with pytest.raises(WatchError, match=rf"'{path}' was replaced by another module inside the watch\(\) block"):
             network(x)
 
 

@@ -807,6 +807,44 @@ def test_layers_whose_rows_mix_samples_are_refused_by_name(case):
         record(Problem(MIXING[case](), torch.randn(N, T, 6), mean_square, LABELS))
 
 
+class SecondHead(nn.Module):
+    """A head for the samples of one class alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.every, self.rare = nn.Linear(6, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x, classes):
+        states = torch.tanh(self.read(x))
+        chosen = (classes == 2).nonzero()[:, 0]
+        out = self.every(states)
+        return out.index_add(0, chosen, self.rare(states[chosen])) if len(chosen) else out
+
+
+def test_what_one_batch_does_not_show_is_not_forgotten():
+    model, x = SecondHead(), torch.randn(N, 6)
+    batches = [torch.tensor(classes) for classes in ([0, 1, 2] * 3, [0, 1, 1] * 3, [2, 1, 0] * 3)]
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for classes in batches:
+            model.zero_grad()
+            mean_square(model(x, classes)).backward()
+            watcher.step()
+    exact, x = copy.deepcopy(model).double(), x.double()
+    for group, member in members(LABELS, N).items():
+        inside = torch.from_numpy(member).unsqueeze(1)
+        for step, classes in enumerate(batches):
+            exact.zero_grad()
+            made = exact(x, classes)
+            mean_square(torch.where(inside, made, made.detach())).backward()
+            for name in ("read.weight", "every.weight", "rare.weight"):
+                gradient = exact.get_parameter(name).grad
+                found = spectrum(watcher.trajectories, name, "gradient", group, step)
+                if gradient is None:
+                    assert np.isnan(found).all()
+                elif gradient.any():
+                    assert error(found, svdvals(gradient)) < 1e-6
+
+
 def valid_positions():
     valid = torch.arange(T) < torch.tensor([5, 3, 1, 4, 2, 5, 2, 1, 3]).unsqueeze(1)
     return valid, {group: torch.from_numpy(member).unsqueeze(1) & valid for group, member in members(LABELS, N).items()}

@@ -325,6 +325,31 @@ def test_a_pass_that_failed_can_be_made_again(discard):
     xr.testing.assert_identical(loop.watcher.trajectories, in_memory(5))
 
 
+OTHERS = {
+    "groups": {"groups": ["a", "b", "c", None, "a"] * 2},
+    "groups that come later": {"groups": None},
+    "layers": {"layers": ["0.weight"]},
+    "statistics": {"statistics": ["gradient"]},
+    "singular values": {"singular_values": [1, 3]},
+}
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("what", OTHERS)
+def test_the_state_of_a_watcher_made_in_another_way_is_refused(tmp_path, what, stored):
+    store = {"store": tmp_path / "x.zarr"} if stored else {}
+    first = Loop(**store)
+    with first.watcher:
+        first.run(3)
+        state = json.loads(json.dumps(first.watcher.state_dict()))
+    resumed = {**store, "resume": True} if stored else {}
+    other = autospec.watch(network(), **{"groups": LABELS, **OTHERS[what], **resumed})
+    with pytest.raises(
+        WatchError, match=f"saved by a watcher with other {what.split(' that')[0]}.*make the watcher as that one was"
+    ):
+        other.load_state_dict(state)
+
+
 def test_resuming_without_a_state_is_refused_instead_of_recording_steps_twice(tmp_path):
     loop = Loop(store=tmp_path / "x.zarr")
     with loop.watcher:
