@@ -262,6 +262,6 @@ def difference_key(tests: set[str], alpha: float, variance: str) -> str:
             f"{'; '.join(f'Test {test}: {how[test]}' for test in valid)}. Dots, singular values of the contrast (difference "
             f"of the groups' mean gradients) with family-wise p of at most {alpha:g}; squares above, the steps tested, black where "
             f"the whole layer's cosine, effective rank or distance is significant. Smallest p: that of the contrast; its "
-            "effect is the distance from the mean over labellings in their standard deviations, with a 95 % interval."
+            "effect is the distance from the mean over the other labellings in their standard deviations, with a 95 % interval."
         )
     return " ".join(parts)

@@ -258,7 +258,7 @@ def _tests_table(runs: list[Run], settings: ReportSettings) -> tuple[str, list[d
         "family-wise p of the contrast's singular values, where that test applies to the run and the groups; the next table "
         "says to which family it refers, and why there is none elsewhere. A difference of groups in a network at chance is no "
         "finding. Effects, with 95 % "
-        "intervals: Hedges' g of the paper's tests, elsewhere the distance from the mean over labellings in their standard "
+        "intervals: Hedges' g of the paper's tests, elsewhere the distance from the mean over the other labellings in their standard "
         "deviations, of the value with the smallest p."
     )
     return caption, rows
@@ -408,7 +408,7 @@ def _confounds_table(settings: ReportSettings, inputs: list[str]) -> list[dict[s
         "diagnoses among subjects matched for age, sex and motion, and for diagnoses shuffled once. A difference that motion "
         "or site shows as well, or that goes away among matched subjects, is no finding about the diagnosis. Family-wise p of "
         "the whole network over the contrast's singular values and the layers' distances; effect: the largest statistic's "
-        "distance from its mean over labellings in their standard deviations, with its 95 % interval."
+        "distance from its mean over the other labellings in their standard deviations, with its 95 % interval."
     )
     return [_table("confounds", "Is it just motion?", caption, rows)]
 

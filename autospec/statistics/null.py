@@ -7,6 +7,7 @@ The first axis is that of the labellings, and row 0 is the observed one, which c
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -107,8 +108,34 @@ def too_few_labellings(labellings: int, tests: int, alpha: float) -> str:
     )
 
 
-def standardised_effect(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distance of the observed statistic from its mean over labellings in their standard deviations, with an interval.
+class Effects(NamedTuple):
+    """Distances of observed statistics from their means over the other labellings, in these labellings' standard deviations.
+
+    Attributes
+    ----------
+    estimate, low, high : ndarray, shape (...)
+        The interval holds the effects that a test of equal tails would not reject, if an effect shifts the statistic and
+        leaves its distribution over labellings as it is: its ends are order statistics, and infinite where there are too
+        few labellings for such a test.  NaN where the statistic does not vary.
+    spread : ndarray, shape (...)
+        The standard deviations.
+    """
+
+    estimate: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    spread: np.ndarray
+
+    def around(self, observed: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """An end of the interval in the statistic's own units, around the observed one."""
+        return observed + (end - self.estimate) * self.spread
+
+
+def standardised_effect(values: np.ndarray, level: float = 0.95) -> Effects:
+    """Effects of observed statistics.
+
+    The observed labelling takes no part in mean and standard deviation: with it no effect could exceed the root of the number
+    of the others.
 
     Parameters
     ----------
@@ -116,18 +143,19 @@ def standardised_effect(values: np.ndarray, level: float = 0.95) -> tuple[np.nda
         A statistic.
     level : float
         Coverage of the interval.
-
-    Returns
-    -------
-    estimate, low, high : ndarray, shape (...)
-        The interval holds the effects that a test of equal tails would not reject, if an effect shifts the statistic
-        and leaves its distribution over labellings as it is.  NaN where the statistic does not vary.
     """
-    z, _ = standardised(values, "greater")
-    varies = z.any(0)
-    low, high = np.quantile(z, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    estimate = np.where(varies, z[0], np.nan)
-    return estimate, estimate - high, estimate - low
+    wide = values.astype(np.float64)
+    others = wide[1:]
+    spread = others.std(0)
+    varies = spread > TIE * np.abs(wide).max(0)
+    spread = np.where(varies, spread, np.nan)
+    estimate = (wide[0] - others.mean(0)) / spread
+    # A value beyond the k-th largest of the others has a p of at most k / (1 + others), itself counted.
+    k = math.floor((1 - level) / 2 * len(wide) * (1 + 1e-12))
+    if not k:
+        return Effects(estimate, np.where(varies, -np.inf, np.nan), np.where(varies, np.inf, np.nan), spread)
+    ordered = np.sort(others, axis=0)
+    return Effects(estimate, (wide[0] - ordered[-k]) / spread, (wide[0] - ordered[k - 1]) / spread, spread)
 
 
 def cluster_threshold(z: np.ndarray, quantile: float = 0.95) -> np.ndarray:

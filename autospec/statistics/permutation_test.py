@@ -271,18 +271,15 @@ def evaluate(
         z, tie = null.standardised(finite, measures.ALTERNATIVES[statistic])
         largest = np.maximum(largest, null.maxima(z[:, each.tested]))
         effect = null.standardised_effect(finite)
-        spread = finite.std(0, dtype=np.float64)
         columns["layer"].append(np.full(count, layer, dtype=object))
         columns["statistic"].append(np.full(count, statistic, dtype=object))
         columns["step"].append(np.full(count, step))
         columns["index"].append(np.arange(1, count + 1) if statistic in measures.SPECTRAL else np.zeros(1, dtype=int))
         columns["estimate"].append(each.values[0].astype(np.float64))
-        for end, size in zip(("low", "high"), effect[1:], strict=True):
-            columns[f"interval_{end}"].append(
-                np.where(each.tested, each.values[0] + (size - effect[0]) * spread, np.nan)
-            )
+        for end, size in (("low", effect.low), ("high", effect.high)):
+            columns[f"interval_{end}"].append(np.where(each.tested, effect.around(each.values[0], size), np.nan))
             columns[f"effect_{end}"].append(np.where(each.tested, size, np.nan))
-        columns["effect_size"].append(np.where(each.tested, effect[0], np.nan))
+        columns["effect_size"].append(np.where(each.tested, effect.estimate, np.nan))
         columns["p"].append(null.p_values(z, tie))
         columns["z"].append(z[0])
         columns["tie"].append(tie)
@@ -358,7 +355,7 @@ def _clusters(
             for first, last, mass in null.clusters(observed, threshold[:, k]):
                 index = k + 1 if statistic in measures.SPECTRAL else 0
                 effect = null.standardised_effect(z[:, first : last + 1, k].mean(1))
-                rows.append((layer, statistic, index, steps[first], steps[last], mass, *map(float, effect)))
+                rows.append((layer, statistic, index, steps[first], steps[last], mass, *map(float, effect[:3])))
     names = [
         "layer",
         "statistic",

@@ -195,8 +195,7 @@ def evaluate_refits(refits: xr.Dataset, alpha: float) -> pd.DataFrame:
     z, tie = null.standardised(values, "two-sided")
     # A rule that looked at the observed labelling alone would choose by the labels under test.
     tested = (above.mean(0) >= 0.5) & finite
-    effect, low, high = null.standardised_effect(values)
-    spread = values.std(0)
+    effect = null.standardised_effect(values)
     p = null.p_values(z[:, tested], tie[tested])
     adjusted = np.full((4, len(family)), np.nan)
     adjusted[:, tested] = [
@@ -208,17 +207,17 @@ def evaluate_refits(refits: xr.Dataset, alpha: float) -> pd.DataFrame:
     below_floor = ~(above[0] & finite)
     # Without a p: below the noise floor as observed, or where an imbalance of a confounder remains.
     adjusted[:, below_floor | bool(refits.attrs.get("imbalance"))] = np.nan
-    effects = np.where(tested, [effect, low, high], np.nan)
+    size, low, high = np.where(tested, effect[:3], np.nan)
     return tidy(
         family.assign(
             index=family["index"].where(family["index"] > 0).astype("Int64"),
             test=TEST,
             estimate=values[0],
-            interval_low=values[0] + (effects[1] - effects[0]) * spread,
-            interval_high=values[0] + (effects[2] - effects[0]) * spread,
-            effect_size=effects[0],
-            effect_low=effects[1],
-            effect_high=effects[2],
+            interval_low=effect.around(values[0], low),
+            interval_high=effect.around(values[0], high),
+            effect_size=size,
+            effect_low=low,
+            effect_high=high,
             p=adjusted[0],
             p_adjusted=adjusted[1],
             p_bh=adjusted[2],

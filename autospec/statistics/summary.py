@@ -42,8 +42,8 @@ COLUMNS = {
     "paper_values": "Share of the gradient's singular values that the paper's t-test over steps calls significant, of "
     "those above the noise floor; no evidence about groups.",
     "permutation_p": "Smallest family-wise p of the contrast's singular values when labels are permuted.",
-    "permutation_effect": "Effect of the singular value with that p: its distance from its mean over labellings, in their "
-    "standard deviations.",
+    "permutation_effect": "Effect of the singular value with that p: its distance from its mean over the other labellings, "
+    "in their standard deviations.",
     "permutation_effect_low": "Lower end of that effect's 95 % interval.",
     "permutation_effect_high": "Upper end of that interval.",
     "refit_p": "Smallest family-wise p of the contrast's singular values when trainings are repeated with permuted "

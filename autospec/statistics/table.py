@@ -42,10 +42,10 @@ COLUMNS: Mapping[str, str] = {
     ),
     "interval_high": "Upper end of that interval.",
     "effect_size": (
-        "Hedges' g of the paper's tests; elsewhere the statistic's distance from its mean over permutations, in their "
-        "standard deviations."
+        "Hedges' g of the paper's tests; elsewhere the statistic's distance from its mean over the other labellings, in "
+        "their standard deviations."
     ),
-    "effect_low": "Lower end of the effect size's 95 % interval.",
+    "effect_low": "Lower end of the effect size's 95 % interval; infinite where there are fewer than 39 other labellings.",
     "effect_high": "Upper end of that interval.",
     "p": "P-value, uncorrected; empty where nothing is tested.",
     "p_adjusted": (

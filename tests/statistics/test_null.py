@@ -100,14 +100,36 @@ def test_it_is_said_when_labellings_are_too_few_for_a_correction():
 def test_the_interval_of_the_effect_excludes_zero_exactly_where_the_test_of_equal_tails_rejects():
     generator = np.random.default_rng(0)
     values = generator.gamma(1.5, size=(400, 300))
-    estimate, low, high = null.standardised_effect(values)
-    z, _ = null.standardised(values, "greater")
-    assert estimate == pytest.approx(z[0])
-    lower, upper = np.quantile(z, [0.025, 0.975], axis=0)
-    assert (((low > 0) | (high < 0)) == ((z[0] > upper) | (z[0] < lower))).all()
+    estimate, low, high, spread = null.standardised_effect(values)
+    others = values[1:]
+    assert spread == pytest.approx(others.std(0))
+    assert estimate == pytest.approx((values[0] - others.mean(0)) / spread)
+    greater, less = ((values >= values[0]).mean(0), (values <= values[0]).mean(0))
+    assert ((low > 0) == (greater <= 0.025)).all()
+    assert ((high < 0) == (less <= 0.025)).all()
+    assert ((low > 0) | (high < 0)).any()
+    # An effect moves with the statistic, however large it is.
     shifted = values.copy()
-    shifted[0] += 3 * values.std(0)
-    assert null.standardised_effect(shifted)[0] == pytest.approx(z[0] + 3, rel=0.1, abs=0.2)
+    shifted[0] += 50 * spread
+    for moved, end in zip(null.standardised_effect(shifted), (estimate, low, high), strict=False):
+        assert moved == pytest.approx(end + 50)
+
+
+@pytest.mark.parametrize("others", [19, 38, 39, 99, 199])
+@pytest.mark.parametrize("effect", [0.0, 2.0, 8.0])
+def test_the_interval_holds_the_effect_as_often_as_it_says(effect, others):
+    generator = np.random.default_rng(others)
+    values = generator.normal(size=(others + 1, 4000))
+    values[0] += effect
+    found = null.standardised_effect(values)
+    # Where the effect is, in the statistic's own units, which no estimated standard deviation blurs.
+    low, high = (found.around(0.0, end) + found.estimate * found.spread for end in (found.low, found.high))
+    if others < 39:
+        assert np.isinf([low, high]).all()
+        return
+    held = ((low <= effect) & (effect <= high)).mean()
+    expected = 1 - 2 * np.floor(0.025 * (others + 1)) / (others + 1)
+    assert held == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / 4000))
 
 
 def brute_force_clusters(z, threshold):
