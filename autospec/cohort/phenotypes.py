@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from autospec.cohort.files import listed, read_table
-from autospec.cohort.subjects import MISSING, CohortSettings, checked_id
+from autospec.cohort.files import TextTable, listed, read_table
+from autospec.cohort.subjects import ID_COLUMNS, MISSING, CohortSettings, are_row_numbers, checked_id
 from autospec.errors import UserError
 
 # Names of columns, in small letters; the first that a table has is taken.
-ID_COLUMNS = ("participant_id", "subject_id", "subjectid", "subject", "id", "subjid", "src_subject_id", "")
 LABEL_COLUMNS = ("subject type", "dx", "group", "sz", "diagnosis")
 CODE_COLUMNS = ("diagnosis",)
 SEX_COLUMNS = ("sex", "gender")
@@ -87,7 +86,7 @@ def read_phenotypes(path: str, id_column: str | None = None) -> Phenotypes:
     path : str
         A table of text, gzipped or not.
     id_column : str or None
-        The column of ids where it has no usual name; a first column without a name is one, too.
+        The column of ids where it has no usual name; a first column without a name is one, too, unless it counts rows.
 
     Raises
     ------
@@ -116,7 +115,7 @@ def read_rows(path: str, id_column: str | None = None) -> tuple[list[str], dict[
         If there is no column of ids, or an id could not name a folder.
     """
     table = read_table(path)
-    place = _id_place(path, table.columns, id_column)
+    place = _id_place(table, id_column)
     rows: dict[str, list[dict[str, str]]] = {}
     for cells in table.rows:
         row = {column: cell for i, (column, cell) in enumerate(zip(table.columns, cells, strict=True)) if i != place}
@@ -124,15 +123,24 @@ def read_rows(path: str, id_column: str | None = None) -> tuple[list[str], dict[
     return [column for i, column in enumerate(table.columns) if i != place], rows
 
 
-def _id_place(path: str, columns: list[str], id_column: str | None) -> int:
+def _id_place(table: TextTable, id_column: str | None) -> int:
+    path, columns = table.path, table.columns
     if id_column is not None:
         if id_column not in columns:
             raise UserError(f"{path} has no column '{id_column}': its columns are {listed(columns, 12)}.")
         return columns.index(id_column)
     small = [column.lower() for column in columns]
     for name in ID_COLUMNS:
-        if name in small and (name or small[0] == ""):
+        if name in small:
             return small.index(name)
+    if small[0] == "":
+        if are_row_numbers([row[0] for row in table.rows]):
+            raise UserError(
+                f"the first column of {path} has no name and seems to hold numbers of rows: name the column of ids under "
+                f"columns (id), or call the first one participant_id if these are the ids; its columns are "
+                f"{listed(columns[1:], 12)}."
+            )
+        return 0
     raise UserError(
         f"{path} has no column of ids: call it participant_id, or name it under columns (id); "
         f"its columns are {listed(columns, 12)}."

@@ -9,6 +9,8 @@ from typing import Literal, TypedDict
 from autospec.errors import UserError
 
 MISSING = "n/a"
+# Names of a table's column of ids, in small letters; the first that a table has is taken.
+ID_COLUMNS = ("participant_id", "subject_id", "subjectid", "subject", "id", "subjid", "src_subject_id")
 
 
 class CohortSettings(TypedDict):
@@ -135,3 +137,13 @@ def checked_id(text: str, source: str) -> str:
             "make ids of letters and digits, joined by single - or _ if need be."
         )
     return name
+
+
+def are_row_numbers(cells: list[str]) -> bool:
+    """Whether cells look like numbers of rows and not like ids, as R and pandas write them into a first column.
+
+    They are whole numbers without zeros in front, each another one, and begin within the table's own length; rows that
+    were sorted or left out keep their numbers.
+    """
+    numbers = {int(cell) for cell in cells if cell.isdecimal() and cell == str(int(cell))}
+    return len(numbers) == len(cells) and bool(cells) and min(numbers) <= len(cells)

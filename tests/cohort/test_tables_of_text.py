@@ -129,6 +129,35 @@ def test_a_table_without_ids_says_what_it_has(tmp_path):
         read_phenotypes(str(path), "who")
 
 
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pd.DataFrame({"person": ["sub-03", "sub-01", "sub-02"], "dx": ["SZ", "HC", "SZ"]}),
+        pd.DataFrame({"person": ["sub-03", "sub-01"], "dx": ["SZ", "HC"]}, index=[1, 2]),
+        pd.DataFrame({"person": ["sub-01", "sub-03"], "dx": ["HC", "SZ"]}, index=[2, 7]),
+    ],
+    ids=["from zero", "from one", "rows left out"],
+)
+def test_numbers_of_rows_are_no_ids(tmp_path, frame):
+    path = tmp_path / "table.csv"
+    frame.to_csv(path)
+    with pytest.raises(
+        UserError, match=r"no name and seems to hold numbers of rows: .* columns \(id\).* are person, dx"
+    ):
+        read_phenotypes(str(path))
+    read = {name: row["dx"] for name, row in read_phenotypes(str(path), "person").rows.items()}
+    assert read == dict(zip(frame["person"].str.removeprefix("sub-"), frame["dx"], strict=True))
+    frame.rename(columns={"person": "Subject_ID"}).to_csv(path)
+    assert {name: row["dx"] for name, row in read_phenotypes(str(path)).rows.items()} == read
+
+
+def test_a_column_without_a_name_may_hold_ids_that_lost_their_zeros(tmp_path):
+    path = write(tmp_path / "table.csv", ",dx\n40001,HC\n40000,SZ\n")
+    assert list(read_phenotypes(str(path)).rows) == ["40001", "40000"]
+    path = write(tmp_path / "table.csv", ",dx\n01,HC\n02,SZ\n")
+    assert list(read_phenotypes(str(path)).rows) == ["01", "02"]
+
+
 def test_lost_zeros_are_found_again():
     images = ["0040000", "0040001", "A1"]
     assert matched(images, {"40000": 1, "0040001": 2, "A1": 3, "77": 4}, "t") == {
