@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from autospec.cohort.bids import join
 from autospec.cohort.files import existing, file_problem, read_table
 from autospec.cohort.phenotypes import Phenotypes, read_phenotypes
-from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject
+from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject, are_row_numbers
 from autospec.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,12 +71,19 @@ def _beside(folder: str, name: str) -> str:
 
 
 def whole_numbers(path: str) -> list[int]:
-    """Read a table of whole numbers, in a row or a column, with or without a header; raises UserError if it is none."""
+    """Read a table of whole numbers, in a row or a column, with or without a header; raises UserError if it is none.
+
+    Numbers of rows, as R and pandas write them into a first column without a name, are left out.
+    """
     table = read_table(path)
-    cells = [cell for row in table.rows for cell in row]
-    first = [cell for cell in table.columns if cell]
-    if all(_is_whole(cell) for cell in first):
-        cells = first + cells
+    lines = table.rows
+    if table.columns[0] == "" and are_row_numbers([row[0] for row in lines]):
+        lines = [row[1:] for row in lines]
+    elif all(_is_whole(cell) for cell in table.columns if cell):
+        lines = [[cell for cell in table.columns if cell], *lines]
+    if len(lines) > 1 and max(map(len, lines)) > 1:
+        raise UserError(f"{path} has several rows and columns: keep the one column, or row, of whole numbers.")
+    cells = [cell for line in lines for cell in line]
     if not cells or not all(_is_whole(cell) for cell in cells):
         raise UserError(f"{path} should hold whole numbers only: is it the right file?")
     return [int(float(cell)) for cell in cells]

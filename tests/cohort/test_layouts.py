@@ -602,6 +602,19 @@ def test_trends_tables_may_stand_in_a_row_or_have_a_header_or_a_folder(hdf5):
     assert [s.phenotype["Subject Type"] for s in subjects] == ["Control", "Patient", "Control"]
 
 
+def test_numbers_of_rows_are_no_components_and_no_labels(hdf5):
+    for name, values in (("correct_indices_GSP.csv", [3, 1, 2]), ("labels_COBRE.csv", [2, 1, 2])):
+        frame = pd.DataFrame({"x": values}, index=[1, 2, 3])
+        frame.to_csv(hdf5 / name)
+        assert trends.whole_numbers(str(hdf5 / name)) == values
+        pd.DataFrame(values).to_csv(hdf5 / name)  # with the header ",0"
+        assert trends.whole_numbers(str(hdf5 / name)) == values
+    assert first_courses(hdf5).shape == (7, 3)
+    pd.DataFrame({"component": [3, 1], "domain": [5, 6]}).to_csv(hdf5 / "correct_indices_GSP.csv")
+    with pytest.raises(UserError, match="several rows and columns: keep the one column"):
+        first_courses(hdf5)
+
+
 def first_courses(folder):
     """Time courses of the first subject."""
     scan = read_layout(str(folder), settings(folder))[1][0].scans[0]
