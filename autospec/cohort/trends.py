@@ -38,12 +38,17 @@ def read_trends(folder: str, settings: CohortSettings) -> list[Subject]:
     Raises
     ------
     UserError
-        If a file is missing, or a label is neither 1 (control) nor 2 (patient).
+        If a file is missing, a label is neither 1 (control) nor 2 (patient), or there is not one label a subject.
     """
     data = str(Path(folder) / DATA)
     labels = whole_numbers(_beside(folder, LABELS))
     if unknown := sorted(set(labels) - set(WORDS)):
         raise UserError(f"{_beside(folder, LABELS)} holds the labels {unknown}: 1 (control) and 2 (patient) are known.")
+    if (subjects := _subjects_in(data)) not in (None, len(labels)):
+        raise UserError(
+            f"{_beside(folder, LABELS)} has {len(labels)} labels, but {data} holds {subjects} subjects: "
+            "give one label a subject, in the file's order."
+        )
     if settings["phenotypes"]:
         table = read_phenotypes(settings["phenotypes"], settings["columns"].get("id"))
         if len(table.rows) != len(labels):
@@ -68,6 +73,19 @@ def _beside(folder: str, name: str) -> str:
     if not path:
         raise UserError(f"{folder} has no {name}: copy it beside {DATA}, from where that came from.")
     return path
+
+
+def _subjects_in(data: str) -> int | None:
+    """How many subjects the HDF5 file holds; None where it cannot be opened, which `shape_of` explains."""
+    import h5py
+
+    if file_problem(data):
+        return None
+    try:
+        with h5py.File(data, "r") as file:
+            return int(file[DATASET].shape[0])
+    except (OSError, KeyError, AttributeError, IndexError):
+        return None
 
 
 def whole_numbers(path: str) -> list[int]:

@@ -187,7 +187,8 @@ def test_mat_files_of_cobres_size_are_checked_quickly(tmp_path):
         ((157, 100, 140), "COBRE_dataset", None),
         ((157, 14001), "COBRE_dataset", "cannot be divided into 100 components"),
         ((157, 2, 140), "COBRE_dataset", "components 1 to 100, but they are counted from 1 to 2"),
-        ((156, 14000), "COBRE_dataset", r"shape \(156, 14000\), which has no subject 157"),
+        ((156, 14000), "COBRE_dataset", "has 157 labels, but .* holds 156 subjects: give one label a subject"),
+        ((158, 14000), "COBRE_dataset", "has 157 labels, but .* holds 158 subjects"),
         ((157, 14000), "other", "holds no 'COBRE_dataset', only"),
     ],
 )
