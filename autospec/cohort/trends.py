@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from autospec.cohort.bids import join
 from autospec.cohort.files import existing, file_problem, read_table
-from autospec.cohort.phenotypes import Phenotypes, read_phenotypes
+from autospec.cohort.phenotypes import Person, Phenotypes, describe, read_phenotypes
 from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject, are_row_numbers
 from autospec.errors import UserError
 
@@ -18,6 +18,7 @@ DATA, LABELS, INDICES = "COBRE_AllData.h5", "labels_COBRE.csv", "correct_indices
 DATASET = "COBRE_dataset"
 COMPONENTS = 100
 WORDS = {1: "Control", 2: "Patient"}
+GROUPS = {1: "HC", 2: "SZ"}
 
 
 def read_trends(folder: str, settings: CohortSettings) -> list[Subject]:
@@ -38,7 +39,8 @@ def read_trends(folder: str, settings: CohortSettings) -> list[Subject]:
     Raises
     ------
     UserError
-        If a file is missing, a label is neither 1 (control) nor 2 (patient), or there is not one label a subject.
+        If a file is missing, a label is neither 1 (control) nor 2 (patient), there is not one label a subject, or a
+        table of participants contradicts the labels.
     """
     data = str(Path(folder) / DATA)
     labels = whole_numbers(_beside(folder, LABELS))
@@ -56,6 +58,7 @@ def read_trends(folder: str, settings: CohortSettings) -> list[Subject]:
                 f"{table.path} has {len(table.rows)} rows, but {LABELS} has {len(labels)} labels: "
                 "give one row a subject, in the file's order."
             )
+        _require_agreement(table, labels, settings)
     else:
         rows = {f"{i:03d}": {"Subject Type": WORDS[label]} for i, label in enumerate(labels, start=1)}
         table = Phenotypes(_beside(folder, LABELS), ["Subject Type"], rows)
@@ -73,6 +76,17 @@ def _beside(folder: str, name: str) -> str:
     if not path:
         raise UserError(f"{folder} has no {name}: copy it beside {DATA}, from where that came from.")
     return path
+
+
+def _require_agreement(table: Phenotypes, labels: list[int], settings: CohortSettings) -> None:
+    """Refuse a table whose diagnoses are not those of the labels: its rows are in another order."""
+    for (name, row), label in zip(table.rows.items(), labels, strict=True):
+        person = describe(row, settings, f"the row of {name} in {table.path}")
+        if isinstance(person, Person) and person.diagnosis in GROUPS.values() and person.diagnosis != GROUPS[label]:
+            raise UserError(
+                f"{table.path} says {person.diagnosis} of {name}, but its label in {LABELS} is {label} "
+                f"({WORDS[label].lower()}): give one row a subject, in the file's order."
+            )
 
 
 def _subjects_in(data: str) -> int | None:

@@ -657,12 +657,21 @@ def test_an_hdf5_file_without_the_data_set_is_refused(hdf5):
 
 
 def test_trends_subjects_may_be_named_by_a_table(hdf5):
-    table = participants(hdf5 / "who.tsv", [("b", "SZ"), ("a", "HC"), ("c", "SZ")], ("id", "dx"))
+    table = participants(hdf5 / "who.tsv", [("b", "HC"), ("a", "SZ"), ("c", "SZ")], ("id", "dx"))
     found = by_id(read_layout(str(hdf5), settings(hdf5, phenotypes=str(table))))
     assert {name: subject.scans[0].position for name, subject in found.items()} == {"b": 0, "a": 1, "c": 2}
     participants(table, [("b", "SZ")], ("id", "dx"))
     with pytest.raises(UserError, match=r"1 rows, but .* 3 labels"):
         read_layout(str(hdf5), settings(hdf5, phenotypes=str(table)))
+
+
+def test_a_table_that_contradicts_trends_labels_is_refused(hdf5):
+    table = participants(hdf5 / "who.tsv", [("a", "HC"), ("c", "n/a"), ("b", "HC")], ("id", "dx"))
+    with pytest.raises(UserError, match=r"who.tsv says HC of b, but its label in labels_COBRE.csv is 2 \(patient\)"):
+        read_layout(str(hdf5), settings(hdf5, phenotypes=str(table)))
+    # Groups of the user's own are not compared with labels.
+    chosen = settings(hdf5, phenotypes=str(table), labels={"HC": "young", "n/a": "old"})
+    assert len(read_layout(str(hdf5), chosen)[1]) == 3
 
 
 @pytest.mark.parametrize("layout", ["gift", "trends"])
