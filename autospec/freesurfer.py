@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from autospec.cohort.files import TextTable, file_problem, listed, read_table, read_text
-from autospec.cohort.subjects import ID_COLUMNS, are_row_numbers, checked_id
+from autospec.cohort.subjects import ID_COLUMNS, MISSING, are_row_numbers, checked_id, known
 from autospec.errors import UserError
 
 STATS = {"aseg": "Volume_mm3", "lh.aparc": "GrayVol", "rh.aparc": "GrayVol"}
@@ -381,7 +381,7 @@ def _columns(table: TextTable, id_place: int) -> tuple[dict[str, int], list[str]
 
 
 def _number(cell: str, name: str, path: str) -> float:
-    if cell.lower() in ("", "n/a", "na", "nan"):
+    if known(cell) == MISSING:
         return np.nan
     try:
         return float(cell)

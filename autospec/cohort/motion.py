@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autospec.cohort.files import TextTable, read_table
+from autospec.cohort.subjects import MISSING, known
 from autospec.errors import UserError
 
 DISPLACEMENT = ("framewise_displacement", "FD", "fd")
@@ -43,7 +44,7 @@ def motion_of_table(table: TextTable) -> Motion:
     place = next((table.columns.index(name) for name in DISPLACEMENT if name in table.columns), None)
     try:
         cells = [] if place is None else [row[place] for row in table.rows]
-        displacement = [float(cell) for cell in cells if cell.lower() not in ("n/a", "nan", "")]
+        displacement = [float(cell) for cell in cells if known(cell) != MISSING]
         marks = [i for i, name in enumerate(table.columns) if MARKS.fullmatch(name)]
         usable = sum(not any(float(row[i]) for i in marks) for row in table.rows)
     except ValueError as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from autospec.cohort.files import TextTable, listed, read_table
-from autospec.cohort.subjects import ID_COLUMNS, MISSING, CohortSettings, are_row_numbers, checked_id
+from autospec.cohort.subjects import ID_COLUMNS, MISSING, CohortSettings, are_row_numbers, checked_id, known
 from autospec.errors import UserError
 
 # Names of columns, in small letters; the first that a table has is taken.
@@ -37,7 +37,6 @@ CODE = re.compile(r"\d{3}(\.\d+)?")
 
 SEXES = {"m": "M", "male": "M", "man": "M", "f": "F", "female": "F", "woman": "F", "o": "O", "other": "O"}
 UNCODED = "without a code, so strict schizophrenia cannot be established"
-NOT_KNOWN = ("", "n/a", "na", "nan", "unknown")
 
 Value = TypeVar("Value")
 
@@ -220,15 +219,15 @@ def describe(row: Mapping[str, str], settings: CohortSettings, source: str) -> P
         diagnosis=diagnosis,
         sex=sex_of(_cell(row, settings, "sex", SEX_COLUMNS, source), settings["sex_labels"], source),
         age=age_of(_cell(row, settings, "age", AGE_COLUMNS, source), source),
-        site=_cell(row, settings, "site", SITE_COLUMNS, source) or MISSING,
-        groupings={column: row[column] or MISSING for column in settings["groupings"]},
+        site=known(_cell(row, settings, "site", SITE_COLUMNS, source)),
+        groupings={column: known(row[column]) for column in settings["groupings"]},
     )
 
 
 def _cell(row: Mapping[str, str], settings: CohortSettings, what: str, usual: tuple[str, ...], source: str) -> str:
     """A cell by what it says; empty where the table has no such column."""
     column = find_column(list(row), settings, what, usual, source)
-    return "" if column is None or row[column] == MISSING else row[column]
+    return "" if column is None else row[column]
 
 
 def find_column(
@@ -260,11 +259,11 @@ def _diagnosis(row: Mapping[str, str], settings: CohortSettings, source: str) ->
     return diagnosis_of(text, code, settings["diagnosis"] == "strict schizophrenia", column)
 
 
-def _outside(text: str, column: str, known: list[str]) -> str:
-    if text in ("", MISSING):
+def _outside(text: str, column: str, labels: list[str]) -> str:
+    if known(text) == MISSING:
         return f"the column '{column}' says nothing of it"
     return (
-        f"the diagnosis '{text}' in the column '{column}' is none of {listed(known, 12)}; give it a group under labels"
+        f"the diagnosis '{text}' in the column '{column}' is none of {listed(labels, 12)}; give it a group under labels"
     )
 
 
@@ -282,7 +281,7 @@ def diagnosis_of(text: str, code: str, strict: bool, column: str) -> str | Refus
     column : str
         The label's column, for the reasons.
     """
-    small = text.lower()
+    small, code = text.lower(), "" if known(code) == MISSING else code
     meaning = SZ_COLUMN.get(small) if column.lower() == "sz" else WORDS.get(small)
     if meaning is None and not code and (small == "none" or CODE.match(text)):
         meaning, code = CONTROL if small == "none" else PATIENT if text.startswith("295") else OTHER, text
@@ -293,11 +292,11 @@ def diagnosis_of(text: str, code: str, strict: bool, column: str) -> str | Refus
     if not strict:
         return "HC" if meaning == CONTROL else "SZ"
     if meaning == CONTROL:
-        healthy = code.lower() in ("", "none", MISSING)
+        healthy = code.lower() in ("", "none")
         return "HC" if healthy else Refusal(f"a control with the diagnosis '{code}' (strict schizophrenia)", bad=False)
     if meaning == STRICT or (meaning == PATIENT and STRICT_CODE.match(code)):
         return "SZ"
-    if meaning == PATIENT and code in ("", MISSING):
+    if meaning == PATIENT and not code:
         return Refusal(f"called '{text}' {UNCODED}", bad=False)
     return Refusal(f"the diagnosis '{code or text}' is not strict schizophrenia", bad=False)
 
@@ -306,7 +305,7 @@ def sex_of(text: str, labels: Mapping[str, str], source: str) -> str:
     """Sex as M, F, O or n/a; raises UserError at a code that nothing explains."""
     if text in labels:
         return labels[text]
-    if text.lower() in NOT_KNOWN:
+    if known(text) == MISSING:
         return MISSING
     if text.lower() not in SEXES:
         raise UserError(
@@ -317,7 +316,7 @@ def sex_of(text: str, labels: Mapping[str, str], source: str) -> str:
 
 def age_of(text: str, source: str) -> str:
     """Age in years as it is written, or n/a; ``89+`` is 89; raises UserError where it is no number."""
-    if text.lower() in NOT_KNOWN:
+    if known(text) == MISSING:
         return MISSING
     number = text.removesuffix("+")
     try:

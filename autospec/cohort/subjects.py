@@ -9,6 +9,8 @@ from typing import Literal, TypedDict
 from autospec.errors import UserError
 
 MISSING = "n/a"
+# What says, in small letters, that nothing is known.
+NOT_KNOWN = ("", MISSING, "na", "nan", "unknown")
 # Names of a table's column of ids, in small letters; the first that a table has is taken.
 ID_COLUMNS = ("participant_id", "subject_id", "subjectid", "subject", "id", "subjid", "src_subject_id")
 
@@ -113,6 +115,11 @@ class Subject:
     """Why its images cannot be used, in words."""
     table: str = ""
     """The file of the table in which it was looked for."""
+
+
+def known(cell: str) -> str:
+    """A cell of a table as it is, or ``n/a`` where it says that nothing is known."""
+    return MISSING if cell.lower() in NOT_KNOWN else cell
 
 
 def checked_id(text: str, source: str) -> str:

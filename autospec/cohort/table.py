@@ -8,7 +8,7 @@ from pathlib import Path
 from autospec.cohort.bids import entities_of
 from autospec.cohort.files import existing, file_problem, listed, natural_key
 from autospec.cohort.phenotypes import Person, describe, read_rows
-from autospec.cohort.subjects import MISSING, CohortSettings, Done, Scan, Subject
+from autospec.cohort.subjects import MISSING, CohortSettings, Done, Scan, Subject, known
 from autospec.errors import UserError
 
 # Columns that say which image a row is of; without them the image's name is asked, where it is one of BIDS.
@@ -57,18 +57,18 @@ def _scan(folder: str, row: dict[str, str], several: bool) -> Scan:
     """The image of a row, with what is known of which one it is."""
     bold, confounds = (_path(folder, row.get(column, "")) for column in ("bold", "confounds"))
     small = {column.lower(): cell for column, cell in reversed(row.items())}
-    known = entities_of(Path(bold).name)
+    entities = entities_of(Path(bold).name)
     for entity, names in OF_IMAGES.items():
-        cell = next((small[name] for name in names if small.get(name, MISSING) not in ("", MISSING)), "")
+        cell = next((small[name] for name in names if known(small.get(name, "")) != MISSING), "")
         if cell:
-            known[entity] = cell.removeprefix(f"{entity}-")
+            entities[entity] = cell.removeprefix(f"{entity}-")
     return Scan(
         bold=bold,
         confounds=confounds,
         sidecar=existing(_beside(bold)) if bold else "",
-        task=known.get("task", ""),
-        session=known.get("ses", ""),
-        run=known.get("run", ""),
+        task=entities.get("task", ""),
+        session=entities.get("ses", ""),
+        run=entities.get("run", ""),
         row=row if several else {},
     )
 
@@ -108,7 +108,7 @@ def _require_agreement(name: str, rows: list[dict[str, str]], settings: CohortSe
 
 
 def _path(folder: str, cell: str) -> str:
-    return "" if cell in ("", MISSING) else str(Path(folder) / cell)
+    return "" if known(cell) == MISSING else str(Path(folder) / cell)
 
 
 def _beside(image: str) -> str:

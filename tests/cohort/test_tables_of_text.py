@@ -236,6 +236,17 @@ def test_a_row_becomes_a_person():
     assert describe({**row, "Gender": "Disenrolled"}, settings("x"), "t") == Refusal("Disenrolled", bad=False)
 
 
+@pytest.mark.parametrize("text", ["", "n/a", "N/A", "NA", "na", "nan", "NaN", "unknown"])
+def test_what_is_not_known_is_no_group(text):
+    row = {"dx": "Patient", "diagnosis": text, "sex": text, "age": text, "site": text, "dose": text}
+    assert describe(row, settings("x", groupings=["dose"]), "t") == Person("SZ", "n/a", "n/a", "n/a", {"dose": "n/a"})
+    assert describe({**row, "dx": "HC"}, settings("x", diagnosis="strict schizophrenia"), "t").diagnosis == "HC"
+    refusal = describe({**row, "dx": text}, settings("x"), "t")
+    assert refusal == Refusal("the column 'dx' says nothing of it", bad=True)
+    # Somebody may say what it means.
+    assert describe({**row, "dx": text}, settings("x", labels={text: "rest"}), "t").diagnosis == "rest"
+
+
 def test_words_and_columns_can_be_named():
     row = {"state": "ASD", "geschlecht": "2"}
     chosen = settings(
