@@ -40,7 +40,7 @@ def read_paths(folder: str, settings: CohortSettings) -> list[Subject]:
     if not path:
         raise UserError(f"{folder} has no participants.tsv: put one there, or name a table under phenotypes.")
     columns, by_id = read_rows(path, settings["columns"].get("id"))
-    if "bold" not in columns:
+    if not names_images(columns):
         raise UserError(f"{path} has no column 'bold': add one with the path of each participant's 4-D image.")
     subjects = []
     for name, rows in by_id.items():
@@ -53,10 +53,15 @@ def read_paths(folder: str, settings: CohortSettings) -> list[Subject]:
     return sorted(subjects, key=lambda subject: natural_key(subject.id))
 
 
+def names_images(columns: list[str]) -> bool:
+    """Whether a table has a column of images."""
+    return "bold" in [column.lower() for column in columns]
+
+
 def _scan(folder: str, row: dict[str, str], several: bool) -> Scan:
     """The image of a row, with what is known of which one it is."""
-    bold, confounds = (_path(folder, row.get(column, "")) for column in ("bold", "confounds"))
     small = {column.lower(): cell for column, cell in reversed(row.items())}
+    bold, confounds = (_path(folder, small.get(column, "")) for column in ("bold", "confounds"))
     entities = entities_of(Path(bold).name)
     for entity, names in OF_IMAGES.items():
         cell = next((small[name] for name in names if known(small.get(name, "")) != MISSING), "")

@@ -703,6 +703,20 @@ def test_time_courses_with_missing_values_are_refused(tmp_path):
     assert not (tmp_path / "x.tsv").exists()
 
 
+# A table of paths
+
+
+def test_columns_of_paths_are_found_whatever_their_case(tmp_path):
+    image(tmp_path / "a.nii.gz")
+    confounds(tmp_path / "a.tsv", [0.1] * 8)
+    participants(tmp_path / "participants.tsv", [("1", "HC", "a.nii.gz", "a.tsv")], ("ID", "dx", "BOLD", "Confounds"))
+    layout, (subject,) = read_layout(str(tmp_path), settings(tmp_path))
+    assert layout == "table"
+    assert [(scan.bold, scan.confounds) for scan in subject.scans] == [
+        (str(tmp_path / "a.nii.gz"), str(tmp_path / "a.tsv"))
+    ]
+
+
 # What is none of these
 
 
