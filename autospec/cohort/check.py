@@ -14,6 +14,7 @@ from autospec.cohort.precomputed import shape_of
 from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, nobody_is_left
 from autospec.cohort.subjects import CohortSettings, Scan
 from autospec.errors import UserError
+from autospec.ica.preprocessing import choose_confounds, read_confounds_table
 
 # One subject of COBRE's size (60,304 voxels of 3 mm in the brain, 150 volumes, 53 networks) takes two CPU seconds, and
 # reading a gzipped image a second for each 80 million bytes.
@@ -100,7 +101,12 @@ class _Seen:
     networks: int | None = None
 
 
-def check_cohort(settings: CohortSettings, networks: int = 53, voxel_mm: float | None = 3.0) -> Report:
+def check_cohort(
+    settings: CohortSettings,
+    networks: int = 53,
+    voxel_mm: float | None = 3.0,
+    repetition_time: float | None = None,
+) -> Report:
     """Say what a cohort would give.
 
     Parameters
@@ -111,6 +117,8 @@ def check_cohort(settings: CohortSettings, networks: int = 53, voxel_mm: float |
         How many networks the template has.
     voxel_mm : float or None
         Voxels in which networks will be sought; None stands for the images' own.
+    repetition_time : float or None
+        Seconds between volumes, where the configuration says it.
 
     Returns
     -------
@@ -129,7 +137,7 @@ def check_cohort(settings: CohortSettings, networks: int = 53, voxel_mm: float |
     for each in cohort.participants:
         used = 0
         for scan in each.scans:
-            found, exclusion = _examine(each, scan, networks, settings)
+            found, exclusion = _examine(each, scan, networks, settings, repetition_time)
             if exclusion is None:
                 used += 1
                 seen += found
@@ -167,12 +175,12 @@ def planned_cohort(
 
 
 def _examine(
-    participant: Participant, scan: Scan, networks: int, settings: CohortSettings
+    participant: Participant, scan: Scan, networks: int, settings: CohortSettings, repetition_time: float | None
 ) -> tuple[list[_Seen], Exclusion | None]:
     """What headers say of a run, or why it cannot be used."""
     name, which = participant.id, f"{scan.label}: " if scan.label else ""
     try:
-        found = [_look(scan, networks, participant.done.repetition_time)] if scan.file else []
+        found = [_look(scan, networks, repetition_time or participant.done.repetition_time)] if scan.file else []
         motion = motion_of([scan.confounds] if scan.confounds else [], scan.row or participant.phenotype)
     except UserError as error:
         return [], Exclusion(name, "functional", which + str(error).rstrip("."), bad=True)
@@ -184,14 +192,16 @@ def _examine(
     return found, Exclusion(name, "functional", which + problem) if problem else None
 
 
-def _look(scan: Scan, networks: int, usual_time: float | None) -> _Seen:
+def _look(scan: Scan, networks: int, stated_time: float | None) -> _Seen:
     """What headers say of a run that can be used; raises UserError otherwise."""
     if not scan.bold:
         volumes, count = shape_of(scan)
         return _Seen(volumes, networks=count)
     header = read_header(scan.bold)
     require_mni(header)
-    time = time_between_volumes(scan.bold, scan.sidecar, usual_time)
+    time = time_between_volumes(scan.bold, scan.sidecar, stated_time)
+    table = read_confounds_table(scan.confounds) if scan.confounds else None
+    choose_confounds("none", scan.bold, table, header.volumes, drop_volumes=0)
     if header.volumes < networks:
         raise UserError(f"{scan.bold} has {header.volumes} volumes, too few for {networks} networks.")
     return _Seen(header.volumes, header, time)

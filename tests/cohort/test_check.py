@@ -3,6 +3,7 @@
 import gzip
 import re
 import time
+from pathlib import Path
 
 import h5py
 import nibabel
@@ -12,7 +13,7 @@ import pytest
 from autospec.cohort.check import check_cohort
 from autospec.cohort.images import read_header, require_mni, time_between_volumes
 from autospec.errors import UserError
-from tests.cohort.trees import AFFINE, SHAPE, fmriprep, image, participants, settings, write
+from tests.cohort.trees import AFFINE, SHAPE, confounds, fmriprep, image, participants, settings, write
 
 
 def test_a_report_of_a_sound_cohort(tmp_path):
@@ -114,6 +115,20 @@ def test_motion_excludes_and_volumes_are_taken_from_headers_where_no_table_says_
     said = r"nobody is left of 4 participants: of sub-1 \(and of 1 more the like\): 6 usable volumes"
     with pytest.raises(UserError, match=said):
         check_cohort(settings(tmp_path, min_volumes=10), networks=5)
+
+
+def test_a_table_of_confounds_of_another_run_is_found(tmp_path):
+    participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "123"])
+    fmriprep(tmp_path, ["1", "2", "3"])
+    table = tmp_path / "sub-{0}/func/sub-{0}_task-rest_desc-confounds_timeseries.tsv"
+    confounds(Path(str(table).format(2)), [0.1] * 7)
+    with_commas = Path(str(table).format(3))
+    with_commas.write_text(with_commas.read_text().replace("\t0.1\t", "\t0,1\t"))
+    found = {each.id: each for each in check_cohort(settings(tmp_path), networks=5).exclusions}
+    assert sorted(found) == ["2", "3"]
+    assert "has 8 volumes, but its table of confounds has 7 rows" in found["2"].reason
+    assert "has '0,1' in the column trans_x, row 2, which is no number" in found["3"].reason
+    assert found["2"].bad
 
 
 def test_images_that_differ_are_warned_of(tmp_path):
@@ -237,9 +252,10 @@ def test_a_gzipped_image_of_several_parts_is_whole(tmp_path):
         read_header(str(path))
 
 
-def test_a_time_that_only_the_layout_knows_is_used_last(tmp_path):
+def test_a_time_that_is_stated_counts_where_files_are_silent_and_may_not_contradict_them(tmp_path):
     silent = image(tmp_path / "a.nii.gz", time=0.0)
     assert time_between_volumes(str(silent), "", 2.0) == 2.0
     with pytest.raises(UserError, match="neither in its header"):
         time_between_volumes(str(silent), "", None)
-    assert time_between_volumes(str(image(tmp_path / "b.nii.gz", time=2.5)), "", 2.0) == 2.5
+    with pytest.raises(UserError, match=r"header says 2.5 s, repetition_time says 2 s"):
+        time_between_volumes(str(image(tmp_path / "b.nii.gz", time=2.5)), "", 2.0)
