@@ -185,6 +185,22 @@ def test_check_knows_the_repetition_time_of_the_config(stated, header, said, tmp
         assert "repetition time: 2 s (2 images)" in check_analysis(str(tmp_path))
 
 
+def test_gifts_time_courses_need_a_repetition_time_before_any_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_people(tmp_path / "participants.tsv", [("1", "HC"), ("2", "SZ")], ("id", "dx"))
+    for number in (1, 2):
+        (tmp_path / f"A_sub00{number}_timecourses_ica_s1_.nii").write_bytes(b"not opened")
+    config = {
+        "cohort": {"kind": "folder", "folder": "."},
+        "ica": {"timecourses": "precomputed"},
+        "datasets": {"t": {"kind": "timeseries"}},
+    }
+    with pytest.raises(UserError, match=r"in the layout gift: set ica.repetition_time"):
+        participants.read_cohort(parse_config(config))
+    config["ica"]["repetition_time"] = 2.0
+    assert len(participants.read_cohort(parse_config(config)).functional) == 2
+
+
 def test_networks_of_gift_are_taken_over(tmp_path):
     import nibabel
 
