@@ -43,6 +43,13 @@ def test_delimiter_and_compression_are_recognised(tmp_path, delimiter, packed):
     assert (table.columns, table.rows) == (["id", "dx"], [["007", "HC"]])
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_may_end_as_on_any_machine(tmp_path, end):
+    path = tmp_path / "table.csv"
+    path.write_bytes(end.join(["id,dx", "01,HC", "02,SZ", ""]).encode())
+    assert read_table(path).rows == [["01", "HC"], ["02", "SZ"]]
+
+
 def test_a_byte_order_mark_and_quoted_commas_are_read(tmp_path):
     path = tmp_path / "table.csv"
     path.write_bytes(b'\xef\xbb\xbfid,dx\r\n01,"295.3, paranoid"\r\n')
@@ -56,13 +63,14 @@ def test_a_byte_order_mark_and_quoted_commas_are_read(tmp_path):
         (b"", "is empty"),
         (b"\n\n", "is empty: it should have"),
         (b"id,dx\n01\n", "row 2 .* has 1 cells, but the header names 2"),
+        (b'id,dx\n01,"HC\n' + b"02,SZ\n" * 30_000, "from line 2 on .*field larger than .* a quotation mark not closed"),
         (b"\xff\xfe\x00", "no text in UTF-8"),
         (b"PK\x03\x04\x14\x00", "a workbook, as of Excel.*save its sheet as CSV"),
         (gzip.compress(b"id\n" * 900)[:-12], "damaged or cut short"),
         (b"/annex/objects/MD5E-s8--0\n", "git-annex pointer; its content was not fetched"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
     ],
-    ids=["empty", "blank", "ragged", "binary", "workbook", "truncated", "annex", "lfs"],
+    ids=["empty", "blank", "ragged", "quote", "binary", "workbook", "truncated", "annex", "lfs"],
 )
 def test_a_table_that_cannot_be_read_is_refused_by_name(tmp_path, data, said):
     path = tmp_path / "table.csv"
