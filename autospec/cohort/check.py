@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from autospec.cohort.files import listed
+from autospec.cohort.files import digest_of, file_problem, listed
 from autospec.cohort.images import Header, read_header, require_mni, time_between_volumes
 from autospec.cohort.motion import motion_of, motion_problem
 from autospec.cohort.precomputed import shape_of
@@ -27,6 +28,7 @@ SECONDS_TO_START = 4.0
 BYTES_PER_MAP_VALUE = 3.6
 BYTES_PER_COURSE_VALUE = 22.0
 SAME_AFFINE_MM = 1e-3
+GLANCE_BYTES = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ def _report(
         volumes=(min(volumes), max(volumes)) if volumes else None,
         seconds=sum(SECONDS_TO_START + predicted_seconds(header, voxel_mm) for header in headers),
         bytes=sum(predicted_bytes(header, networks, voxel_mm) for header in headers),
-        warnings=_warnings(headers, times, counts, cohort),
+        warnings=[*_warnings(headers, times, counts, cohort), *_copies(taking_part)],
         headers=headers,
         networks=_sorted(counts),
     )
@@ -282,6 +284,34 @@ def _warnings(headers: list[Header], times: Counter[str], counts: Counter[str], 
     if cohort.kind == "real" and any(header.simulated for header in headers):
         warnings.append("some images say that they are simulated, but their data set does not")
     return warnings
+
+
+def _copies(participants: list[Participant]) -> list[str]:
+    """Warn of images of two participants that hold the same, reading whole only those that seem to."""
+    alike: dict[tuple[int, bytes], list[tuple[Participant, str]]] = {}
+    for each in participants:
+        for scan in each.scans:
+            if scan.bold and not file_problem(scan.bold):
+                alike.setdefault(_glance(scan.bold), []).append((each, scan.bold))
+    found: dict[str, tuple[Participant, str]] = {}
+    warnings = []
+    for images in alike.values():
+        for each, bold in images if len(images) > 1 else ():
+            other, copied = found.setdefault(digest_of([bold]), (each, bold))
+            if other is not each:
+                warnings.append(
+                    f"sub-{other.id} and sub-{each.id} have the same image, since {bold} is a copy of {copied}: "
+                    "give each their own, or leave one of them out"
+                )
+    return warnings
+
+
+def _glance(path: str) -> tuple[int, bytes]:
+    """Size of a file and what stands in its middle."""
+    size = Path(path).stat().st_size
+    with Path(path).open("rb") as file:
+        file.seek(size // 2)
+        return size, file.read(GLANCE_BYTES)
 
 
 def predicted_seconds(header: Header, voxel_mm: float | None) -> float:

@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from autospec.cohort.check import check_cohort
 from autospec.cohort.images import read_header, require_mni, time_between_volumes
+from autospec.cohort.tables import build_cohort
 from autospec.errors import UserError
 from tests.cohort.trees import AFFINE, SHAPE, confounds, fmriprep, image, participants, settings, write
 
@@ -129,6 +131,21 @@ def test_a_table_of_confounds_of_another_run_is_found(tmp_path):
     assert "has 8 volumes, but its table of confounds has 7 rows" in found["2"].reason
     assert "has '0,1' in the column trans_x, row 2, which is no number" in found["3"].reason
     assert found["2"].bad
+
+
+def test_an_image_that_was_copied_to_somebody_else_is_warned_of(tmp_path):
+    participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "1234"])
+    fmriprep(tmp_path, ["1", "2", "3"])
+    fmriprep(tmp_path, ["4"], volumes=9)
+    paths = sorted(tmp_path.glob("sub-*/func/*.nii.gz"))
+    assert check_cohort(settings(tmp_path), networks=5).warnings == []
+    shutil.copy(paths[0], paths[2])
+    (said,) = check_cohort(settings(tmp_path), networks=5).warnings
+    assert said.startswith(f"sub-1 and sub-3 have the same image, since {paths[2]} is a copy of {paths[0]}")
+    line = build_cohort(settings(tmp_path), None, str(tmp_path / "results"))
+    assert line.endswith("; 0 exclusions; warning: sub-1 and sub-3 have the same image")
+    image(paths[2])
+    assert "warning" not in build_cohort(settings(tmp_path), None, str(tmp_path / "results"))
 
 
 def test_images_that_differ_are_warned_of(tmp_path):
