@@ -60,7 +60,12 @@ def check_analysis(folder: str) -> str:
             )
             lines = ["not there yet: simulated data, which the workflow will write", *report.lines()]
         else:
-            report = check_cohort(cohort_settings(config), _networks(config, template), _voxel_mm(config, template))
+            report = check_cohort(
+                cohort_settings(config),
+                _networks(config, template),
+                _voxel_mm(config, template),
+                config.ica.repetition_time,
+            )
             lines = report.lines()
         if template is not None:
             lines += _template_lines(config, template, report)

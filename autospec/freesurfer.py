@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from autospec.cohort.files import TextTable, file_problem, listed, read_table, read_text
-from autospec.cohort.subjects import checked_id
+from autospec.cohort.subjects import ID_COLUMNS, MISSING, are_row_numbers, checked_id, known
 from autospec.errors import UserError
 
 STATS = {"aseg": "Volume_mm3", "lh.aparc": "GrayVol", "rh.aparc": "GrayVol"}
@@ -48,6 +48,8 @@ CORTICAL = (
     *("precuneus", "rostralanteriorcingulate", "rostralmiddlefrontal", "superiorfrontal", "superiorparietal"),
     *("superiortemporal", "supramarginal", "temporalpole", "transversetemporal"),
 )
+# How asegstats2table and aparcstats2table begin the header of their tables, whose first column holds ids.
+OWN_TABLE = re.compile(r"Measure:|[lr]h\.")
 FOUND_BELOW = (
     "sourcedata/freesurfer",
     "derivatives/fmriprep/sourcedata/freesurfer",
@@ -81,7 +83,7 @@ def find_subjects_dir(folder: str) -> str:
 
 
 def subjects_of(paths: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Say who has volumes, from names of files and the first columns of tables.
+    """Say who has volumes, from names of files and the ids in tables.
 
     Parameters
     ----------
@@ -218,9 +220,9 @@ def _ids_of(path: str) -> dict[str, tuple[str, str]]:
                 "freesurfer; or [] for none."
             )
         return found
-    table = _checked_table(path)
+    table, place = _checked_table(path)
     for row in table.rows:
-        name = _id(row[0], path)
+        name = _id(row[place], path)
         if name in found:
             raise UserError(f"{path} has several rows for {name}: keep one row for each participant.")
         found[name] = (path, "")
@@ -313,21 +315,36 @@ def parse_stats(text: str, column: str, source: str) -> tuple[dict[str, float], 
     return regions, sums
 
 
-def _checked_table(path: str) -> TextTable:
-    """A table of volumes, its header without spaces and without repeated columns that say the same."""
+def _checked_table(path: str) -> tuple[TextTable, int]:
+    """A table of volumes, and the place of its column of ids."""
     table = read_table(path)
-    first = table.columns[0]
-    measure = re.fullmatch(r"(?:Measure:|[lr]h\.\S+\.)(\w+)", first)
+    place = _id_place(table)
+    measure = re.fullmatch(r"(?:Measure:|[lr]h\.\S+\.)(\w+)", table.columns[place])
     if measure and measure[1].lower() not in ("volume", "volume_mm3", "grayvol"):
         raise UserError(f"{path} holds {measure[1]}, not volumes: make it again with  --meas volume.")
-    return table
+    return table, place
+
+
+def _id_place(table: TextTable) -> int:
+    """Where ids stand: under one of their usual names, else in the first column, unless that counts rows."""
+    small = [column.lower() for column in table.columns]
+    if OWN_TABLE.match(table.columns[0]):
+        return 0
+    for name in ID_COLUMNS:
+        if name in small:
+            return small.index(name)
+    if are_row_numbers([row[0] for row in table.rows]):
+        raise UserError(
+            f"the first column of {table.path}, '{table.columns[0]}', seems to hold numbers of rows: "
+            "call the column of ids participant_id."
+        )
+    return 0
 
 
 def _read_table(path: str, notes: list[str]) -> dict[str, dict[str, float]]:
     """Volumes by subject from a table of FreeSurfer's programs or a wide one."""
-    table = _checked_table(path)
-    own = re.match(r"Measure:|[lr]h\.", table.columns[0]) is not None
-    places, ignored = _columns(table, own)
+    table, id_place = _checked_table(path)
+    places, ignored = _columns(table, id_place)
     if not any(not is_sum(name) for name in places):
         raise UserError(
             f"{path} has no column that is known as a FreeSurfer volume: names such as Left-Hippocampus and "
@@ -336,18 +353,19 @@ def _read_table(path: str, notes: list[str]) -> dict[str, dict[str, float]]:
     if ignored:
         notes.append(f"{path}: left out {len(ignored)} columns that are no volumes ({listed(ignored)})")
     return {
-        _id(row[0], path): {name: _number(row[place], name, path) for name, place in places.items()}
+        _id(row[id_place], path): {name: _number(row[place], name, path) for name, place in places.items()}
         for row in table.rows
     }
 
 
-def _columns(table: TextTable, own: bool) -> tuple[dict[str, int], list[str]]:
+def _columns(table: TextTable, id_place: int) -> tuple[dict[str, int], list[str]]:
     """Place of each volume in a table, and columns that are none; a wide table may hold ages and thicknesses, too."""
+    own = OWN_TABLE.match(table.columns[0]) is not None
     places: dict[str, int] = {}
     ignored = []
-    for i, column in enumerate(table.columns[1:], start=1):
+    for i, column in enumerate(table.columns):
         name = region_name(column)
-        if name == "":
+        if i == id_place or name == "":
             continue
         known = is_sum(name) or name in REGION_OF.values() or re.fullmatch(r"[lr]h_\w+_volume", column)
         if not (own or known):
@@ -363,7 +381,7 @@ def _columns(table: TextTable, own: bool) -> tuple[dict[str, int], list[str]]:
 
 
 def _number(cell: str, name: str, path: str) -> float:
-    if cell.lower() in ("", "n/a", "na", "nan"):
+    if known(cell) == MISSING:
         return np.nan
     try:
         return float(cell)

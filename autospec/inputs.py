@@ -122,6 +122,12 @@ def tests_found(config: Config, test: str, experiment: str, run: str) -> list[st
     return [result(kind, experiment=experiment, run=run) for kind in (test, f"{test}_described")] if made else []
 
 
+def null_kept(config: Config, experiment: str, run: str) -> list[str]:
+    """The statistics of every permutation of a run; empty where they are not kept, or labels are not permuted."""
+    kept = config.statistics.keep_null and specs.permuted(config, experiment, run)
+    return [result("permutation_null", experiment=experiment, run=run)] if kept else []
+
+
 def refit_confounds(config: Config, experiment: str, run: str) -> list[str]:
     """What a run's refits say on motion and the like; empty where there are none, or nobody asks."""
     made = config.experiments[experiment].runs[run].refit and config.statistics.confounds

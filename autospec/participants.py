@@ -81,6 +81,12 @@ def _require_fit(config: Config, cohort: Cohort) -> None:
                 f"the layout {cohort.layout} brings time courses that were computed before, not images: "
                 "set ica.timecourses to precomputed."
             )
+        silent = [each.id for each in cohort.functional if each.done.repetition_time is None]
+        if computed and silent and config.ica.repetition_time is None:
+            raise UserError(
+                f"nothing says the time between volumes of time courses in the layout {cohort.layout}: "
+                "set ica.repetition_time, in seconds."
+            )
         if not cohort.functional:
             raise UserError("nobody in the cohort has functional data: leave data sets of networks out of the config.")
     for name, dataset in config.datasets.items():

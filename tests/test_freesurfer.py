@@ -128,6 +128,21 @@ def test_a_wide_table_with_other_columns(tmp_path):
     assert "left out 3 columns that are no volumes (Age, Sex, lh_insula_thickness)" in found.notes[0]
 
 
+def test_volumes_of_a_table_that_counts_its_rows_go_to_their_ids(tmp_path):
+    frame = pd.DataFrame({"participant_id": ["sub-0003", "sub-0001", "sub-0002"], "Left-Caudate": [3.0, 1.0, 2.0]})
+    frame.index += 1
+    frame.to_csv(tmp_path / "wide.csv")
+    found = read_volumes([str(tmp_path / "wide.csv")])
+    assert dict(zip(found.ids, found.volumes[:, 0], strict=True)) == {"0003": 3, "0001": 1, "0002": 2}
+    assert found.notes == []
+    frame.rename(columns={"participant_id": "person"}).to_csv(tmp_path / "wide.csv")
+    with pytest.raises(UserError, match=r"first column of .*wide\.csv, '', seems to hold numbers of rows"):
+        read_volumes([str(tmp_path / "wide.csv")])
+    # FreeSurfer's own folders may be called so.
+    write(tmp_path / "aseg.txt", "Measure:volume\tLeft-Caudate\n1\t1\n2\t2\n")
+    assert read_volumes([str(tmp_path / "aseg.txt")]).ids == ["1", "2"]
+
+
 def test_repeated_columns_must_agree(tmp_path):
     path = write(tmp_path / "wide.csv", "id,Left-Caudate,Left-Caudate \n1,3500,3500\n2,3600,3600\n")
     assert read_volumes([str(path)]).regions == ["Left-Caudate"]

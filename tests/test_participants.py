@@ -13,7 +13,7 @@ from autospec.config import parse_config
 from autospec.errors import UserError
 from autospec.ica.derivative import read_table, subject_files
 from autospec.networks.precomputed import build_precomputed
-from tests.cohort.trees import fmriprep
+from tests.cohort.trees import fmriprep, image
 from tests.cohort.trees import participants as write_people
 
 
@@ -156,6 +156,49 @@ def test_check_warns_of_groups_too_small_to_be_tested(permutation, tmp_path):
     said = check_analysis(str(tmp_path))
     warned = [f"warning: 'e' compares '{label}', of whom there are 6" in said for label in ("HC", "SZ")]
     assert any(warned) == (permutation == "compared"), said
+
+
+@pytest.mark.parametrize(
+    ("stated", "header", "said"),
+    [
+        (None, 0.0, "nobody is left of 2 participants.*repetition time .* neither in its header"),
+        (2.0, 0.0, ""),
+        (2.0, 2.0, ""),
+        (2.0, 1.5, "header says 1.5 s, repetition_time says 2 s"),
+    ],
+)
+def test_check_knows_the_repetition_time_of_the_config(stated, header, said, tmp_path):
+    write_people(tmp_path / "participants.tsv", [("1", "HC", "1.nii"), ("2", "SZ", "2.nii")], ("id", "dx", "bold"))
+    for name in "12":
+        image(tmp_path / f"{name}.nii", time=header)
+    image(tmp_path / "atlas.nii", volumes=1)
+    config = {
+        "cohort": {"kind": "folder", "folder": ".", "on_bad_subject": "exclude"},
+        "ica": {"timecourses": "atlas", "atlas": "atlas.nii", "repetition_time": stated},
+        "datasets": {"t": {"kind": "timeseries"}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    if said:
+        with pytest.raises(UserError, match=said):
+            check_analysis(str(tmp_path))
+    else:
+        assert "repetition time: 2 s (2 images)" in check_analysis(str(tmp_path))
+
+
+def test_gifts_time_courses_need_a_repetition_time_before_any_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_people(tmp_path / "participants.tsv", [("1", "HC"), ("2", "SZ")], ("id", "dx"))
+    for number in (1, 2):
+        (tmp_path / f"A_sub00{number}_timecourses_ica_s1_.nii").write_bytes(b"not opened")
+    config = {
+        "cohort": {"kind": "folder", "folder": "."},
+        "ica": {"timecourses": "precomputed"},
+        "datasets": {"t": {"kind": "timeseries"}},
+    }
+    with pytest.raises(UserError, match=r"in the layout gift: set ica.repetition_time"):
+        participants.read_cohort(parse_config(config))
+    config["ica"]["repetition_time"] = 2.0
+    assert len(participants.read_cohort(parse_config(config)).functional) == 2
 
 
 def test_networks_of_gift_are_taken_over(tmp_path):

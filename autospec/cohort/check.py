@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from autospec.cohort.files import listed
+from autospec.cohort.files import digest_of, file_problem, listed
 from autospec.cohort.images import Header, read_header, require_mni, time_between_volumes
 from autospec.cohort.motion import motion_of, motion_problem
 from autospec.cohort.precomputed import shape_of
 from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, nobody_is_left
 from autospec.cohort.subjects import CohortSettings, Scan
 from autospec.errors import UserError
+from autospec.ica.preprocessing import choose_confounds, read_confounds_table
 
 # One subject of COBRE's size (60,304 voxels of 3 mm in the brain, 150 volumes, 53 networks) takes two CPU seconds, and
 # reading a gzipped image a second for each 80 million bytes.
@@ -26,6 +28,7 @@ SECONDS_TO_START = 4.0
 BYTES_PER_MAP_VALUE = 3.6
 BYTES_PER_COURSE_VALUE = 22.0
 SAME_AFFINE_MM = 1e-3
+GLANCE_BYTES = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,12 @@ class _Seen:
     networks: int | None = None
 
 
-def check_cohort(settings: CohortSettings, networks: int = 53, voxel_mm: float | None = 3.0) -> Report:
+def check_cohort(
+    settings: CohortSettings,
+    networks: int = 53,
+    voxel_mm: float | None = 3.0,
+    repetition_time: float | None = None,
+) -> Report:
     """Say what a cohort would give.
 
     Parameters
@@ -111,6 +119,8 @@ def check_cohort(settings: CohortSettings, networks: int = 53, voxel_mm: float |
         How many networks the template has.
     voxel_mm : float or None
         Voxels in which networks will be sought; None stands for the images' own.
+    repetition_time : float or None
+        Seconds between volumes, where the configuration says it.
 
     Returns
     -------
@@ -129,7 +139,7 @@ def check_cohort(settings: CohortSettings, networks: int = 53, voxel_mm: float |
     for each in cohort.participants:
         used = 0
         for scan in each.scans:
-            found, exclusion = _examine(each, scan, networks, settings)
+            found, exclusion = _examine(each, scan, networks, settings, repetition_time)
             if exclusion is None:
                 used += 1
                 seen += found
@@ -167,12 +177,12 @@ def planned_cohort(
 
 
 def _examine(
-    participant: Participant, scan: Scan, networks: int, settings: CohortSettings
+    participant: Participant, scan: Scan, networks: int, settings: CohortSettings, repetition_time: float | None
 ) -> tuple[list[_Seen], Exclusion | None]:
     """What headers say of a run, or why it cannot be used."""
     name, which = participant.id, f"{scan.label}: " if scan.label else ""
     try:
-        found = [_look(scan, networks, participant.done.repetition_time)] if scan.file else []
+        found = [_look(scan, networks, repetition_time or participant.done.repetition_time)] if scan.file else []
         motion = motion_of([scan.confounds] if scan.confounds else [], scan.row or participant.phenotype)
     except UserError as error:
         return [], Exclusion(name, "functional", which + str(error).rstrip("."), bad=True)
@@ -184,14 +194,16 @@ def _examine(
     return found, Exclusion(name, "functional", which + problem) if problem else None
 
 
-def _look(scan: Scan, networks: int, usual_time: float | None) -> _Seen:
+def _look(scan: Scan, networks: int, stated_time: float | None) -> _Seen:
     """What headers say of a run that can be used; raises UserError otherwise."""
     if not scan.bold:
         volumes, count = shape_of(scan)
         return _Seen(volumes, networks=count)
     header = read_header(scan.bold)
     require_mni(header)
-    time = time_between_volumes(scan.bold, scan.sidecar, usual_time)
+    time = time_between_volumes(scan.bold, scan.sidecar, stated_time)
+    table = read_confounds_table(scan.confounds) if scan.confounds else None
+    choose_confounds("none", scan.bold, table, header.volumes, drop_volumes=0)
     if header.volumes < networks:
         raise UserError(f"{scan.bold} has {header.volumes} volumes, too few for {networks} networks.")
     return _Seen(header.volumes, header, time)
@@ -227,7 +239,7 @@ def _report(
         volumes=(min(volumes), max(volumes)) if volumes else None,
         seconds=sum(SECONDS_TO_START + predicted_seconds(header, voxel_mm) for header in headers),
         bytes=sum(predicted_bytes(header, networks, voxel_mm) for header in headers),
-        warnings=_warnings(headers, times, counts, cohort),
+        warnings=[*_warnings(headers, times, counts, cohort), *_copies(taking_part)],
         headers=headers,
         networks=_sorted(counts),
     )
@@ -272,6 +284,34 @@ def _warnings(headers: list[Header], times: Counter[str], counts: Counter[str], 
     if cohort.kind == "real" and any(header.simulated for header in headers):
         warnings.append("some images say that they are simulated, but their data set does not")
     return warnings
+
+
+def _copies(participants: list[Participant]) -> list[str]:
+    """Warn of images of two participants that hold the same, reading whole only those that seem to."""
+    alike: dict[tuple[int, bytes], list[tuple[Participant, str]]] = {}
+    for each in participants:
+        for scan in each.scans:
+            if scan.bold and not file_problem(scan.bold):
+                alike.setdefault(_glance(scan.bold), []).append((each, scan.bold))
+    found: dict[str, tuple[Participant, str]] = {}
+    warnings = []
+    for images in alike.values():
+        for each, bold in images if len(images) > 1 else ():
+            other, copied = found.setdefault(digest_of([bold]), (each, bold))
+            if other is not each:
+                warnings.append(
+                    f"sub-{other.id} and sub-{each.id} have the same image, since {bold} is a copy of {copied}: "
+                    "give each their own, or leave one of them out"
+                )
+    return warnings
+
+
+def _glance(path: str) -> tuple[int, bytes]:
+    """Size of a file and what stands in its middle."""
+    size = Path(path).stat().st_size
+    with Path(path).open("rb") as file:
+        file.seek(size // 2)
+        return size, file.read(GLANCE_BYTES)
 
 
 def predicted_seconds(header: Header, voxel_mm: float | None) -> float:

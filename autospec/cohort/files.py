@@ -69,11 +69,19 @@ def read_table(path: str | Path) -> TextTable:
     UserError
         If the file cannot be read, is empty, or a row has another number of cells than the header.
     """
-    text = read_text(path)
+    text = io.StringIO(read_text(path), newline=None).read()  # a line may end as on an old Mac
     header = text.split("\n", 1)[0]
     delimiter = max(DELIMITERS, key=header.count) if any(each in header for each in DELIMITERS) else " "
     parsed = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=delimiter == " ")
-    lines = [[cell.strip() for cell in line] for line in parsed if line]
+    lines, begin = [], 1
+    try:
+        for line in parsed:
+            lines.append([cell.strip() for cell in line])
+            begin = parsed.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"the table {path} cannot be read from line {begin} on ({error}): is a quotation mark not closed?"
+        ) from None
     lines = [line for line in lines if any(line)]
     if not lines:
         raise UserError(f"the table {path} is empty: it should have a line of column names and a line for each row.")

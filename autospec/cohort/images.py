@@ -69,28 +69,22 @@ def read_header(path: str) -> Header:
     )
 
 
-def time_between_volumes(path: str, sidecar: str, usual: float | None) -> float:
+def time_between_volumes(path: str, sidecar: str, stated: float | None) -> float:
     """Repetition time of an image.
 
     Parameters
     ----------
     path, sidecar : str
         The image, and the JSON file beside it or an empty string.
-    usual : float or None
-        What the layout is known to have, in seconds, where the files say nothing.
+    stated : float or None
+        What the configuration says, or the layout is known to have, in seconds.
 
     Raises
     ------
     UserError
-        If nothing says it, or the header and the JSON file contradict each other.
+        If nothing says it, or they contradict each other.
     """
-    image, described = _opened(path), read_json(sidecar) if sidecar else {}
-    try:
-        return repetition_time(image, path, described, None)
-    except UserError:
-        if usual is None or "RepetitionTime" in described:
-            raise
-        return repetition_time(image, path, described, usual)
+    return repetition_time(_opened(path), path, read_json(sidecar) if sidecar else {}, stated)
 
 
 def _opened(path: str) -> Any:

@@ -59,7 +59,7 @@ def recognise(folder: str, phenotypes: str | None = None) -> str:
     if phenotypes and not Path(phenotypes).is_file():
         raise UserError(f"the table {phenotypes} does not exist: correct phenotypes in the config.")
     tables = [phenotypes] if phenotypes else [str(Path(folder) / "participants.tsv")]
-    if any(Path(each).is_file() and "bold" in read_table(each).columns for each in tables):
+    if any(Path(each).is_file() and table.names_images(read_table(each).columns) for each in tables):
         return "table"
     if bids.derivatives_of(folder) or bids.holds_raw(folder):
         return "bids"

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autospec.cohort.files import TextTable, read_table
+from autospec.cohort.subjects import MISSING, known
 from autospec.errors import UserError
 
 DISPLACEMENT = ("framewise_displacement", "FD", "fd")
 # fMRIPrep marks each volume to leave out with a column of its own; NIAK marks all of them in one.
 MARKS = re.compile(r"(motion_outlier|non_steady_state_outlier)\d+|scrub")
-OF_PHENOTYPES = {"mean_fd": ("FD", "fd", "mean_fd"), "usable_volumes": ("Frames OK",)}
+# Columns of tables of participants, in small letters.
+OF_PHENOTYPES = {"mean_fd": ("fd", "mean_fd"), "usable_volumes": ("frames ok",)}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def motion_of_table(table: TextTable) -> Motion:
     place = next((table.columns.index(name) for name in DISPLACEMENT if name in table.columns), None)
     try:
         cells = [] if place is None else [row[place] for row in table.rows]
-        displacement = [float(cell) for cell in cells if cell.lower() not in ("n/a", "nan", "")]
+        displacement = [float(cell) for cell in cells if known(cell) != MISSING]
         marks = [i for i, name in enumerate(table.columns) if MARKS.fullmatch(name)]
         usable = sum(not any(float(row[i]) for i in marks) for row in table.rows)
     except ValueError as error:
@@ -55,7 +57,9 @@ def motion_of_table(table: TextTable) -> Motion:
     )
 
 
-def motion_of(confounds: list[str], phenotype: Mapping[str, str] | None) -> Motion:
+def motion_of(
+    confounds: list[str], phenotype: Mapping[str, str] | None, source: str = "the table of participants"
+) -> Motion:
     """Motion over a participant's runs: from tables of confounds, else from the table of participants.
 
     Parameters
@@ -64,9 +68,16 @@ def motion_of(confounds: list[str], phenotype: Mapping[str, str] | None) -> Moti
         Tables, one a run.
     phenotype : mapping or None
         The participant's row, whose ``FD`` and ``Frames OK`` are taken where there are no tables.
+    source : str
+        Where the row stands, for error messages.
+
+    Raises
+    ------
+    UserError
+        If one of them is no number.
     """
     tables = [motion_of_table(read_table(path)) for path in confounds]
-    return together(tables) if tables else _of_phenotype(phenotype or {})
+    return together(tables) if tables else _of_phenotype(phenotype or {}, source)
 
 
 def together(runs: list[Motion]) -> Motion:
@@ -82,16 +93,18 @@ def together(runs: list[Motion]) -> Motion:
     )
 
 
-def _of_phenotype(phenotype: Mapping[str, str]) -> Motion:
+def _of_phenotype(phenotype: Mapping[str, str], source: str) -> Motion:
+    small = {column.lower(): column for column in reversed(list(phenotype))}
     values: dict[str, float | None] = {}
-    for what, columns in OF_PHENOTYPES.items():
-        text = next((phenotype[column] for column in columns if column in phenotype), "")
+    for what, names in OF_PHENOTYPES.items():
+        column = next((small[name] for name in names if name in small), None)
+        text = MISSING if column is None else known(phenotype[column])
         try:
-            values[what] = float(text)
+            values[what] = None if text == MISSING else float(text)
         except ValueError:
-            values[what] = None
-        if values[what] is not None and math.isnan(values[what] or 0.0):
-            values[what] = None
+            values[what] = math.nan
+        if not 0 <= (values[what] or 0) < math.inf:
+            raise UserError(f"{source} has '{text}' in the column {column}: write a number, with a point, or n/a.")
     usable = values["usable_volumes"]
     return Motion(mean_fd=values["mean_fd"], usable_volumes=None if usable is None else int(usable))
 

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from autospec.cohort.files import listed, read_table
-from autospec.cohort.subjects import MISSING, CohortSettings, checked_id
+from autospec.cohort.files import TextTable, listed, read_table
+from autospec.cohort.subjects import ID_COLUMNS, MISSING, CohortSettings, are_row_numbers, checked_id, known
 from autospec.errors import UserError
 
 # Names of columns, in small letters; the first that a table has is taken.
-ID_COLUMNS = ("participant_id", "subject_id", "subjectid", "subject", "id", "subjid", "src_subject_id", "")
 LABEL_COLUMNS = ("subject type", "dx", "group", "sz", "diagnosis")
 CODE_COLUMNS = ("diagnosis",)
 SEX_COLUMNS = ("sex", "gender")
@@ -38,7 +37,6 @@ CODE = re.compile(r"\d{3}(\.\d+)?")
 
 SEXES = {"m": "M", "male": "M", "man": "M", "f": "F", "female": "F", "woman": "F", "o": "O", "other": "O"}
 UNCODED = "without a code, so strict schizophrenia cannot be established"
-NOT_KNOWN = ("", "n/a", "na", "nan", "unknown")
 
 Value = TypeVar("Value")
 
@@ -87,7 +85,7 @@ def read_phenotypes(path: str, id_column: str | None = None) -> Phenotypes:
     path : str
         A table of text, gzipped or not.
     id_column : str or None
-        The column of ids where it has no usual name; a first column without a name is one, too.
+        The column of ids where it has no usual name; a first column without a name is one, too, unless it counts rows.
 
     Raises
     ------
@@ -116,7 +114,7 @@ def read_rows(path: str, id_column: str | None = None) -> tuple[list[str], dict[
         If there is no column of ids, or an id could not name a folder.
     """
     table = read_table(path)
-    place = _id_place(path, table.columns, id_column)
+    place = _id_place(table, id_column)
     rows: dict[str, list[dict[str, str]]] = {}
     for cells in table.rows:
         row = {column: cell for i, (column, cell) in enumerate(zip(table.columns, cells, strict=True)) if i != place}
@@ -124,15 +122,24 @@ def read_rows(path: str, id_column: str | None = None) -> tuple[list[str], dict[
     return [column for i, column in enumerate(table.columns) if i != place], rows
 
 
-def _id_place(path: str, columns: list[str], id_column: str | None) -> int:
+def _id_place(table: TextTable, id_column: str | None) -> int:
+    path, columns = table.path, table.columns
     if id_column is not None:
         if id_column not in columns:
             raise UserError(f"{path} has no column '{id_column}': its columns are {listed(columns, 12)}.")
         return columns.index(id_column)
     small = [column.lower() for column in columns]
     for name in ID_COLUMNS:
-        if name in small and (name or small[0] == ""):
+        if name in small:
             return small.index(name)
+    if small[0] == "":
+        if are_row_numbers([row[0] for row in table.rows]):
+            raise UserError(
+                f"the first column of {path} has no name and seems to hold numbers of rows: name the column of ids under "
+                f"columns (id), or call the first one participant_id if these are the ids; its columns are "
+                f"{listed(columns[1:], 12)}."
+            )
+        return 0
     raise UserError(
         f"{path} has no column of ids: call it participant_id, or name it under columns (id); "
         f"its columns are {listed(columns, 12)}."
@@ -212,15 +219,15 @@ def describe(row: Mapping[str, str], settings: CohortSettings, source: str) -> P
         diagnosis=diagnosis,
         sex=sex_of(_cell(row, settings, "sex", SEX_COLUMNS, source), settings["sex_labels"], source),
         age=age_of(_cell(row, settings, "age", AGE_COLUMNS, source), source),
-        site=_cell(row, settings, "site", SITE_COLUMNS, source) or MISSING,
-        groupings={column: row[column] or MISSING for column in settings["groupings"]},
+        site=known(_cell(row, settings, "site", SITE_COLUMNS, source)),
+        groupings={column: known(row[column]) for column in settings["groupings"]},
     )
 
 
 def _cell(row: Mapping[str, str], settings: CohortSettings, what: str, usual: tuple[str, ...], source: str) -> str:
     """A cell by what it says; empty where the table has no such column."""
     column = find_column(list(row), settings, what, usual, source)
-    return "" if column is None or row[column] == MISSING else row[column]
+    return "" if column is None else row[column]
 
 
 def find_column(
@@ -252,11 +259,11 @@ def _diagnosis(row: Mapping[str, str], settings: CohortSettings, source: str) ->
     return diagnosis_of(text, code, settings["diagnosis"] == "strict schizophrenia", column)
 
 
-def _outside(text: str, column: str, known: list[str]) -> str:
-    if text in ("", MISSING):
+def _outside(text: str, column: str, labels: list[str]) -> str:
+    if known(text) == MISSING:
         return f"the column '{column}' says nothing of it"
     return (
-        f"the diagnosis '{text}' in the column '{column}' is none of {listed(known, 12)}; give it a group under labels"
+        f"the diagnosis '{text}' in the column '{column}' is none of {listed(labels, 12)}; give it a group under labels"
     )
 
 
@@ -274,7 +281,7 @@ def diagnosis_of(text: str, code: str, strict: bool, column: str) -> str | Refus
     column : str
         The label's column, for the reasons.
     """
-    small = text.lower()
+    small, code = text.lower(), "" if known(code) == MISSING else code
     meaning = SZ_COLUMN.get(small) if column.lower() == "sz" else WORDS.get(small)
     if meaning is None and not code and (small == "none" or CODE.match(text)):
         meaning, code = CONTROL if small == "none" else PATIENT if text.startswith("295") else OTHER, text
@@ -285,11 +292,11 @@ def diagnosis_of(text: str, code: str, strict: bool, column: str) -> str | Refus
     if not strict:
         return "HC" if meaning == CONTROL else "SZ"
     if meaning == CONTROL:
-        healthy = code.lower() in ("", "none", MISSING)
+        healthy = code.lower() in ("", "none")
         return "HC" if healthy else Refusal(f"a control with the diagnosis '{code}' (strict schizophrenia)", bad=False)
     if meaning == STRICT or (meaning == PATIENT and STRICT_CODE.match(code)):
         return "SZ"
-    if meaning == PATIENT and code in ("", MISSING):
+    if meaning == PATIENT and not code:
         return Refusal(f"called '{text}' {UNCODED}", bad=False)
     return Refusal(f"the diagnosis '{code or text}' is not strict schizophrenia", bad=False)
 
@@ -298,7 +305,7 @@ def sex_of(text: str, labels: Mapping[str, str], source: str) -> str:
     """Sex as M, F, O or n/a; raises UserError at a code that nothing explains."""
     if text in labels:
         return labels[text]
-    if text.lower() in NOT_KNOWN:
+    if known(text) == MISSING:
         return MISSING
     if text.lower() not in SEXES:
         raise UserError(
@@ -309,7 +316,7 @@ def sex_of(text: str, labels: Mapping[str, str], source: str) -> str:
 
 def age_of(text: str, source: str) -> str:
     """Age in years as it is written, or n/a; ``89+`` is 89; raises UserError where it is no number."""
-    if text.lower() in NOT_KNOWN:
+    if known(text) == MISSING:
         return MISSING
     number = text.removesuffix("+")
     try:

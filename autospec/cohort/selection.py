@@ -11,6 +11,7 @@ from typing import Literal
 
 from autospec.cohort.files import natural_key
 from autospec.cohort.layouts import is_simulated, read_layout
+from autospec.cohort.motion import motion_of
 from autospec.cohort.phenotypes import UNCODED, Person, Refusal, describe, matched
 from autospec.cohort.record import Kind
 from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject
@@ -204,11 +205,15 @@ def _decide(
         what = "an image" if subject.scans or subject.problem else "FreeSurfer volumes"
         return None, [Exclusion(name, "all", f"has {what}, but no row in the table of participants", bad=True)]
     table = settings["phenotypes"] or f"the table of participants in {settings['folder']}"
-    person = describe(subject.phenotype, settings, f"the row of sub-{name} in {table}")
+    source = f"the row of sub-{name} in {table}"
+    person = describe(subject.phenotype, settings, source)
     if isinstance(person, Refusal):
         return None, [Exclusion(name, "all", person.reason, person.bad)]
     exclusions = []
     scans = () if subject.problem else subject.scans
+    for scan in scans:
+        if not scan.confounds:
+            motion_of([], scan.row or subject.phenotype, source)  # a number that is none is found before any job
     if settings["scans"] == "all":
         scans = _labelled(name, scans)
     if subject.problem:

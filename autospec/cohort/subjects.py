@@ -9,6 +9,10 @@ from typing import Literal, TypedDict
 from autospec.errors import UserError
 
 MISSING = "n/a"
+# What says, in small letters, that nothing is known.
+NOT_KNOWN = ("", MISSING, "na", "nan", "unknown")
+# Names of a table's column of ids, in small letters; the first that a table has is taken.
+ID_COLUMNS = ("participant_id", "subject_id", "subjectid", "subject", "id", "subjid", "src_subject_id")
 
 
 class CohortSettings(TypedDict):
@@ -113,6 +117,11 @@ class Subject:
     """The file of the table in which it was looked for."""
 
 
+def known(cell: str) -> str:
+    """A cell of a table as it is, or ``n/a`` where it says that nothing is known."""
+    return MISSING if cell.lower() in NOT_KNOWN else cell
+
+
 def checked_id(text: str, source: str) -> str:
     """Id of a subject without the mark of BIDS.
 
@@ -135,3 +144,13 @@ def checked_id(text: str, source: str) -> str:
             "make ids of letters and digits, joined by single - or _ if need be."
         )
     return name
+
+
+def are_row_numbers(cells: list[str]) -> bool:
+    """Whether cells look like numbers of rows and not like ids, as R and pandas write them into a first column.
+
+    They are whole numbers without zeros in front, each another one, and begin within the table's own length; rows that
+    were sorted or left out keep their numbers.
+    """
+    numbers = {int(cell) for cell in cells if cell.isdecimal() and cell == str(int(cell))}
+    return len(numbers) == len(cells) and bool(cells) and min(numbers) <= len(cells)

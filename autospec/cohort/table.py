@@ -8,7 +8,7 @@ from pathlib import Path
 from autospec.cohort.bids import entities_of
 from autospec.cohort.files import existing, file_problem, listed, natural_key
 from autospec.cohort.phenotypes import Person, describe, read_rows
-from autospec.cohort.subjects import MISSING, CohortSettings, Done, Scan, Subject
+from autospec.cohort.subjects import MISSING, CohortSettings, Done, Scan, Subject, known
 from autospec.errors import UserError
 
 # Columns that say which image a row is of; without them the image's name is asked, where it is one of BIDS.
@@ -40,7 +40,7 @@ def read_paths(folder: str, settings: CohortSettings) -> list[Subject]:
     if not path:
         raise UserError(f"{folder} has no participants.tsv: put one there, or name a table under phenotypes.")
     columns, by_id = read_rows(path, settings["columns"].get("id"))
-    if "bold" not in columns:
+    if not names_images(columns):
         raise UserError(f"{path} has no column 'bold': add one with the path of each participant's 4-D image.")
     subjects = []
     for name, rows in by_id.items():
@@ -53,22 +53,27 @@ def read_paths(folder: str, settings: CohortSettings) -> list[Subject]:
     return sorted(subjects, key=lambda subject: natural_key(subject.id))
 
 
+def names_images(columns: list[str]) -> bool:
+    """Whether a table has a column of images."""
+    return "bold" in [column.lower() for column in columns]
+
+
 def _scan(folder: str, row: dict[str, str], several: bool) -> Scan:
     """The image of a row, with what is known of which one it is."""
-    bold, confounds = (_path(folder, row.get(column, "")) for column in ("bold", "confounds"))
     small = {column.lower(): cell for column, cell in reversed(row.items())}
-    known = entities_of(Path(bold).name)
+    bold, confounds = (_path(folder, small.get(column, "")) for column in ("bold", "confounds"))
+    entities = entities_of(Path(bold).name)
     for entity, names in OF_IMAGES.items():
-        cell = next((small[name] for name in names if small.get(name, MISSING) not in ("", MISSING)), "")
+        cell = next((small[name] for name in names if known(small.get(name, "")) != MISSING), "")
         if cell:
-            known[entity] = cell.removeprefix(f"{entity}-")
+            entities[entity] = cell.removeprefix(f"{entity}-")
     return Scan(
         bold=bold,
         confounds=confounds,
         sidecar=existing(_beside(bold)) if bold else "",
-        task=known.get("task", ""),
-        session=known.get("ses", ""),
-        run=known.get("run", ""),
+        task=entities.get("task", ""),
+        session=entities.get("ses", ""),
+        run=entities.get("run", ""),
         row=row if several else {},
     )
 
@@ -108,7 +113,7 @@ def _require_agreement(name: str, rows: list[dict[str, str]], settings: CohortSe
 
 
 def _path(folder: str, cell: str) -> str:
-    return "" if cell in ("", MISSING) else str(Path(folder) / cell)
+    return "" if known(cell) == MISSING else str(Path(folder) / cell)
 
 
 def _beside(image: str) -> str:

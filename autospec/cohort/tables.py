@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autospec.cohort.files import digest_of, natural_key, read_json
+from autospec.cohort.files import digest_of, listed, natural_key, read_json
 from autospec.cohort.motion import Motion, motion_of, motion_problem, together
 from autospec.cohort.record import (
     DICTIONARY,
@@ -129,8 +129,19 @@ def write_cohort(cohort: Cohort, settings: CohortSettings, statuses: Mapping[str
     groups = ", ".join(f"{label}: {count}" for label, count in record["groups"].items())
     return (
         f"{cohort.kind} cohort ({cohort.layout}): {len(rows)} participants ({groups}), {record['functional']} with "
-        f"functional and {record['structural']} with structural data; {len(exclusions)} exclusions"
+        f"functional and {record['structural']} with structural data; {len(exclusions)} exclusions{_same_images(scan_rows)}"
     )
+
+
+def _same_images(scan_rows: list[dict[str, str]]) -> str:
+    """Warn of participants whose files hold the same; time courses of everybody may stand in one file."""
+    whose: dict[str, dict[str, str]] = {}
+    pairs = []
+    for row in scan_rows:
+        first = whose.setdefault(row["digest"], row)
+        if first["bold"] != row["bold"] and first["participant_id"] != row["participant_id"]:
+            pairs.append(f"{first['participant_id']} and {row['participant_id']}")
+    return f"; warning: {listed(pairs)} have the same image" if pairs else ""
 
 
 def extra_columns(settings: CohortSettings) -> list[str]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from autospec.cohort.bids import join
 from autospec.cohort.files import existing, file_problem, read_table
-from autospec.cohort.phenotypes import Phenotypes, read_phenotypes
-from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject
+from autospec.cohort.phenotypes import Person, Phenotypes, describe, read_phenotypes
+from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject, are_row_numbers
 from autospec.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ DATA, LABELS, INDICES = "COBRE_AllData.h5", "labels_COBRE.csv", "correct_indices
 DATASET = "COBRE_dataset"
 COMPONENTS = 100
 WORDS = {1: "Control", 2: "Patient"}
+GROUPS = {1: "HC", 2: "SZ"}
 
 
 def read_trends(folder: str, settings: CohortSettings) -> list[Subject]:
@@ -38,12 +39,18 @@ def read_trends(folder: str, settings: CohortSettings) -> list[Subject]:
     Raises
     ------
     UserError
-        If a file is missing, or a label is neither 1 (control) nor 2 (patient).
+        If a file is missing, a label is neither 1 (control) nor 2 (patient), there is not one label a subject, or a
+        table of participants contradicts the labels.
     """
     data = str(Path(folder) / DATA)
     labels = whole_numbers(_beside(folder, LABELS))
     if unknown := sorted(set(labels) - set(WORDS)):
         raise UserError(f"{_beside(folder, LABELS)} holds the labels {unknown}: 1 (control) and 2 (patient) are known.")
+    if (subjects := _subjects_in(data)) not in (None, len(labels)):
+        raise UserError(
+            f"{_beside(folder, LABELS)} has {len(labels)} labels, but {data} holds {subjects} subjects: "
+            "give one label a subject, in the file's order."
+        )
     if settings["phenotypes"]:
         table = read_phenotypes(settings["phenotypes"], settings["columns"].get("id"))
         if len(table.rows) != len(labels):
@@ -51,6 +58,7 @@ def read_trends(folder: str, settings: CohortSettings) -> list[Subject]:
                 f"{table.path} has {len(table.rows)} rows, but {LABELS} has {len(labels)} labels: "
                 "give one row a subject, in the file's order."
             )
+        _require_agreement(table, labels, settings)
     else:
         rows = {f"{i:03d}": {"Subject Type": WORDS[label]} for i, label in enumerate(labels, start=1)}
         table = Phenotypes(_beside(folder, LABELS), ["Subject Type"], rows)
@@ -70,13 +78,44 @@ def _beside(folder: str, name: str) -> str:
     return path
 
 
+def _require_agreement(table: Phenotypes, labels: list[int], settings: CohortSettings) -> None:
+    """Refuse a table whose diagnoses are not those of the labels: its rows are in another order."""
+    for (name, row), label in zip(table.rows.items(), labels, strict=True):
+        person = describe(row, settings, f"the row of {name} in {table.path}")
+        if isinstance(person, Person) and person.diagnosis in GROUPS.values() and person.diagnosis != GROUPS[label]:
+            raise UserError(
+                f"{table.path} says {person.diagnosis} of {name}, but its label in {LABELS} is {label} "
+                f"({WORDS[label].lower()}): give one row a subject, in the file's order."
+            )
+
+
+def _subjects_in(data: str) -> int | None:
+    """How many subjects the HDF5 file holds; None where it cannot be opened, which `shape_of` explains."""
+    import h5py
+
+    if file_problem(data):
+        return None
+    try:
+        with h5py.File(data, "r") as file:
+            return int(file[DATASET].shape[0])
+    except (OSError, KeyError, AttributeError, IndexError):
+        return None
+
+
 def whole_numbers(path: str) -> list[int]:
-    """Read a table of whole numbers, in a row or a column, with or without a header; raises UserError if it is none."""
+    """Read a table of whole numbers, in a row or a column, with or without a header; raises UserError if it is none.
+
+    Numbers of rows, as R and pandas write them into a first column without a name, are left out.
+    """
     table = read_table(path)
-    cells = [cell for row in table.rows for cell in row]
-    first = [cell for cell in table.columns if cell]
-    if all(_is_whole(cell) for cell in first):
-        cells = first + cells
+    lines = table.rows
+    if table.columns[0] == "" and are_row_numbers([row[0] for row in lines]):
+        lines = [row[1:] for row in lines]
+    elif all(_is_whole(cell) for cell in table.columns if cell):
+        lines = [[cell for cell in table.columns if cell], *lines]
+    if len(lines) > 1 and max(map(len, lines)) > 1:
+        raise UserError(f"{path} has several rows and columns: keep the one column, or row, of whole numbers.")
+    cells = [cell for line in lines for cell in line]
     if not cells or not all(_is_whole(cell) for cell in cells):
         raise UserError(f"{path} should hold whole numbers only: is it the right file?")
     return [int(float(cell)) for cell in cells]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import nibabel as nib
@@ -33,6 +34,7 @@ MOTION_NAMES = (
     ("motion_tx", "motion_ty", "motion_tz", "motion_rx", "motion_ry", "motion_rz"),
 )
 DISPLACEMENT_NAMES = ("framewise_displacement", "FD")
+DECIMAL_COMMA = r"\s*[-+]?\d*,\d+([eE][-+]?\d+)?\s*"
 STRATEGIES = ("simple", "scrubbing", "compcor", "ica_aroma")
 
 
@@ -315,13 +317,26 @@ def read_confounds_table(path: str | Path) -> pd.DataFrame:
     Raises
     ------
     UserError
-        If it cannot be read.
+        If it cannot be read, or a cell with a decimal comma, or of motion, is no number.
     """
     try:
-        return pd.read_csv(path, sep="\t", na_values=["n/a"])
+        table = pd.read_csv(path, sep="\t", na_values=["n/a"])
     except (OSError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the table of confounds {path} cannot be read ({reason}): check the path.") from None
+    for name in table.columns:
+        if pd.api.types.is_numeric_dtype(table[name]):
+            continue
+        cells = table[name].dropna().astype(str)
+        wrong = cells[pd.to_numeric(cells, errors="coerce").isna()]
+        if name not in (*DISPLACEMENT_NAMES, *chain(*MOTION_NAMES)):  # a user's own table may have words in others
+            wrong = wrong[wrong.str.fullmatch(DECIMAL_COMMA)]
+        if len(wrong):
+            raise UserError(
+                f"the table of confounds {path} has '{wrong.iloc[0]}' in the column {name}, row {wrong.index[0] + 2}, which is "
+                "no number: write numbers with a point, and n/a where nothing is known."
+            )
+    return table
 
 
 def motion_of(table: pd.DataFrame) -> np.ndarray | None:

@@ -2,7 +2,9 @@
 
 import gzip
 import re
+import shutil
 import time
+from pathlib import Path
 
 import h5py
 import nibabel
@@ -11,8 +13,9 @@ import pytest
 
 from autospec.cohort.check import check_cohort
 from autospec.cohort.images import read_header, require_mni, time_between_volumes
+from autospec.cohort.tables import build_cohort
 from autospec.errors import UserError
-from tests.cohort.trees import AFFINE, SHAPE, fmriprep, image, participants, settings, write
+from tests.cohort.trees import AFFINE, SHAPE, confounds, fmriprep, image, participants, settings, write
 
 
 def test_a_report_of_a_sound_cohort(tmp_path):
@@ -116,6 +119,35 @@ def test_motion_excludes_and_volumes_are_taken_from_headers_where_no_table_says_
         check_cohort(settings(tmp_path, min_volumes=10), networks=5)
 
 
+def test_a_table_of_confounds_of_another_run_is_found(tmp_path):
+    participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "123"])
+    fmriprep(tmp_path, ["1", "2", "3"])
+    table = tmp_path / "sub-{0}/func/sub-{0}_task-rest_desc-confounds_timeseries.tsv"
+    confounds(Path(str(table).format(2)), [0.1] * 7)
+    with_commas = Path(str(table).format(3))
+    with_commas.write_text(with_commas.read_text().replace("\t0.1\t", "\t0,1\t"))
+    found = {each.id: each for each in check_cohort(settings(tmp_path), networks=5).exclusions}
+    assert sorted(found) == ["2", "3"]
+    assert "has 8 volumes, but its table of confounds has 7 rows" in found["2"].reason
+    assert "has '0,1' in the column trans_x, row 2, which is no number" in found["3"].reason
+    assert found["2"].bad
+
+
+def test_an_image_that_was_copied_to_somebody_else_is_warned_of(tmp_path):
+    participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "1234"])
+    fmriprep(tmp_path, ["1", "2", "3"])
+    fmriprep(tmp_path, ["4"], volumes=9)
+    paths = sorted(tmp_path.glob("sub-*/func/*.nii.gz"))
+    assert check_cohort(settings(tmp_path), networks=5).warnings == []
+    shutil.copy(paths[0], paths[2])
+    (said,) = check_cohort(settings(tmp_path), networks=5).warnings
+    assert said.startswith(f"sub-1 and sub-3 have the same image, since {paths[2]} is a copy of {paths[0]}")
+    line = build_cohort(settings(tmp_path), None, str(tmp_path / "results"))
+    assert line.endswith("; 0 exclusions; warning: sub-1 and sub-3 have the same image")
+    image(paths[2])
+    assert "warning" not in build_cohort(settings(tmp_path), None, str(tmp_path / "results"))
+
+
 def test_images_that_differ_are_warned_of(tmp_path):
     participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "12"])
     fmriprep(tmp_path, ["1", "2"])
@@ -187,7 +219,8 @@ def test_mat_files_of_cobres_size_are_checked_quickly(tmp_path):
         ((157, 100, 140), "COBRE_dataset", None),
         ((157, 14001), "COBRE_dataset", "cannot be divided into 100 components"),
         ((157, 2, 140), "COBRE_dataset", "components 1 to 100, but they are counted from 1 to 2"),
-        ((156, 14000), "COBRE_dataset", r"shape \(156, 14000\), which has no subject 157"),
+        ((156, 14000), "COBRE_dataset", "has 157 labels, but .* holds 156 subjects: give one label a subject"),
+        ((158, 14000), "COBRE_dataset", "has 157 labels, but .* holds 158 subjects"),
         ((157, 14000), "other", "holds no 'COBRE_dataset', only"),
     ],
 )
@@ -236,9 +269,10 @@ def test_a_gzipped_image_of_several_parts_is_whole(tmp_path):
         read_header(str(path))
 
 
-def test_a_time_that_only_the_layout_knows_is_used_last(tmp_path):
+def test_a_time_that_is_stated_counts_where_files_are_silent_and_may_not_contradict_them(tmp_path):
     silent = image(tmp_path / "a.nii.gz", time=0.0)
     assert time_between_volumes(str(silent), "", 2.0) == 2.0
     with pytest.raises(UserError, match="neither in its header"):
         time_between_volumes(str(silent), "", None)
-    assert time_between_volumes(str(image(tmp_path / "b.nii.gz", time=2.5)), "", 2.0) == 2.5
+    with pytest.raises(UserError, match=r"header says 2.5 s, repetition_time says 2 s"):
+        time_between_volumes(str(image(tmp_path / "b.nii.gz", time=2.5)), "", 2.0)

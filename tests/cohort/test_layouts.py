@@ -602,6 +602,19 @@ def test_trends_tables_may_stand_in_a_row_or_have_a_header_or_a_folder(hdf5):
     assert [s.phenotype["Subject Type"] for s in subjects] == ["Control", "Patient", "Control"]
 
 
+def test_numbers_of_rows_are_no_components_and_no_labels(hdf5):
+    for name, values in (("correct_indices_GSP.csv", [3, 1, 2]), ("labels_COBRE.csv", [2, 1, 2])):
+        frame = pd.DataFrame({"x": values}, index=[1, 2, 3])
+        frame.to_csv(hdf5 / name)
+        assert trends.whole_numbers(str(hdf5 / name)) == values
+        pd.DataFrame(values).to_csv(hdf5 / name)  # with the header ",0"
+        assert trends.whole_numbers(str(hdf5 / name)) == values
+    assert first_courses(hdf5).shape == (7, 3)
+    pd.DataFrame({"component": [3, 1], "domain": [5, 6]}).to_csv(hdf5 / "correct_indices_GSP.csv")
+    with pytest.raises(UserError, match="several rows and columns: keep the one column"):
+        first_courses(hdf5)
+
+
 def first_courses(folder):
     """Time courses of the first subject."""
     scan = read_layout(str(folder), settings(folder))[1][0].scans[0]
@@ -644,12 +657,21 @@ def test_an_hdf5_file_without_the_data_set_is_refused(hdf5):
 
 
 def test_trends_subjects_may_be_named_by_a_table(hdf5):
-    table = participants(hdf5 / "who.tsv", [("b", "SZ"), ("a", "HC"), ("c", "SZ")], ("id", "dx"))
+    table = participants(hdf5 / "who.tsv", [("b", "HC"), ("a", "SZ"), ("c", "SZ")], ("id", "dx"))
     found = by_id(read_layout(str(hdf5), settings(hdf5, phenotypes=str(table))))
     assert {name: subject.scans[0].position for name, subject in found.items()} == {"b": 0, "a": 1, "c": 2}
     participants(table, [("b", "SZ")], ("id", "dx"))
     with pytest.raises(UserError, match=r"1 rows, but .* 3 labels"):
         read_layout(str(hdf5), settings(hdf5, phenotypes=str(table)))
+
+
+def test_a_table_that_contradicts_trends_labels_is_refused(hdf5):
+    table = participants(hdf5 / "who.tsv", [("a", "HC"), ("c", "n/a"), ("b", "HC")], ("id", "dx"))
+    with pytest.raises(UserError, match=r"who.tsv says HC of b, but its label in labels_COBRE.csv is 2 \(patient\)"):
+        read_layout(str(hdf5), settings(hdf5, phenotypes=str(table)))
+    # Groups of the user's own are not compared with labels.
+    chosen = settings(hdf5, phenotypes=str(table), labels={"HC": "young", "n/a": "old"})
+    assert len(read_layout(str(hdf5), chosen)[1]) == 3
 
 
 @pytest.mark.parametrize("layout", ["gift", "trends"])
@@ -679,6 +701,20 @@ def test_time_courses_with_missing_values_are_refused(tmp_path):
     with pytest.raises(UserError, match="has missing values"):
         write_timecourses(Scan(timecourses=str(path)), None, str(tmp_path / "x.tsv"))
     assert not (tmp_path / "x.tsv").exists()
+
+
+# A table of paths
+
+
+def test_columns_of_paths_are_found_whatever_their_case(tmp_path):
+    image(tmp_path / "a.nii.gz")
+    confounds(tmp_path / "a.tsv", [0.1] * 8)
+    participants(tmp_path / "participants.tsv", [("1", "HC", "a.nii.gz", "a.tsv")], ("ID", "dx", "BOLD", "Confounds"))
+    layout, (subject,) = read_layout(str(tmp_path), settings(tmp_path))
+    assert layout == "table"
+    assert [(scan.bold, scan.confounds) for scan in subject.scans] == [
+        (str(tmp_path / "a.nii.gz"), str(tmp_path / "a.tsv"))
+    ]
 
 
 # What is none of these

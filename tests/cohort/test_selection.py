@@ -193,6 +193,21 @@ def test_motion_of_niaks_table_and_of_phenotypes():
         motion_of_table(TextTable("t", ["FD"], [["x"]]))
 
 
+@pytest.mark.parametrize("column", ["FD", "mean_FD", "Frames ok"])
+@pytest.mark.parametrize("text", ["0,15", "much", "-1", "inf"])
+def test_a_motion_that_is_no_number_is_refused_by_name(tmp_path, column, text):
+    columns = ("id", "dx", column)
+    participants(tmp_path / "participants.tsv", [("1", "HC", "0.25"), ("2", "SZ", text)], columns)
+    for name in "12":
+        image(tmp_path / f"sub-{name}/func/sub-{name}_task-rest_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz")
+    with pytest.raises(UserError, match=f"the row of sub-2 in .* has '{text}' in the column {column}: write a number"):
+        candidates(settings(tmp_path))
+    # Where there are tables of confounds, the column is not read.
+    for name in "12":
+        confounds(tmp_path / f"sub-{name}/func/sub-{name}_task-rest_desc-confounds_timeseries.tsv", [0.1] * 8)
+    assert len(candidates(settings(tmp_path)).participants) == 2
+
+
 def test_limits_of_motion():
     moved = motion_of([], {"FD": "0.25", "Frames OK": "133"})
     assert motion_problem(moved, 0.25, 133) == ""

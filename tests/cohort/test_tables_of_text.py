@@ -43,6 +43,13 @@ def test_delimiter_and_compression_are_recognised(tmp_path, delimiter, packed):
     assert (table.columns, table.rows) == (["id", "dx"], [["007", "HC"]])
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_may_end_as_on_any_machine(tmp_path, end):
+    path = tmp_path / "table.csv"
+    path.write_bytes(end.join(["id,dx", "01,HC", "02,SZ", ""]).encode())
+    assert read_table(path).rows == [["01", "HC"], ["02", "SZ"]]
+
+
 def test_a_byte_order_mark_and_quoted_commas_are_read(tmp_path):
     path = tmp_path / "table.csv"
     path.write_bytes(b'\xef\xbb\xbfid,dx\r\n01,"295.3, paranoid"\r\n')
@@ -56,13 +63,14 @@ def test_a_byte_order_mark_and_quoted_commas_are_read(tmp_path):
         (b"", "is empty"),
         (b"\n\n", "is empty: it should have"),
         (b"id,dx\n01\n", "row 2 .* has 1 cells, but the header names 2"),
+        (b'id,dx\n01,"HC\n' + b"02,SZ\n" * 30_000, "from line 2 on .*field larger than .* a quotation mark not closed"),
         (b"\xff\xfe\x00", "no text in UTF-8"),
         (b"PK\x03\x04\x14\x00", "a workbook, as of Excel.*save its sheet as CSV"),
         (gzip.compress(b"id\n" * 900)[:-12], "damaged or cut short"),
         (b"/annex/objects/MD5E-s8--0\n", "git-annex pointer; its content was not fetched"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
     ],
-    ids=["empty", "blank", "ragged", "binary", "workbook", "truncated", "annex", "lfs"],
+    ids=["empty", "blank", "ragged", "quote", "binary", "workbook", "truncated", "annex", "lfs"],
 )
 def test_a_table_that_cannot_be_read_is_refused_by_name(tmp_path, data, said):
     path = tmp_path / "table.csv"
@@ -127,6 +135,35 @@ def test_a_table_without_ids_says_what_it_has(tmp_path):
     assert list(read_phenotypes(str(path), "name").rows) == ["x"]
     with pytest.raises(UserError, match="no column 'who'"):
         read_phenotypes(str(path), "who")
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pd.DataFrame({"person": ["sub-03", "sub-01", "sub-02"], "dx": ["SZ", "HC", "SZ"]}),
+        pd.DataFrame({"person": ["sub-03", "sub-01"], "dx": ["SZ", "HC"]}, index=[1, 2]),
+        pd.DataFrame({"person": ["sub-01", "sub-03"], "dx": ["HC", "SZ"]}, index=[2, 7]),
+    ],
+    ids=["from zero", "from one", "rows left out"],
+)
+def test_numbers_of_rows_are_no_ids(tmp_path, frame):
+    path = tmp_path / "table.csv"
+    frame.to_csv(path)
+    with pytest.raises(
+        UserError, match=r"no name and seems to hold numbers of rows: .* columns \(id\).* are person, dx"
+    ):
+        read_phenotypes(str(path))
+    read = {name: row["dx"] for name, row in read_phenotypes(str(path), "person").rows.items()}
+    assert read == dict(zip(frame["person"].str.removeprefix("sub-"), frame["dx"], strict=True))
+    frame.rename(columns={"person": "Subject_ID"}).to_csv(path)
+    assert {name: row["dx"] for name, row in read_phenotypes(str(path)).rows.items()} == read
+
+
+def test_a_column_without_a_name_may_hold_ids_that_lost_their_zeros(tmp_path):
+    path = write(tmp_path / "table.csv", ",dx\n40001,HC\n40000,SZ\n")
+    assert list(read_phenotypes(str(path)).rows) == ["40001", "40000"]
+    path = write(tmp_path / "table.csv", ",dx\n01,HC\n02,SZ\n")
+    assert list(read_phenotypes(str(path)).rows) == ["01", "02"]
 
 
 def test_lost_zeros_are_found_again():
@@ -205,6 +242,17 @@ def test_a_row_becomes_a_person():
     with pytest.raises(UserError, match="no column 'dose' to group by: its columns are Current Age"):
         describe(row, settings("x", groupings=["dose"]), "t")
     assert describe({**row, "Gender": "Disenrolled"}, settings("x"), "t") == Refusal("Disenrolled", bad=False)
+
+
+@pytest.mark.parametrize("text", ["", "n/a", "N/A", "NA", "na", "nan", "NaN", "unknown"])
+def test_what_is_not_known_is_no_group(text):
+    row = {"dx": "Patient", "diagnosis": text, "sex": text, "age": text, "site": text, "dose": text}
+    assert describe(row, settings("x", groupings=["dose"]), "t") == Person("SZ", "n/a", "n/a", "n/a", {"dose": "n/a"})
+    assert describe({**row, "dx": "HC"}, settings("x", diagnosis="strict schizophrenia"), "t").diagnosis == "HC"
+    refusal = describe({**row, "dx": text}, settings("x"), "t")
+    assert refusal == Refusal("the column 'dx' says nothing of it", bad=True)
+    # Somebody may say what it means.
+    assert describe({**row, "dx": text}, settings("x", labels={text: "rest"}), "t").diagnosis == "rest"
 
 
 def test_words_and_columns_can_be_named():

@@ -144,6 +144,26 @@ def test_motion_and_the_strategies_of_nilearn_are_found(fmriprep):
     assert np.isfinite(simple).all()
 
 
+@pytest.mark.parametrize("column", ["trans_x", "framewise_displacement", "cosine01"])
+def test_a_decimal_comma_in_a_table_of_confounds_is_refused(fmriprep, column):
+    _, path, table = fmriprep
+    table["framewise_displacement"] = 0.5
+    table["remark"] = "a, b"
+    table = table.astype({column: object})
+    table.loc[7, column] = "-0,015"
+    table.to_csv(path, sep="\t", na_rep="n/a", index=False)
+    with pytest.raises(UserError, match=rf"{path.name} has '-0,015' in the column {column}, row 9, which is no number"):
+        read_confounds_table(path)
+    assert path.read_text().splitlines()[9 - 1].count("-0,015") == 1
+    table.loc[7, column] = "lost"
+    table.to_csv(path, sep="\t", na_rep="n/a", index=False)
+    if column == "cosine01":
+        assert len(read_confounds_table(path)) == VOLUMES
+    else:
+        with pytest.raises(UserError, match=f"has 'lost' in the column {column}, row 9"):
+            read_confounds_table(path)
+
+
 def test_niaks_names_of_motion_are_known(tmp_path):
     names = ["motion_tx", "motion_ty", "motion_tz", "motion_rx", "motion_ry", "motion_rz"]
     values = np.random.default_rng(0).normal(size=(10, 6))

@@ -1,5 +1,7 @@
 """What reruns after an edit, by Snakemake's own list of jobs."""
 
+import zipfile
+
 import pytest
 
 from tests.workflow.conftest import ALL_JOBS, STUDY, jobs_in
@@ -93,6 +95,30 @@ def test_other_singular_values_redraw_what_shows_them(analysis):
     config["figures"]["singular_values"] = [1, 3]
     analysis.write(config)
     assert analysis.planned() == DRAWN - {"Composing figure s1"}
+
+
+def test_statistics_of_permutations_are_kept_from_when_that_is_asked_for(analysis):
+    config = analysis.config()
+    config["statistics"] = {"permutation": "all", "permutations": 19}
+    analysis.write(config)
+    done = analysis.snakemake()
+    assert done.returncode == 0, done.stdout
+    assert analysis.planned() == set()
+    permuted = {
+        *("Permuting labels in small/autoencoder", "Testing groups in small/autoencoder", "Composing figure s1"),
+        *("Summing up", "Writing the report"),
+    }
+    for more in ({}, {"permutations": 29}, {"seed": 9}):
+        config["statistics"] |= {"keep_null": True, **more}
+        analysis.write(config)
+        assert analysis.planned() == permuted
+    done = analysis.snakemake()
+    assert done.returncode == 0, done.stdout
+    assert zipfile.is_zipfile(analysis.folder / "results/statistics/small/autoencoder.null.zarr.zip")
+    assert analysis.planned() == set()
+    for change in ({"permutations": 19}, {"keep_null": False}):
+        analysis.write({**config, "statistics": config["statistics"] | change})
+        assert analysis.planned() == permuted
 
 
 def test_tests_of_logarithms_redraw_comparisons_alone(analysis):
