@@ -46,7 +46,8 @@ def compare_spectra(
     index : ndarray of int, shape (singular values,)
         Numbers of the singular values.
     scale : {"raw", "log"}
-        Test the values or their logarithms.
+        Test the values or their logarithms; at a step the logarithms of those singular values that lie above the noise
+        floor in both groups at every step.
 
     Returns
     -------
@@ -56,30 +57,41 @@ def compare_spectra(
         difference of means, with its t interval; ``effect_size``, Hedges' g, with its interval; ``p``; and
         ``below_floor``, where rounding may have made the difference and p is NaN.  A step is above it if two values of
         both groups lie above the noise floor and any value varies over steps (one comparison is not to count once for
-        each step); a singular value, if it lies above the noise floor in both groups at every step and varies over steps.
+        each step); a singular value, if it lies above the noise floor in both groups at every step that has samples of both,
+        and varies over these steps.
     """
     present = np.isfinite(a).any(0) & np.isfinite(b).any(0)
     a, b, index = a[:, present].astype(float), b[:, present].astype(float), index[present]
     above = (a > floor_a[:, None]) & (b > floor_b[:, None])
-    varies = (np.ptp(a, axis=0) > floor_a.max(initial=0)) | (np.ptp(b, axis=0) > floor_b.max(initial=0))
+    # A batch may hold nobody of a group.
+    there = np.isfinite(a).any(1) & np.isfinite(b).any(1)
+    varies = np.zeros(a.shape[1], dtype=bool)
+    for values, floor in ((a[there], floor_a[there]), (b[there], floor_b[there])):
+        varies |= (values.max(0, initial=-np.inf) - values.min(0, initial=np.inf)) > floor.max(initial=0)
+    always = above[there].all(0) & there.any()
+    # Of values that are zero at some steps, as where a group has few samples, there is no logarithm.
+    positive = always if scale == "log" else np.ones(a.shape[1], dtype=bool)
     if scale == "log":
         with np.errstate(divide="ignore"):
             a, b = np.log(a), np.log(b)
+    of_step = (a[:, positive], b[:, positive])
+    if positive.sum() < 2:
+        of_step = (np.full((len(a), 2), np.nan),) * 2
     frames = []
-    for axis, place, resolved in (
-        (1, {"step": steps, "index": np.nan}, (above.sum(1) >= 2) & varies.any()),
-        (0, {"step": np.nan, "index": index}, above.all(0) & varies),
+    for axis, place, resolved, (x, y) in (
+        (1, {"step": steps, "index": np.nan}, (above[:, positive].sum(1) >= 2) & varies.any(), of_step),
+        (0, {"step": np.nan, "index": index}, always & varies, (a[there], b[there])),
     ):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # constant samples and logarithms of 0 are not resolved
-            effect, effect_low, effect_high = hedges_g(a, b, axis, LEVEL)
+            effect, effect_low, effect_high = hedges_g(x, y, axis, LEVEL)
             for name, equal in (("student", True), ("welch", False)):
-                found = stats.ttest_ind(a, b, axis=axis, equal_var=equal)
+                found = stats.ttest_ind(x, y, axis=axis, equal_var=equal)
                 interval = found.confidence_interval(LEVEL)
                 columns: dict[str, Any] = {
                     **place,
                     "test": f"paper_{name}",
-                    "estimate": a.mean(axis) - b.mean(axis),
+                    "estimate": np.where(np.isfinite(estimate := x.mean(axis) - y.mean(axis)), estimate, np.nan),
                     "interval_low": interval.low,
                     "interval_high": interval.high,
                     "effect_size": effect,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from scipy import stats
 
 from autospec.introspection.sample_shares import CHUNK, SampleShares
 from autospec.statistics.permutations import Comparison
@@ -13,9 +14,12 @@ from autospec.statistics.permutations import Comparison
 LEVEL = 0.95
 REPETITIONS = 200
 WHAT_IT_IS = (
-    "95 % percentile intervals of statistics whose subjects are drawn again with replacement within each group, with the "
-    "networks as they were trained: how much another sample of subjects might change them."
+    "95 % intervals of statistics by their standard deviations over subjects who are drawn again with replacement within each "
+    "group (cosines on Fisher's z scale), with the networks as they were trained: how much another sample of subjects might "
+    "change them."
 )
+# A cosine nearer to one than this is rounding.
+LARGEST_COSINE = 1 - 1e-9
 
 
 def drawn_subjects(in_first: np.ndarray, repetitions: int, seed: int) -> np.ndarray:
@@ -78,10 +82,19 @@ def resampled(shares: SampleShares, comparison: Comparison, times: np.ndarray) -
     return {"log2_ratio": np.log2((largest[0] / sizes[0]) / (largest[1] / sizes[1])), "cosine": cosine}
 
 
-def intervals(values: np.ndarray) -> dict[str, float | None]:
-    """Statistic of the subjects as they are, row 0, with the percentile interval of the draws."""
-    low, high = np.quantile(values[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    numbers = {"estimate": values[0], "low": low, "high": high}
+def interval(values: np.ndarray, cosine: bool) -> dict[str, float | None]:
+    """Statistic of the subjects as they are, row 0, with an interval from the spread of the draws.
+
+    Quantiles of the draws would not do: a draw adds noise to a mean of shares once more, so cosines of draws are nearer to zero,
+    and in simulations such intervals held the mean over new samples of subjects in 15 to 78 % of studies instead of 95; these
+    hold it in 90 to 95 % (40 subjects or more).  A cosine is transformed as a correlation is (Fisher 1921), which keeps it
+    between -1 and 1.
+    """
+    scaled = np.arctanh(np.clip(values, -LARGEST_COSINE, LARGEST_COSINE)) if cosine else values
+    half = stats.norm.ppf((1 + LEVEL) / 2) * scaled[1:].std(ddof=1)
+    low, high = scaled[0] - half, scaled[0] + half
+    ends = (np.tanh(low), np.tanh(high)) if cosine else (low, high)
+    numbers = {"estimate": values[0], "low": ends[0], "high": ends[1]}
     return {name: float(number) if np.isfinite(number) else None for name, number in numbers.items()}
 
 
@@ -106,5 +119,5 @@ def population_intervals(
     for layer in shares[0]:
         each = [resampled(of_training[layer], comparison, times) for of_training in shares]
         means = {name: np.mean([values[name] for values in each], axis=0) for name in each[0]}
-        found.append({"layer": layer, **{name: intervals(values) for name, values in means.items()}})
+        found.append({"layer": layer, **{name: interval(values, name == "cosine") for name, values in means.items()}})
     return found

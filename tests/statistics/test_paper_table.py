@@ -104,6 +104,33 @@ def resolved(table: pd.DataFrame, column: str) -> dict[int, bool]:
     return dict(zip(rows[column].astype(int).tolist(), (~rows["below_floor"]).tolist(), strict=True))
 
 
+@pytest.mark.parametrize("zero", [[4], [0, 1, 2, 3, 4]], ids=["one", "all"])
+def test_logarithms_are_of_singular_values_that_are_above_the_floor_at_every_step(spectra, zero):
+    a, b, *floors = spectra
+    a[3, [k for k in zero if k < VALUES]] = 0
+    steps, index = np.arange(STEPS), np.arange(1, VALUES + 1)
+    table = compare_spectra(a, b, *floors, steps, index, "log")
+    kept = [k for k in range(VALUES) if k not in zero]
+    assert not np.isinf(table["estimate"]).any()
+    assert resolved(table, "step") == dict.fromkeys(range(STEPS), len(kept) >= 2)
+    assert resolved(table, "index") == {k + 1: k in kept for k in range(VALUES)}
+    for step in range(STEPS) if kept else ():
+        row = table[(table["step"] == step) & (table["test"] == "paper_welch")].iloc[0]
+        x, y = np.log(a[step, kept]), np.log(b[step, kept])
+        assert row["p"] == pytest.approx(stats.ttest_ind(x, y, equal_var=False).pvalue, rel=1e-12)
+
+
+def test_a_step_without_a_group_takes_no_part_in_tests_over_steps(spectra):
+    a, b, *floors = spectra
+    b[3], floors[1][3] = np.nan, np.nan
+    table = compare_spectra(a, b, *floors, np.arange(STEPS), np.arange(1, VALUES + 1))
+    assert resolved(table, "step") == {step: step != 3 for step in range(STEPS)}
+    others = np.arange(STEPS) != 3
+    for k in range(VALUES):
+        row = table[(table["index"] == k + 1) & (table["test"] == "paper_student")].iloc[0]
+        assert row["p"] == pytest.approx(stats.ttest_ind(a[others, k], b[others, k]).pvalue, rel=1e-12)
+
+
 def test_a_singular_value_below_the_noise_floor_once_is_not_tested(spectra):
     a, b, floor_a, floor_b = spectra
     b[4, 1] = 1e-7

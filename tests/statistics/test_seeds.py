@@ -11,7 +11,7 @@ from autospec.statistics.build import build_tests
 from autospec.statistics.permutations import compare
 from autospec.statistics.permute import shares_at
 from autospec.statistics.seeds import WHAT_IT_IS, bootstrap_mean, describe_seeds, mixed_model
-from autospec.statistics.subjects import drawn_subjects, population_intervals, resampled
+from autospec.statistics.subjects import drawn_subjects, interval, population_intervals, resampled
 from autospec.storage import write_packed
 from autospec.training.prepare import prepare
 from autospec.training.snapshots import open_snapshots
@@ -120,4 +120,42 @@ def test_drawn_subjects_weigh_as_often_as_they_are_drawn(tmp_path):
             assert each[name]["low"] < each[name]["high"]
             found = resampled(shares[each["layer"]], comparison, drawn_subjects(comparison.in_first, 40, 0))[name]
             assert each[name]["estimate"] == pytest.approx(found[0])
-            assert each[name]["low"] == pytest.approx(np.quantile(found[1:], 0.025))
+            scale, back = (np.arctanh, np.tanh) if name == "cosine" else (np.asarray, float)
+            half = stats.norm.ppf(0.975) * np.std(scale(found[1:]), ddof=1)
+            ends = [each[name]["low"], each[name]["high"]]
+            assert ends == pytest.approx([back(scale(found[0]) - half), back(scale(found[0]) + half)])
+
+
+@pytest.mark.parametrize("signal", [0.25, 1.0])
+def test_the_interval_for_the_population_holds_the_mean_over_new_samples_of_subjects(signal):
+    generator = np.random.default_rng(1)
+    common = np.outer(generator.normal(size=5), generator.normal(size=6))
+    common *= signal / np.sqrt(np.square(common).mean())
+    comparison = compare(["a"] * 40 + ["b"] * 60, "a", "b")
+    times = drawn_subjects(comparison.in_first, 200, 0)
+    first = comparison.in_first
+
+    def statistics(weights, shares):
+        a, b = (np.tensordot(each / each.sum(-1, keepdims=True), shares, 1) for each in weights)
+        inner = (a * b).sum((-2, -1)) / np.linalg.norm(a, axis=(-2, -1)) / np.linalg.norm(b, axis=(-2, -1))
+        return {
+            "cosine": inner,
+            "log2_ratio": np.log2(np.divide(*(np.linalg.norm(each, 2, axis=(-2, -1)) for each in (a, b)))),
+        }
+
+    def study():
+        return common + generator.normal(size=(100, 5, 6))
+
+    one = (first.astype(float), (~first).astype(float))
+    expected = {
+        name: np.mean([statistics(one, study())[name] for _ in range(1000)]) for name in ("cosine", "log2_ratio")
+    }
+    held = {name: 0 for name in expected}
+    for _ in range(150):
+        shares = study()
+        for name, values in statistics((times * first, times * ~first), shares).items():
+            found = interval(values, name == "cosine")
+            assert found["low"] < found["estimate"] < found["high"]
+            held[name] += found["low"] <= expected[name] <= found["high"]
+    for name, count in held.items():
+        assert stats.binomtest(count, 150, 0.88, alternative="less").pvalue > 0.01, name
