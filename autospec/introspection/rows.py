@@ -225,6 +225,7 @@ def map_rows(
                 "batches differ. Whole numbers are "
                 "traced through nn.Embedding alone; elsewhere give the model floating-point input, or rows=."
             )
+        _fix_statistics(twin)
         for round_ in (likely, possible):
             options = {
                 place: (Along(0, marked=False),) if place not in watched and samples not in lookup.shape else None
@@ -317,6 +318,15 @@ def _running_twin(
             if hooks and learns:
                 raise
     raise AssertionError("unreachable")
+
+
+def _fix_statistics(twin: nn.Module) -> None:
+    """Have normalisation of the batch that keeps no running statistics use fixed ones in evaluation mode, as other does."""
+    some = next(twin.parameters())
+    for module in twin.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None and module.running_var is None:
+            like = some if module.weight is None else module.weight
+            module.running_mean, module.running_var = (like.new_full((module.num_features,), v) for v in (0.0, 1.0))
 
 
 def _is_part_of(modules: Collection[nn.Module], hook: Callable) -> bool:

@@ -446,6 +446,16 @@ def test_statistics_of_the_batch_and_dropout_are_no_mixing_in_training(does):
     assert np.isfinite(spectrum(tree, "head.weight", "gradient", "a")).all()
 
 
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_rows_are_followed_through_normalisation_that_keeps_no_running_statistics(affine, mode):
+    norm = nn.BatchNorm1d(4, affine=affine, track_running_stats=False)
+    model = nn.Sequential(nn.Linear(6, 4), norm, nn.Tanh(), nn.Linear(4, 3)).train(mode == "training")
+    problem = Problem(model, torch.randn(N, 6), mean_square, LABELS)
+    assert_shares({2e-5: record(problem)}, problem, members(LABELS, N))
+    assert norm.running_mean is None
+
+
 class Masked(nn.Module):
     """Puts a learned token in place of some of each sample's, drawn anew every time."""
 
