@@ -97,6 +97,11 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
     for parameter in watched:
         if parameter.parameter.is_complex():
             raise WatchError(f"'{parameter.name}' is complex; only real parameters can be watched.")
+        if any(getattr(model.get_submodule(place), "scale_grad_by_freq", False) for place, _ in parameter.places):
+            raise WatchError(
+                f"'{parameter.name}' is an nn.Embedding with scale_grad_by_freq=True and divides its gradient by counts of the batch, "
+                "so it has no group shares: leave it out with layers=."
+            )
     if not watched:
         raise WatchError(
             f"{type(model).__name__} has no matrix parameter that can be watched: "
