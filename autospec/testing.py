@@ -236,10 +236,13 @@ def _shares_by_copies(
         if rule is None or any(name.startswith(f"{other}.") for other in reasons):
             continue
         own = {}
+        parameters = dict(module.named_parameters(remove_duplicate=False))
         for key in rule.parameters(module):
-            parameter = module.get_parameter(key)
-            if not parameter.requires_grad:
+            if (
+                key not in parameters or not parameters[key].requires_grad
+            ):  # a weight that is computed from others, or frozen
                 continue
+            parameter = parameters[key]
             qualified = first_name.setdefault(id(parameter), f"{name}.{key}" if name else key)
             if qualified not in copies:
                 copies[qualified] = (qualified, parameter.detach().clone().requires_grad_())

@@ -25,7 +25,7 @@ class ConvolutionCall(LayerCall):
     def __init__(self, module: Any, activation: Tensor, output: Tensor) -> None:
         self.module = module
         self.inputs, self.outputs = (activation,), (output,)
-        self.dimensions = module.weight.ndim - 2
+        self.dimensions = len(module.kernel_size)
 
     def _batched(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.ndim == self.dimensions + 2 else tensor.unsqueeze(0)
