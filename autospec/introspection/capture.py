@@ -25,7 +25,7 @@ from .hooks import Hook
 from .layers import LayerCall, LookupCall, allow_short_cuts, rule_for
 from .parameters import WatchedParameter
 from .pending import Layout, Pending, Sorting
-from .rows import Place, Reading, RowMap, as_array, content_of, map_rows, several_processes, whole_numbers
+from .rows import Place, Reading, RowMap, as_array, can_be_nan, content_of, map_rows, several_processes, whole_numbers
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
 from .workspace import Where, Workspace, where
@@ -881,7 +881,7 @@ def _signature(value: Any, sorts: bool, samples: int, inside: tuple[int, ...] = 
     numbers and names by sample see `RowMap.by_content`.  ``inside`` are the objects in which the value lies.
     """
     if isinstance(value, Tensor):
-        sizes = sorts and value.ndim == 1 and len(value) != samples and not value.is_floating_point()
+        sizes = sorts and value.ndim == 1 and len(value) != samples and not can_be_nan(value)
         return tuple(value.tolist()) if sizes and value.device.type == "cpu" else tuple(value.shape)
     if isinstance(value, Mapping):
         return tuple((key, _signature(item, sorts, samples, inside)) for key, item in value.items())

@@ -185,7 +185,7 @@ def map_rows(
         If no input has a dimension of that size, or the rows cannot be told apart, or more than one reading
         of the inputs is possible.
     """
-    inputs = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
+    inputs = [t for t in tensors_in((args, kwargs)) if can_be_nan(t)]
     packed = {
         id(each.data): each for each in instances_in((args, kwargs), PackedSequence) if _sequences(each) == samples
     }
@@ -216,7 +216,7 @@ def map_rows(
         if not any(dims != (None,) for dims in choices) and not any(
             along.along_samples for options in options_of_lookups for along in options
         ):
-            every = [t for t in tensors_in((args, kwargs)) if not t.is_floating_point()] + inputs
+            every = [t for t in tensors_in((args, kwargs)) if not can_be_nan(t)] + inputs
             shapes = ", ".join(str(tuple(t.shape)) for t in every) or "no tensor"
             where = "of size" if batch_dim is None else f"{batch_dim} of size"
             raise WatchError(
@@ -362,9 +362,14 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def can_be_nan(tensor: Tensor) -> bool:
+    """Whether a tensor is of real or complex numbers, whose samples can be marked."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def whole_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | np.ndarray]:
     """Tensors of whole numbers or truth values, and arrays of these or of names: NaN cannot show what hangs on them."""
-    tensors = [t for t in tensors_in((args, kwargs)) if not (t.is_floating_point() or t.is_complex())]
+    tensors = [t for t in tensors_in((args, kwargs)) if not can_be_nan(t)]
     return [
         *tensors,
         *(array for array in instances_in((args, kwargs), np.ndarray) if array.ndim and array.dtype.kind not in "fc"),
@@ -556,7 +561,7 @@ class _Probe:
     args, kwargs
         What it is called with.
     inputs : sequence of Tensor
-        The floating-point tensors among them.
+        The floating-point tensors among them, complex ones too.
     reading : Reading
         Where these hold the samples.
     watched : collection of (str, str)
@@ -583,7 +588,7 @@ class _Probe:
             if dim is not None:
                 marks = word[_samples_of_packed(packed[id(tensor)])] if id(tensor) in packed else word
                 chosen = torch.from_numpy(np.flatnonzero(marks)).to(tensor.device)
-                data.index_fill_(dim, chosen, math.nan)
+                data.index_fill_(dim, chosen, complex(math.nan, math.nan) if data.is_complex() else math.nan)
         looked_up = _lookups_marked(self.twin, self.reading, len(word), word)
         with _unchanged(self.twin), looked_up, _nan_rows(self.twin, self.watched) as seen:
             self.twin(*_replaced(self.args, marked), **_replaced(self.kwargs, marked))
@@ -846,7 +851,7 @@ def _samples_of_packed(packed: PackedSequence) -> np.ndarray:
 
 def _finite(tensor: Tensor) -> Tensor:
     """Copy with zeros where it was not finite: NaN must mean a marked sample and nothing else."""
-    return torch.where(torch.isfinite(tensor), tensor, 0) if tensor.is_floating_point() else tensor.clone()
+    return torch.where(torch.isfinite(tensor), tensor, 0) if can_be_nan(tensor) else tensor.clone()
 
 
 def _same(first: Mapping[Place, list[np.ndarray]], second: Mapping[Place, list[np.ndarray]]) -> bool:

@@ -710,6 +710,23 @@ def test_numbers_that_leave_the_rows_where_they_are_are_not_traced_again(probes)
     assert len(probes) == 1
 
 
+@pytest.mark.parametrize("part", [torch.view_as_real, lambda z: z.imag, lambda z: torch.fft.ifft(z, dim=-1).abs()])
+def test_complex_input_that_the_model_makes_real_is_marked_too(part):
+    class FromKSpace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.LazyLinear(4), nn.Linear(4, 2)
+
+        def forward(self, z):
+            return self.head(torch.tanh(self.inner(part(z).flatten(2)).mean(0)))
+
+    k_space = torch.randn(T, N, 6, dtype=torch.complex64, generator=torch.Generator().manual_seed(3))
+    model = FromKSpace()
+    model(k_space)
+    problem = Problem(model.double(), k_space.to(torch.complex128), mean_square, LABELS, {"inner": 1})
+    assert_shares({1e-7: record(problem)}, problem, members(LABELS, N))
+
+
 def test_two_inputs_and_inputs_in_containers_are_marked_together():
     class Paired(nn.Module):
         def __init__(self):
