@@ -881,6 +881,8 @@ def _signature(value: Any, sorts: bool, samples: int, inside: tuple[int, ...] = 
     numbers and names by sample see `RowMap.by_content`.  ``inside`` are the objects in which the value lies.
     """
     if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            return str(value.layout), len(value)
         sizes = sorts and value.ndim == 1 and len(value) != samples and not can_be_nan(value)
         return tuple(value.tolist()) if sizes and value.device.type == "cpu" else tuple(value.shape)
     if isinstance(value, Mapping):

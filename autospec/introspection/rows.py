@@ -217,13 +217,15 @@ def map_rows(
             along.along_samples for options in options_of_lookups for along in options
         ):
             every = [t for t in tensors_in((args, kwargs)) if not can_be_nan(t)] + inputs
-            shapes = ", ".join(str(tuple(t.shape)) for t in every) or "no tensor"
+            notes = ["" if t.layout == torch.strided else ", not dense" for t in every]
+            shapes = ", ".join(f"{tuple(t.shape)}{note}" for t, note in zip(every, notes, strict=True)) or "no tensor"
             where = "of size" if batch_dim is None else f"{batch_dim} of size"
             raise WatchError(
                 f"groups has {samples} labels, but no input of the model has a dimension {where} {samples} "
                 f"(inputs: {shapes}): give one label for each sample of the batch, in the batch's order, with set_groups() where "
                 "batches differ. Whole numbers are "
-                "traced through nn.Embedding alone; elsewhere give the model floating-point input, or rows=."
+                "traced through nn.Embedding alone, and nothing in sparse tensors; elsewhere give the model dense floating-point input, "
+                "or rows=."
             )
         _fix_statistics(twin)
         for round_ in (likely, possible):
@@ -363,13 +365,13 @@ def several_processes() -> bool:
 
 
 def can_be_nan(tensor: Tensor) -> bool:
-    """Whether a tensor is of real or complex numbers, whose samples can be marked."""
-    return tensor.is_floating_point() or tensor.is_complex()
+    """Whether a tensor is of real or complex numbers, whose samples can be marked; not so in sparse or nested ones."""
+    return tensor.layout == torch.strided and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def whole_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | np.ndarray]:
     """Tensors of whole numbers or truth values, and arrays of these or of names: NaN cannot show what hangs on them."""
-    tensors = [t for t in tensors_in((args, kwargs)) if not can_be_nan(t)]
+    tensors = [t for t in tensors_in((args, kwargs)) if t.layout == torch.strided and not can_be_nan(t)]
     return [
         *tensors,
         *(array for array in instances_in((args, kwargs), np.ndarray) if array.ndim and array.dtype.kind not in "fc"),
@@ -447,7 +449,7 @@ def _lookups(
 ) -> dict[Place, _Indices]:
     """The indices of every lookup in one forward pass; weights used outside their layer are refused."""
     found: dict[Place, _Indices] = {}
-    given = {tensor.data_ptr() for tensor in tensors_in((args, kwargs))}
+    given = {tensor.data_ptr() for tensor in tensors_in((args, kwargs)) if tensor.layout == torch.strided}
     handles = []
     for name, module in twin.named_modules():
         rule = rule_for(module)

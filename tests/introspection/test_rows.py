@@ -710,6 +710,49 @@ def test_numbers_that_leave_the_rows_where_they_are_are_not_traced_again(probes)
     assert len(probes) == 1
 
 
+ADJACENCY = torch.eye(N) + torch.eye(N).roll(1, 0)
+
+
+def compressed(matrix):
+    with warnings.catch_warnings(action="ignore"):  # torch says that this layout is new
+        return matrix.to_sparse_csr()
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.to_sparse, compressed])
+def test_a_sparse_tensor_among_the_arguments_is_not_traced(form):
+    class OverAGraph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(6, 4), nn.Linear(4, 3)
+
+        def forward(self, x, adjacency=ADJACENCY):
+            return self.head(adjacency.to(x.dtype) @ torch.tanh(self.inner(x)))
+
+    x, network = torch.randn(N, 6), OverAGraph()
+    with autospec.watch(network, LABELS, rows={"head.weight": range(N)}, quiet=True) as watcher:
+        mean_square(network(x, form(ADJACENCY))).backward()
+        watcher.step()
+    problem = Problem(network, x, mean_square, LABELS)  # of the dense matrix
+    assert_shares({2e-5: watcher.trajectories}, problem, members(LABELS, N))
+
+
+def test_a_sparse_input_is_refused_in_words_that_say_so():
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.inner(x.to_dense())
+
+    problem = Problem(Dense(), torch.randn(N, 6).to_sparse(), mean_square, LABELS)
+    with pytest.raises(WatchError, match=r"inputs: \(9, 6\), not dense.*nothing in sparse tensors.*dense .* or rows="):
+        record(problem)
+    assert np.isfinite(
+        spectrum(record(problem, rows={"inner.weight": range(N)}), "inner.weight", "gradient", "a")
+    ).all()
+
+
 @pytest.mark.parametrize("part", [torch.view_as_real, lambda z: z.imag, lambda z: torch.fft.ifft(z, dim=-1).abs()])
 def test_complex_input_that_the_model_makes_real_is_marked_too(part):
     class FromKSpace(nn.Module):
