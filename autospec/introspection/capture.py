@@ -157,7 +157,7 @@ class WatchedLayer(WatchedParameter):
         self.position = 0
         self.refusal: tuple[int, WatchError] | None = None
         self.added: set[tuple[int, Place, int]] = set()
-        self.passes: dict[int, Forward] = {}
+        self.passes: dict[int, tuple[Forward, int]] = {}
         self.widths = {"activation": self.shape[1], "adjoint": self.shape[0]}
         self.widths_seen: dict[str, int] = {}
 
@@ -628,13 +628,8 @@ class Capture:
         before = layer.pending
         pending = layer.pending = before or self.make_pending(layer.shape, self.workspace)
         pending.began_empty = pending.began_empty or (before is None and layer.parameter.grad is None)
-        # Several losses of one forward pass have the same samples.
-        first = [use.forward for use in uses if id(use.forward) not in layer.passes]
-        layer.passes |= {id(forward): forward for forward in first}
-        batches = {id(forward.assignment): forward.assignment for forward in first}
-        for assignment in batches.values():
-            if assignment is not None:
-                pending.sizes = assignment.sizes if pending.sizes is None else pending.sizes + assignment.sizes
+        for use in uses:
+            layer.passes.setdefault(id(use.forward), (use.forward, use.backward))
         exact = layer.name == self.audited
         scale = self._loss_scale.of(_backward_pass())
         # Positions count from the first use in a forward pass, but adjoints arrive from the last one on.
@@ -779,6 +774,19 @@ class Capture:
         # A line search evaluates the loss many times a step.
         if zeroed and all(layer.pending is None for layer in self.layers):
             self.workspace.begin_again()
+
+    def group_sizes(self) -> np.ndarray | None:
+        """Samples in each group from which a gradient has arrived at any layer; None without groups.
+
+        Several losses of one forward pass have the same samples, and so have its forward passes in one backward pass.
+        """
+        first: dict[int, tuple[int, Assignment]] = {}
+        for layer in self.layers:
+            for key, (forward, backward) in layer.passes.items() if layer.pending is not None else ():
+                if forward.assignment is not None:
+                    first[key] = min(backward, first.get(key, (backward,))[0]), forward.assignment
+        counted = {(backward, id(assignment)): assignment.sizes for backward, assignment in first.values()}
+        return np.sum(list(counted.values()), axis=0) if counted else None
 
     # ------------------------------------------------------------------ rows
 

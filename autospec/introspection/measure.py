@@ -129,9 +129,9 @@ class Measurement:
             raise WatchError(f"singular_values={list(wanted)}: '{layer.name}' has only {limit} singular values.")
         return index
 
-    def record(self, step: int) -> Record:
-        """Take everything pending; the spectra are in the record after `finish`."""
-        record = Record(step, self._group_sizes())
+    def record(self, step: int, sizes: np.ndarray | None) -> Record:
+        """Take everything pending, of groups of these sizes; the spectra are in the record after `finish`."""
+        record = Record(step, np.zeros(len(self.groups), dtype=np.int64) if sizes is None else sizes)
         opened = _Open(record, [], {})
         for layer in self.layers:
             pending = layer.pending
@@ -235,11 +235,6 @@ class Measurement:
         if self._cells[0] != keys:
             self._cells = (keys, cells_of_groups(keys, len(self.groups)))
         return self._cells[1]
-
-    def _group_sizes(self) -> np.ndarray:
-        """Count the samples in each group, over all micro-batches of the step."""
-        sizes = [layer.pending.sizes for layer in self.layers if layer.pending and layer.pending.sizes is not None]
-        return np.max(sizes, axis=0) if sizes else np.zeros(len(self.groups), dtype=np.int64)
 
     # ------------------------------------------------------------------ decompositions
 
