@@ -402,7 +402,8 @@ class Measurement:
         if "angles" in self.statistics:
             # Subspaces as large as the whole space have no angle between them.
             count = min(self.directions, layer.shape[0], max(layer.shape[1] - 1, 1))
-            bases = {group: leading_directions(matrix, count) for group, matrix in matrices.items()}
+            dtype = pending.dtype or torch.float32
+            bases = {group: leading_directions(matrix, count, dtype) for group, matrix in matrices.items()}
             for a, b in pairs:
                 angles = np.full(len(index), np.nan, dtype=np.float32)
                 found = principal_angles(bases[a], bases[b]).cpu().numpy()
