@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,11 @@ class Measurement:
         ]
         self._cells = ((), [])
         compared = [name for name in CONTRASTS if name in self.statistics]
+        twice = [name for name, count in Counter(self.pair_names()).items() if count > 1]
+        if twice:
+            raise WatchError(
+                f"{', '.join(compared)}: two pairs of groups have the name '{twice[0]}' in the tree: rename labels that hold ' - '."
+            )
         if compared and len(self.pairs) > MANY_PAIRS:
             warnings.warn(
                 f"{', '.join(compared)}: {len(self.pairs)} pairs of groups are compared at every layer, each with a place of its own "
