@@ -83,7 +83,7 @@ class Measurement:
         self._constants: dict[str, tuple[ConstantInput, list[_Job]]] = {}
         self._open: list[_Open] = []
         self._open_bytes = 0
-        self._blocks: dict[str, Block] = {}
+        self._blocks: dict[str, Block | None] = {}
         self.audit: Audit | None = None
         self.iterations: dict[int, int] = {}
 
@@ -113,11 +113,11 @@ class Measurement:
 
     def solver_state(self) -> dict[str, Any]:
         """What the tracked solver must keep in a checkpoint."""
-        return {key: block.state() for key, block in self._blocks.items()}
+        return {key: None if block is None else block.state() for key, block in self._blocks.items()}
 
     def restore_solver(self, state: Mapping[str, Any]) -> None:
         """Continue from `solver_state`."""
-        self._blocks = {key: Block.from_state(block) for key, block in state.items()}
+        self._blocks = {key: None if block is None else Block.from_state(block) for key, block in state.items()}
 
     def index(self, layer: WatchedLayer) -> np.ndarray:
         """Which singular values the layer's node holds, counted from 1."""
@@ -209,7 +209,10 @@ class Measurement:
         opened.jobs += jobs
 
     def _follow(self, layer: WatchedLayer, statistic: str, width: int, there: dict[int, list[RowStack]]) -> list[_Job]:
-        """Leading values by the tracked solver, of the groups for which it is worthwhile; these leave the table."""
+        """Leading values by the tracked solver, of the groups for which it is worthwhile; these leave the table.
+
+        Where these groups are others than at the last step, there is nothing to follow, and maybe nothing will be.
+        """
         count = self.wanted_count(layer)
         sizes = {group: sum(stack.count for stack in stacks) for group, stacks in there.items()}
         chosen = worthwhile(tuple(sizes.values()), width, count)
@@ -219,8 +222,17 @@ class Measurement:
         ]
         if not groups:
             return []
+        place = f"{layer.name}/{statistic}/{width}/"
+        key = place + ", ".join(self.groups[group] for group in groups)
+        if key not in self._blocks:
+            # Mini-batches may hold other groups each time: a block of such groups would be kept and never be used again.
+            others = [each for each in self._blocks if each.startswith(place)]
+            for each in others:
+                del self._blocks[each]
+            self._blocks[key] = None
+            if others:
+                return []
         matrices = [together([part for stack in there.pop(group) for part in stack.flat_rows()]) for group in groups]
-        key = f"{layer.name}/{statistic}/{width}/{', '.join(self.groups[group] for group in groups)}"
         found = leading_values(matrices, count, self._blocks.get(key))
         self._blocks[key] = found.block
         if self.audit is not None and found.iterations:
