@@ -88,6 +88,8 @@ def test_what_cannot_be_compared_is_said():
     found = check(nn.Linear(N, N), torch.randn(N, N), LABELS, batch_dim=0, quiet=True)
     assert "does not show where" in found.not_compared["weight"]
     assert not found.passed
+    assert "FAILED" not in str(found)
+    assert "no layer could be compared" in str(found)
 
 
 def test_a_loss_is_asked_for_where_the_output_has_no_gradient():
