@@ -56,7 +56,8 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
         raise WatchError(f"layers={selected!r}: give a list of parameter names.")
     found: dict[int, WatchedParameter] = {}
     without_rule: dict[int, list[str]] = {}
-    for module_name, module in model.named_modules():
+    visited: set[nn.Module] = set()
+    for module_name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, NO_MATRIX):
             continue
         if isinstance(module, torch.jit.ScriptModule):
@@ -84,7 +85,9 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
                 found[id(parameter)] = WatchedParameter(name, parameter)
             elif name not in (found[id(parameter)].name, *found[id(parameter)].also):
                 found[id(parameter)].also.append(name)
-            found[id(parameter)].places.append((module_name, key))
+            if module not in visited:  # what stands in several places has several names, but is hooked once
+                found[id(parameter)].places.append((module_name, key))
+        visited.add(module)
     if selected is not None:
         found = _selected(found, selected)
     refused = [name for key in found for name in without_rule.get(key, [])]
