@@ -76,7 +76,7 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
                 raise WatchError(
                     f"{type(module).__name__} '{module_name}' has no weights yet: call the model once before watch()."
                 )
-            if key not in known and not _may_be_a_matrix(parameter):
+            if not parameter.numel() or (key not in known and not _may_be_a_matrix(parameter)):
                 continue
             name = f"{module_name}.{key}" if module_name else key
             if key not in known:

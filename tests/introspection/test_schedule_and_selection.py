@@ -90,6 +90,21 @@ def test_a_module_that_stands_in_two_places_has_the_names_of_both(layers):
     assert_shares({2e-5: tree}, chosen, members(LABELS, N))
 
 
+def test_a_layer_without_outputs_or_inputs_has_no_matrix():
+    class Nothing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outputs, self.inputs = nn.Linear(7, 3), nn.Linear(7, 0), nn.Linear(0, 3)
+
+        def forward(self, x):
+            return torch.cat([self.inner(x) + self.inputs(x[:, :0]), self.outputs(x)], 1)
+
+    chosen = Problem(Nothing(), torch.randn(N, 7), loss_of, LABELS)
+    tree = record(chosen)
+    assert list(tree["layers"].children) == ["inner.weight"]
+    assert_exact(tree, chosen, members(LABELS, N))
+
+
 @pytest.mark.parametrize("statistics", [["gradient"], ["activation"], ["adjoint", "gradient"]], ids=str)
 def test_a_subset_of_the_statistics_is_recorded_alone_and_as_exactly(statistics):
     chosen = problem()
