@@ -76,10 +76,20 @@ def test_rows_given_to_the_wrong_samples_fail():
     assert not check(model, x, LABELS, rows=wrong, quiet=True).passed
 
 
+def test_weights_that_are_computed_from_others_are_left_out_here_too():
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 7)), nn.Tanh(), nn.Linear(7, 4))
+    found = check(model, torch.randn(N, 5), LABELS, unknown="skip", quiet=True)
+    assert found.passed
+    assert {name for name, _ in found.errors} == {"2.weight"}
+
+
 def test_what_cannot_be_compared_is_said():
     found = check(nn.Linear(N, N), torch.randn(N, N), LABELS, batch_dim=0, quiet=True)
     assert "does not show where" in found.not_compared["weight"]
     assert not found.passed
+    assert "FAILED" not in str(found)
+    assert "no layer could be compared" in str(found)
 
 
 def test_a_loss_is_asked_for_where_the_output_has_no_gradient():

@@ -25,7 +25,7 @@ from .hooks import Hook
 from .layers import LayerCall, LookupCall, allow_short_cuts, rule_for
 from .parameters import WatchedParameter
 from .pending import Layout, Pending, Sorting
-from .rows import Place, Reading, RowMap, as_array, content_of, map_rows, several_processes, whole_numbers
+from .rows import Place, Reading, RowMap, as_array, can_be_nan, content_of, map_rows, several_processes, whole_numbers
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
 from .workspace import Where, Workspace, where
@@ -158,7 +158,7 @@ class WatchedLayer(WatchedParameter):
         self.position = 0
         self.refusal: tuple[int, WatchError] | None = None
         self.added: set[tuple[int, Place, int]] = set()
-        self.passes: dict[int, Forward] = {}
+        self.passes: dict[int, tuple[Forward, int]] = {}
         self.widths = {"activation": self.shape[1], "adjoint": self.shape[0]}
         self.widths_seen: dict[str, int] = {}
 
@@ -645,13 +645,8 @@ class Capture:
         before = layer.pending
         pending = layer.pending = before or self.make_pending(layer.shape, self.workspace)
         pending.began_empty = pending.began_empty or (before is None and layer.parameter.grad is None)
-        # Several losses of one forward pass have the same samples.
-        first = [use.forward for use in uses if id(use.forward) not in layer.passes]
-        layer.passes |= {id(forward): forward for forward in first}
-        batches = {id(forward.assignment): forward.assignment for forward in first}
-        for assignment in batches.values():
-            if assignment is not None:
-                pending.sizes = assignment.sizes if pending.sizes is None else pending.sizes + assignment.sizes
+        for use in uses:
+            layer.passes.setdefault(id(use.forward), (use.forward, use.backward))
         exact = layer.name == self.audited
         scale = self._loss_scale.of(_backward_pass())
         # Positions count from the first use in a forward pass, but adjoints arrive from the last one on.
@@ -797,6 +792,19 @@ class Capture:
         if zeroed and all(layer.pending is None for layer in self.layers):
             self.workspace.begin_again()
 
+    def group_sizes(self) -> np.ndarray | None:
+        """Samples in each group from which a gradient has arrived at any layer; None without groups.
+
+        Several losses of one forward pass have the same samples, and so have its forward passes in one backward pass.
+        """
+        first: dict[int, tuple[int, Assignment]] = {}
+        for layer in self.layers:
+            for key, (forward, backward) in layer.passes.items() if layer.pending is not None else ():
+                if forward.assignment is not None:
+                    first[key] = min(backward, first.get(key, (backward,))[0]), forward.assignment
+        counted = {(backward, id(assignment)): assignment.sizes for backward, assignment in first.values()}
+        return np.sum(list(counted.values()), axis=0) if counted else None
+
     # ------------------------------------------------------------------ rows
 
     def _layout(self, factors: Factors, use: Use, pending: Pending, alone: bool) -> Layout | None:
@@ -898,7 +906,9 @@ def _signature(value: Any, sorts: bool, samples: int, inside: tuple[int, ...] = 
     numbers and names by sample see `RowMap.by_content`.  ``inside`` are the objects in which the value lies.
     """
     if isinstance(value, Tensor):
-        sizes = sorts and value.ndim == 1 and len(value) != samples and not value.is_floating_point()
+        if value.layout != torch.strided:
+            return str(value.layout), len(value)
+        sizes = sorts and value.ndim == 1 and len(value) != samples and not can_be_nan(value)
         return tuple(value.tolist()) if sizes and value.device.type == "cpu" else tuple(value.shape)
     if isinstance(value, Mapping):
         return tuple((key, _signature(item, sorts, samples, inside)) for key, item in value.items())

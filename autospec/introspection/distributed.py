@@ -52,14 +52,17 @@ class Processes:
             if any(descriptions):
                 layer.pending = self._joined(layer, descriptions, workspace)
 
+    def total(self, sizes: np.ndarray | None) -> np.ndarray | None:
+        """Add the sizes of the groups in every process's part of the batch."""
+        there = [each for each in self._everybody(sizes) if each is not None]
+        return np.sum(there, axis=0) if there else None
+
     def _joined(self, layer: WatchedLayer, descriptions: Sequence[dict[str, Any]], workspace: Workspace) -> Pending:
         like = layer.parameter
         own = layer.pending or Pending(layer.shape, workspace)
         total = Pending(layer.shape, workspace)
         there = [each for each in descriptions if each]
         total.dtype = next(each["dtype"] for each in there)
-        sizes = [each["sizes"] for each in there if each["sizes"] is not None]
-        total.sizes = np.sum(sizes, axis=0) if sizes else None
         keys = sorted({key for each in there for key in each["rows"]}, reverse=True)
         total.rows = {key: sum(each["rows"].get(key, 0) for each in there) for key in keys}
         if any(each["shares"] for each in there):
@@ -156,7 +159,6 @@ def _describe(pending: Pending | None) -> dict[str, Any]:
     }
     return {
         "dtype": pending.dtype,
-        "sizes": pending.sizes,
         "rows": pending.rows,
         "shares": bool(pending.shares.counts),
         "indices": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,7 @@ class Measurement:
         self._constants: dict[str, tuple[ConstantInput, list[_Job]]] = {}
         self._open: list[_Open] = []
         self._open_bytes = 0
-        self._blocks: dict[str, Block] = {}
+        self._blocks: dict[str, Block | None] = {}
         self.audit: Audit | None = None
         self.iterations: dict[int, int] = {}
 
@@ -94,6 +95,11 @@ class Measurement:
         ]
         self._cells = ((), [])
         compared = [name for name in CONTRASTS if name in self.statistics]
+        twice = [name for name, count in Counter(self.pair_names()).items() if count > 1]
+        if twice:
+            raise WatchError(
+                f"{', '.join(compared)}: two pairs of groups have the name '{twice[0]}' in the tree: rename labels that hold ' - '."
+            )
         if compared and len(self.pairs) > MANY_PAIRS:
             warnings.warn(
                 f"{', '.join(compared)}: {len(self.pairs)} pairs of groups are compared at every layer, each with a place of its own "
@@ -107,11 +113,11 @@ class Measurement:
 
     def solver_state(self) -> dict[str, Any]:
         """What the tracked solver must keep in a checkpoint."""
-        return {key: block.state() for key, block in self._blocks.items()}
+        return {key: None if block is None else block.state() for key, block in self._blocks.items()}
 
     def restore_solver(self, state: Mapping[str, Any]) -> None:
         """Continue from `solver_state`."""
-        self._blocks = {key: Block.from_state(block) for key, block in state.items()}
+        self._blocks = {key: None if block is None else Block.from_state(block) for key, block in state.items()}
 
     def index(self, layer: WatchedLayer) -> np.ndarray:
         """Which singular values the layer's node holds, counted from 1."""
@@ -129,9 +135,9 @@ class Measurement:
             raise WatchError(f"singular_values={list(wanted)}: '{layer.name}' has only {limit} singular values.")
         return index
 
-    def record(self, step: int) -> Record:
-        """Take everything pending; the spectra are in the record after `finish`."""
-        record = Record(step, self._group_sizes())
+    def record(self, step: int, sizes: np.ndarray | None) -> Record:
+        """Take everything pending, of groups of these sizes; the spectra are in the record after `finish`."""
+        record = Record(step, np.zeros(len(self.groups), dtype=np.int64) if sizes is None else sizes)
         opened = _Open(record, [], {})
         for layer in self.layers:
             pending = layer.pending
@@ -203,7 +209,10 @@ class Measurement:
         opened.jobs += jobs
 
     def _follow(self, layer: WatchedLayer, statistic: str, width: int, there: dict[int, list[RowStack]]) -> list[_Job]:
-        """Leading values by the tracked solver, of the groups for which it is worthwhile; these leave the table."""
+        """Leading values by the tracked solver, of the groups for which it is worthwhile; these leave the table.
+
+        Where these groups are others than at the last step, there is nothing to follow, and maybe nothing will be.
+        """
         count = self.wanted_count(layer)
         sizes = {group: sum(stack.count for stack in stacks) for group, stacks in there.items()}
         chosen = worthwhile(tuple(sizes.values()), width, count)
@@ -213,8 +222,17 @@ class Measurement:
         ]
         if not groups:
             return []
+        place = f"{layer.name}/{statistic}/{width}/"
+        key = place + ", ".join(self.groups[group] for group in groups)
+        if key not in self._blocks:
+            # Mini-batches may hold other groups each time: a block of such groups would be kept and never be used again.
+            others = [each for each in self._blocks if each.startswith(place)]
+            for each in others:
+                del self._blocks[each]
+            self._blocks[key] = None
+            if others:
+                return []
         matrices = [together([part for stack in there.pop(group) for part in stack.flat_rows()]) for group in groups]
-        key = f"{layer.name}/{statistic}/{width}/{', '.join(self.groups[group] for group in groups)}"
         found = leading_values(matrices, count, self._blocks.get(key))
         self._blocks[key] = found.block
         if self.audit is not None and found.iterations:
@@ -235,11 +253,6 @@ class Measurement:
         if self._cells[0] != keys:
             self._cells = (keys, cells_of_groups(keys, len(self.groups)))
         return self._cells[1]
-
-    def _group_sizes(self) -> np.ndarray:
-        """Count the samples in each group, over all micro-batches of the step."""
-        sizes = [layer.pending.sizes for layer in self.layers if layer.pending and layer.pending.sizes is not None]
-        return np.max(sizes, axis=0) if sizes else np.zeros(len(self.groups), dtype=np.int64)
 
     # ------------------------------------------------------------------ decompositions
 
@@ -407,7 +420,8 @@ class Measurement:
         if "angles" in self.statistics:
             # Subspaces as large as the whole space have no angle between them.
             count = min(self.directions, layer.shape[0], max(layer.shape[1] - 1, 1))
-            bases = {group: leading_directions(matrix, count) for group, matrix in matrices.items()}
+            dtype = pending.dtype or torch.float32
+            bases = {group: leading_directions(matrix, count, dtype) for group, matrix in matrices.items()}
             for a, b in pairs:
                 angles = np.full(len(index), np.nan, dtype=np.float32)
                 found = principal_angles(bases[a], bases[b]).cpu().numpy()

@@ -56,7 +56,8 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
         raise WatchError(f"layers={selected!r}: give a list of parameter names.")
     found: dict[int, WatchedParameter] = {}
     without_rule: dict[int, list[str]] = {}
-    for module_name, module in model.named_modules():
+    visited: set[nn.Module] = set()
+    for module_name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, NO_MATRIX):
             continue
         if isinstance(module, torch.jit.ScriptModule):
@@ -75,7 +76,7 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
                 raise WatchError(
                     f"{type(module).__name__} '{module_name}' has no weights yet: call the model once before watch()."
                 )
-            if key not in known and not _may_be_a_matrix(parameter):
+            if not parameter.numel() or (key not in known and not _may_be_a_matrix(parameter)):
                 continue
             name = f"{module_name}.{key}" if module_name else key
             if key not in known:
@@ -84,7 +85,9 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
                 found[id(parameter)] = WatchedParameter(name, parameter)
             elif name not in (found[id(parameter)].name, *found[id(parameter)].also):
                 found[id(parameter)].also.append(name)
-            found[id(parameter)].places.append((module_name, key))
+            if module not in visited:  # what stands in several places has several names, but is hooked once
+                found[id(parameter)].places.append((module_name, key))
+        visited.add(module)
     if selected is not None:
         found = _selected(found, selected)
     refused = [name for key in found for name in without_rule.get(key, [])]
@@ -97,6 +100,11 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
     for parameter in watched:
         if parameter.parameter.is_complex():
             raise WatchError(f"'{parameter.name}' is complex; only real parameters can be watched.")
+        if any(getattr(model.get_submodule(place), "scale_grad_by_freq", False) for place, _ in parameter.places):
+            raise WatchError(
+                f"'{parameter.name}' is an nn.Embedding with scale_grad_by_freq=True and divides its gradient by counts of the batch, "
+                "so it has no group shares: leave it out with layers=."
+            )
     if not watched:
         raise WatchError(
             f"{type(model).__name__} has no matrix parameter that can be watched: "

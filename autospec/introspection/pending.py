@@ -785,7 +785,6 @@ class Pending:
         self.indices: dict[int, dict[bytes, IndexStack]] = {}
         self.by_position: dict[bytes, Tensor] = {}
         self.rows: dict[bytes, int] = {}
-        self.sizes: np.ndarray | None = None
         self.dtype: torch.dtype | None = None
         self.exact: dict[bytes, Tensor] = {}
         self.arrived: Tensor | None = None

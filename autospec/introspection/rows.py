@@ -186,7 +186,7 @@ def map_rows(
         If no input has a dimension of that size, or the rows cannot be told apart, or more than one reading
         of the inputs is possible.
     """
-    inputs = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
+    inputs = [t for t in tensors_in((args, kwargs)) if can_be_nan(t)]
     packed = {
         id(each.data): each for each in instances_in((args, kwargs), PackedSequence) if _sequences(each) == samples
     }
@@ -222,15 +222,18 @@ def map_rows(
         if not any(dims != (None,) for dims in choices) and not any(
             along.along_samples for options in options_of_lookups for along in options
         ):
-            every = [t for t in tensors_in((args, kwargs)) if not t.is_floating_point()] + inputs
-            shapes = ", ".join(str(tuple(t.shape)) for t in every) or "no tensor"
+            every = [t for t in tensors_in((args, kwargs)) if not can_be_nan(t)] + inputs
+            notes = ["" if t.layout == torch.strided else ", not dense" for t in every]
+            shapes = ", ".join(f"{tuple(t.shape)}{note}" for t, note in zip(every, notes, strict=True)) or "no tensor"
             where = "of size" if batch_dim is None else f"{batch_dim} of size"
             raise WatchError(
                 f"groups has {samples} labels, but no input of the model has a dimension {where} {samples} "
                 f"(inputs: {shapes}): give one label for each sample of the batch, in the batch's order, with set_groups() where "
                 "batches differ. Whole numbers are "
-                "traced through nn.Embedding alone; elsewhere give the model floating-point input, or rows=."
+                "traced through nn.Embedding alone, and nothing in sparse tensors; elsewhere give the model dense floating-point input, "
+                "or rows=."
             )
+        _fix_statistics(twin)
         for round_ in (likely, possible):
             options = {
                 place: (Along(0, marked=False),) if place not in watched and samples not in lookup.shape else None
@@ -337,6 +340,15 @@ def _running_twin(
     raise AssertionError("unreachable")
 
 
+def _fix_statistics(twin: nn.Module) -> None:
+    """Have normalisation of the batch that keeps no running statistics use fixed ones in evaluation mode, as other does."""
+    some = next(twin.parameters())
+    for module in twin.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None and module.running_var is None:
+            like = some if module.weight is None else module.weight
+            module.running_mean, module.running_var = (like.new_full((module.num_features,), v) for v in (0.0, 1.0))
+
+
 def _is_part_of(modules: Collection[nn.Module], hook: Callable) -> bool:
     """Whether a hook is torch's, as for weight normalisation or pruning, or a method of one of a model's modules.
 
@@ -370,9 +382,14 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def can_be_nan(tensor: Tensor) -> bool:
+    """Whether a tensor is of real or complex numbers, whose samples can be marked; not so in sparse or nested ones."""
+    return tensor.layout == torch.strided and (tensor.is_floating_point() or tensor.is_complex())
+
+
 def whole_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | np.ndarray]:
     """Tensors of whole numbers or truth values, and arrays of these or of names: NaN cannot show what hangs on them."""
-    tensors = [t for t in tensors_in((args, kwargs)) if not (t.is_floating_point() or t.is_complex())]
+    tensors = [t for t in tensors_in((args, kwargs)) if t.layout == torch.strided and not can_be_nan(t)]
     return [
         *tensors,
         *(array for array in instances_in((args, kwargs), np.ndarray) if array.ndim and array.dtype.kind not in "fc"),
@@ -450,7 +467,7 @@ def _lookups(
 ) -> dict[Place, _Indices]:
     """The indices of every lookup in one forward pass; weights used outside their layer are refused."""
     found: dict[Place, _Indices] = {}
-    given = {tensor.data_ptr() for tensor in tensors_in((args, kwargs))}
+    given = {tensor.data_ptr() for tensor in tensors_in((args, kwargs)) if tensor.layout == torch.strided}
     handles = []
     for name, module in twin.named_modules():
         rule = rule_for(module)
@@ -600,7 +617,7 @@ class _Probe:
     args, kwargs
         What it is called with.
     inputs : sequence of Tensor
-        The floating-point tensors among them.
+        The floating-point tensors among them, complex ones too.
     reading : Reading
         Where these hold the samples.
     watched : collection of (str, str)
@@ -627,7 +644,7 @@ class _Probe:
             if dim is not None:
                 marks = word[_samples_of_packed(packed[id(tensor)])] if id(tensor) in packed else word
                 chosen = torch.from_numpy(np.flatnonzero(marks)).to(tensor.device)
-                data.index_fill_(dim, chosen, math.nan)
+                data.index_fill_(dim, chosen, complex(math.nan, math.nan) if data.is_complex() else math.nan)
         looked_up = _lookups_marked(self.twin, self.reading, len(word), word)
         with _unchanged(self.twin), looked_up, _nan_rows(self.twin, self.watched) as seen:
             self.twin(*_replaced(self.args, marked), **_replaced(self.kwargs, marked))
@@ -890,7 +907,7 @@ def _samples_of_packed(packed: PackedSequence) -> np.ndarray:
 
 def _finite(tensor: Tensor) -> Tensor:
     """Copy with zeros where it was not finite: NaN must mean a marked sample and nothing else."""
-    return torch.where(torch.isfinite(tensor), tensor, 0) if tensor.is_floating_point() else tensor.clone()
+    return torch.where(torch.isfinite(tensor), tensor, 0) if can_be_nan(tensor) else tensor.clone()
 
 
 def _same(first: Mapping[Place, list[np.ndarray]], second: Mapping[Place, list[np.ndarray]]) -> bool:

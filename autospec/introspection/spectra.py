@@ -309,7 +309,7 @@ def leading_eigenpairs(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values.flip(-1)[:count], vectors.flip(-1)[:, :count]
 
 
-def leading_directions(matrix: Tensor, count: int) -> Tensor:
+def leading_directions(matrix: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """Leading right singular vectors: the directions of the layer's input along which a share is largest.
 
     Parameters
@@ -318,6 +318,8 @@ def leading_directions(matrix: Tensor, count: int) -> Tensor:
         Shape (m, n), float64.
     count : int
         How many, at most min(m, n).
+    dtype : torch.dtype
+        The type in which the training computes, whose rounding has directions of its own.
 
     Returns
     -------
@@ -327,7 +329,8 @@ def leading_directions(matrix: Tensor, count: int) -> Tensor:
     if not torch.isfinite(matrix).all():
         return matrix.new_full((matrix.shape[1], count), math.nan)
     _, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    if not values[count - 1] > values[0] * torch.finfo(torch.float32).eps:
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    if not values[count - 1] > values[0] * eps:
         return matrix.new_full((matrix.shape[1], count), math.nan)
     return right[:count].mT
 

@@ -268,10 +268,12 @@ class Watcher:
                     f"valid= has {self._capture.valid.shape[1]} positions, but no watched layer has as many rows a sample: give "
                     "one column for each time step or token."
                 )
+            sizes = self._capture.group_sizes()
             if self._processes is not None:
                 self._processes.join(self._layers, self._capture.workspace)
+                sizes = self._processes.total(sizes)
             self._measurement.audit = self._audit if self._capture.audited is not None else None
-            record = self._measurement.record(self._count)
+            record = self._measurement.record(self._count, sizes)
             self._recorded += 1
             (self._records if self._sink is None else self._buffer).append(record)
             calibrating = self._budget is not None and self._budget.every is None

@@ -100,6 +100,12 @@ MISTAKES = {
         ["['diagnosis', 'sex']", "groups=table['...']"],
     ),
     "two groups of one name": (model, {"x": ["1", "y=1"] * 3, "x=y": ["1"] * 6}, {}, ["'x=y=1'", "rename"]),
+    "two pairs of groups of one name": (
+        model,
+        ["a", "b - c", "a - b", "c", "c", "a"],
+        {"statistics": ["gradient", "cosine"]},
+        ["cosine", "'a - b - c'", "rename"],
+    ),
     "a convolution with its own product": (
         lambda: OwnConvolution(4, 3, 1),
         LABELS,
@@ -190,6 +196,10 @@ def test_a_mistake_gives_one_sentence_with_what_where_and_what_to_do(mistake):
     assert len(message) < 500
     for word in words:
         assert word in message
+
+
+def test_names_that_would_meet_in_a_pair_are_no_matter_where_groups_are_not_compared():
+    one_step(model(), ["a", "b - c", "a - b", "c", "c", "a"], quiet=True)
 
 
 def test_integer_inputs_are_refused_with_the_way_out():

@@ -126,6 +126,31 @@ def test_directions_that_a_share_does_not_have_leave_the_angles_open():
     assert float(tree["contrasts/a - b/weight"].cosine[0]) != 0
 
 
+def test_directions_that_are_rounding_of_half_precision_leave_the_angles_open():
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.half = nn.Sequential(nn.Linear(40, 2), nn.Linear(2, 24), nn.Linear(24, 40)), False
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+                return self.layers(x).float()
+
+    torch.manual_seed(0)
+    model, x, labels = Narrow(), 10 * normal(200, 40), ["a", "b"] * 100
+    angles = {}
+    for model.half, count in itertools.product((False, True), (3, 5)):
+        with autospec.watch(model, labels, statistics=["angles"], angles=count, quiet=True) as watcher:
+            model.zero_grad()
+            (model(x) - x).square().mean().backward()
+            watcher.step()
+        angles[model.half, count] = watcher.trajectories["contrasts/a - b/layers.2.weight"].angles.values[0]
+    # The input of the last layer lies in a plane, so that with its mean it has three directions.
+    assert np.isnan(angles[False, 5]).all()
+    assert np.isnan(angles[True, 5]).all()
+    np.testing.assert_allclose(angles[True, 3][:3], angles[False, 3][:3], atol=0.02)
+
+
 def test_comparisons_stay_within_a_grouping_and_crossed_groups_are_groups_of_their_own():
     made = problem(nn.Linear(6, 5), normal(N, 6))
     made.labels = CROSSED

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from autospec.introspection import capture
 from autospec.introspection.pending import Sorting
 
-from .families import CONVOLUTIONS, LABELS, N, convolution, normal, problem, weighted
-from .oracle import assert_exact, captures, error, members, record, share_by_copies, spectrum, svdvals
+from .families import CONVOLUTIONS, LABELS, Calls, N, convolution, normal, problem, weighted
+from .oracle import assert_exact, assert_shares, captures, error, members, record, share_by_copies, spectrum, svdvals
 
 TABLE = members(LABELS, N)
 
@@ -219,3 +219,13 @@ def test_a_loss_that_sees_one_position_gives_it_the_whole_share():
     assert (found[[0, 1, 2, 4, 5, 6]] == 0).all()
     whole = tree["layers/0.weight/gradient"].sel(group="c").values[0]
     np.testing.assert_allclose(found[3], whole, rtol=0, atol=1e-6 * whole[0])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_a_transposed_convolution_may_be_called_with_the_size_of_its_output(dimensions, groups):
+    family = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dimensions - 1]
+    sizes = [10, 8, 7][:dimensions]  # by itself the layer makes 9, 7 and 7
+    layer = family(4, 6, 3, stride=2, padding=1, groups=groups)
+    made = problem(Calls(layer, lambda layer, x: layer(x, output_size=sizes)), normal(N, 4, *[5, 4, 4][:dimensions]))
+    assert_shares({2e-5: record(made)}, made, TABLE)

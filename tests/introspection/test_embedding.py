@@ -143,9 +143,20 @@ def test_a_table_with_a_largest_norm_is_watched_and_trains_as_without():
     assert watcher.trajectories.attrs["audit"]["outside"] == {}
 
 
-def test_a_table_whose_gradient_is_scaled_by_counts_is_refused():
+def test_a_table_whose_gradient_is_scaled_by_counts_is_refused_and_can_be_left_out():
     with pytest.raises(WatchError, match=r"scale_grad_by_freq=True .*no group shares: leave it out with layers="):
         record(problem(nn.Embedding(9, 6, scale_grad_by_freq=True), whole_numbers(9, N, T)))
+    made = problem(
+        Words("row", types=True, scale_grad_by_freq=True), whole_numbers(20, N, T), {"positions": shared_by(N)}
+    )
+    with pytest.raises(WatchError, match=r"'words\.weight' is .* scale_grad_by_freq=True"):
+        record(made)
+    others = ["positions.weight", "types.weight"]
+    tree = record(made, layers=others)
+    assert list(tree["layers"].children) == others
+    shares = share_by_copies(made, TABLE["b"])
+    for name in others:
+        assert error(spectrum(tree, name, "gradient", "b"), svdvals(shares[name])) < 2e-5
 
 
 def test_a_batch_of_other_indices_at_every_step_is_followed():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import autospec
 
@@ -24,9 +25,10 @@ from .families import (
     convolutional_network,
     normal,
     problem,
+    weighted,
     whole_numbers,
 )
-from .oracle import assert_exact, assert_shares, members, record
+from .oracle import assert_exact, assert_shares, error, members, record, spectrum, svdvals
 
 TABLE = members(LABELS, N)
 
@@ -207,3 +209,69 @@ def test_recurrent_layers_with_one_weight_have_the_share_of_both():
     assert tree["layers/first.weight_hh_l0"].attrs["also"] == ["second.weight_hh_l0"]
     assert len(tree["layers"].children) == 3
     assert_shares({2e-5: tree}, made, TABLE)
+
+
+def weight_norm_by_hooks(module, name):
+    with torch.no_grad():  # torch cannot copy a weight that belongs to a graph
+        return nn.utils.weight_norm(module, name)
+
+
+def in_a_loop(cell, x):
+    state, outputs = None, []
+    for values in x.unbind(1):
+        state = cell(values, state)
+        outputs.append(state[0] if isinstance(state, tuple) else state)
+    return torch.stack(outputs, 1)
+
+
+DERIVED = {
+    "orthogonal": parametrizations.orthogonal,
+    "weight_norm": parametrizations.weight_norm,
+    "weight_norm by hooks": weight_norm_by_hooks,
+    "spectral_norm": parametrizations.spectral_norm,
+}
+PARTLY_DERIVED = {
+    "LSTM": (lambda: Calls(nn.LSTM(4, 4, batch_first=True), lambda layer, x: layer(x)[0]), "layer", "weight_hh_l0"),
+    "GRU": (
+        lambda: Calls(nn.GRU(4, 3, 2, bidirectional=True, batch_first=True), lambda layer, x: layer(x)[0]),
+        "layer",
+        "weight_ih_l1_reverse",
+    ),
+    "RNN": (lambda: Calls(nn.RNN(4, 4, batch_first=True), lambda layer, x: layer(x)[0]), "layer", "weight_hh_l0"),
+    "LSTMCell": (lambda: Calls(nn.LSTMCell(4, 5), in_a_loop), "layer", "weight_hh"),
+    "GRUCell": (lambda: Calls(nn.GRUCell(4, 5, bias=False), in_a_loop), "layer", "weight_ih"),
+    "attention": (
+        lambda: Calls(nn.MultiheadAttention(4, 2, batch_first=True), lambda layer, x: torch.tanh(layer(x, x, x)[0])),
+        "layer",
+        "in_proj_weight",
+    ),
+    "attention, output": (
+        lambda: Calls(nn.MultiheadAttention(4, 2, batch_first=True), lambda layer, x: torch.tanh(layer(x, x, x)[0])),
+        "layer.out_proj",
+        "weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DERIVED)
+@pytest.mark.parametrize("case", PARTLY_DERIVED)
+def test_weights_that_are_computed_from_others_can_be_left_out_and_the_rest_of_the_layer_is_exact(case, kind):
+    make, place, name = PARTLY_DERIVED[case]
+    made = problem(make(), normal(N, T, 4))
+    DERIVED[kind](made.model.get_submodule(place), name)
+    plain = train(made)
+    watched = train(made, lambda model: autospec.watch(model, LABELS, unknown="skip", quiet=True))
+    assert all(map(torch.equal, plain, watched))
+    with autospec.watch(made.model, LABELS, unknown="skip", quiet=True) as watcher:
+        output = made.model(made.x)
+        weighted(output).backward(retain_graph=True)
+        watcher.step()
+    tree = watcher.trajectories
+    assert f"{place}.{name}" not in tree["layers"].children
+    weights = {layer: made.model.get_parameter(layer) for layer in tree["layers"].children}
+    # Nothing couples the samples here, so that a group's share is the gradient by way of its samples' outputs.
+    for group, member in TABLE.items():
+        chosen = torch.where(torch.from_numpy(member).reshape(-1, 1, 1), output, output.detach())
+        shares = torch.autograd.grad(weighted(chosen), list(weights.values()), retain_graph=True)
+        for layer, share in zip(weights, shares, strict=True):
+            assert error(spectrum(tree, layer, "gradient", group), svdvals(share)) < 5e-6

@@ -125,6 +125,42 @@ def test_micro_batches_of_one_forward_pass_each_still_add_up():
     assert watcher.trajectories["layers/0.weight/adjoint"].notnull().any()
 
 
+class Heads(nn.Module):
+    """A head for each of two questions."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.heads = nn.Linear(5, 4), nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 3)])
+
+    def forward(self, x, which):
+        hidden = torch.tanh(self.body(x))
+        return [self.heads[i](hidden) for i in which]
+
+
+@pytest.mark.parametrize("layers", [None, ["heads.*"]])
+def test_samples_count_once_wherever_their_gradient_arrives(layers):
+    model, sizes = Heads(), (6, 10)
+    batches = [(torch.randn(size, 5), ["a", "b"] * (size // 2)) for size in sizes]
+    with autospec.watch(model, ["a", "b"], layers=layers, statistics=["gradient", "contrast"], quiet=True) as watcher:
+        for which, (x, labels) in enumerate(batches):  # each micro-batch reaches another head
+            watcher.set_groups(labels)
+            model(x, [which])[0].square().sum().backward()
+        watcher.step()
+        model.zero_grad()
+        for output in model(batches[1][0], [0, 1]):  # two losses of one forward pass
+            output.square().sum().backward(retain_graph=True)
+        watcher.step()
+    tree = watcher.trajectories
+    assert tree.group_size.values.tolist() == [[16, 8, 8], [10, 5, 5]]
+    model.zero_grad()
+    shares = []
+    for start in (0, 1):
+        loss = sum(model(x[start::2], [which])[0].square().sum() for which, (x, _) in enumerate(batches))
+        shares.append(torch.autograd.grad(loss, model.heads[0].weight)[0])
+    recorded = tree["contrasts/a - b/heads.0.weight/gradient"].values[0]
+    np.testing.assert_allclose(recorded, torch.linalg.svdvals((shares[0] - shares[1]) / 8), rtol=1e-4)
+
+
 def test_a_penalty_on_gradients_is_reported_at_whatever_step_it_comes():
     model = network()
     with autospec.watch(model, LABELS, quiet=True) as watcher:

@@ -446,6 +446,16 @@ def test_statistics_of_the_batch_and_dropout_are_no_mixing_in_training(does):
     assert np.isfinite(spectrum(tree, "head.weight", "gradient", "a")).all()
 
 
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_rows_are_followed_through_normalisation_that_keeps_no_running_statistics(affine, mode):
+    norm = nn.BatchNorm1d(4, affine=affine, track_running_stats=False)
+    model = nn.Sequential(nn.Linear(6, 4), norm, nn.Tanh(), nn.Linear(4, 3)).train(mode == "training")
+    problem = Problem(model, torch.randn(N, 6), mean_square, LABELS)
+    assert_shares({2e-5: record(problem)}, problem, members(LABELS, N))
+    assert norm.running_mean is None
+
+
 class Masked(nn.Module):
     """Puts a learned token in place of some of each sample's, drawn anew every time."""
 
@@ -698,6 +708,66 @@ def test_numbers_that_leave_the_rows_where_they_are_are_not_traced_again(probes)
             mean_square(model(torch.randint(30, (N, T)), padding)).backward()
             watcher.step()
     assert len(probes) == 1
+
+
+ADJACENCY = torch.eye(N) + torch.eye(N).roll(1, 0)
+
+
+def compressed(matrix):
+    with warnings.catch_warnings(action="ignore"):  # torch says that this layout is new
+        return matrix.to_sparse_csr()
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.to_sparse, compressed])
+def test_a_sparse_tensor_among_the_arguments_is_not_traced(form):
+    class OverAGraph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(6, 4), nn.Linear(4, 3)
+
+        def forward(self, x, adjacency=ADJACENCY):
+            return self.head(adjacency.to(x.dtype) @ torch.tanh(self.inner(x)))
+
+    x, network = torch.randn(N, 6), OverAGraph()
+    with autospec.watch(network, LABELS, rows={"head.weight": range(N)}, quiet=True) as watcher:
+        mean_square(network(x, form(ADJACENCY))).backward()
+        watcher.step()
+    problem = Problem(network, x, mean_square, LABELS)  # of the dense matrix
+    assert_shares({2e-5: watcher.trajectories}, problem, members(LABELS, N))
+
+
+def test_a_sparse_input_is_refused_in_words_that_say_so():
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.inner(x.to_dense())
+
+    problem = Problem(Dense(), torch.randn(N, 6).to_sparse(), mean_square, LABELS)
+    with pytest.raises(WatchError, match=r"inputs: \(9, 6\), not dense.*nothing in sparse tensors.*dense .* or rows="):
+        record(problem)
+    assert np.isfinite(
+        spectrum(record(problem, rows={"inner.weight": range(N)}), "inner.weight", "gradient", "a")
+    ).all()
+
+
+@pytest.mark.parametrize("part", [torch.view_as_real, lambda z: z.imag, lambda z: torch.fft.ifft(z, dim=-1).abs()])
+def test_complex_input_that_the_model_makes_real_is_marked_too(part):
+    class FromKSpace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.LazyLinear(4), nn.Linear(4, 2)
+
+        def forward(self, z):
+            return self.head(torch.tanh(self.inner(part(z).flatten(2)).mean(0)))
+
+    k_space = torch.randn(T, N, 6, dtype=torch.complex64, generator=torch.Generator().manual_seed(3))
+    model = FromKSpace()
+    model(k_space)
+    problem = Problem(model.double(), k_space.to(torch.complex128), mean_square, LABELS, {"inner": 1})
+    assert_shares({1e-7: record(problem)}, problem, members(LABELS, N))
 
 
 def test_two_inputs_and_inputs_in_containers_are_marked_together():

@@ -11,7 +11,7 @@ from torch import nn
 import autospec
 from autospec.introspection.measure import Measurement
 
-from .oracle import Problem, assert_exact, error, factors, members, record, spectrum, svdvals
+from .oracle import Problem, assert_exact, assert_shares, error, factors, members, record, spectrum, svdvals
 
 N = 12
 LABELS = ["a", "b", "b"] * 4
@@ -78,6 +78,31 @@ def test_layers_are_selected_by_name_or_pattern(layers, expected):
         full = record(problem())
         for group in table:
             np.testing.assert_array_equal(share[group], spectrum(full, name, "gradient", group))
+
+
+@pytest.mark.parametrize("layers", [None, ["2.weight"], ["0.*"]])
+def test_a_module_that_stands_in_two_places_has_the_names_of_both(layers):
+    twice = nn.Linear(5, 5)
+    chosen = Problem(nn.Sequential(twice, nn.Tanh(), twice, nn.Tanh()), torch.randn(N, 5), loss_of, LABELS)
+    tree = record(chosen, layers=layers)
+    assert list(tree["layers"].children) == ["0.weight"]
+    assert tree["layers/0.weight"].attrs["also"] == ["2.weight"]
+    assert_shares({2e-5: tree}, chosen, members(LABELS, N))
+
+
+def test_a_layer_without_outputs_or_inputs_has_no_matrix():
+    class Nothing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outputs, self.inputs = nn.Linear(7, 3), nn.Linear(7, 0), nn.Linear(0, 3)
+
+        def forward(self, x):
+            return torch.cat([self.inner(x) + self.inputs(x[:, :0]), self.outputs(x)], 1)
+
+    chosen = Problem(Nothing(), torch.randn(N, 7), loss_of, LABELS)
+    tree = record(chosen)
+    assert list(tree["layers"].children) == ["inner.weight"]
+    assert_exact(tree, chosen, members(LABELS, N))
 
 
 @pytest.mark.parametrize("statistics", [["gradient"], ["activation"], ["adjoint", "gradient"]], ids=str)

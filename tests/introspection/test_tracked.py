@@ -112,6 +112,30 @@ def test_a_resumed_training_goes_on_with_the_same_vectors():
             assert np.array_equal(whole[path].values, watcher.trajectories[path].values), path
 
 
+def test_of_batches_that_hold_other_groups_each_time_nothing_is_kept():
+    x, names = data().repeat(2, 1), ["a", "b", "c", "d"]
+    # Which groups each step's batch holds; the last ones stay.
+    present = ["ab", "cd", "abc", "bd", "acd", "ab", "abcd", "bc", *["bd"] * 6]
+    found, kept, followed = {}, [], []
+    for solver in ("exact", "tracked"):
+        model = autoencoder()
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        with autospec.watch(model, names, solver=solver, singular_values=5, quiet=True) as watcher:
+            for groups in present:
+                watcher.set_groups(list(groups) * (600 // len(groups)))
+                train(model, x, 1, watcher, optimizer)
+                kept.append(len(watcher._measurement._blocks))
+                followed.append(sum(n for count, n in watcher._measurement.iterations.items() if count))
+        found[solver] = watcher.trajectories
+    kept, followed = kept[len(present) :], followed[len(present) :]
+    assert 0 < max(kept) == min(kept)
+    assert followed[len(present) - 6] == 0 < followed[-1]
+    for layer in ("0.weight", "2.weight"):
+        one, other = (tree[f"layers/{layer}/adjoint"].values for tree in found.values())
+        assert np.array_equal(np.isnan(one), np.isnan(other))
+        assert np.nanmax(np.abs(one - other) / one[..., :1]) < 1e-6
+
+
 def test_a_matrix_that_has_become_another_is_decomposed_afresh():
     torch.manual_seed(0)
     first, second = torch.randn(2, 200, 260)

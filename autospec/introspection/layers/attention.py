@@ -22,7 +22,7 @@ from ..hooks import Hook, outside_graphs
 from .call import OnCall
 from .linear import LinearCall
 
-WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
 
 
 @functools.cache
@@ -137,6 +137,10 @@ def allow_short_cuts(model: nn.Module) -> list[RemovableHandle]:
     return handles
 
 
+def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: weight for name, weight in module.named_parameters(remove_duplicate=False) if name in WEIGHTS}
+
+
 class AttentionRule:
     """nn.MultiheadAttention in all its forms: the packed or separate projections, and the output's."""
 
@@ -145,8 +149,8 @@ class AttentionRule:
         return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
-        """The projections' weights."""
-        return (*(name for name in WEIGHTS if getattr(module, name, None) is not None), "out_proj.weight")
+        """The projections' weights, but for those that are computed from others."""
+        return tuple(_weights(module))
 
     def attach(self, module: nn.Module, on_call: OnCall) -> list[RemovableHandle]:
         """Look on from before each forward pass until after it."""
@@ -156,8 +160,7 @@ class AttentionRule:
             end()
             if takes_short_cut(module):
                 return
-            weights = {name: module.get_parameter(name) for name in self.parameters(module)}
-            mode = _Products(weights, on_call)
+            mode = _Products(_weights(module), on_call)
             mode.__enter__()
             running.append(mode)
 

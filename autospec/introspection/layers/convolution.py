@@ -25,7 +25,7 @@ class ConvolutionCall(LayerCall):
     def __init__(self, module: Any, activation: Tensor, output: Tensor) -> None:
         self.module = module
         self.inputs, self.outputs = (activation,), (output,)
-        self.dimensions = module.weight.ndim - 2
+        self.dimensions = len(module.kernel_size)
 
     def _batched(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.ndim == self.dimensions + 2 else tensor.unsqueeze(0)
@@ -44,17 +44,29 @@ class ConvolutionCall(LayerCall):
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
             margins = (tuple(module._reversed_padding_repeated_twice), mode)
             padding = (0,) * self.dimensions
+        adjoint, transposed = self._batched(adjoint), isinstance(module, TRANSPOSED)
         return Convolution(
             activation,
-            self._batched(adjoint),
+            adjoint,
             tuple(module.weight.shape),
             module.stride,
             padding,
             module.dilation,
             module.groups,
-            isinstance(module, TRANSPOSED),
-            module.output_padding,
+            transposed,
+            self._output_padding(activation, adjoint) if transposed else module.output_padding,
             margins,
+        )
+
+    def _output_padding(self, activation: Tensor, adjoint: Tensor) -> tuple[int, ...]:
+        """Of a transposed convolution, as this call had it: with ``output_size=`` the module's own does not hold."""
+        module = self.module
+        sizes = (activation.shape[2:], adjoint.shape[2:], module.kernel_size)
+        return tuple(
+            there - ((size - 1) * stride - 2 * padding + dilation * (length - 1) + 1)
+            for size, there, length, stride, padding, dilation in zip(
+                *sizes, module.stride, module.padding, module.dilation, strict=True
+            )
         )
 
 

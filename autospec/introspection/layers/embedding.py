@@ -9,7 +9,6 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import WatchError
 from ..factors import Lookup
 from ..groups import places
 from ..hooks import Hook
@@ -98,11 +97,6 @@ class EmbeddingRule:
     def attach(self, module: nn.Module, on_call: OnCall) -> list[RemovableHandle]:
         """Report the indices and the output of each forward pass."""
         assert isinstance(module, nn.Embedding)
-        if module.scale_grad_by_freq:
-            raise WatchError(
-                "an nn.Embedding with scale_grad_by_freq=True divides its gradient by counts of the batch, so it has no "
-                "group shares: leave it out with layers=."
-            )
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             return on_call(LookupCall(module, args[0] if args else kwargs["input"], output))

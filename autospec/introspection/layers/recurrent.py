@@ -21,11 +21,14 @@ from .call import LayerCall, OnCall, hold_nan
 
 # Deviation of the layer's output, computed again, that only another dropout mask explains.
 SAME_OUTPUT = 1e-3
+CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 CELLS: dict[Any, str] = {nn.RNNCell: "", nn.GRUCell: "GRU", nn.LSTMCell: "LSTM"}
 
 
-def _matrices(module: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight"))
+def _matrices(module: Any) -> tuple[str, ...]:
+    """Names of the weights that are parameters, and not computed from others."""
+    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    return tuple(name for name in module._flat_weights_names if name in own and name.startswith("weight"))
 
 
 class _Sequences:
@@ -113,7 +116,10 @@ class RecurrentCall(LayerCall):
         self.inputs = (data, *states)
         self.parameters = _matrices(module)
         self.output_version = out._version
-        self._weights = {name: (weight, weight._version) for name, weight in module.named_parameters(recurse=False)}
+        # What the forward pass has just used: a weight that is computed from others, as by orthogonal(), is no parameter, and
+        # asking for it would compute it again, which moves spectral normalisation on.
+        used = zip(module._flat_weights_names, module._flat_weights, strict=True)
+        self._weights = {name: (weight.detach(), weight._version) for name, weight in used if weight is not None}
         self._found: tuple[tuple[Tensor | None, ...], dict[str, Product]] = ((), {})
 
     def marks(self, parameter: str) -> Tensor:
@@ -368,6 +374,8 @@ class CellCall(LayerCall):
         # Where the cell is made of several operations, c is a step on the way to h and its derivative holds that of h.
         self._whole_cell = len(self.outputs) > 1 and self.outputs[0].grad_fn is not self.outputs[1].grad_fn
         self._versions = [(parameter, parameter._version) for parameter in module.parameters()]
+        # A weight that is computed from others, as by orthogonal(), may be another one in the next call.
+        self._derived = {name: _derived_weight(module, name) for name in CELL_WEIGHTS if name not in module._parameters}
 
     def marks(self, parameter: str) -> Tensor:
         """Whether each entry of the batch holds a NaN."""
@@ -410,12 +418,11 @@ class CellCall(LayerCall):
             return single(tensor.detach().to(low)) if cast else tensor.detach()
 
         module = self.module
-        biases = (module.bias_ih, module.bias_hh) if module.bias else (None, None)
-        weights = Weights(
-            computed(module.weight_ih),
-            computed(module.weight_hh),
-            *(None if bias is None else computed(bias) for bias in biases),
+        names = CELL_WEIGHTS if module.bias else CELL_WEIGHTS[:2]
+        ih, hh, *biases = (
+            computed(self._derived[name] if name in self._derived else getattr(module, name)) for name in names
         )
+        weights = Weights(ih, hh, *(biases or (None, None)))
         x, *states = (computed(tensor).reshape(-1, tensor.shape[-1]) for tensor in self.inputs)
         if not states:
             states = [x.new_zeros(len(x), module.hidden_size)] * 2
@@ -425,6 +432,21 @@ class CellCall(LayerCall):
         at_hidden = scanned.hidden.new_zeros(scanned.hidden.shape) if ends[0] is None else ends[0]
         at_cell = ends[1] if len(ends) > 1 else None
         return adjoints(self.mode, weights, scanned, at_hidden, at_cell, workspace, self._whole_cell), states[0]
+
+
+def _derived_weight(cell: nn.Module, name: str) -> Tensor:
+    """A weight that is no parameter, as the forward pass that has just ended used it.
+
+    In training mode spectral normalisation moves on whenever it is asked for the weight.
+    """
+    modes = [(module, module.training) for module in cell.modules()]
+    cell.eval()
+    try:
+        with torch.no_grad():
+            return getattr(cell, name).detach()
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class CellRule:
