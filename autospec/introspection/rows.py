@@ -97,6 +97,10 @@ class RowMap:
     without_hooks: tuple[str, ...] = ()
     certain: bool = False
 
+    def same_rows(self, other: RowMap) -> bool:
+        """Whether every row is the same sample's."""
+        return _same(self.samples, other.samples) and self.shared == other.shared
+
     @property
     def shared(self) -> dict[Place, Along]:
         """Lookups that all samples share, such as a table of positions."""

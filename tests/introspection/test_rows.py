@@ -915,6 +915,75 @@ def test_what_one_batch_does_not_show_is_not_forgotten():
                     assert error(found, svdvals(gradient)) < 1e-6
 
 
+class Counting(nn.Module):
+    """Takes a number: of the step, or of how often a layer is called, or of how far the samples are moved."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.read, self.use = nn.Linear(6, 6), use
+
+    def forward(self, x, number):
+        states = torch.tanh(self.read(x.roll(number, 0) if self.use == "moves" else x)) * (1 + 0.1 * number)
+        for _ in range(number if self.use == "unrolls" else 0):
+            states = torch.tanh(self.read(states))
+        return states.roll(-number, 0) if self.use == "moves" else states
+
+
+@pytest.mark.parametrize(("use", "traced"), [("counts", 3), ("unrolls", 8), ("moves", 8)])
+def test_a_number_that_counts_steps_is_not_traced_for_ever(use, traced, probes):
+    model, x = Counting(use), torch.randn(N, 6)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for number in range(8):
+            model.zero_grad()
+            mean_square(model(x, number)).backward()
+            watcher.step()
+    assert len(probes) == traced if use == "counts" else len(probes) >= traced
+    exact, x = copy.deepcopy(model).double(), x.double()
+    for group, member in members(LABELS, N).items():
+        inside = torch.from_numpy(member).unsqueeze(1)
+        for number in range(8):
+            exact.zero_grad()
+            made = exact(x, number)
+            mean_square(torch.where(inside, made, made.detach())).backward()
+            assert (
+                error(
+                    spectrum(watcher.trajectories, "read.weight", "gradient", group, number),
+                    svdvals(exact.read.weight.grad),
+                )
+                < 1e-6
+            )
+
+
+def test_a_model_that_grows_by_an_attribute_is_traced_again():
+    class Growing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.more, self.last, self.depth = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2), 0
+
+        def forward(self, x):
+            states = torch.tanh(self.first(x))
+            for _ in range(self.depth):
+                states = torch.tanh(self.more(states))
+            return self.last(states)
+
+    model, x = Growing(), torch.randn(N, 6)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for model.depth in (0, 1, 3, 2):
+            model.zero_grad()
+            mean_square(model(x)).backward()
+            watcher.step()
+    exact = copy.deepcopy(model).double()
+    inside = torch.from_numpy(members(LABELS, N)["a"]).unsqueeze(1)
+    for step, exact.depth in enumerate((0, 1, 3, 2)):
+        exact.zero_grad()
+        made = exact(x.double())
+        mean_square(torch.where(inside, made, made.detach())).backward()
+        for name in ("first.weight", "more.weight", "last.weight"):
+            gradient = exact.get_parameter(name).grad
+            found = spectrum(watcher.trajectories, name, "gradient", "a", step)
+            assert np.isnan(found).all() if gradient is None else error(found, svdvals(gradient)) < 1e-6
+
+
 def valid_positions():
     valid = torch.arange(T) < torch.tensor([5, 3, 1, 4, 2, 5, 2, 1, 3]).unsqueeze(1)
     return valid, {group: torch.from_numpy(member).unsqueeze(1) & valid for group, member in members(LABELS, N).items()}
