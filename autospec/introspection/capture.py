@@ -24,7 +24,7 @@ from .groups import Assignment, Groups
 from .hooks import Hook
 from .layers import LayerCall, LookupCall, allow_short_cuts, rule_for
 from .parameters import WatchedParameter
-from .pending import Layout, Pending, Sorting
+from .pending import Items, Layout, Pending, Sorting
 from .rows import Place, Reading, RowMap, as_array, can_be_nan, content_of, map_rows, several_processes, whole_numbers
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
@@ -859,26 +859,19 @@ class Capture:
         key = (layout, *use.call.order_key(use.place), use.number, forward.row_map, items, use.call.layout())
         device = layer.parameter.device
         if key not in cache:
-            samples, known = self._samples_of_items(layer, use, items)
+            found = self._items(layer, use, items)
             there = None
             if layout is not None:
-                there = Sorting.as_they_lie(
-                    layer.name, samples, forward.assignment, forward.valid, device, known, layout
-                )
+                there = Sorting.as_they_lie(found, forward.assignment, forward.valid, device, layout)
             if there is None:
-                # Layers whose items lie alike have the same.
-                content = samples.dtype, samples.tobytes(), device, known and (known[0].tobytes(), known[1])
-                there = cache.get(content) or Sorting.by_cell(
-                    layer.name, samples, forward.assignment, forward.valid, device, known
-                )
+                content = device, *found.content  # layers whose items lie alike have the same
+                there = cache.get(content) or Sorting.by_cell(found, forward.assignment, forward.valid, device)
                 cache[content] = there
             cache[key] = there
         self._sortings_used[key] = cache[key]
         return cache[key]
 
-    def _samples_of_items(
-        self, layer: WatchedLayer, use: Use, items: int
-    ) -> tuple[np.ndarray, tuple[np.ndarray, int] | None]:
+    def _items(self, layer: WatchedLayer, use: Use, items: int) -> Items:
         """Sample of each item, and its position where the layer knows it."""
         forward, known = use.forward, None
         assert forward.assignment is not None
@@ -901,7 +894,7 @@ class Capture:
                 f"'{layer.name}' received {items} rows, but {len(samples)} are known: "
                 "give rows= with the sample of each row, to set_groups() where it changes from batch to batch."
             )
-        return samples, known
+        return Items(layer.name, samples, known)
 
 
 def _coarsest(*dtypes: torch.dtype | None) -> torch.dtype:

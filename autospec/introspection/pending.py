@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,30 @@ CANCELLED_BY_ROWS = 1e-9
 ROUNDING_OF_IMAGE = 8.0
 # Below this many rows, as a fraction of the matrix's smaller side, the factors are kept instead of the share.
 FEW_ROWS = 0.75
+
+
+@dataclass(frozen=True)
+class Items:
+    """Whose the items of one use are.
+
+    Attributes
+    ----------
+    name : str
+        Of the parameter.
+    samples : ndarray of int, shape (items,)
+        Sample of each.
+    known : (ndarray of int, shape (items,), int) or None
+        Position of each in its sample, and how many positions there are, where the layer says so.
+    """
+
+    name: str
+    samples: np.ndarray
+    known: tuple[np.ndarray, int] | None = None
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What is the same for items that lie alike."""
+        return self.samples.dtype, self.samples.tobytes(), self.known and (self.known[0].tobytes(), self.known[1])
 
 
 @dataclass
@@ -85,33 +109,22 @@ class Sorting:
         return cls(None, [items], [np.ones(1, dtype=bool).tobytes()], np.zeros(items, dtype=np.int64))
 
     @classmethod
-    def by_cell(
-        cls,
-        name: str,
-        samples: np.ndarray,
-        assignment: Assignment,
-        valid: np.ndarray | None,
-        device: torch.device,
-        known: tuple[np.ndarray, int] | None = None,
-    ) -> Sorting:
+    def by_cell(cls, items: Items, assignment: Assignment, valid: np.ndarray | None, device: torch.device) -> Sorting:
         """Sort by the cell of each item's sample.
 
         Parameters
         ----------
-        name : str
-            Of the parameter.
-        samples : ndarray of int, shape (items,)
-            Sample of each item.
+        items : Items
+            The items.
         assignment : Assignment
             Cell of each sample.
         valid : ndarray of bool, shape (samples, positions), or None
             Positions that count; it holds where the samples have as many items.
         device : torch.device
             Where the items are.
-        known : (ndarray of int, shape (items,), int), optional
-            Position of each item in its sample, and how many positions there are, where the layer says so.
         """
-        positions, kept, masked = _kept_items(name, samples, assignment, valid, known)
+        samples = items.samples
+        positions, kept, masked = _kept_items(items, assignment, valid)
         cells = assignment.cells[samples]
         order = np.argsort(cells, kind="stable")
         order = order[kept[order]]
@@ -129,14 +142,7 @@ class Sorting:
 
     @classmethod
     def as_they_lie(
-        cls,
-        name: str,
-        samples: np.ndarray,
-        assignment: Assignment,
-        valid: np.ndarray | None,
-        device: torch.device,
-        known: tuple[np.ndarray, int] | None,
-        layout: Layout,
+        cls, items: Items, assignment: Assignment, valid: np.ndarray | None, device: torch.device, layout: Layout
     ) -> Sorting | None:
         """Leave the items where they are, if all of them count and their order allows it; parameters as for `by_cell`.
 
@@ -145,7 +151,8 @@ class Sorting:
         layout : {"runs", "grid"}
             Tell runs of one cell apart; or, where items lie sample by sample, as many of each, say how in a `Grid`.
         """
-        positions, kept, masked = _kept_items(name, samples, assignment, valid, known)
+        samples = items.samples
+        positions, kept, masked = _kept_items(items, assignment, valid)
         if not kept.all():
             return None
         if layout == "runs":
@@ -188,19 +195,14 @@ class Sorting:
         return self._tables[cell, device]
 
 
-def _kept_items(
-    name: str,
-    samples: np.ndarray,
-    assignment: Assignment,
-    valid: np.ndarray | None,
-    known: tuple[np.ndarray, int] | None,
-) -> tuple[np.ndarray, np.ndarray, bool]:
+def _kept_items(items: Items, assignment: Assignment, valid: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, bool]:
     """Position of each item in its sample, whether it counts, and whether the mask of positions applies to these items.
 
     Items that are as many of each sample as the mask has columns are its positions; items that are as many as it marks are
     those that it marks.
     """
-    everything, count = np.ones(len(samples), dtype=bool), len(assignment.cells)
+    samples, known, count = items.samples, items.known, len(assignment.cells)
+    everything = np.ones(len(samples), dtype=bool)
     counts = np.bincount(samples, minlength=count)
     present = counts[counts > 0]
     equal = len(present) > 0 and bool((present == present[0]).all())
@@ -218,7 +220,7 @@ def _kept_items(
         return positions, everything, True
     if known is None and max(present) == valid.shape[1]:
         raise WatchError(
-            f"'{name}' received between {min(present)} and {max(present)} rows of a sample, neither as many as valid= has "
+            f"'{items.name}' received between {min(present)} and {max(present)} rows of a sample, neither as many as valid= has "
             "positions nor as many as it marks, so which to leave out is not known: mark in valid= the positions whose rows "
             "reach the layer, or leave the layer out with layers=."
         )
