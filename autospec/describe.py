@@ -46,7 +46,12 @@ def interval_words(estimate: float | None, low: float | None, high: float | None
     if estimate is None or not math.isfinite(estimate):
         return "–"
     ends = [math.nan if end is None else end for end in (low, high)]
-    return f"{estimate:.2g} ({ends[0]:.2g} to {ends[1]:.2g})"
+    return f"{two_digits(estimate)} ({two_digits(ends[0])} to {two_digits(ends[1])})"
+
+
+def two_digits(number: float) -> str:
+    """A number with two digits, or all of those before its point."""
+    return f"{number:.0f}" if 100 <= abs(number) < math.inf else f"{number:.2g}"
 
 
 MEASURES = {"accuracy": "accuracy", "explained": "variance explained"}

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from autospec import specs
+from autospec.describe import interval_words
 from autospec.paths import result
 from autospec.statistics.summary import COLUMNS, summarise
 from autospec.statistics.table import read_tests, tidy
@@ -113,3 +114,16 @@ def test_the_page_explains_every_column():
     page = (ROOT / "docs/figures.md").read_text()
     for column, meaning in COLUMNS.items():
         assert f"| `{column}` | {meaning} |" in page
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ((3.21, 1.0, 5.55), "3.2 (1 to 5.5)"),
+        ((-139.6, -141.2, -99.4), "-140 (-141 to -99)"),
+        ((2.0, -np.inf, np.inf), "2 (-inf to inf)"),
+        ((None, None, None), "–"),
+    ],
+)
+def test_an_effect_has_two_digits_or_all_before_its_point(numbers, words):
+    assert interval_words(*numbers) == words
