@@ -46,6 +46,8 @@ def interval_words(estimate: float | None, low: float | None, high: float | None
     if estimate is None or not math.isfinite(estimate):
         return "–"
     ends = [math.nan if end is None else end for end in (low, high)]
+    if all(map(math.isinf, ends)):
+        return f"{two_digits(estimate)} (too few labellings for an interval)"
     return f"{two_digits(estimate)} ({two_digits(ends[0])} to {two_digits(ends[1])})"
 
 

@@ -130,7 +130,7 @@ def check(
     """
     loss = loss or _generic_loss
     found = Check()
-    with kept_apart(model) as copied, generators_kept(list(model.parameters())), torch.no_grad():
+    with kept_apart(model) as copied, generators_kept(list(model.parameters())), torch.enable_grad():
         twin = copy_model(model)
         copied.update(twin.modules())
         _call(twin, batch)  # a copy that called the model itself would train it

@@ -121,7 +121,7 @@ def test_the_page_explains_every_column():
     [
         ((3.21, 1.0, 5.55), "3.2 (1 to 5.5)"),
         ((-139.6, -141.2, -99.4), "-140 (-141 to -99)"),
-        ((2.0, -np.inf, np.inf), "2 (-inf to inf)"),
+        ((2.0, -np.inf, np.inf), "2 (too few labellings for an interval)"),
         ((None, None, None), "–"),
     ],
 )

@@ -103,3 +103,17 @@ def test_a_loss_is_asked_for_where_the_output_has_no_gradient():
 
     with pytest.raises(autospec.introspection.WatchError, match="give check\\(\\) a loss"):
         check(Counts(), torch.randn(N, 5), LABELS)
+
+
+def test_a_forward_pass_may_use_gradients():
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            states = torch.tanh(self.first(x))
+            states.retain_grad()
+            return self.second(states)
+
+    assert check(Looking(), torch.randn(6, 5), ["a", "b"] * 3, quiet=True).passed

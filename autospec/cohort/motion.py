@@ -14,6 +14,8 @@ from autospec.errors import UserError
 DISPLACEMENT = ("framewise_displacement", "FD", "fd")
 # fMRIPrep marks each volume to leave out with a column of its own; NIAK marks all of them in one.
 MARKS = re.compile(r"(motion_outlier|non_steady_state_outlier)\d+|scrub")
+# What stands for no number beside what is not known anywhere.
+NO_NUMBER = ("-", ".", "none", "null", "missing")
 # Columns of tables of participants, in small letters.
 OF_PHENOTYPES = {"mean_fd": ("fd", "mean_fd"), "usable_volumes": ("frames ok",)}
 
@@ -99,6 +101,7 @@ def _of_phenotype(phenotype: Mapping[str, str], source: str) -> Motion:
     for what, names in OF_PHENOTYPES.items():
         column = next((small[name] for name in names if name in small), None)
         text = MISSING if column is None else known(phenotype[column])
+        text = MISSING if text.lower() in NO_NUMBER else text
         try:
             values[what] = None if text == MISSING else float(text)
         except ValueError:

@@ -35,8 +35,8 @@ DEEPEST = 3
 # Row maps of batches of different shapes, before all are probed anew.
 ROW_MAPS_KEPT = 64
 COMPILER = "torch._dynamo"
-# Plain numbers in the arguments that are tried before others are thought to move no row either.
-NUMBERS_TRIED = 3
+# Batches that differ in plain numbers alone and are traced before it is said how to spare that.
+NUMBERS_TRACED = 10
 # Bytes of one item, a volume say, from which on it is not copied: fresh memory for all of them costs more than the copy.
 LARGE_ITEM = 2**18
 # Numbers in a matrix up to which one product a sample, for samples of many rows, costs less than sorting the rows.
@@ -240,7 +240,8 @@ class Capture:
         self.rows = dict(rows)
         self._batch_dim = batch_dim
         self._row_maps: dict[Any, RowMap] = {}
-        self._by_number: dict[Any, list[RowMap]] = {}
+        self._forms: dict[Any, set[Any]] = {}
+        self._in_training_alone: set[tuple[Place, int]] = set()
         self._by_content: dict[Any, tuple[int, ...]] = {}
         self._reading: Reading | None = None
         self._sorts = any(isinstance(module, nn.RNNBase) for module in model.modules())
@@ -402,6 +403,9 @@ class Capture:
         if (self._replaced or grown) and forward is not None and output is not None:
             try:
                 forward.row_map = self._row_map(args, kwargs, again=True, all_hooks=self._replaced)
+                if grown and forward.row_map is not None:  # what evaluation mode does not call need not be traced again
+                    known = forward.row_map.samples
+                    self._in_training_alone |= {e for e in forward.calls.items() if e[1] > len(known.get(e[0], ()))}
             except WatchError as error:
                 if model.training:
                     raise
@@ -414,8 +418,23 @@ class Capture:
 
     def _calls_more(self, forward: Forward, known: RowMap) -> bool:
         """Whether a layer was called more often than when rows were traced."""
-        more = {place for place, count in forward.calls.items() if count > len(known.samples.get(place, ()))}
-        return bool(more) and not more.isdisjoint(self._traced())
+        more = {each for each in forward.calls.items() if each[1] > len(known.samples.get(each[0], ()))}
+        traced = self._traced() if more else ()
+        return any(place in traced for place, _ in more - self._in_training_alone)
+
+    def _count_numbers(self, form: Any, signature: Any) -> None:
+        """Say, once, how to spare that rows are traced anew at each step because a number that counts steps is another one."""
+        seen = self._forms.setdefault(form, set())
+        if signature in seen or len(seen) == NUMBERS_TRACED:
+            return
+        seen.add(signature)
+        if len(seen) == NUMBERS_TRACED:
+            warnings.warn(
+                f"rows were traced {NUMBERS_TRACED} times for batches of one form, because a whole number or a text among the "
+                "model's arguments was another one each time, and might decide where rows lie: where it does not, as with the "
+                "number of a step, give it as a float, or keep it in an attribute (said once).",
+                stacklevel=2,
+            )
 
     def _row_map(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool = False, all_hooks: bool = False
@@ -430,15 +449,11 @@ class Capture:
         if len(self._row_maps) > ROW_MAPS_KEPT:
             self._row_maps.clear()
             self._by_content.clear()
-            self._by_number.clear()
+            self._forms.clear()
             self._sortings, self._sortings_used = {}, {}
         content = self._content(signature, args, kwargs)
         if again or (signature, content) not in self._row_maps:
-            # A number that counts steps is another one each time, and seldom moves a row.
-            loose = (samples, _signature((args, kwargs), self._sorts, samples, numbers=False), frozenset(watched))
-            alike = self._by_number.setdefault(loose, [])
-            if not again and len(alike) >= NUMBERS_TRIED:
-                return alike[0]
+            self._count_numbers((samples, _signature((args, kwargs), self._sorts, samples, numbers=False)), signature)
             self._paused, begin = True, time.perf_counter()
             try:
                 found = map_rows(self.model, args, kwargs, samples, watched, self._batch_dim, all_hooks, self._reading)
@@ -450,9 +465,6 @@ class Capture:
             self._by_content[signature] = tuple(sorted({*self._by_content.get(signature, ()), *found.by_content}))
             content = self._content(signature, args, kwargs)
             self._row_maps[signature, content] = found
-            if found.by_content or not all(found.same_rows(each) for each in alike):
-                alike.clear()
-            alike[NUMBERS_TRIED - 1 :] = [found]
             assert self.groups is not None
             self.audit.probed(found, self.groups.missing)
             self._observe(found.without_hooks)
@@ -922,7 +934,7 @@ def _signature(value: Any, sorts: bool, samples: int, inside: tuple[int, ...] = 
 
     Numbers of sequences by time step, as in a PackedSequence, belong to it, and what tables and objects hold that is no data; for
     numbers and names by sample see `RowMap.by_content`.  ``inside`` are the objects in which the value lies.  Without
-    ``numbers`` plain ones are left out.
+    ``numbers`` plain ones, and texts, are left out.
     """
     if isinstance(value, Tensor):
         if value.layout != torch.strided:
@@ -937,7 +949,7 @@ def _signature(value: Any, sorts: bool, samples: int, inside: tuple[int, ...] = 
         seen = value.ndim and not inside
         return value.shape if seen or value.dtype.kind in "fc" else (value.shape, content_of(value))
     if isinstance(value, bool | int | str):
-        return value if numbers or isinstance(value, bool | str) else int
+        return value if numbers or isinstance(value, bool) else type(value)
     if hasattr(type(value), "to_numpy"):  # a column of a table
         return _signature(value.to_numpy(), sorts, samples, (*inside, id(value)), numbers)
     held = vars(value) if hasattr(value, "__dict__") and not callable(value) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import types
@@ -20,7 +21,7 @@ from .hooks import Hook
 T = TypeVar("T")
 
 # What torch itself keeps in every module.
-TORCHS = frozenset(vars(nn.Module()))
+OF_TORCH = frozenset(vars(nn.Module()))
 
 
 def copy_model(model: nn.Module, keep_hooks: Callable[[Callable], bool] = lambda _: True) -> nn.Module:
@@ -45,13 +46,15 @@ def copy_model(model: nn.Module, keep_hooks: Callable[[Callable], bool] = lambda
                 memo[id(tensor)] = tensor.detach().clone()
     memo |= {id(each): OrderedDict() for each in hooks}
     result = copy.deepcopy(model, memo)
-    for each in hooks:
-        kept = {key: hook for key, hook in each.items() if keep_hooks(hook)}
-        memo[id(each)].update(copy.deepcopy(kept, memo))
+    kept = [{key: hook for key, hook in each.items() if keep_hooks(hook)} for each in hooks]
+    copied = [copy.deepcopy(each, memo) for each in kept]
     functions = _Functions(memo)
+    for each, of_copy in zip(hooks, copied, strict=True):
+        memo[id(each)].update(functions.mended(of_copy))
     for module in result.modules():
         if not hasattr(module, "_orig_mod"):  # what torch.compile made is made again by the copy itself
-            vars(module).update({name: functions.of(item) for name, item in vars(module).items() if name not in TORCHS})
+            own = {name: value for name, value in vars(module).items() if name not in OF_TORCH}
+            vars(module).update(functions.mended(own))
     return result
 
 
@@ -66,45 +69,66 @@ class _Functions:
 
     def __init__(self, memo: Mapping[int, Any]) -> None:
         self._memo = memo
+        self._private = {id(each) for each in memo.values()}
         self._made: dict[int, tuple[Any, Any]] = {}  # an identity is only unique while its object lives
         self._cells: dict[int, types.CellType] = {}
 
-    def of(self, value: Any) -> Any:
+    def mended(self, values: Mapping[Any, Any]) -> dict[Any, Any]:
+        """What a copied module holds, with functions that hold the copy; in lists and dicts, which are the copy's own, in place."""
+        return {name: self._mended(value) for name, value in values.items()}
+
+    def _mended(self, value: Any) -> Any:
+        if isinstance(value, dict | list) and id(value) in self._private:
+            self._private.discard(id(value))  # once is enough, and it may hold itself
+            for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                if (found := self._mended(item)) is not item:
+                    value[key] = found
+            return value
+        if type(value) is tuple:
+            found = tuple(map(self._mended, value))
+            return found if any(a is not b for a, b in zip(found, value, strict=True)) else value
+        return self._of(value)
+
+    def _of(self, value: Any) -> Any:
         """The copy of a value; the value itself where it holds nothing that was copied."""
-        if id(value) in self._made:
-            return self._made[id(value)][1]
         if id(value) in self._memo:
             return self._memo[id(value)]
+        if id(value) in self._made:
+            return self._made[id(value)][1]
+        if not self._holds_copied(value, set()):
+            return value
         if isinstance(value, types.MethodType):
-            owner, function = self.of(value.__self__), self.of(value.__func__)
-            same = owner is value.__self__ and function is value.__func__
-            return value if same else types.MethodType(function, owner)
+            return types.MethodType(self._of(value.__func__), self._of(value.__self__))
         if isinstance(value, types.FunctionType):
             # torch.compile's: the copy runs as it is written.
             compiled = vars(value).get("_torchdynamo_orig_callable")
-            return self.of(compiled) if compiled is not None else self._function(value)
+            return self._of(compiled) if compiled is not None else self._function(value)
         if isinstance(value, functools.partial):
-            return functools.partial(self.of(value.func), *map(self.of, value.args), **self._items(value.keywords))
-        if type(value) in (dict, list):  # a log, or a counter, which is not to see what the copy does
-            made = type(value)()
-            self._made[id(value)] = value, made  # it may hold itself
-            if isinstance(value, dict):
-                made.update(self._items(value))
-            else:
-                made.extend(map(self.of, value))
-            return made
-        if type(value) is tuple:
-            found = tuple(map(self.of, value))
-            return found if any(a is not b for a, b in zip(found, value, strict=True)) else value
-        return value
+            return functools.partial(self._of(value.func), *map(self._of, value.args), **self._items(value.keywords))
+        if isinstance(value, tuple):
+            return tuple(map(self._of, value))
+        made: Any = type(value)()
+        self._made[id(value)] = value, made  # it may hold itself
+        if isinstance(value, dict):
+            made.update(self._items(value))
+        else:
+            made.extend(map(self._of, value))
+        return made
+
+    def _holds_copied(self, value: Any, seen: set[int]) -> bool:
+        """Whether a function, or a container in one, leads to anything that was copied."""
+        if id(value) in self._memo:
+            return self._memo[id(value)] is not value
+        if id(value) in seen:
+            return False
+        seen.add(id(value))
+        return any(self._holds_copied(each, seen) for each in _held(value))
 
     def _items(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: self.of(item) for key, item in values.items()}
+        return {key: self._of(item) for key, item in values.items()}
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
         cells = function.__closure__ or ()
-        if not (cells or function.__defaults__ or function.__kwdefaults__):
-            return function
         fresh = [cell for cell in cells if id(cell) not in self._cells]
         self._cells |= {id(cell): types.CellType() for cell in fresh}
         made = types.FunctionType(
@@ -116,18 +140,43 @@ class _Functions:
         self._made[id(function)] = function, made  # it may hold itself
         for cell in fresh:
             try:
-                self._cells[id(cell)].cell_contents = self.of(cell.cell_contents)
+                content = cell.cell_contents
             except ValueError:  # nothing is in it yet
                 continue
-        made.__defaults__ = None if function.__defaults__ is None else tuple(map(self.of, function.__defaults__))
+            # A log, or a counter, is not to see what the copy does.
+            counts = type(content) in (dict, list) and id(content) not in self._memo
+            self._cells[id(cell)].cell_contents = copy.copy(content) if counts else content
+            self._cells[id(cell)].cell_contents = self._of(self._cells[id(cell)].cell_contents)
+        made.__defaults__ = None if function.__defaults__ is None else tuple(map(self._of, function.__defaults__))
         made.__kwdefaults__ = None if function.__kwdefaults__ is None else self._items(function.__kwdefaults__)
         vars(made).update(self._items(vars(function)))
         return made
 
 
+def _held(value: Any) -> Iterator[Any]:
+    """What a function, a method or a plain container holds."""
+    if isinstance(value, types.FunctionType):
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # nothing is in it yet
+                yield cell.cell_contents
+        yield from value.__defaults__ or ()
+        yield from (value.__kwdefaults__ or {}).values()
+        yield from vars(value).values()
+    elif isinstance(value, types.MethodType):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif type(value) is dict:
+        yield from value.values()
+    elif type(value) in (list, tuple):
+        yield from value
+
+
 @contextmanager
 def kept_apart(model: nn.Module, evaluated: bool = False) -> Iterator[set[nn.Module]]:
     """Let copies of a model run without a change of anything else.
+
+    What the model calls that is no part of it is put back, too, but not where a part of the model is compiled.
 
     Parameters
     ----------

@@ -215,7 +215,7 @@ def _kept_items(items: Items, assignment: Assignment, valid: np.ndarray | None) 
             raise WatchError("valid= leaves no row at all: mark the positions that count with True.")
         return positions, kept, True
     if bool((counts == valid.sum(1)).all()):
-        if known is None and not equal:
+        if known is None and max(present) > 1:
             positions = np.nonzero(valid)[1][np.argsort(np.argsort(samples, kind="stable"), kind="stable")]
         return positions, everything, True
     if known is None and max(present) == valid.shape[1]:

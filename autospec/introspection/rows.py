@@ -9,6 +9,7 @@ log2(samples) + 2 passes.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -96,10 +97,6 @@ class RowMap:
     by_content: tuple[int, ...] = ()
     without_hooks: tuple[str, ...] = ()
     certain: bool = False
-
-    def same_rows(self, other: RowMap) -> bool:
-        """Whether every row is the same sample's."""
-        return _same(self.samples, other.samples) and self.shared == other.shared
 
     @property
     def shared(self) -> dict[Place, Along]:
@@ -518,10 +515,11 @@ def _same_result(
     if not shared:
         return
     refusal = _cannot_be_spread(shared[0])
-    begin = torch.get_rng_state()
+    begin = _random_states(twin, args, kwargs)
 
     def result(spread: bool) -> list[Tensor]:
-        torch.set_rng_state(begin)
+        for restore in begin:
+            restore()
         marked = _lookups_marked(twin, reading if spread else Reading(reading.dims, {}), samples, None)
         with _unchanged(twin), marked, _learning_as(twin, model) as weights:
             made = list(tensors_in(twin(*args, **kwargs)))
@@ -536,12 +534,29 @@ def _same_result(
 
     try:
         plain, spread = result(False), result(True)
+        # Where not even the same pass gives the same again, as with some kernels of CUDA, nothing is changed by another order.
         if not _all_equal(plain, spread) and _all_equal(plain, result(False)):
             raise refusal
     except WatchError:
         raise
     except Exception as error:
         raise refusal from error
+
+
+def _random_states(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Callable[[], Any]]:
+    """How to put every generator back that a forward pass may draw from, also those that the model holds."""
+    tensors = [*twin.parameters(), *twin.buffers(), *tensors_in((args, kwargs))]
+    states: list[Callable[[], Any]] = [functools.partial(torch.set_rng_state, torch.get_rng_state())]
+    for index in sorted({tensor.device.index or 0 for tensor in tensors if tensor.is_cuda}):
+        states.append(functools.partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(index), index))
+    states.append(functools.partial(random.setstate, random.getstate()))
+    states.append(functools.partial(np.random.set_state, np.random.get_state()))  # noqa: NPY002
+    held = [list(vars(module).values()) for module in twin.modules()]
+    for generator in instances_in(held, torch.Generator):
+        states.append(functools.partial(generator.set_state, generator.get_state()))
+    for drawing in instances_in(held, np.random.Generator):
+        states.append(functools.partial(setattr, drawing.bit_generator, "state", drawing.bit_generator.state))
+    return states
 
 
 def _all_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:

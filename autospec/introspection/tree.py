@@ -139,23 +139,11 @@ def build_tree(
 def _layer_node(records: Sequence[Record], layout: LayerLayout, groups: int, statistics: Sequence[str]) -> xr.Dataset:
     variables: dict[str, Any] = {}
     recorded = [name for name in statistics if name in DESCRIPTIONS]
-    # A layer may have had wider rows at one step than at another.
-    widths = [
-        each.spectra[layout.name, name].shape[1]
-        for each in records
-        for name in recorded
-        if (layout.name, name) in each.spectra
-    ]
-    count = max([len(layout.index), *widths])
-    number = layout.index if count == len(layout.index) else np.arange(1, count + 1)
+    count, number = _index(layout, [record.spectra.get((layout.name, name)) for record in records for name in recorded])
     for statistic in recorded:
         key = (layout.name, statistic)
-        values = np.full((len(records), groups, count), np.nan, dtype=np.float32)
-        floors = np.full((len(records), groups), np.nan, dtype=np.float32)
-        for step, record in enumerate(records):
-            if key in record.spectra:
-                values[step, :, : record.spectra[key].shape[1]] = record.spectra[key]
-                floors[step] = record.floors[key]
+        values = _stacked([record.spectra.get(key) for record in records], (groups, count))
+        floors = _stacked([record.floors.get(key) for record in records], (groups,))
         variables[statistic] = (("step", "group", "index"), values, {"description": DESCRIPTIONS[statistic]})
         variables[f"{statistic}_noise_floor"] = (
             ("step", "group"),
@@ -172,21 +160,16 @@ def _layer_node(records: Sequence[Record], layout: LayerLayout, groups: int, sta
         {"description": "largest rank that the group's rows allow the gradient"},
     )
     if any(layout.name in record.alignment for record in records):
-        missing = np.full(groups, np.nan, dtype=np.float32)
         variables["alignment"] = (
             ("step", "group"),
-            np.array([record.alignment.get(layout.name, missing) for record in records], dtype=np.float32),
+            _stacked([record.alignment.get(layout.name) for record in records], (groups,)),
             {"description": "nuclear norm of the gradient over the sum of products of its factors' singular values"},
         )
     coords: dict[str, Any] = {"index": ("index", number, {"description": "number of the singular value, from 1"})}
-    found = [record.by_position[layout.name] for record in records if layout.name in record.by_position]
-    if found:
-        positions = max(each.shape[1] for each in found)
-        whole = np.full((len(records), groups, positions, count), np.nan, dtype=np.float32)
-        for row, record in zip(whole, records, strict=True):
-            if layout.name in record.by_position:
-                of_step = record.by_position[layout.name]
-                row[:, : of_step.shape[1], : of_step.shape[2]] = of_step
+    by_position = [record.by_position.get(layout.name) for record in records]
+    positions = max((each.shape[1] for each in by_position if each is not None), default=0)
+    if positions:
+        whole = _stacked(by_position, (groups, positions, count))
         variables["gradient_by_position"] = (
             ("step", "group", "position", "index"),
             whole,
@@ -218,12 +201,33 @@ CONTRAST_VARIABLES = {
 def _contrast_node(records: Sequence[Record], pair: str, layout: LayerLayout, statistics: Sequence[str]) -> xr.Dataset:
     """What compares two groups in one layer."""
     variables: dict[str, Any] = {}
-    for statistic in [name for name in statistics if name in CONTRAST_VARIABLES]:
-        for name, description in CONTRAST_VARIABLES[statistic]:
-            dims = ("step",) if name in ("cosine", "gradient_noise_floor") else ("step", "index")
-            missing = np.full((len(layout.index),)[: len(dims) - 1], np.nan, dtype=np.float32)
-            compared = [record.contrasts.get((pair, layout.name, name), missing) for record in records]
-            stacked = np.array(compared, dtype=np.float32).reshape(len(records), *missing.shape)
-            variables[name] = (dims, stacked, {"description": description})
-    index = ("index", layout.index, {"description": "number of the singular value, from 1"})
+    names = [
+        (name, words) for each in statistics if each in CONTRAST_VARIABLES for name, words in CONTRAST_VARIABLES[each]
+    ]
+    by_index = {
+        name: ("step",) if name in ("cosine", "gradient_noise_floor") else ("step", "index") for name, _ in names
+    }
+    found = {name: [record.contrasts.get((pair, layout.name, name)) for record in records] for name in by_index}
+    spectra = [each for name, dims in by_index.items() if len(dims) > 1 for each in found[name]]
+    count, number = _index(layout, spectra)
+    for name, words in names:
+        stacked = _stacked(found[name], (count,)[: len(by_index[name]) - 1])
+        variables[name] = (by_index[name], stacked, {"description": words})
+    index = ("index", number, {"description": "number of the singular value, from 1"})
     return xr.Dataset(variables, coords={"index": index}, attrs={"shape": list(layout.shape)})
+
+
+def _index(layout: LayerLayout, spectra: Sequence[np.ndarray | None]) -> tuple[int, np.ndarray]:
+    """How many singular values are in a node, and their numbers: a layer may have had wider rows at one step than at another."""
+    count = max([len(layout.index), *(each.shape[-1] for each in spectra if each is not None)])
+    return count, layout.index if count == len(layout.index) else np.arange(1, count + 1)
+
+
+def _stacked(steps: Sequence[np.ndarray | None], shape: tuple[int, ...]) -> np.ndarray:
+    """What was found at each step, of that shape or smaller, one after the other; NaN where there is nothing."""
+    whole = np.full((len(steps), *shape), np.nan, dtype=np.float32)
+    for step, found in enumerate(steps):
+        if found is not None:
+            place: tuple[Any, ...] = (step, *(slice(size) for size in np.shape(found)))
+            whole[place] = found
+    return whole

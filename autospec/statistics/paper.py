@@ -47,7 +47,7 @@ def compare_spectra(
         Numbers of the singular values.
     scale : {"raw", "log"}
         Test the values or their logarithms; at a step the logarithms of those singular values that lie above the noise
-        floor in both groups at every step.
+        floor in both groups at every step that has samples of both.
 
     Returns
     -------

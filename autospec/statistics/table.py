@@ -74,7 +74,7 @@ CONFOUNDS_COLUMNS: Mapping[str, str] = {
     "n_a": "Subjects in the first group.",
     "n_b": "Subjects in the second group.",
     "largest_statistic": (
-        "Largest of the tested statistics' distances from their mean over permutations, in their standard deviations."
+        "Largest of the tested statistics' distances from their means over the other labellings, in their standard deviations."
     ),
     "largest_low": "Lower end of its 95 % interval: the shifts that a test by the same permutations would not reject.",
     "largest_high": "Upper end of that interval.",

@@ -1,11 +1,13 @@
 """Copies run in the model's place, and nothing of the model or around it changes."""
 
+import contextlib
 import functools
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import autospec
 from autospec.introspection import WatchError
@@ -84,17 +86,13 @@ def trained(make, watched):
     torch.manual_seed(0)
     model, x = make(), torch.randn(N, 5)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    watcher = autospec.watch(model, LABELS, quiet=True) if watched else None
-    if watcher is not None:
-        watcher.__enter__()
-    for _ in range(3):
-        optimizer.zero_grad()
-        mean_square(model(x)).backward()
-        if watcher is not None:
-            watcher.step()
-        optimizer.step()
-    if watcher is not None:
-        watcher.__exit__(None, None, None)
+    with autospec.watch(model, LABELS, quiet=True) if watched else contextlib.nullcontext() as watcher:
+        for _ in range(3):
+            optimizer.zero_grad()
+            mean_square(model(x)).backward()
+            if watcher is not None:
+                watcher.step()
+            optimizer.step()
     return model.state_dict()
 
 
@@ -125,6 +123,52 @@ def test_the_copy_holds_itself_and_shares_no_state_with_the_model():
         dict(zip(each.forward.__code__.co_freevars, each.forward.__closure__, strict=True)) for each in (model, twin)
     ]
     assert [each["calls"].cell_contents for each in calls] == [[1], [1]]
+
+
+class Grabber:
+    """A hook that is an object, and keeps what it sees in a list that is the model's."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def __call__(self, module, args, output):
+        self.found.append(output)
+
+
+class WithHelpers(Net):
+    """Lists, dicts and functions that the forward pass looks at are the same ones in the copy."""
+
+    def __init__(self, grab):
+        super().__init__()
+        self.found, self.scales, self.activation = [], {torch.tanh: 1.0, F.relu: 2.0}, F.relu
+        self.first.register_forward_hook(grab(self.found))
+
+    def forward(self, x):
+        super().forward(x)
+        assert self.activation is F.relu
+        return self.second(self.activation(self.found.pop()) * self.scales[self.activation])
+
+
+def closing_over(found):
+    return lambda module, args, output: found.append(output)
+
+
+@pytest.mark.parametrize("grab", [Grabber, closing_over])
+def test_what_a_copy_holds_is_still_the_same_as_what_its_helpers_hold(grab):
+    plain, watched = (trained(lambda: WithHelpers(grab), each) for each in (False, True))
+    for name, value in plain.items():
+        assert torch.equal(value, watched[name]), name
+    assert check(WithHelpers(grab), torch.randn(N, 5), LABELS, quiet=True).passed
+
+
+def test_functions_that_hold_nothing_of_the_model_are_not_copied():
+    layer = nn.TransformerEncoderLayer(4, 2, activation=F.gelu)
+    layer.shared, layer.calls = functools.partial(F.relu, inplace=False), [torch.tanh]
+    twin = copy_model(layer)
+    assert twin.activation is layer.activation
+    assert twin.calls == layer.calls
+    assert twin.calls is not layer.calls
+    assert twin.shared.func is F.relu
 
 
 class Holder:

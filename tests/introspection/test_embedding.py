@@ -242,12 +242,25 @@ def trained_for_some_steps(between, watched, **options):
     return model.state_dict()
 
 
+class OwnDropout(nn.Module):
+    """Dropout that draws from a generator of its own, after a projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.generator = nn.Linear(6, 6), torch.Generator().manual_seed(3)
+
+    def forward(self, x):
+        x = self.inner(x)
+        return x * (torch.rand(x.shape, generator=self.generator) < 0.5)
+
+
 BETWEEN = {
     "nothing": nn.Identity,
     "dropout": lambda: nn.Dropout(0.0),
     "layer norm": lambda: nn.LayerNorm(6),
     "projection": lambda: nn.Linear(6, 6),
     "activation": nn.Tanh,
+    "a generator of its own": OwnDropout,
 }
 
 

@@ -923,35 +923,64 @@ class Counting(nn.Module):
         self.read, self.use = nn.Linear(6, 6), use
 
     def forward(self, x, number):
-        states = torch.tanh(self.read(x.roll(number, 0) if self.use == "moves" else x)) * (1 + 0.1 * number)
+        moved = number if self.use == "moves" or (self.use == "moves late" and number > 6) else 0
+        states = torch.tanh(self.read(x.roll(moved, 0))) * (1 + 0.1 * number)
         for _ in range(number if self.use == "unrolls" else 0):
             states = torch.tanh(self.read(states))
-        return states.roll(-number, 0) if self.use == "moves" else states
+        return states.roll(-moved, 0)
 
 
-@pytest.mark.parametrize(("use", "traced"), [("counts", 3), ("unrolls", 8), ("moves", 8)])
-def test_a_number_that_counts_steps_is_not_traced_for_ever(use, traced, probes):
-    model, x = Counting(use), torch.randn(N, 6)
+def counted_to(model, x, numbers):
     with autospec.watch(model, LABELS, quiet=True) as watcher:
-        for number in range(8):
+        for number in numbers:
             model.zero_grad()
             mean_square(model(x, number)).backward()
             watcher.step()
-    assert len(probes) == traced if use == "counts" else len(probes) >= traced
+    return watcher.trajectories
+
+
+@pytest.mark.parametrize("use", ["unrolls", "moves", "moves late"])
+def test_a_number_among_the_arguments_may_decide_where_rows_lie(use):
+    """Whatever the numbers before it did; that each new one has rows traced is said once."""
+    model, x = Counting(use), torch.randn(N, 6)
+    with pytest.warns(UserWarning, match="number of a step") as said:
+        tree = counted_to(model, x, range(12))
+    assert len([each for each in said if "number of a step" in str(each.message)]) == 1
     exact, x = copy.deepcopy(model).double(), x.double()
     for group, member in members(LABELS, N).items():
         inside = torch.from_numpy(member).unsqueeze(1)
-        for number in range(8):
+        for number in range(12):
             exact.zero_grad()
             made = exact(x, number)
             mean_square(torch.where(inside, made, made.detach())).backward()
-            assert (
-                error(
-                    spectrum(watcher.trajectories, "read.weight", "gradient", group, number),
-                    svdvals(exact.read.weight.grad),
-                )
-                < 1e-6
-            )
+            found = spectrum(tree, "read.weight", "gradient", group, number)
+            assert error(found, svdvals(exact.read.weight.grad)) < 1e-6
+
+
+def test_a_number_that_counts_steps_as_a_float_costs_nothing(probes):
+    counted_to(Counting("counts"), torch.randn(N, 6), map(float, range(12)))
+    assert len(probes) == 1
+
+
+def test_a_layer_that_training_alone_calls_is_traced_for_once_more(probes):
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read, self.aside = nn.Linear(6, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            states = self.read(x)
+            if self.training:
+                self.seen = self.aside(states.detach()).detach()
+            return states
+
+    model, x = Auxiliary(), torch.randn(N, 6)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for _ in range(6):
+            model.zero_grad()
+            mean_square(model(x)).backward()
+            watcher.step()
+    assert len(probes) == 2
 
 
 def test_a_model_that_grows_by_an_attribute_is_traced_again():
@@ -1087,17 +1116,19 @@ class Padded(nn.Module):
         return self.decide(filled.sum(1) / valid.sum(1, keepdim=True))
 
 
+LENGTHS = torch.tensor([5, 3, 1, 4, 2, 5, 2, 1, 3]).unsqueeze(1)
 MASKS = {
     "to the right": lambda lengths: torch.arange(T) < lengths,
     "to the left": lambda lengths: torch.arange(T) >= T - lengths,
     "in between": lambda lengths: (torch.arange(T) * 3 + lengths) % T < lengths,
+    "as many of each": lambda lengths: (torch.arange(T) + lengths) % T < 2,
 }
 
 
 @pytest.mark.parametrize("by_position", [False, True])
 @pytest.mark.parametrize("where", MASKS)
 def test_rows_that_were_picked_by_the_model_are_not_masked_again(where, by_position):
-    valid = MASKS[where](torch.tensor([5, 3, 1, 4, 2, 5, 2, 1, 3]).unsqueeze(1))
+    valid = MASKS[where](LENGTHS)
     tokens = torch.randint(1, 20, (N, T)) * valid
     model = Padded()
     with warnings.catch_warnings():

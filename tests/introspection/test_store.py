@@ -424,7 +424,9 @@ def test_what_changes_from_one_chunk_to_the_next_is_stored_as_it_is_in_memory(tm
     def train_with(**options):
         torch.manual_seed(5)
         model, x = Changing(), torch.randn(N, 6, 5)
-        with autospec.watch(model, LABELS, per_position=True, singular_values="all", quiet=True, **options) as watcher:
+        recorded = ["gradient", "activation", "adjoint", "contrast", "cosine", "angles"]
+        given = {"statistics": recorded, "per_position": True, "singular_values": "all", "quiet": True}
+        with autospec.watch(model, LABELS, **given, **options) as watcher:
             for step in range(150):
                 model.read.weight.requires_grad_(not frozen(step))
                 model.zero_grad()
