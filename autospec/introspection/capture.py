@@ -448,7 +448,6 @@ class Capture:
         signature = (samples, _signature((args, kwargs), self._sorts, samples), frozenset(watched))
         if len(self._row_maps) > ROW_MAPS_KEPT:
             self._row_maps.clear()
-            self._by_content.clear()
             self._forms.clear()
             self._sortings, self._sortings_used = {}, {}
         content = self._content(signature, args, kwargs)
@@ -461,8 +460,8 @@ class Capture:
                 self._paused = False
                 self.seconds += time.perf_counter() - begin
             self._reading = found.reading if found.certain else self._reading
-            # What one batch does not show, another has shown.
-            self._by_content[signature] = tuple(sorted({*self._by_content.get(signature, ()), *found.by_content}))
+            if found.by_content:  # what one batch does not show, another has shown
+                self._by_content[signature] = tuple(sorted({*self._by_content.get(signature, ()), *found.by_content}))
             content = self._content(signature, args, kwargs)
             self._row_maps[signature, content] = found
             assert self.groups is not None
