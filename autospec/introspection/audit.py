@@ -99,14 +99,15 @@ class Audit:
         fraction = float(torch.linalg.matrix_norm(left_out)) / size if size else 0.0
         if not fraction > LEFT_OUT:
             return
-        if name not in self._found["left_out"]:
-            warnings.warn(
-                f"rows that valid= leaves out hold {fraction:.2g} of the gradient of '{name}', and the groups' shares do not "
-                "contain them: either the loss depends on these positions, or the layer's rows lie in another order than the "
-                "columns of valid=, as where a series is turned round; leave the layer out with layers=, or valid= away.",
-                stacklevel=5,
-            )
-        self._found["left_out"][name] = max(self._found["left_out"].get(name, 0.0), fraction)
+        self._note(
+            "left_out",
+            name,
+            fraction,
+            f"rows that valid= leaves out hold {fraction:.2g} of the gradient of '{name}', and the groups' shares do not "
+            "contain them: either the loss depends on these positions, or the layer's rows lie in another order than the "
+            "columns of valid=, as where a series is turned round; leave the layer out with layers=, or valid= away.",
+            stacklevel=6,
+        )
 
     def penalised(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
         """Note a gradient all of which came through derivatives, in a backward pass of its own."""
@@ -114,14 +115,21 @@ class Audit:
         self._outside(name, float(gradient.norm() / total.norm()), stacklevel=4)
 
     def _outside(self, name: str, fraction: float, stacklevel: int) -> None:
-        if name not in self._found["outside"]:
-            warnings.warn(
-                f"{fraction:.2g} of the gradient of '{name}' comes from no sample's row, and the groups' shares do not contain "
-                "it: a penalty on weights or on gradients is such a part, but a use of the weight outside its layer should be "
-                "replaced by a call of the layer, or the weight left out with layers=.",
-                stacklevel=stacklevel,
-            )
-        self._found["outside"][name] = max(self._found["outside"].get(name, 0.0), fraction)
+        self._note(
+            "outside",
+            name,
+            fraction,
+            f"{fraction:.2g} of the gradient of '{name}' comes from no sample's row, and the groups' shares do not contain "
+            "it: a penalty on weights or on gradients is such a part, but a use of the weight outside its layer should be "
+            "replaced by a call of the layer, or the weight left out with layers=.",
+            stacklevel=stacklevel + 1,
+        )
+
+    def _note(self, what: str, name: str, fraction: float, sentence: str, stacklevel: int) -> None:
+        """Keep the largest part of a layer's gradient that is in no share, and warn of the first."""
+        if name not in self._found[what]:
+            warnings.warn(sentence, stacklevel=stacklevel)
+        self._found[what][name] = max(self._found[what].get(name, 0.0), fraction)
 
     def compare(self, pending: Pending, recorded: np.ndarray, index: np.ndarray, groups: int) -> None:
         """Compare recorded gradient spectra with singular values of shares formed in float64.

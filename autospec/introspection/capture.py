@@ -21,7 +21,7 @@ from .audit import Audit, cancels
 from .errors import WatchError
 from .factors import NARROW, Convolution, Factors, Lookup, Product, shares_by_position, single
 from .groups import Assignment, Groups
-from .hooks import Hook
+from .hooks import Hook, may_be_compiled
 from .layers import LayerCall, LookupCall, allow_short_cuts, rule_for
 from .parameters import WatchedParameter
 from .pending import Items, Layout, Pending, Sorting
@@ -34,7 +34,6 @@ from .workspace import Where, Workspace, where
 DEEPEST = 3
 # Row maps of batches of different shapes, before all are probed anew.
 ROW_MAPS_KEPT = 64
-COMPILER = "torch._dynamo"
 # Batches that differ in plain numbers alone and are traced before it is said how to spare that.
 NUMBERS_TRACED = 10
 # Bytes of one item, a volume say, from which on it is not copied: fresh memory for all of them costs more than the copy.
@@ -161,8 +160,12 @@ class WatchedLayer(WatchedParameter):
         self.refusal: tuple[int, WatchError] | None = None
         self.added: set[tuple[int, Place, int]] = set()
         self.passes: dict[int, tuple[Forward, int]] = {}
-        self.widths = {"activation": self.shape[1], "adjoint": self.shape[0]}
         self.widths_seen: dict[str, int] = {}
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """How many singular values the factors can have, at the step at which they had most."""
+        return self.widths_seen or {"activation": self.shape[1], "adjoint": self.shape[0]}
 
     def clear(self) -> None:
         """Forget what is pending."""
@@ -399,13 +402,12 @@ class Capture:
             handle.remove()
         self._observers = []
         # A model that has grown, or that unrolls for longer, by an attribute of its own, was traced as it was.
-        grown = forward is not None and forward.row_map is not None and self._calls_more(forward, forward.row_map)
+        grown = forward is not None and bool(self._called_more(forward))
         if (self._replaced or grown) and forward is not None and output is not None:
             try:
                 forward.row_map = self._row_map(args, kwargs, again=True, all_hooks=self._replaced)
-                if grown and forward.row_map is not None:  # what evaluation mode does not call need not be traced again
-                    known = forward.row_map.samples
-                    self._in_training_alone |= {e for e in forward.calls.items() if e[1] > len(known.get(e[0], ()))}
+                if grown:  # what evaluation mode does not call so often need not be traced again
+                    self._in_training_alone |= self._called_more(forward)
             except WatchError as error:
                 if model.training:
                     raise
@@ -416,11 +418,16 @@ class Capture:
         learned = [layer for layer in self.layers if layer.parameter.requires_grad]
         return {place for layer in learned if layer.name not in self.rows for place in layer.places}
 
-    def _calls_more(self, forward: Forward, known: RowMap) -> bool:
-        """Whether a layer was called more often than when rows were traced."""
-        more = {each for each in forward.calls.items() if each[1] > len(known.samples.get(each[0], ()))}
+    def _called_more(self, forward: Forward) -> set[tuple[Place, int]]:
+        """Which matrices were used more often than when rows were traced, and how often."""
+        if forward.row_map is None:
+            return set()
+        known = forward.row_map.samples
+        more = {
+            each for each in forward.calls.items() if each[1] > len(known.get(each[0], ()))
+        } - self._in_training_alone
         traced = self._traced() if more else ()
-        return any(place in traced for place, _ in more - self._in_training_alone)
+        return {(place, count) for place, count in more if place in traced}
 
     def _count_numbers(self, form: Any, signature: Any) -> None:
         """Say, once, how to spare that rows are traced anew at each step because a number that counts steps is another one."""
@@ -669,7 +676,7 @@ class Capture:
                 "parameter is used outside its layer, which cannot be watched, so leave it out with layers="
                 + (
                     "; or it was compiled before watch() was entered: torch._dynamo.reset()."
-                    if COMPILER in sys.modules
+                    if may_be_compiled()
                     else "."
                 )
             )
@@ -768,7 +775,6 @@ class Capture:
         # Two uses of a weight may have rows of different widths, and not both at each step.
         seen = layer.widths_seen
         seen |= {name: max(width, seen.get(name, 0)) for name, width in pending.widths().items()}
-        layer.widths = dict(seen)
         layer.true_factor = not isinstance(factors, Convolution) or (
             factors.unfolded and factors.groups == 1 and not factors.transposed
         )

@@ -145,8 +145,7 @@ class _Functions:
                 continue
             # A log, or a counter, is not to see what the copy does.
             counts = type(content) in (dict, list) and id(content) not in self._memo
-            self._cells[id(cell)].cell_contents = copy.copy(content) if counts else content
-            self._cells[id(cell)].cell_contents = self._of(self._cells[id(cell)].cell_contents)
+            self._cells[id(cell)].cell_contents = self._of(copy.copy(content) if counts else content)
         made.__defaults__ = None if function.__defaults__ is None else tuple(map(self._of, function.__defaults__))
         made.__kwdefaults__ = None if function.__kwdefaults__ is None else self._items(function.__kwdefaults__)
         vars(made).update(self._items(vars(function)))

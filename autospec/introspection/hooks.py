@@ -14,6 +14,11 @@ def do_nothing(*_: Any) -> None:
     """Stand for a hook in a copy."""
 
 
+def may_be_compiled() -> bool:
+    """Whether torch's compiler has been imported: without it nothing is compiled."""
+    return "torch._dynamo" in sys.modules
+
+
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make compiled code leave its graph here and call the function as it is.
 
@@ -24,7 +29,7 @@ def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        return (disabled if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+        return (disabled if may_be_compiled() else function)(*args, **kwargs)
 
     return called
 

@@ -9,7 +9,6 @@ log2(samples) + 2 passes.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import random
@@ -515,13 +514,11 @@ def _same_result(
     if not shared:
         return
     refusal = _cannot_be_spread(shared[0])
-    begin = _random_states(twin, args, kwargs)
+    placed = [*twin.parameters(), *tensors_in((args, kwargs))]
 
     def result(spread: bool) -> list[Tensor]:
-        for restore in begin:
-            restore()
         marked = _lookups_marked(twin, reading if spread else Reading(reading.dims, {}), samples, None)
-        with _unchanged(twin), marked, _learning_as(twin, model) as weights:
+        with generators_kept(placed), _unchanged(twin), marked, _learning_as(twin, model) as weights:
             made = list(tensors_in(twin(*args, **kwargs)))
             after = torch.get_rng_state()
             learned = [each for each in made if each.requires_grad and each.is_floating_point()]
@@ -541,22 +538,6 @@ def _same_result(
         raise
     except Exception as error:
         raise refusal from error
-
-
-def _random_states(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Callable[[], Any]]:
-    """How to put every generator back that a forward pass may draw from, also those that the model holds."""
-    tensors = [*twin.parameters(), *twin.buffers(), *tensors_in((args, kwargs))]
-    states: list[Callable[[], Any]] = [functools.partial(torch.set_rng_state, torch.get_rng_state())]
-    for index in sorted({tensor.device.index or 0 for tensor in tensors if tensor.is_cuda}):
-        states.append(functools.partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(index), index))
-    states.append(functools.partial(random.setstate, random.getstate()))
-    states.append(functools.partial(np.random.set_state, np.random.get_state()))  # noqa: NPY002
-    held = [list(vars(module).values()) for module in twin.modules()]
-    for generator in instances_in(held, torch.Generator):
-        states.append(functools.partial(generator.set_state, generator.get_state()))
-    for drawing in instances_in(held, np.random.Generator):
-        states.append(functools.partial(setattr, drawing.bit_generator, "state", drawing.bit_generator.state))
-    return states
 
 
 def _all_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
@@ -879,7 +860,7 @@ def generators_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _unchanged(twin: nn.Module) -> Iterator[None]:
-    """Put back what a forward pass leaves in a model, such as a recurrent layer's last state for the next batch."""
+    """Put back what a forward pass leaves in a model: a recurrent layer's last state for the next batch, or generators."""
     own = ("_buffers", "_modules", "_parameters")
     attributes = [each for m in twin.modules() for each in (vars(m), *(vars(m)[name] for name in own))]
     before = [dict(each) for each in attributes]
@@ -887,9 +868,15 @@ def _unchanged(twin: nn.Module) -> Iterator[None]:
     dicts = [(item, dict(item)) for items in before for item in items.values() if type(item) is dict]
     tensors = {id(t): t for t in tensors_in(before) if not isinstance(t, nn.Parameter) and not t.is_inference()}
     values = [(tensor, tensor._version, tensor.clone()) for tensor in tensors.values()]
+    generators = [(each, each.get_state()) for each in instances_in(before, torch.Generator)]
+    of_numpy = [(each.bit_generator, each.bit_generator.state) for each in instances_in(before, np.random.Generator)]
     try:
         yield
     finally:
+        for generator, state in generators:
+            generator.set_state(state)
+        for bits, drawn in of_numpy:
+            bits.state = drawn
         for each, items in (*zip(attributes, before, strict=True), *dicts):
             each.clear()
             each.update(items)
