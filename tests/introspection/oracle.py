@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -279,6 +280,22 @@ def spectrum(tree: Any, layer: str, statistic: str, group: str = "all", step: in
     """One recorded spectrum in float64, without what was not recorded."""
     values = tree[f"layers/{layer}/{statistic}"].sel(group=group).values[step].astype(np.float64)
     return values[~np.isnan(values)]
+
+
+def weights_after_training(
+    model: nn.Module, x: Tensor, loss: Callable[[Any], Tensor], labels: Any, steps: int, lr: float, **options: Any
+) -> dict[str, Tensor]:
+    """State of a model after some steps, watched if there are labels."""
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+    watched = contextlib.nullcontext() if labels is None else autospec.watch(model, labels, quiet=True, **options)
+    with watched as watcher:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss(model(x)).backward()
+            if watcher is not None:
+                watcher.step()
+            optimizer.step()
+    return model.state_dict()
 
 
 def svdvals(matrix: Tensor) -> np.ndarray:

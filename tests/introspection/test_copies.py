@@ -1,6 +1,5 @@
 """Copies run in the model's place, and nothing of the model or around it changes."""
 
-import contextlib
 import functools
 
 import numpy as np
@@ -15,7 +14,7 @@ from autospec.introspection.copies import copy_model, kept_apart
 from autospec.introspection.sample_shares import sample_shares
 from autospec.testing import check
 
-from .oracle import Problem, assert_exact, members, record
+from .oracle import Problem, assert_exact, members, record, weights_after_training
 
 
 def mean_square(output):
@@ -85,15 +84,7 @@ MODELS = {
 def trained(make, watched):
     torch.manual_seed(0)
     model, x = make(), torch.randn(N, 5)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with autospec.watch(model, LABELS, quiet=True) if watched else contextlib.nullcontext() as watcher:
-        for _ in range(3):
-            optimizer.zero_grad()
-            mean_square(model(x)).backward()
-            if watcher is not None:
-                watcher.step()
-            optimizer.step()
-    return model.state_dict()
+    return weights_after_training(model, x, mean_square, LABELS if watched else None, steps=3, lr=0.1)
 
 
 @pytest.mark.parametrize("case", MODELS)

@@ -1,6 +1,5 @@
 """Embeddings: counts of indices, padding, tables that all samples share, and the tie to the output layer."""
 
-import contextlib
 import copy
 
 import numpy as np
@@ -12,7 +11,18 @@ import autospec
 from autospec.introspection import WatchError
 
 from .families import EMBEDDINGS, LABELS, LanguageModel, N, T, Words, normal, problem, weighted, whole_numbers
-from .oracle import assert_shares, captures, error, members, record, share_by_copies, shared_by, spectrum, svdvals
+from .oracle import (
+    assert_shares,
+    captures,
+    error,
+    members,
+    record,
+    share_by_copies,
+    shared_by,
+    spectrum,
+    svdvals,
+    weights_after_training,
+)
 
 TABLE = members(LABELS, N)
 
@@ -230,16 +240,7 @@ class PositionsComputedOn(nn.Module):
 def trained_for_some_steps(between, watched, **options):
     torch.manual_seed(2)
     model, x = PositionsComputedOn(between()), torch.randn(len(LABELS), 11, 6)
-    optimizer = torch.optim.SGD(model.parameters(), 0.5)
-    watcher = autospec.watch(model, LABELS, quiet=True, **options) if watched else None
-    with watcher or contextlib.nullcontext():
-        for _ in range(4):
-            optimizer.zero_grad()
-            weighted(model(x)).backward()
-            if watcher is not None:
-                watcher.step()
-            optimizer.step()
-    return model.state_dict()
+    return weights_after_training(model, x, weighted, LABELS if watched else None, steps=4, lr=0.5, **options)
 
 
 class OwnDropout(nn.Module):
