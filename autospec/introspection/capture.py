@@ -108,6 +108,8 @@ class Forward:
     calls: dict[Place, int] = field(default_factory=dict)
     readers: dict[Source, int] = field(default_factory=dict)
     """How many calls have yet to give the activation that is made of these inputs."""
+    reshaped: bool = False
+    """Whether a layer received something of another shape than when rows were traced."""
 
     def count_call(self, place: Place) -> int:
         """How often a layer has been called before this call."""
@@ -401,9 +403,12 @@ class Capture:
         for handle in self._observers:
             handle.remove()
         self._observers = []
-        # A model that has grown, or that unrolls for longer, by an attribute of its own, was traced as it was.
+        # A model that has grown, or that unrolls for longer, by an attribute of its own, was traced as it was; and so was one that
+        # goes by numbers which decide more than the first batch showed.
         grown = forward is not None and bool(self._called_more(forward))
-        if (self._replaced or grown) and forward is not None and output is not None:
+        if forward is not None and forward.reshaped:
+            self._note_all_content(args, kwargs)
+        if forward is not None and output is not None and (self._replaced or grown or forward.reshaped):
             try:
                 forward.row_map = self._row_map(args, kwargs, again=True, all_hooks=self._replaced)
                 if grown:  # what evaluation mode does not call so often need not be traced again
@@ -452,7 +457,7 @@ class Capture:
         samples = len(self.assignment.cells)
         if not watched:
             return RowMap({})
-        signature = (samples, _signature((args, kwargs), self._sorts, samples), frozenset(watched))
+        signature = self._batch_signature(args, kwargs, samples)
         if len(self._row_maps) > ROW_MAPS_KEPT:
             self._row_maps.clear()
             self._forms.clear()
@@ -475,6 +480,16 @@ class Capture:
             self.audit.probed(found, self.groups.missing)
             self._observe(found.without_hooks)
         return self._row_maps[signature, content]
+
+    def _note_all_content(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """From now on rows of such a batch are known for what all its whole numbers hold."""
+        if self.assignment is not None:
+            signature = self._batch_signature(args, kwargs, len(self.assignment.cells))
+            self._by_content[signature] = tuple(range(len(whole_numbers(args, kwargs))))
+
+    def _batch_signature(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> tuple[Any, ...]:
+        """What batches have in common whose rows may be traced once."""
+        return samples, _signature((args, kwargs), self._sorts, samples), frozenset(self._traced())
 
     def _observe(self, names: Sequence[str]) -> None:
         """Notice, in the forward pass that begins, hooks that replace something, and so may move rows.
@@ -549,6 +564,10 @@ class Capture:
     ) -> Tensor | None:
         """Hook the outputs of one call, which may be replaced by an equal one that samples do not share."""
         numbers = {key: forward.count_call((module_name, key)) for key in wanted}
+        if forward.row_map is not None:
+            for key, number in numbers.items():
+                shapes = forward.row_map.shapes.get((module_name, key), [])[number : number + 1]
+                forward.reshaped = forward.reshaped or any(shape != call.inputs[0].shape for shape in shapes)
         learned = {key: layer for key, layer in wanted.items() if layer.parameter.requires_grad}
         outputs = [output for output in call.outputs if output.requires_grad]
         if not outputs or not learned:

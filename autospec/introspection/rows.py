@@ -55,12 +55,15 @@ class Along:
         Whether the dimension is put in, instead of one of size 1.
     marked : bool
         Whether samples are followed through it: not so where it is shared and not watched.
+    followed : bool
+        Whether it is known from which entry of the model's input each index comes; ``dim`` is then the input's dimension.
     """
 
     dim: int
     shared: bool = False
     new: bool = False
     marked: bool = True
+    followed: bool = False
 
     @property
     def along_samples(self) -> bool:
@@ -88,6 +91,8 @@ class RowMap:
         Modules with hooks that the probe's copy did not have.
     certain : bool
         Whether no other reading of the inputs is possible.
+    shapes : dict of (str, str) to list of tuple of int
+        Shape of what each use in ``samples`` received.
     """
 
     samples: dict[Place, list[np.ndarray]]
@@ -96,6 +101,7 @@ class RowMap:
     by_content: tuple[int, ...] = ()
     without_hooks: tuple[str, ...] = ()
     certain: bool = False
+    shapes: Mapping[Place, list[tuple[int, ...]]] = field(default_factory=dict)
 
     @property
     def shared(self) -> dict[Place, Along]:
@@ -207,16 +213,21 @@ def map_rows(
         kept_apart(model, evaluated=True) as copied,
     ):
         twin, lookups, all_hooks = _running_twin(model, copied, args, kwargs, watched, all_hooks)
+        made = [place for place, lookup in lookups.items() if not lookup.given]
+        origins = _origins(twin, args, kwargs, samples, made)
+        for place, calls in origins.items():
+            along = set.intersection(*(call.dims(samples, batch_dim) for call in calls))
+            lookups[place] = replace(lookups[place], dims=tuple(sorted(along)))
         # With as many positions as samples an index of either may be one of positions.
         sides = [*(len(dims) for dims in choices), *(lookup.shape.count(samples) for lookup in lookups.values())]
         by_size = batch_dim is not None or max(sides, default=0) < 2
 
         def likely(lookup: _Indices) -> tuple[Along, ...]:
             sure = by_size or lookup.given or len(lookup.shape) > 1
-            return (_likely if sure else _possible)(lookup.shape, samples, batch_dim)
+            return (_likely if sure else _possible)(lookup, samples, batch_dim)
 
         def possible(lookup: _Indices) -> tuple[Along, ...]:
-            return _possible(lookup.shape, samples, batch_dim)
+            return _possible(lookup, samples, batch_dim)
 
         options_of_lookups = [likely(lookup) for lookup in lookups.values()]
         if not any(dims != (None,) for dims in choices) and not any(
@@ -236,7 +247,9 @@ def map_rows(
         _fix_statistics(twin)
         for round_ in (likely, possible):
             options = {
-                place: (Along(0, marked=False),) if place not in watched and samples not in lookup.shape else None
+                place: (Along(0, marked=False),)
+                if place not in watched and samples not in lookup.shape and not lookup.dims
+                else None
                 for place, lookup in lookups.items()
             }
             # Lookups of one kind and shape are read in one way.
@@ -253,7 +266,7 @@ def map_rows(
                     continue
                 if batch_dim is not None and accepted:
                     break
-                probe = _Probe(twin, args, kwargs, inputs, Reading(dims, alongs), watched)
+                probe = _Probe(twin, args, kwargs, inputs, Reading(dims, alongs), watched, origins)
                 try:
                     found = probe.rows(words)
                     _same_result(model, twin, args, kwargs, probe.reading, samples)
@@ -275,6 +288,7 @@ def map_rows(
             "say which with batch_dim=."
         )
     probe, found = accepted[0]
+    received = dict(probe.shapes)
     with (
         generators_kept(inputs),
         torch.enable_grad(),
@@ -287,7 +301,7 @@ def map_rows(
         if model.training and samples > 1 and not several_processes():
             _refuse_mixing_in_training(model, probe, samples, found)
     without_hooks = () if all_hooks else tuple(_modules_with_other_hooks(model))
-    return RowMap(found, len(words), probe.reading, by_content, without_hooks, len(accepted) == 1)
+    return RowMap(found, len(words), probe.reading, by_content, without_hooks, len(accepted) == 1, received)
 
 
 def _twin(model: nn.Module, all_hooks: bool = False) -> nn.Module:
@@ -407,18 +421,35 @@ def _moved(numbers: Tensor | np.ndarray, samples: int) -> Tensor | np.ndarray:
     return numbers.roll(1, dim)
 
 
+def _lessened(numbers: Tensor | np.ndarray, samples: int) -> Tensor | np.ndarray:
+    """Numbers as another batch might hold them: one sample with less that counts, or all as short as the shortest."""
+    array = as_array(numbers).copy()
+    if array.dtype.kind not in "biu" or samples not in array.shape:
+        return numbers
+    along = np.moveaxis(array, array.shape.index(samples), 0)
+    if along.ndim == 1:
+        along[:] = along.min()
+    else:
+        of_one = along[int(np.argmax((along != 0).reshape(samples, -1).sum(1)))]
+        there = np.flatnonzero(of_one)
+        of_one.flat[there[(len(there) + 1) // 2 :]] = 0
+    return array if isinstance(numbers, np.ndarray) else torch.from_numpy(array).to(numbers.device)
+
+
 def _by_content(probe: _Probe, words: np.ndarray, found: Mapping[Place, list[np.ndarray]]) -> tuple[int, ...]:
     """Which tensors of whole numbers the rows go by, as far as other numbers show.
 
     The probe is repeated with each sample's numbers given to the next sample, or, where samples are not counted, such as in an
-    index of the rows that are no padding, each number to the next place.  Numbers that are the same for all show nothing, so
-    they count among those that the rows go by.
+    index of the rows that are no padding, each number to the next place; and with fewer that count, as in a mask, or shorter
+    lengths.  Numbers that are the same for all samples show nothing in the first way, so they count among those
+    that the rows go by.
     """
     samples = words.shape[1]
     numbers = whole_numbers(probe.args, probe.kwargs)
-    if samples == 1 or not numbers:
+    if not numbers:
         return ()
     moved = [_moved(tensor, samples) for tensor in numbers]
+    fewer = [_lessened(tensor, samples) for tensor in numbers]
     # How sequences are packed says whose their rows are; moved on it would fit them no more.
     of_packing = {
         id(tensor) for each in instances_in((probe.args, probe.kwargs), PackedSequence) for tensor in each[1:]
@@ -429,15 +460,16 @@ def _by_content(probe: _Probe, words: np.ndarray, found: Mapping[Place, list[np.
     ]
 
     def lasting(chosen: Sequence[int]) -> bool:
+        others = ({id(numbers[i]): each[i] for i in chosen} for each in ((moved, fewer) if samples > 1 else (fewer,)))
         try:
-            return _same(found, probe.given({id(numbers[i]): moved[i] for i in chosen}).rows(words))
-        except WatchError:
+            return all(_same(found, probe.given(each, samples).rows(words)) for each in others)
+        except WatchError:  # not all numbers fit each model
             return False
 
-    told = [i for i, alike in enumerate(same) if not alike]
+    told = [i for i, alike in enumerate(same) if not alike or samples == 1]
     # All of them at once, and, where rows move, each of them.
     go_by = [] if not told or lasting(told) else [i for i in told if len(told) == 1 or not lasting([i])] or told
-    return tuple(sorted({*go_by, *itertools.compress(range(len(numbers)), same)}))
+    return tuple(sorted({*go_by, *(itertools.compress(range(len(numbers)), same) if samples > 1 else ())}))
 
 
 @dataclass(frozen=True)
@@ -456,10 +488,21 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Indices:
-    """What a lookup looks up: the shape, and whether it is what the model was given, and not made in it."""
+    """What a lookup looks up.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Shape of the indices.
+    given : bool
+        Whether they are what the model was given, as it was given.
+    dims : tuple of int
+        Where each is known to be an entry of the model's input: which of its dimensions may index samples.
+    """
 
     shape: tuple[int, ...]
     given: bool
+    dims: tuple[int, ...] = ()
 
 
 def _lookups(
@@ -467,39 +510,169 @@ def _lookups(
 ) -> dict[Place, _Indices]:
     """The indices of every lookup in one forward pass; weights used outside their layer are refused."""
     found: dict[Place, _Indices] = {}
-    given = {tensor.data_ptr() for tensor in tensors_in((args, kwargs)) if tensor.layout == torch.strided}
-    handles = []
-    for name, module in twin.named_modules():
-        rule = rule_for(module)
-        if rule is not None and isinstance(module, nn.Embedding):
+    given = {_lies(tensor) for tensor in tensors_in((args, kwargs)) if tensor.layout == torch.strided}
 
-            def on_call(call: LayerCall, name: str = name) -> None:
-                indices = call.inputs[0]
-                found[name, "weight"] = _Indices(tuple(indices.shape), indices.data_ptr() in given)
+    def on_call(place: Place, indices: Tensor) -> None:
+        as_given = _lies(indices) in given and (place not in found or found[place].given)
+        found[place] = _Indices(tuple(indices.shape), as_given)
 
-            handles += rule.attach(module, on_call)
-    try:
+    with _indices_seen(twin, on_call):
         _refuse_functional_uses(twin, args, kwargs, watched)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 
-def _possible(shape: tuple[int, ...], samples: int, batch_dim: int | None) -> tuple[Along, ...]:
-    """Ways in which a lookup may hold samples: along a dimension of that size, or shared by all."""
-    own = [Along(d) for d, size in enumerate(shape) if size == samples]
-    if batch_dim is not None and own and len(shape) > 1:
-        own = [along for along in own if along.dim == batch_dim % len(shape)] or own
+def _lies(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+@contextmanager
+def _indices_seen(twin: nn.Module, on_call: Callable[[Place, Tensor], None], wrapped: bool = False) -> Iterator[None]:
+    """Tell of the indices of every lookup; if wrapped, bring those beyond the table's end back into it."""
+    handles = []
+    for name, module in twin.named_modules():
+        if not isinstance(module, nn.Embedding) or rule_for(module) is None:
+            continue
+
+        def begins(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            assert isinstance(module, nn.Embedding)
+            indices = args[0] if args else kwargs["input"]
+            on_call((name, "weight"), indices)
+            if not wrapped:
+                return None
+            inside = indices % module.num_embeddings
+            return ((inside, *args[1:]), kwargs) if args else (args, {**kwargs, "input": inside})
+
+        handles.append(module.register_forward_pre_hook(begins, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True, eq=False)
+class _Origin:
+    """From which entries of the model's inputs the indices of one lookup come.
+
+    Attributes
+    ----------
+    entries : list of (tuple of int, ndarray of int)
+        For each input, its shape and the number of the entry that stands at each index; -1 where it is none of them.
+    """
+
+    entries: list[tuple[tuple[int, ...], np.ndarray]]
+
+    def dims(self, samples: int, batch_dim: int | None) -> set[int]:
+        """Dimensions of the inputs that may index samples."""
+        return set.intersection(*(set(_dims_of_size(shape, samples, batch_dim)) for shape, _ in self.entries))
+
+    def samples(self, dim: int, count: int) -> np.ndarray:
+        """Sample of each index, -1 where it is not known.
+
+        Padding tells nothing of itself: it belongs to the sample of its slice, where that has one alone.
+        """
+        found = np.full(self.entries[0][1].shape, -1)
+        for shape, entries in self.entries:
+            known = entries >= 0
+            found[known] = np.unravel_index(entries[known], shape)[dim]
+        for axis in range(found.ndim) if found.ndim > 1 else ():
+            others = tuple(other for other in range(found.ndim) if other != axis)
+            largest = found.max(others, keepdims=True)
+            if ((found == largest) | (found < 0)).all():
+                missing = np.setdiff1d(np.arange(count), largest)
+                if len(missing) == 1 and (largest < 0).sum() == 1:  # all of its indices are padding
+                    largest[largest < 0] = missing
+                return np.broadcast_to(largest, found.shape)
+        return found
+
+
+def _origins(
+    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int, places: Collection[Place]
+) -> dict[Place, list[_Origin]]:
+    """Follow whole numbers from the model's inputs to lookups, which NaN cannot.
+
+    Each entry is raised by a number of its own, in a second pass in the reverse order, and what an index is raised by tells
+    which entry it is.  Zeros stay where a sample has several numbers, since they are padding as a rule, from which models find
+    lengths.
+
+    Returns
+    -------
+    dict of (str, str) to list of _Origin
+        For each place whose indices are such entries, sorted, turned or cut as it may be: one for each of its calls.  Not those
+        with which the model computes, or by which it sorts.
+    """
+    packing = [tensor for each in instances_in((args, kwargs), PackedSequence) for tensor in each[1:]]
+    numbers = {
+        id(t): t
+        for t in tensors_in((args, kwargs))
+        if t.dtype in (torch.int64, torch.int32)
+        and t.layout == torch.strided
+        and samples in t.shape
+        and all(t is not other for other in packing)
+    }
+
+    def passed(others: Mapping[int, Tensor | np.ndarray]) -> dict[Place, list[np.ndarray]]:
+        """Indices of every call of every lookup; nothing where the model fails: not every number can be another one."""
+        seen: dict[Place, list[np.ndarray]] = {}
+
+        def on_call(place: Place, indices: Tensor) -> None:
+            seen.setdefault(place, []).append(indices.cpu().numpy().astype(np.int64))
+
+        try:
+            with _unchanged(twin), _indices_seen(twin, on_call, wrapped=True):
+                twin(*_replaced(args, others), **_replaced(kwargs, others))
+        except Exception:
+            return {}
+        return seen
+
+    plain = passed({}) if places and numbers else {}
+    found: dict[Place, list[_Origin]] = {place: [_Origin([]) for _ in plain.get(place, ())] for place in places}
+    for key, tensor in numbers.items() if plain else ():
+        total, values = tensor.numel(), as_array(tensor).reshape(-1)
+        count = torch.arange(total, device=tensor.device, dtype=tensor.dtype).view(tensor.shape)
+        raised = tensor > (0 if total > samples else -1)
+        up, down = (passed({key: torch.where(raised, tensor + by, tensor)}) for by in (count + 1, total - count))
+        for place, origins in found.items():
+            calls = zip(*(seen.get(place, ()) for seen in (plain, up, down)), strict=False)
+            for origin, (before, higher, lower) in zip(origins, calls, strict=False):
+                if not before.shape == higher.shape == lower.shape:
+                    continue
+                entries = higher - before - 1
+                entry = (entries >= 0) & (entries < total) & (lower - before == total - entries)
+                entry &= values[np.where(entry, entries, 0)] == before
+                if entry.any() and (entry | (higher == before) & (lower == before)).all():
+                    origin.entries.append((tuple(tensor.shape), np.where(entry, entries, -1)))
+    return {place: calls for place, calls in found.items() if calls and all(call.entries for call in calls)}
+
+
+def _dims_of_size(shape: Sequence[int], samples: int, batch_dim: int | None) -> tuple[int, ...]:
+    """Dimensions that may index samples: the one that the user gave, or all of that size."""
+    dims = tuple(d for d, size in enumerate(shape) if size == samples)
+    return dims if batch_dim is None else tuple(d for d in dims if d in (batch_dim, batch_dim + len(shape)))
+
+
+def _possible(lookup: _Indices, samples: int, batch_dim: int | None) -> tuple[Along, ...]:
+    """Ways in which a lookup may hold samples: as the input does from which it comes; else along a dimension, or shared."""
+    if lookup.dims:
+        return tuple(Along(dim, followed=True) for dim in lookup.dims)
+    shape = lookup.shape
+    own = [Along(d) for d in _dims_of_size(shape, samples, None)]
+    if len(shape) > 1:
+        chosen = set(_dims_of_size(shape, samples, batch_dim))
+        wanted = [along for along in own if along.dim in chosen]
+        # What the user said is about the inputs; what the model makes itself may lie in another way.
+        own = wanted or own if lookup.given else [*wanted, *(along for along in own if along not in wanted)]
     spread = [Along(d, shared=True) for d, size in enumerate(shape) if size == 1 and samples > 1]
     return (*own, *(spread or [Along(0, shared=True, new=True)]))
 
 
-def _likely(shape: tuple[int, ...], samples: int, batch_dim: int | None) -> tuple[Along, ...]:
+def _likely(lookup: _Indices, samples: int, batch_dim: int | None) -> tuple[Along, ...]:
     """The same without what is hardly ever meant: that all samples share what has a dimension of their number."""
-    options = _possible(shape, samples, batch_dim)
+    options = _possible(lookup, samples, batch_dim)
     own = [along for along in options if along.along_samples]
-    return tuple(own) if len(own) == 1 and 1 not in shape else options
+    return tuple(own) if len(own) == 1 and 1 not in lookup.shape else options
 
 
 def _same_result(
@@ -517,7 +690,7 @@ def _same_result(
     placed = [*twin.parameters(), *tensors_in((args, kwargs))]
 
     def result(spread: bool) -> list[Tensor]:
-        marked = _lookups_marked(twin, reading if spread else Reading(reading.dims, {}), samples, None)
+        marked = _lookups_marked(twin, reading if spread else Reading(reading.dims, {}), samples, None, {})
         with generators_kept(placed), _unchanged(twin), marked, _learning_as(twin, model) as weights:
             made = list(tensors_in(twin(*args, **kwargs)))
             after = torch.get_rng_state()
@@ -572,15 +745,30 @@ def _cannot_be_spread(place: Place) -> WatchError:
 
 
 @contextmanager
-def _lookups_marked(twin: nn.Module, reading: Reading, samples: int, word: np.ndarray | None) -> Iterator[None]:
+def _lookups_marked(
+    twin: nn.Module,
+    reading: Reading,
+    samples: int,
+    word: np.ndarray | None,
+    origins: Mapping[Place, list[_Origin]],
+) -> Iterator[None]:
     """Spread lookups that samples share, and make NaN what belongs to the samples of a word."""
     handles = []
-    for (name, _), along in reading.lookups.items():
-        module = twin.get_submodule(name)
+    for place, along in reading.lookups.items():
+        module = twin.get_submodule(place[0])
+        calls = itertools.count()
 
-        def hook(_: nn.Module, args: Any, output: Tensor, along: Along = along) -> Tensor:
+        def hook(
+            _: nn.Module, args: Any, output: Tensor, place: Place = place, along: Along = along, calls: Any = calls
+        ) -> Tensor:
             if not along.marked:
                 return output
+            if along.followed:
+                if word is None:
+                    return output
+                of = origins[place][next(calls)].samples(along.dim, samples)
+                nan = torch.from_numpy((of >= 0) & word[of]).to(output.device)
+                return output.detach().masked_fill(nan.unsqueeze(-1), math.nan)
             if along.shared:
                 output = output.unsqueeze(along.dim) if along.new else output
                 shape = [samples if axis == along.dim else size for axis, size in enumerate(output.shape)]
@@ -599,11 +787,7 @@ def _lookups_marked(twin: nn.Module, reading: Reading, samples: int, word: np.nd
 
 
 def _candidate_dims(tensor: Tensor, samples: int, batch_dim: int | None) -> tuple[int | None, ...]:
-    dims: tuple[int | None, ...] = tuple(d for d, size in enumerate(tensor.shape) if size == samples)
-    if batch_dim is not None:
-        wanted = batch_dim % tensor.ndim if tensor.ndim and -tensor.ndim <= batch_dim < tensor.ndim else None
-        dims = tuple(d for d in dims if d == wanted)
-    return dims or (None,)
+    return _dims_of_size(tensor.shape, samples, batch_dim) or (None,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -622,6 +806,10 @@ class _Probe:
         Where these hold the samples.
     watched : collection of (str, str)
         Module and parameter names of the matrices that are watched.
+    origins : mapping of (str, str) to list of _Origin
+        From which entries of the inputs the indices of lookups come, where these are followed.
+    shapes : dict of (str, str) to list of tuple of int
+        Shapes of what each use of each watched matrix received in the last pass.
     """
 
     twin: nn.Module
@@ -630,10 +818,14 @@ class _Probe:
     inputs: Sequence[Tensor]
     reading: Reading
     watched: Collection[Place]
+    origins: Mapping[Place, list[_Origin]]
+    shapes: dict[Place, list[tuple[int, ...]]] = field(default_factory=dict)
 
-    def given(self, others: Mapping[int, Tensor | np.ndarray]) -> _Probe:
+    def given(self, others: Mapping[int, Tensor | np.ndarray], samples: int) -> _Probe:
         """The same with other tensors in place of some, by their identities."""
-        return replace(self, args=_replaced(self.args, others), kwargs=_replaced(self.kwargs, others))
+        args, kwargs = _replaced(self.args, others), _replaced(self.kwargs, others)
+        origins = _origins(self.twin, args, kwargs, samples, self.origins)
+        return replace(self, args=args, kwargs=kwargs, origins=origins, shapes={})
 
     def reached(self, word: np.ndarray) -> dict[Place, list[np.ndarray]]:
         """Where NaN comes, as for `_nan_rows`, in a forward pass in which the samples of a word are NaN."""
@@ -645,8 +837,9 @@ class _Probe:
                 marks = word[_samples_of_packed(packed[id(tensor)])] if id(tensor) in packed else word
                 chosen = torch.from_numpy(np.flatnonzero(marks)).to(tensor.device)
                 data.index_fill_(dim, chosen, complex(math.nan, math.nan) if data.is_complex() else math.nan)
-        looked_up = _lookups_marked(self.twin, self.reading, len(word), word)
-        with _unchanged(self.twin), looked_up, _nan_rows(self.twin, self.watched) as seen:
+        looked_up = _lookups_marked(self.twin, self.reading, len(word), word, self.origins)
+        self.shapes.clear()
+        with _unchanged(self.twin), looked_up, _nan_rows(self.twin, self.watched, self.shapes) as seen:
             self.twin(*_replaced(self.args, marked), **_replaced(self.kwargs, marked))
         return seen
 
@@ -756,8 +949,10 @@ def _filled(samples: np.ndarray, patterns: np.ndarray, words: np.ndarray) -> np.
 
 
 @contextmanager
-def _nan_rows(twin: nn.Module, watched: Collection[Place]) -> Iterator[dict[Place, list[np.ndarray]]]:
-    """Collect, for each use of each watched parameter, which entries of its batch hold a NaN."""
+def _nan_rows(
+    twin: nn.Module, watched: Collection[Place], shapes: dict[Place, list[tuple[int, ...]]]
+) -> Iterator[dict[Place, list[np.ndarray]]]:
+    """Collect, for each use of each watched parameter, which entries of its batch hold a NaN, and its input's shape."""
     seen: dict[Place, list[np.ndarray]] = {}
     handles = []
     for name, module in twin.named_modules():
@@ -771,6 +966,7 @@ def _nan_rows(twin: nn.Module, watched: Collection[Place]) -> Iterator[dict[Plac
             for parameter in call.parameters:
                 if (name, parameter) in watched:
                     seen.setdefault((name, parameter), []).append(call.marks(parameter).cpu().numpy())
+                    shapes.setdefault((name, parameter), []).append(tuple(call.inputs[0].shape))
 
         handles += rule.attach(module, on_call)
     try:

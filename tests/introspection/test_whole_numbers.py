@@ -1,0 +1,354 @@
+"""Whole numbers among a model's inputs: tokens are followed to their lookups, and rows that go by lengths or masks are found.
+
+No sample of these models sees another, so a group's share is the gradient of the loss of its own samples.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import autospec
+from autospec.introspection import WatchError
+from autospec.introspection.rows import map_rows
+
+N, T, WORDS = 5, 7, 9
+LABELS = list("aabba")
+
+
+def tokens(lengths, positions=T):
+    words = torch.randint(1, WORDS, (len(lengths), positions))
+    return words * (torch.arange(positions) < torch.tensor(lengths)[:, None])
+
+
+def series(lengths):
+    return torch.randn(len(lengths), T, 4)
+
+
+def mask(lengths):
+    """As many positions of each, anywhere."""
+    marked = torch.zeros(len(lengths), T, dtype=torch.bool)
+    for row, length in zip(marked, lengths, strict=True):
+        row[torch.randperm(T)[:length]] = True
+    return marked
+
+
+def assert_shares_of_own_loss(model, batches, labels=LABELS, **options):
+    """Compare what is recorded of each batch with gradients of the loss of each group's samples alone."""
+    recorded = 0
+    with autospec.watch(model, quiet=True, **{"groups": labels, **options}) as watcher:
+        for step, batch in enumerate(batches):
+            model.zero_grad()
+            model(*batch).square().sum().backward()
+            watcher.step()
+            gradients = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+            for group in sorted(set(labels)):
+                model.zero_grad()
+                model(*batch)[[label == group for label in labels]].square().sum().backward()
+                for name, parameter in model.named_parameters():
+                    node = f"layers/{name}/gradient"
+                    if parameter.ndim < 2 or name not in gradients:
+                        continue
+                    own = torch.linalg.svdvals(parameter.grad.flatten(1).double()).numpy()
+                    found = watcher.trajectories[node].sel(group=group).values[step, : len(own)]
+                    assert np.abs(found - own).max() < 1e-5 * own[0], (step, group, name)
+                    recorded += 1
+    assert recorded
+
+
+class Model(nn.Module):
+    """A forward pass in a function, with the layers it needs."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self._forward = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *batch):
+        return self._forward(self, *batch)
+
+
+def table(**options):
+    return nn.Embedding(WORDS, 4, **options)
+
+
+def sorted_before(self, words, lengths):
+    """Sequences are brought into the order of their lengths, then looked up."""
+    lengths, order = lengths.sort(descending=True)
+    packed = pack_padded_sequence(self.table(words[order]), lengths, batch_first=True)
+    return self.head(self.recurrent(packed)[1][0][order.argsort()])
+
+
+def sorted_by_rows(self, words, lengths):
+    order = lengths.argsort()
+    return self.head(self.layer(self.table(words[order])).tanh().mean(1))[order.argsort()]
+
+
+def turned(self, words, _):
+    return self.head(self.table(words.t())).transpose(0, 1)
+
+
+def flattened(self, words, _):
+    return self.head(self.table(words.reshape(-1)).view(len(words), -1))
+
+
+def in_windows(self, words, _):
+    windows = words[:, :6].reshape(-1, 3)
+    return self.head(self.layer(self.table(windows)).tanh().flatten(1).view(len(words), -1))
+
+
+def all_but_the_last(self, words, _):
+    return self.head(self.layer(self.table(words[:, :-1])).tanh())
+
+
+def two_in_one(self, words, lengths):
+    """One lookup for two inputs, one after the other."""
+    first, second = self.table(torch.cat([words, words.flip(1)])).chunk(2)
+    return self.head((first - second).flatten(1))
+
+
+def twice(self, words, lengths):
+    """The order differs from one call to the next."""
+    order = lengths.argsort()
+    first, second = self.table(words), self.table(words[order])[order.argsort()]
+    return self.head((first.tanh() + second).mean(1))
+
+
+SIX_BY_FOUR, FOUR_BY_THREE = (lambda: nn.Linear(4, 6)), (lambda: nn.Linear(4, 3))
+FOLLOWED = {
+    "sorted before the lookup": lambda: Model(
+        sorted_before, table=table(padding_idx=0), recurrent=nn.GRU(4, 6, batch_first=True), head=nn.Linear(6, 3)
+    ),
+    "frozen vectors": lambda: Model(
+        sorted_before,
+        table=nn.Embedding.from_pretrained(torch.randn(WORDS, 4)),
+        recurrent=nn.GRU(4, 6, batch_first=True),
+        head=nn.Linear(6, 3),
+    ),
+    "rows of every position": lambda: Model(sorted_by_rows, table=table(), layer=SIX_BY_FOUR(), head=nn.Linear(6, 3)),
+    "time first": lambda: Model(turned, table=table(), head=FOUR_BY_THREE()),
+    "flattened": lambda: Model(flattened, table=table(), head=nn.Linear(4 * T, 3)),
+    "windows": lambda: Model(in_windows, table=table(), layer=SIX_BY_FOUR(), head=nn.Linear(36, 3)),
+    "a part": lambda: Model(all_but_the_last, table=table(), layer=SIX_BY_FOUR(), head=nn.Linear(6, 3)),
+    "two inputs in one lookup": lambda: Model(two_in_one, table=table(), head=nn.Linear(4 * T, 3)),
+    "called twice": lambda: Model(twice, table=table(), head=FOUR_BY_THREE()),
+}
+
+
+@pytest.mark.parametrize("kind", FOLLOWED)
+def test_tokens_are_followed_to_their_lookup_however_the_model_brings_them_there(kind):
+    torch.manual_seed(0)
+    lengths = [[3, 5, 2, 7, 4], [6, 1, 2, 3, 7]]
+    assert_shares_of_own_loss(FOLLOWED[kind](), [(tokens(each), torch.tensor(each)) for each in lengths])
+
+
+@pytest.mark.parametrize("layer", ["recurrent", "per token"])
+def test_batch_dim_is_that_of_the_input_and_not_of_what_the_model_makes_of_it(layer):
+    """As many positions as samples, turned round within the model."""
+
+    def forward(self, words):
+        looked_up = self.table(words.t())
+        hidden = self.recurrent(looked_up)[0] if layer == "recurrent" else looked_up.tanh()
+        return self.head(hidden).transpose(0, 1)
+
+    torch.manual_seed(0)
+    layers = {"recurrent": nn.GRU(4, 4)} if layer == "recurrent" else {}
+    model = Model(forward, table=table(), head=FOUR_BY_THREE(), **layers)
+    assert_shares_of_own_loss(model, [(tokens([5, 2, 3, 1, 5], N),)], batch_dim=0)
+
+
+def test_codes_that_are_sorted_together_with_a_series_are_followed():
+    def forward(self, x, site, lengths):
+        lengths, order = lengths.sort(descending=True)
+        first = self.site(site[order]).unsqueeze(0)
+        return self.head(self.recurrent(pack_padded_sequence(x[order], lengths, True), first)[1][0])[order.argsort()]
+
+    torch.manual_seed(0)
+    model = Model(forward, site=nn.Embedding(6, 6), recurrent=nn.GRU(4, 6, batch_first=True), head=nn.Linear(6, 3))
+    lengths = torch.tensor([3, 5, 2, 7, 4])
+    assert_shares_of_own_loss(model, [(series(lengths), torch.tensor([3, 1, 2, 4, 4]), lengths)])
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_codes_from_zero_on_are_followed(converted):
+    def forward(self, x, site):
+        order = x[:, 0].argsort()
+        codes = site.long() if converted else site[order][order.argsort()]
+        return self.head((self.site(codes) + self.layer(x)).tanh())
+
+    torch.manual_seed(0)
+    model = Model(forward, site=nn.Embedding(3, 6), layer=SIX_BY_FOUR(), head=nn.Linear(6, 3))
+    site = torch.tensor([0, 2, 0, 1, 0], dtype=torch.int32)
+    assert_shares_of_own_loss(model, [(torch.randn(N, 4), site)])
+
+
+def test_a_sample_that_is_padding_alone_has_the_slice_that_is_left():
+    torch.manual_seed(0)
+    model = Model(sorted_by_rows, table=table(), layer=SIX_BY_FOUR(), head=nn.Linear(6, 3))
+    assert_shares_of_own_loss(model, [(tokens([3, 0, 2, 7, 4]), torch.tensor([3, 0, 2, 7, 4]))])
+
+
+def picked(self, x, marked):
+    hidden = self.layer(x[marked]).tanh()
+    return self.head(hidden.new_zeros(len(x), 6).index_add(0, marked.nonzero()[:, 0], hidden))
+
+
+def trimmed(self, x, lengths):
+    x = x[:, : int(lengths.max())]
+    counts = (torch.arange(x.shape[1]) < lengths[:, None]).unsqueeze(-1)
+    return self.head((self.layer(x).tanh() * counts).sum(1))
+
+
+def padded_again(self, x, lengths):
+    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    hidden = pad_packed_sequence(self.recurrent(packed)[0], batch_first=True)[0]
+    return self.head(hidden).sum(1)
+
+
+def without_padding(self, words):
+    there = words != 0
+    hidden = self.layer(self.table(words)[there]).tanh()
+    return self.head(hidden.new_zeros(len(words), 6).index_add(0, there.nonzero()[:, 0], hidden))
+
+
+def packed_rows(self, words):
+    lengths = (words != 0).sum(1)
+    packed = pack_padded_sequence(self.table(words), lengths, True, enforce_sorted=False)
+    packed = PackedSequence(self.layer(packed.data).tanh(), *packed[1:])
+    return self.head(self.recurrent(packed)[1][0])
+
+
+def windows_by_the_longest(self, x, lengths):
+    """As many rows, in another order."""
+    windows = x[:, :6].unflatten(1, (-1, 2 if int(lengths.max()) > 5 else 3)).transpose(0, 1)
+    return self.head(self.layer(windows).tanh().transpose(0, 1).flatten(1, 2).sum(1))
+
+
+SIX = {"layer": SIX_BY_FOUR, "head": lambda: nn.Linear(6, 3)}
+HIDDEN = {
+    "a mask with as many of each": (picked, SIX, lambda n: (series(n), mask(n)), [[3] * N, [5, 4, 2, 1, 3]]),
+    "a mask with more of one": (picked, SIX, lambda n: (series(n), mask(n)), [[3] * N, [5, 4, 2, 2, 3]]),
+    "series cut to the longest": (
+        trimmed,
+        SIX,
+        lambda n: (series(n), torch.tensor(n)),
+        [[6, 5, 4, 3, 6], [2, 4, 3, 2, 1]],
+    ),
+    "padded to the longest": (
+        padded_again,
+        {"recurrent": lambda: nn.LSTM(4, 6, batch_first=True), "head": SIX["head"]},
+        lambda n: (series(n), torch.tensor(n)),
+        [[3, 5, 2, 5, 4], [1, 2, 6, 5, 4]],
+    ),
+    "no padding in the first batch": (
+        without_padding,
+        {"table": table, **SIX},
+        lambda n: (tokens(n),),
+        [[T] * N, [2, 4, 3, 2, 6]],
+    ),
+    "packed, as long in the first batch": (
+        packed_rows,
+        {
+            "table": lambda: table(padding_idx=0),
+            "layer": lambda: nn.Linear(4, 4),
+            "recurrent": lambda: nn.GRU(4, 6, batch_first=True),
+            "head": SIX["head"],
+        },
+        lambda n: (tokens(n),),
+        [[4] * N, [2, 6, 5, 3, 4]],
+    ),
+    "windows that go by the longest": (
+        windows_by_the_longest,
+        SIX,
+        lambda n: (series(n), torch.tensor(n)),
+        [[3, 6, 2, 4, 5], [3, 5, 2, 4, 5]],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_what_rows_go_by_is_found_although_the_first_batch_hides_it(kind):
+    torch.manual_seed(0)
+    forward, layers, batch, lengths = HIDDEN[kind]
+    model = Model(forward, **{name: layer() for name, layer in layers.items()})
+    assert_shares_of_own_loss(model, [batch(each) for each in lengths])
+
+
+def test_batches_of_one_sample_whose_rows_go_by_a_mask():
+    torch.manual_seed(0)
+    model = Model(picked, **{name: layer() for name, layer in SIX.items()})
+    with autospec.watch(model, ["a", "b"], quiet=True) as watcher:
+        for length, label in ((3, "a"), (5, "b")):
+            watcher.set_groups([label])
+            model(series([length]), mask([length])).square().sum().backward()
+            watcher.step()
+    assert watcher.trajectories["layers/layer.weight"]["gradient"].sizes["step"] == 2
+
+
+def test_rows_whose_number_goes_by_an_attribute_are_traced_anew_when_it_changes():
+    """Longer and longer series, as a curriculum has them."""
+
+    def forward(self, x):
+        return self.head(self.layer(x[:, : self.length].transpose(0, 1)).tanh().sum(0))
+
+    torch.manual_seed(0)
+    model = Model(forward, **{name: layer() for name, layer in SIX.items()})
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for model.length in (3, 6):
+            x = series([T] * N)
+            model.zero_grad()
+            model(x).square().sum().backward()
+            watcher.step()
+    model.zero_grad()
+    model(x)[[0, 1, 4]].square().sum().backward()
+    own = torch.linalg.svdvals(model.layer.weight.grad.double()).numpy()
+    found = watcher.trajectories["layers/layer.weight/gradient"].sel(group="a").values[1]
+    assert np.abs(found - own).max() < 1e-5 * own[0]
+
+
+def test_ordinary_tokens_masks_and_codes_are_traced_once(monkeypatch):
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return map_rows(*args)
+
+    monkeypatch.setattr("autospec.introspection.capture.map_rows", counted)
+
+    def forward(self, words, kept, site):
+        positions = self.places(torch.arange(words.shape[1]).unsqueeze(0))
+        hidden = self.block(self.table(words) + positions, src_key_padding_mask=~kept.bool())
+        return self.head((hidden * kept.unsqueeze(-1)).sum(1) + self.site(site))
+
+    torch.manual_seed(0)
+    model = Model(
+        forward,
+        table=table(padding_idx=0),
+        places=nn.Embedding(T, 4),
+        site=nn.Embedding(3, 4),
+        block=nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+        head=FOUR_BY_THREE(),
+    ).eval()
+    batches = []
+    for lengths in ([3, 5, 2, 7, 4], [T] * N, [1, 1, 2, 1, 1]):
+        words = tokens(lengths)
+        batches.append((words, (words != 0).long(), torch.randint(3, (N,))))
+    assert_shares_of_own_loss(model, batches)
+    assert len(calls) == 1
+
+
+def test_a_token_by_which_a_model_sorts_is_not_followed_blindly():
+    """Raised numbers would be sorted otherwise: the lookup is then read as it lies, and where rows disagree refused."""
+
+    def forward(self, x, site):
+        order = site.argsort()
+        return self.head((self.site(site[order]) + self.layer(x[order])).tanh())[order.argsort()]
+
+    torch.manual_seed(0)
+    model = Model(forward, site=nn.Embedding(6, 6), layer=SIX_BY_FOUR(), head=nn.Linear(6, 3))
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        with pytest.raises(WatchError, match="mix several samples"):
+            model(torch.randn(N, 4), torch.tensor([3, 1, 2, 4, 5]))
+        watcher.discard()
