@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,20 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils.rnn import PackedSequence
 
 from autospec.introspection import Watcher
 from autospec.introspection.copies import copy_model, kept_apart, tensors_in
 from autospec.introspection.errors import WatchError
 from autospec.introspection.groups import Groups
 from autospec.introspection.layers import rule_for
-from autospec.introspection.rows import generators_kept
+from autospec.introspection.rows import generators_kept, without_short_cuts
 
 STEPS = 3
 SEED = 0
 # Largest deviation in units of the share's own largest singular value, where the model computes in float32: both the
 # recorded share and autograd's are rounded.
 TOLERANCE = 2e-5
+# Largest deviation, relative to the largest value, of the outputs of samples that have another place in the batch.
+MOVED = 1e-4
 
 
 @dataclass
@@ -94,7 +95,9 @@ def check(
     """Compare what `autospec.watch` records of a model with the definition, run literally.
 
     For each group every watched layer is run twice, once with its own weights and once with a copy of them; the outputs of
-    the group's samples are taken from the copy, and the derivative with respect to the copy is the group's share.
+    the group's samples are taken from the copy, and the derivative with respect to the copy is the group's share.  Along which
+    dimension of its outputs a layer has the samples shows a batch whose samples are each moved on to the next place: a layer
+    whose outputs do not move likewise is not compared.
 
     Parameters
     ----------
@@ -148,12 +151,12 @@ def check(
     found.audit = tree.attrs["audit"]
     assignment = Groups(groups).assign(groups) if groups is not None else None
     names = watcher.groups
+    samples = _batch_size(batch) if assignment is None else len(assignment.cells)
+    dims = _dims_of_samples(model, batch, samples, options.get("batch_dim"))
     for number, group in enumerate(names):
-        if assignment is None:
-            member = np.ones(_batch_size(batch), dtype=bool)
-        else:
-            member = assignment.members[assignment.cells][:, number]
-        shares, reasons = _shares_by_copies(model, batch, loss, member)
+        everyone = np.ones(samples, dtype=bool)
+        member = everyone if assignment is None else assignment.members[assignment.cells][:, number]
+        shares, reasons = _shares_by_copies(model, batch, loss, member, dims)
         found.not_compared |= reasons
         for name, share in shares.items():
             if name not in tree["layers"].children:
@@ -231,8 +234,63 @@ class _Training:
         return [*self.optimizer.state_dict()["state"].values(), self.generator]
 
 
+def _dims_of_samples(model: nn.Module, batch: Any, samples: int, batch_dim: int | None) -> dict[str, list[int | None]]:
+    """Along which dimension each output of each layer has the samples, call by call; None where that cannot be told."""
+
+    def outputs(given: Any, seed: int) -> dict[str, list[Tensor]]:
+        twin = copy_model(model).eval()
+        made: dict[str, list[Tensor]] = {}
+        for name, module in twin.named_modules():
+            if rule_for(module) is not None:
+                seen = made.setdefault(name, [])
+                module.register_forward_hook(
+                    lambda _, __, output, seen=seen: seen.extend(map(_copied, tensors_in(output)))
+                )
+        with generators_kept(list(model.parameters())), torch.enable_grad(), without_short_cuts():
+            torch.manual_seed(seed)
+            _call(twin, given)
+        return made
+
+    plain, again = outputs(batch, SEED), outputs(batch, SEED + 1)
+    moved = outputs(_moved_on(batch, samples, batch_dim), SEED)
+    return {
+        name: [_moves_along(*each, samples) for each in zip(plain[name], again[name], moved[name], strict=False)]
+        for name in plain
+    }
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _moved_on(batch: Any, samples: int, batch_dim: int | None) -> Any:
+    """The batch with each sample in the next place."""
+    if isinstance(batch, Tensor):
+        dims = [dim for dim, size in enumerate(batch.shape) if size == samples]
+        dims = [dim for dim in dims if batch_dim in (dim, dim - batch.ndim)] or dims
+        return batch.roll(1, dims[0]) if dims else batch
+    if isinstance(batch, Mapping):
+        return {key: _moved_on(item, samples, batch_dim) for key, item in batch.items()}
+    if isinstance(batch, list | tuple) and not hasattr(batch, "_fields"):
+        return type(batch)(_moved_on(item, samples, batch_dim) for item in batch)
+    return batch
+
+
+def _moves_along(plain: Tensor, again: Tensor, moved: Tensor, samples: int) -> int | None:
+    """The one dimension along which a tensor has moved on by one place; what is drawn at random has to have one that fits."""
+    dims = [dim for dim, size in enumerate(plain.shape) if size == samples]
+    if dims and torch.equal(plain, again):
+        near = MOVED * float(plain.abs().max())
+        dims = [dim for dim in dims if plain.shape == moved.shape and (plain.roll(1, dim) - moved).abs().max() <= near]
+    return dims[0] if len(dims) == 1 else None
+
+
 def _shares_by_copies(
-    model: nn.Module, batch: Any, loss: Callable[[Any], Tensor], member: np.ndarray
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[[Any], Tensor],
+    member: np.ndarray,
+    dims: Mapping[str, Sequence[int | None]],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """dL/dW_c, where the samples of a group use their own copy W_c of each weight."""
     twin = copy_model(model)
@@ -241,7 +299,7 @@ def _shares_by_copies(
     first_name: dict[int, str] = {}
     for name, module in list(twin.named_modules()):
         rule = rule_for(module)
-        if rule is None or any(name.startswith(f"{other}.") for other in reasons):
+        if rule is None:
             continue
         own = {}
         parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -255,17 +313,22 @@ def _shares_by_copies(
             if qualified not in copies:
                 copies[qualified] = (qualified, parameter.detach().clone().requires_grad_())
             own[key] = copies[qualified][1]
-        if own:
-            _run_twice(module, own, member)
+        if not own or not dims[name]:  # a layer that is not called by itself, as within an attention
+            continue
+        if None not in dims[name]:
+            _run_twice(module, own, member, dims[name])
+        else:
+            reason = "its outputs do not show along which dimension they have the samples, in the batch's order"
+            reasons |= {first_name[id(parameters[key])]: reason for key in own}
     outside = torch.get_rng_state()
     torch.manual_seed(SEED)
     try:
         value = loss(_call(twin, batch))
-    except _Ambiguous as error:
-        return {}, {name: str(error) for name in copies}
     finally:
         torch.set_rng_state(outside)
-    names = list(copies)
+    names = [name for name in copies if name not in reasons]
+    if not names:
+        return {}, reasons
     gradients = torch.autograd.grad(value, [copies[name][1] for name in names], allow_unused=True)
     shares = {
         name: (gradient.to_dense() if gradient.is_sparse else gradient).reshape(gradient.shape[0], -1)
@@ -275,15 +338,11 @@ def _shares_by_copies(
     return shares, reasons
 
 
-class _Ambiguous(Exception):
-    """The samples of a layer's output cannot be told by its shape."""
-
-
-def _run_twice(module: nn.Module, own: dict[str, Tensor], member: np.ndarray) -> None:
-    """Let the samples of a group go through a copy of the layer's weights."""
+def _run_twice(module: nn.Module, own: dict[str, Tensor], member: np.ndarray, dims: Sequence[int | None]) -> None:
+    """Let the samples of a group, along these dimensions of one output after the other, go through a copy of the weights."""
     inside = torch.from_numpy(member)
     forward = type(module).forward
-    depth = [0]
+    depth, left = [0], iter(dims)
 
     def twice(*args: Any, **kwargs: Any) -> Any:
         if depth[0]:
@@ -298,23 +357,17 @@ def _run_twice(module: nn.Module, own: dict[str, Tensor], member: np.ndarray) ->
             torch.set_rng_state(after)
         finally:
             depth[0] -= 1
-        return _mixed(output, other, inside)
+        return _mixed(output, other, inside, left)
 
     module.forward = twice
 
 
-def _mixed(output: Any, other: Any, inside: Tensor) -> Any:
+def _mixed(output: Any, other: Any, inside: Tensor, dims: Iterator[int | None]) -> Any:
     """Outputs of the group's samples from the copy, the others' from the layer."""
     if isinstance(output, Tensor):
-        dims = [dim for dim, size in enumerate(output.shape) if size == len(inside)]
-        if len(dims) != 1:
-            raise _Ambiguous(
-                f"an output of shape {tuple(output.shape)} does not show where the {len(inside)} samples are"
-            )
-        shape = [len(inside) if dim == dims[0] else 1 for dim in range(output.ndim)]
+        dim = next(dims)
+        shape = [len(inside) if axis == dim else 1 for axis in range(output.ndim)]
         return torch.where(inside.to(output.device).reshape(shape), other, output)
-    if isinstance(output, PackedSequence):
-        raise _Ambiguous("packed sequences are not taken apart here")
     if isinstance(output, list | tuple):
-        return type(output)(_mixed(a, b, inside) for a, b in zip(output, other, strict=True))
+        return type(output)(_mixed(a, b, inside, dims) for a, b in zip(output, other, strict=True))
     return output

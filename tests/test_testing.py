@@ -84,12 +84,60 @@ def test_weights_that_are_computed_from_others_are_left_out_here_too():
     assert {name for name, _ in found.errors} == {"2.weight"}
 
 
+class SortedWords(nn.Module):
+    """Only what comes after the words were put back has the samples in the batch's order."""
+
+    def __init__(self, heads=1):
+        super().__init__()
+        self.words, self.inner = nn.Embedding(9, 4), nn.Linear(4, 6)
+        self.heads = nn.ModuleList(nn.Linear(6, 3) for _ in range(heads))
+
+    def forward(self, words, lengths):
+        order = lengths.argsort()
+        hidden = torch.tanh(self.inner(self.words(words[order]))).mean(1)[order.argsort()]
+        return [head(hidden) for head in self.heads] or hidden
+
+
+def sorted_words():
+    torch.manual_seed(3)
+    return torch.randint(1, 9, (N, 7)), torch.randperm(N)
+
+
 def test_what_cannot_be_compared_is_said():
-    found = check(nn.Linear(N, N), torch.randn(N, N), LABELS, batch_dim=0, quiet=True)
-    assert "does not show where" in found.not_compared["weight"]
+    found = check(SortedWords(heads=0), sorted_words(), LABELS, quiet=True)
+    assert set(found.not_compared) == {"words.weight", "inner.weight"}
+    assert "in the batch's order" in found.not_compared["inner.weight"]
     assert not found.passed
     assert "FAILED" not in str(found)
     assert "no layer could be compared" in str(found)
+
+
+def test_a_layer_that_cannot_be_compared_does_not_keep_others_from_it():
+    found = check(SortedWords(), sorted_words(), LABELS, quiet=True)
+    assert found.passed
+    assert {name for name, _ in found.errors} == {"heads.0.weight"}
+    assert set(found.not_compared) == {"words.weight", "inner.weight"}
+
+
+def test_as_many_features_as_samples_are_told_apart_by_moving_the_samples():
+    found = check(nn.Linear(N, N), torch.randn(N, N), LABELS, batch_dim=0, quiet=True)
+    assert found.passed
+    assert not found.not_compared
+
+
+def test_layers_after_something_drawn_at_random_are_compared():
+    class Sampling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean, self.decoder = nn.Linear(5, 3), nn.Linear(3, 5)
+
+        def forward(self, x):
+            mean = self.mean(x)
+            return self.decoder(mean + torch.randn_like(mean))
+
+    found = check(Sampling(), torch.randn(N, 5), LABELS, quiet=True)
+    assert found.passed
+    assert {name for name, _ in found.errors} == {"mean.weight", "decoder.weight"}
 
 
 def test_a_loss_is_asked_for_where_the_output_has_no_gradient():

@@ -209,7 +209,7 @@ def map_rows(
     with (
         generators_kept(inputs),
         torch.enable_grad(),
-        _without_short_cuts(),
+        without_short_cuts(),
         kept_apart(model, evaluated=True) as copied,
     ):
         twin, lookups, all_hooks = _running_twin(model, copied, args, kwargs, watched, all_hooks)
@@ -292,7 +292,7 @@ def map_rows(
     with (
         generators_kept(inputs),
         torch.enable_grad(),
-        _without_short_cuts(),
+        without_short_cuts(),
         kept_apart(model, evaluated=True) as copied,
     ):
         copied.update(probe.twin.modules())
@@ -1085,7 +1085,7 @@ def _unchanged(twin: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_short_cuts() -> Iterator[None]:
+def without_short_cuts() -> Iterator[None]:
     """Keep attention from the short cut that it takes in evaluation without gradients, which no hook sees."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
