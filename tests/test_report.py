@@ -392,8 +392,9 @@ def test_is_it_just_motion_stands_in_one_table_beside_the_panels_that_compare_di
     pd.DataFrame(rows, columns=list(CONFOUNDS_COLUMNS)).to_csv(path, sep="\t", index=False)
     panels = [
         {"letter": "A", "run": "coder", "compare": None},
-        {"letter": "G", "run": "coder", "compare": ["SZ", "HC"]},
-        {"letter": "H", "run": "judge", "compare": ["SZ", "HC"]},
+        {"letter": "G", "run": "coder", "compare": ["HC", "SZ"]},
+        {"letter": "H1", "run": "coder", "compare": ["A", "B"]},  # sites, which these rows do not look into
+        {"letter": "I", "run": "judge", "compare": ["SZ", "HC"]},
     ]
     settings = {"experiments": [{"name": "courses", "runs": {"coder": {}, "judge": {}}, "panels": panels}]}
     (table,) = build._confounds_table(settings, [str(path)])

@@ -25,6 +25,7 @@ from autospec.report.template import PAGE
 from autospec.report.words import (
     VIEWS,
     difference_caption,
+    names_of_pair,
     page_caption,
     position_caption,
     spectra_caption,
@@ -377,13 +378,14 @@ def _confounds_table(settings: ReportSettings, inputs: list[str]) -> list[dict[s
             there = [path for path in paths if path in inputs]
             if not there:
                 continue
-            shown = [
-                panel["letter"]
+            compared = [
+                (panel["letter"], panel["compare"])
                 for panel in experiment["panels"]
                 if panel["run"] == run and panel["compare"] is not None
             ]
             table = read_confounds(there[0])
             for found in table[table["layer"] == ""].to_dict("records"):
+                shown = [letter for letter, pair in compared if found["comparison"] in names_of_pair(pair)]
                 effect = [found[name] for name in ("largest_statistic", "largest_low", "largest_high")]
                 rows.append(
                     {

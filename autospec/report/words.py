@@ -146,10 +146,15 @@ def test_words(tests: pd.DataFrame, described: Mapping[str, Any], pair: list[str
     return f"Tests: {'; '.join(words)}."
 
 
+def names_of_pair(pair: list[str]) -> set[str]:
+    """What the comparison of two groups may be called, whichever stands first."""
+    return {comparison_name(*pair), comparison_name(*reversed(pair))}
+
+
 def of_comparison(described: Mapping[str, Any], test: str, pair: list[str]) -> dict[str, str]:
     """To which family a valid test's corrected p refers, and why there is no p, each to be appended to a sentence."""
     about = described["tests"].get(test, {})
-    names = {comparison_name(*pair), comparison_name(*reversed(pair))}
+    names = names_of_pair(pair)
     here = next((each for name, each in about.get("comparisons", {}).items() if name in names), about)
     refused = next((why for name, why in about.get("refused", {}).items() if name in names), "")
     why_not = refused or next((each for each in here.get("messages", []) if NO_P in each), "")
