@@ -213,10 +213,11 @@ def test_the_caption_shows_the_paper_beside_the_valid_test_and_says_which_is_whi
             "effect_low": 3.5 - k,
             "effect_high": 7.0 - k,
             "significant": p < 0.05,
+            "below_floor": np.isnan(p),
         }
-        for k, p in ((1, 0.01), (2, 0.31))
+        for k, p in ((1, 0.01), (2, 0.31), (3, np.nan))
     ]
-    valid = tidy(pd.DataFrame(rows).assign(group_a="0", group_b="3", test="permutation", below_floor=False))
+    valid = tidy(pd.DataFrame(rows).assign(group_a="0", group_b="3", test="permutation"))
     both = pd.concat([tests, valid], ignore_index=True)
     about = {
         "comparisons": {
@@ -229,9 +230,9 @@ def test_the_caption_shows_the_paper_beside_the_valid_test_and_says_which_is_whi
     assert "The marks are those of the test permutation." in words
     assert "paper (describes this run, no evidence about groups): " in words
     assert (
-        "1 of 2 singular values of the contrast have a family-wise p of at most 0.05; the smallest is 0.01 with an effect of 4.2 "
-        "(2.5 to 6) standard deviations; the family is 24 tests: contrast (24 values in 2 layers and 4 steps); refit: not "
-        "made for these groups." in words
+        "1 of 2 singular values of the contrast that lie above the noise floor have a family-wise p of at most 0.05; the "
+        "smallest is 0.01 with an effect of 4.2 (2.5 to 6) standard deviations; the family is 24 tests: contrast (24 values in "
+        "2 layers and 4 steps); refit: not made for these groups." in words
     )
     assert "permutation: not made for these groups (the group '1' has 2 subjects, fewer than" in difference_caption(
         tree, both, shown, ["1", "3"], "permutation", "student", 0.05
@@ -239,7 +240,10 @@ def test_the_caption_shows_the_paper_beside_the_valid_test_and_says_which_is_whi
     about["comparisons"]["0 - 3"]["messages"].append("The groups differ in 'age' by 0.60, so no p is given.")
     withheld = both.assign(p_adjusted=np.nan, significant=False)
     words = difference_caption(tree, withheld, shown, ["0", "3"], "permutation", "student", 0.05)
-    assert "none has one (the groups differ in 'age' by 0.60, so no p is given); the family is" in words
+    assert (
+        "no singular value of the contrast has a p (the groups differ in 'age' by 0.60, so no p is given); the family is"
+        in words
+    )
 
 
 def described(study, run):

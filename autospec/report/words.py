@@ -135,13 +135,17 @@ def test_words(tests: pd.DataFrame, described: Mapping[str, Any], pair: list[str
             words.append(f"{name}: not made for these groups{about['why_not']}")
             continue
         smallest = smallest_p(contrast)
-        least = (
-            f"none has one{about['why_not']}" if smallest is None else f"the smallest is {smallest['p_adjusted']:.3g}"
-        )
-        effect = "" if smallest is None else f" with an effect of {effect_words(smallest)} standard deviations"
+        if smallest is None:
+            words.append(
+                f"{name} ({valid}): no singular value of the contrast has a p{about['why_not']}{about['family']}"
+            )
+            continue
+        # What lies below the noise floor has no p.
+        count = int(contrast["p_adjusted"].notna().sum())
         words.append(
-            f"{name} ({valid}): {int(contrast['significant'].sum())} of {len(contrast)} singular values of the contrast "
-            f"have a family-wise p of at most {alpha:g}; {least}{effect}{about['family']}"
+            f"{name} ({valid}): {int(contrast['significant'].sum())} of {count} singular values of the contrast that lie "
+            f"above the noise floor have a family-wise p of at most {alpha:g}; the smallest is "
+            f"{smallest['p_adjusted']:.3g} with an effect of {effect_words(smallest)} standard deviations{about['family']}"
         )
     return f"Tests: {'; '.join(words)}."
 
