@@ -11,10 +11,11 @@ import pytest
 import xarray as xr
 
 from autospec import specs
+from autospec.config import parse_config
 from autospec.paths import result
 from autospec.report import build
 from autospec.report.build import build_report
-from autospec.report.words import difference_caption, position_caption, spectra_caption
+from autospec.report.words import difference_caption, position_caption, spectra_caption, view_words
 from autospec.statistics.calibration import tables
 from autospec.statistics.calibration.design import QUICK
 from autospec.statistics.seeds import describe_seeds
@@ -364,6 +365,22 @@ def test_the_calibration_stands_in_the_report_where_it_is_asked_for(study, repor
     page = (tmp_path / "report.html").read_text()
     assert '<a href="#calibration">How often the tests err</a>' in page
     assert "0.6 to 80.6" in page
+
+
+def test_the_caption_of_quality_speaks_of_a_template_only_where_there_is_one():
+    settings = {
+        "cohort": {"kind": "folder", "folder": "data"},
+        "ica": {"template": "stand-in"},
+        "datasets": {"courses": {"kind": "timeseries"}},
+    }
+    views = {
+        "scica": specs.views(parse_config(settings)),
+        "atlas": specs.views(parse_config({**settings, "ica": {"timecourses": "atlas", "atlas": "atlas.nii"}})),
+        "precomputed": specs.views(parse_config({**settings, "ica": {"timecourses": "precomputed"}})),
+    }
+    said = {kind: view_words("quality", shown)[1] for kind, shown in views.items()}
+    for words in ("template", "covers", "Below"):
+        assert [kind for kind, caption in said.items() if words in caption] == ["scica"]
 
 
 def test_is_it_just_motion_stands_in_one_table_beside_the_panels_that_compare_diagnoses(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -28,12 +28,23 @@ VIEWS = {
     ),
     "quality": (
         "Quality",
-        "Above, one dot a participant, with median and quartiles: motion, volumes used, the least share of any network that "
-        "the image covers, the median correlation of maps with the template, and how much slower than noise the time "
-        "courses are (power below 0.1 Hz over that from 0.15 to 0.25 Hz). Below, how well each network's map matches its "
-        "reference. Groups that differ here differ in quality before they differ in anything else.",
+        "Above, one dot an image, with median and quartiles: motion where it is known, volumes used, the least share of any "
+        "network that the image covers, the median correlation of maps with the template, and how much slower than noise the "
+        "time courses are (power below 0.1 Hz over that from 0.15 to 0.25 Hz). Below, how well each network's map matches "
+        "its reference. Groups that differ here differ in quality before they differ in anything else.",
     ),
 }
+QUALITY_WITHOUT_TEMPLATE = (
+    "One dot an image, with median and quartiles: motion where it is known, volumes used, and how much slower than noise "
+    "the time courses are (power below 0.1 Hz over that from 0.15 to 0.25 Hz). Groups that differ here differ in quality "
+    "before they differ in anything else."
+)
+
+
+def view_words(view: str, views: Sequence[str]) -> tuple[str, str]:
+    """Title and caption of a picture of a cohort that is shown with others: without a template there is none of networks."""
+    title, caption = VIEWS[view]
+    return title, QUALITY_WITHOUT_TEMPLATE if view == "quality" and "networks" not in views else caption
 
 
 def page_caption(panels: list[dict[str, Any]]) -> str:
