@@ -78,7 +78,7 @@ def spectra_caption(tree: xr.DataTree) -> str:
     loss = tree["training/loss"].values
     words = (
         f"One row for each layer, one column for each statistic; {len(steps)} recorded steps from {steps[0]} to "
-        f"{steps[-1]}. Groups: {groups}; of several groupings the finest is drawn. "
+        f"{steps[-1]}. Groups: {groups}; of several groupings the finest is drawn, the first of those as fine. "
         f"The loss fell from {loss[0]:.3g} to {loss[-1]:.3g}"
     )
     if "accuracy" in tree["training"]:
