@@ -104,6 +104,7 @@ MISTAKES = [
     ("introspection.steps", "[]", ["introspection.steps is an empty list"]),
     ("introspection.steps", "[-1]", ["at least 0"]),
     ("introspection.steps", "[5000]", ["small/net would record nothing", "begins at 5000"]),
+    ("training.snapshots", "[0, 5000]", ["small/net has no update 5000, which training.snapshots names"]),
     ("introspection.layers", "[]", ["introspection.layers is an empty list"]),
     ("introspection.statistics", "[gradients]", ["'gradient', 'activation', 'adjoint'"]),
     (
@@ -339,6 +340,9 @@ def test_snapshots_are_a_number_or_a_list_that_is_not_empty():
     assert parse_config(changed).training.snapshots == 4
     changed["training"]["snapshots"] = [0, 5]
     assert parse_config(changed).training.snapshots == [0, 5]
+    # Of mini-batches the data decide how many updates there are.
+    changed["training"] |= {"snapshots": [0, 5000], "batch": 8}
+    assert parse_config(changed).training.snapshots == [0, 5000]
     changed["training"]["snapshots"] = []
     with pytest.raises(UserError, match=r"training\.snapshots.* is an empty list"):
         parse_config(changed)
