@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from autospec.analysis import NEW_CONFIG
-from autospec.config import load_config, parse_config, read_yaml
+from autospec.config import Statistics, load_config, parse_config, read_yaml
 from autospec.documentation import SCHEMA, generated
 from autospec.errors import UserError
 from tests.conftest import ROOT
@@ -333,6 +333,13 @@ def test_every_setting_is_explained_in_the_table():
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert len(cells) == 4, row
         assert all(cells), row
+
+
+def test_a_first_analysis_tests_as_few_updates_and_samples_as_the_demo_with_all_permutations():
+    new, demo = parse_config(yaml.safe_load(NEW_CONFIG.format(folder="new"))), load_config(ROOT / "config.yaml")
+    assert new.training_of("digits_mlp", "autoencoder").snapshots == demo.training.snapshots
+    assert new.datasets["digits"].samples_per_class == demo.datasets["mnist"].samples_per_class
+    assert new.statistics.permutations == Statistics().permutations
 
 
 def test_snapshots_are_a_number_or_a_list_that_is_not_empty():
