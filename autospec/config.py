@@ -536,6 +536,12 @@ class Config(Settings):
                         f"{name}/{run} would record nothing: introspection.steps begins at {min(steps)}, "
                         f"and its {training.epochs} updates are numbered from 0"
                     )
+                kept = training.snapshots
+                if isinstance(kept, list) and training.batch == "full" and max(kept) >= training.epochs:
+                    raise ValueError(
+                        f"{name}/{run} has no update {max(kept)}, which training.snapshots names: its {training.epochs} "
+                        "updates are numbered from 0, so name earlier ones"
+                    )
         return self
 
     def _model_fits(self, name: str) -> None:

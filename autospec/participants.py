@@ -132,7 +132,7 @@ def compared_groups(config: Config, cohort: Cohort, experiment: str) -> dict[str
 
 
 def _require_groups(config: Config, cohort: Cohort, name: str) -> None:
-    """Refuse groupings, groups and covariates of an experiment that the cohort's table does not have."""
+    """Refuse what of an experiment the cohort's table does not have: groupings, groups, covariates, a classifier's classes."""
     experiment, there = config.experiments[name], groups_in(config, cohort, config.experiments[name].dataset)
 
     column = ", or name further columns of the cohort's table under cohort.groupings"
@@ -149,6 +149,12 @@ def _require_groups(config: Config, cohort: Cohort, name: str) -> None:
             raise UserError(
                 f"experiments.{name}.groupings names '{wanted}', which is not known of anybody in the cohort."
             )
+    classifier = next((run for run, chosen in experiment.runs.items() if chosen.task == "classifier"), None)
+    if classifier is not None and len(diagnoses := set(there["diagnosis"])) < 2:
+        raise UserError(
+            f"experiments.{name}.runs.{classifier} is a classifier, but everybody in the data set '{experiment.dataset}' has the "
+            f"diagnosis '{min(diagnoses)}': take in a second group, by cohort.labels say, or make the run an autoencoder."
+        )
     groups = compared_groups(config, cohort, name)
     for label in [label for panel in experiment.panels for label in panel.compare or ()]:
         if label not in groups:

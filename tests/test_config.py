@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from autospec.analysis import NEW_CONFIG
-from autospec.config import load_config, parse_config, read_yaml
+from autospec.config import Statistics, load_config, parse_config, read_yaml
 from autospec.documentation import SCHEMA, generated
 from autospec.errors import UserError
 from tests.conftest import ROOT
@@ -104,6 +104,7 @@ MISTAKES = [
     ("introspection.steps", "[]", ["introspection.steps is an empty list"]),
     ("introspection.steps", "[-1]", ["at least 0"]),
     ("introspection.steps", "[5000]", ["small/net would record nothing", "begins at 5000"]),
+    ("training.snapshots", "[0, 5000]", ["small/net has no update 5000, which training.snapshots names"]),
     ("introspection.layers", "[]", ["introspection.layers is an empty list"]),
     ("introspection.statistics", "[gradients]", ["'gradient', 'activation', 'adjoint'"]),
     (
@@ -334,11 +335,21 @@ def test_every_setting_is_explained_in_the_table():
         assert all(cells), row
 
 
+def test_a_first_analysis_tests_as_few_updates_and_samples_as_the_demo_with_all_permutations():
+    new, demo = parse_config(yaml.safe_load(NEW_CONFIG.format(folder="new"))), load_config(ROOT / "config.yaml")
+    assert new.training_of("digits_mlp", "autoencoder").snapshots == demo.training.snapshots
+    assert new.datasets["digits"].samples_per_class == demo.datasets["mnist"].samples_per_class
+    assert new.statistics.permutations == Statistics().permutations
+
+
 def test_snapshots_are_a_number_or_a_list_that_is_not_empty():
     changed = {**yaml.safe_load(SMALL), "training": {"snapshots": 4}}
     assert parse_config(changed).training.snapshots == 4
     changed["training"]["snapshots"] = [0, 5]
     assert parse_config(changed).training.snapshots == [0, 5]
+    # Of mini-batches the data decide how many updates there are.
+    changed["training"] |= {"snapshots": [0, 5000], "batch": 8}
+    assert parse_config(changed).training.snapshots == [0, 5000]
     changed["training"]["snapshots"] = []
     with pytest.raises(UserError, match=r"training\.snapshots.* is an empty list"):
         parse_config(changed)

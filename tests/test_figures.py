@@ -229,6 +229,7 @@ def test_of_several_groupings_the_finest_is_drawn(tree):
     groupings = ["all", "diagnosis", "diagnosis", "sex", "sex", *["diagnosis & sex"] * 4]
     several = xr.DataTree.from_dict({"/": xr.Dataset(coords={"group": names, "grouping": ("group", groupings)})})
     assert shown_groups(several) == ["all", *names[-4:]]
+    assert shown_groups(several.isel(group=slice(5))) == names[:3]  # of two as fine, the first
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,33 @@ def test_groups_that_the_cohort_does_not_have_are_refused_before_any_job(
         participants.read_cohort(config)
 
 
+@pytest.mark.parametrize(
+    ("task", "said"), [("autoencoder", ""), ("classifier", r"experiments\.e\.runs\.net is a .*'SZ'")]
+)
+def test_a_classifier_of_one_diagnosis_is_refused_before_any_job(task, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_people(tmp_path / "data/participants.tsv", [("1", "HC", "M", "20"), ("2", "SZ", "F", "30")])
+    fmriprep(tmp_path / "data", ["1", "2"])
+    config = {
+        "cohort": {
+            "kind": "folder",
+            "folder": "data",
+            "diagnosis": "Patient as labelled",
+            "labels": {"HC": "SZ", "SZ": "SZ"},
+        },
+        "ica": {"template": "stand-in"},
+        "datasets": {"c": {"kind": "timeseries"}},
+        "experiments": {
+            "e": {"title": "T", "dataset": "c", "runs": {"net": {"task": task}}, "panels": [{"run": "net"}]}
+        },
+    }
+    if not said:
+        participants.read_cohort(parse_config(config))
+        return
+    with pytest.raises(UserError, match=said):
+        participants.read_cohort(parse_config(config))
+
+
 @pytest.mark.parametrize("permutation", ["compared", "none"])
 def test_check_warns_of_groups_too_small_to_be_tested(permutation, tmp_path):
     config = {

@@ -11,10 +11,11 @@ import pytest
 import xarray as xr
 
 from autospec import specs
+from autospec.config import parse_config
 from autospec.paths import result
 from autospec.report import build
 from autospec.report.build import build_report
-from autospec.report.words import difference_caption, position_caption, spectra_caption
+from autospec.report.words import difference_caption, position_caption, spectra_caption, view_words
 from autospec.statistics.calibration import tables
 from autospec.statistics.calibration.design import QUICK
 from autospec.statistics.seeds import describe_seeds
@@ -213,10 +214,11 @@ def test_the_caption_shows_the_paper_beside_the_valid_test_and_says_which_is_whi
             "effect_low": 3.5 - k,
             "effect_high": 7.0 - k,
             "significant": p < 0.05,
+            "below_floor": np.isnan(p),
         }
-        for k, p in ((1, 0.01), (2, 0.31))
+        for k, p in ((1, 0.01), (2, 0.31), (3, np.nan))
     ]
-    valid = tidy(pd.DataFrame(rows).assign(group_a="0", group_b="3", test="permutation", below_floor=False))
+    valid = tidy(pd.DataFrame(rows).assign(group_a="0", group_b="3", test="permutation"))
     both = pd.concat([tests, valid], ignore_index=True)
     about = {
         "comparisons": {
@@ -229,9 +231,9 @@ def test_the_caption_shows_the_paper_beside_the_valid_test_and_says_which_is_whi
     assert "The marks are those of the test permutation." in words
     assert "paper (describes this run, no evidence about groups): " in words
     assert (
-        "1 of 2 singular values of the contrast have a family-wise p of at most 0.05; the smallest is 0.01 with an effect of 4.2 "
-        "(2.5 to 6) standard deviations; the family is 24 tests: contrast (24 values in 2 layers and 4 steps); refit: not "
-        "made for these groups." in words
+        "1 of 2 singular values of the contrast that lie above the noise floor have a family-wise p of at most 0.05; the "
+        "smallest is 0.01 with an effect of 4.2 (2.5 to 6) standard deviations; the family is 24 tests: contrast (24 values in "
+        "2 layers and 4 steps); refit: not made for these groups." in words
     )
     assert "permutation: not made for these groups (the group '1' has 2 subjects, fewer than" in difference_caption(
         tree, both, shown, ["1", "3"], "permutation", "student", 0.05
@@ -239,7 +241,10 @@ def test_the_caption_shows_the_paper_beside_the_valid_test_and_says_which_is_whi
     about["comparisons"]["0 - 3"]["messages"].append("The groups differ in 'age' by 0.60, so no p is given.")
     withheld = both.assign(p_adjusted=np.nan, significant=False)
     words = difference_caption(tree, withheld, shown, ["0", "3"], "permutation", "student", 0.05)
-    assert "none has one (the groups differ in 'age' by 0.60, so no p is given); the family is" in words
+    assert (
+        "no singular value of the contrast has a p (the groups differ in 'age' by 0.60, so no p is given); the family is"
+        in words
+    )
 
 
 def described(study, run):
@@ -362,6 +367,22 @@ def test_the_calibration_stands_in_the_report_where_it_is_asked_for(study, repor
     assert "0.6 to 80.6" in page
 
 
+def test_the_caption_of_quality_speaks_of_a_template_only_where_there_is_one():
+    settings = {
+        "cohort": {"kind": "folder", "folder": "data"},
+        "ica": {"template": "stand-in"},
+        "datasets": {"courses": {"kind": "timeseries"}},
+    }
+    views = {
+        "scica": specs.views(parse_config(settings)),
+        "atlas": specs.views(parse_config({**settings, "ica": {"timecourses": "atlas", "atlas": "atlas.nii"}})),
+        "precomputed": specs.views(parse_config({**settings, "ica": {"timecourses": "precomputed"}})),
+    }
+    said = {kind: view_words("quality", shown)[1] for kind, shown in views.items()}
+    for words in ("template", "covers", "Below"):
+        assert [kind for kind, caption in said.items() if words in caption] == ["scica"]
+
+
 def test_is_it_just_motion_stands_in_one_table_beside_the_panels_that_compare_diagnoses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = Path(result("confounds", experiment="courses", run="coder"))
@@ -392,8 +413,9 @@ def test_is_it_just_motion_stands_in_one_table_beside_the_panels_that_compare_di
     pd.DataFrame(rows, columns=list(CONFOUNDS_COLUMNS)).to_csv(path, sep="\t", index=False)
     panels = [
         {"letter": "A", "run": "coder", "compare": None},
-        {"letter": "G", "run": "coder", "compare": ["SZ", "HC"]},
-        {"letter": "H", "run": "judge", "compare": ["SZ", "HC"]},
+        {"letter": "G", "run": "coder", "compare": ["HC", "SZ"]},
+        {"letter": "H1", "run": "coder", "compare": ["A", "B"]},  # sites, which these rows do not look into
+        {"letter": "I", "run": "judge", "compare": ["SZ", "HC"]},
     ]
     settings = {"experiments": [{"name": "courses", "runs": {"coder": {}, "judge": {}}, "panels": panels}]}
     (table,) = build._confounds_table(settings, [str(path)])

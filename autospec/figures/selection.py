@@ -24,10 +24,10 @@ def recorded_statistics(tree: xr.DataTree) -> list[str]:
 
 
 def shown_groups(tree: xr.DataTree) -> list[str]:
-    """The whole batch and the groups of the finest grouping: that with most groups, the last of several."""
+    """The whole batch and the groups of the finest grouping: that with most groups, the first of several."""
     names, groupings = ([str(name) for name in tree[part].values] for part in ("group", "grouping"))
     counts = {grouping: groupings[1:].count(grouping) for grouping in groupings[1:]}
-    finest = max(reversed(counts), key=lambda grouping: counts[grouping], default="")
+    finest = max(counts, key=lambda grouping: counts[grouping], default="")
     return [
         names[0],
         *(name for name, grouping in zip(names[1:], groupings[1:], strict=True) if grouping == finest),

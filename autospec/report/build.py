@@ -23,11 +23,12 @@ from autospec.figures.selection import shown_groups
 from autospec.paths import result
 from autospec.report.template import PAGE
 from autospec.report.words import (
-    VIEWS,
     difference_caption,
+    names_of_pair,
     page_caption,
     position_caption,
     spectra_caption,
+    view_words,
 )
 from autospec.statistics.calibration.tables import ALL, HOLM_OVER_STEPS, OVER_STEPS, read_part
 from autospec.statistics.paper import WHAT_IT_IS_NOT
@@ -377,13 +378,14 @@ def _confounds_table(settings: ReportSettings, inputs: list[str]) -> list[dict[s
             there = [path for path in paths if path in inputs]
             if not there:
                 continue
-            shown = [
-                panel["letter"]
+            compared = [
+                (panel["letter"], panel["compare"])
                 for panel in experiment["panels"]
                 if panel["run"] == run and panel["compare"] is not None
             ]
             table = read_confounds(there[0])
             for found in table[table["layer"] == ""].to_dict("records"):
+                shown = [letter for letter, pair in compared if found["comparison"] in names_of_pair(pair)]
                 effect = [found[name] for name in ("largest_statistic", "largest_low", "largest_high")]
                 rows.append(
                     {
@@ -487,7 +489,7 @@ def describe_cohort(shown: dict[str, Any]) -> dict[str, Any]:
         "pictures": [
             {"title": title, "image": _embedded(result("view", view=view, extension="png")), "caption": caption}
             for view in shown["views"]
-            for title, caption in [VIEWS[view]]
+            for title, caption in [view_words(view, shown["views"])]
         ],
         "tables": [
             _table("participants", "Participants", layout, counts),

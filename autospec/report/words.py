@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -28,12 +28,23 @@ VIEWS = {
     ),
     "quality": (
         "Quality",
-        "Above, one dot a participant, with median and quartiles: motion, volumes used, the least share of any network that "
-        "the image covers, the median correlation of maps with the template, and how much slower than noise the time "
-        "courses are (power below 0.1 Hz over that from 0.15 to 0.25 Hz). Below, how well each network's map matches its "
-        "reference. Groups that differ here differ in quality before they differ in anything else.",
+        "Above, one dot an image, with median and quartiles: motion where it is known, volumes used, the least share of any "
+        "network that the image covers, the median correlation of maps with the template, and how much slower than noise the "
+        "time courses are (power below 0.1 Hz over that from 0.15 to 0.25 Hz). Below, how well each network's map matches "
+        "its reference. Groups that differ here differ in quality before they differ in anything else.",
     ),
 }
+QUALITY_WITHOUT_TEMPLATE = (
+    "One dot an image, with median and quartiles: motion where it is known, volumes used, and how much slower than noise "
+    "the time courses are (power below 0.1 Hz over that from 0.15 to 0.25 Hz). Groups that differ here differ in quality "
+    "before they differ in anything else."
+)
+
+
+def view_words(view: str, views: Sequence[str]) -> tuple[str, str]:
+    """Title and caption of a picture of a cohort that is shown with others: without a template there is none of networks."""
+    title, caption = VIEWS[view]
+    return title, QUALITY_WITHOUT_TEMPLATE if view == "quality" and "networks" not in views else caption
 
 
 def page_caption(panels: list[dict[str, Any]]) -> str:
@@ -67,7 +78,7 @@ def spectra_caption(tree: xr.DataTree) -> str:
     loss = tree["training/loss"].values
     words = (
         f"One row for each layer, one column for each statistic; {len(steps)} recorded steps from {steps[0]} to "
-        f"{steps[-1]}. Groups: {groups}; of several groupings the finest is drawn. "
+        f"{steps[-1]}. Groups: {groups}; of several groupings the finest is drawn, the first of those as fine. "
         f"The loss fell from {loss[0]:.3g} to {loss[-1]:.3g}"
     )
     if "accuracy" in tree["training"]:
@@ -135,21 +146,30 @@ def test_words(tests: pd.DataFrame, described: Mapping[str, Any], pair: list[str
             words.append(f"{name}: not made for these groups{about['why_not']}")
             continue
         smallest = smallest_p(contrast)
-        least = (
-            f"none has one{about['why_not']}" if smallest is None else f"the smallest is {smallest['p_adjusted']:.3g}"
-        )
-        effect = "" if smallest is None else f" with an effect of {effect_words(smallest)} standard deviations"
+        if smallest is None:
+            words.append(
+                f"{name} ({valid}): no singular value of the contrast has a p{about['why_not']}{about['family']}"
+            )
+            continue
+        # What lies below the noise floor has no p.
+        count = int(contrast["p_adjusted"].notna().sum())
         words.append(
-            f"{name} ({valid}): {int(contrast['significant'].sum())} of {len(contrast)} singular values of the contrast "
-            f"have a family-wise p of at most {alpha:g}; {least}{effect}{about['family']}"
+            f"{name} ({valid}): {int(contrast['significant'].sum())} of {count} singular values of the contrast that lie "
+            f"above the noise floor have a family-wise p of at most {alpha:g}; the smallest is "
+            f"{smallest['p_adjusted']:.3g} with an effect of {effect_words(smallest)} standard deviations{about['family']}"
         )
     return f"Tests: {'; '.join(words)}."
+
+
+def names_of_pair(pair: list[str]) -> set[str]:
+    """What the comparison of two groups may be called, whichever stands first."""
+    return {comparison_name(*pair), comparison_name(*reversed(pair))}
 
 
 def of_comparison(described: Mapping[str, Any], test: str, pair: list[str]) -> dict[str, str]:
     """To which family a valid test's corrected p refers, and why there is no p, each to be appended to a sentence."""
     about = described["tests"].get(test, {})
-    names = {comparison_name(*pair), comparison_name(*reversed(pair))}
+    names = names_of_pair(pair)
     here = next((each for name, each in about.get("comparisons", {}).items() if name in names), about)
     refused = next((why for name, why in about.get("refused", {}).items() if name in names), "")
     why_not = refused or next((each for each in here.get("messages", []) if NO_P in each), "")

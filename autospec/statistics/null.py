@@ -95,16 +95,38 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted.reshape(p.shape)
 
 
-def too_few_labellings(labellings: int, tests: int, alpha: float) -> str:
-    """Say so, where the smallest p that the labellings allow is too large for a correction to reject one test alone."""
-    if tests <= alpha * labellings:
+def too_few_labellings(labellings: int, tests: int, alpha: float, comparisons: int = 1) -> str:
+    """Say so, where the smallest p that the labellings allow is too large for a correction to reject one test alone.
+
+    Parameters
+    ----------
+    labellings : int
+        The observed one among them.
+    tests : int
+        Tests of one comparison, over which the false discovery rate is controlled.
+    alpha : float
+        Level of significance.
+    comparisons : int
+        By how many Holm's p are multiplied.
+
+    Returns
+    -------
+    str
+        Empty where Holm's correction, and so the other, can reject one test alone.
+    """
+    in_family = tests * comparisons
+    if in_family <= alpha * labellings:
         return ""
     together = math.ceil(tests / (alpha * labellings))
-    hochberg = "none either" if together > tests else f"only where at least {together} reach it"
-    needed = math.ceil(tests / alpha) - 1
+    within = f" over the {tests} of this comparison" if comparisons > 1 else ""
+    if together > tests:
+        hochberg = "none either"
+    else:
+        hochberg = f"only where at least {together} reach it" if together > 1 else "one alone"
+    needed = math.ceil(in_family / alpha) - 1
     return (
-        f"with {labellings} labellings no p is below {1 / labellings:.2g}: over {tests} tests at {alpha:g}, Holm's "
-        f"correction can reject none, Benjamini-Hochberg's {hochberg}; {needed} permutations allow it"
+        f"with {labellings} labellings no p is below {1 / labellings:.2g}: over {in_family} tests at {alpha:g}, Holm's "
+        f"correction can reject none, Benjamini-Hochberg's{within} {hochberg}; {needed} permutations allow it"
     )
 
 

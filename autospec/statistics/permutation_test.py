@@ -304,7 +304,7 @@ def evaluate(
         tidy(_labelled(table, distributions.comparison, test)),
         _labelled(found, distributions.comparison, test)[list(CLUSTER_COLUMNS)],
         _family(table[tested], len(labellings), comparisons),
-        _messages(distributions, int(tested.sum()) * comparisons, alpha),
+        _messages(distributions, int(tested.sum()), alpha, comparisons),
     )
 
 
@@ -386,12 +386,12 @@ def _family(tested: pd.DataFrame, labellings: int, comparisons: int) -> str:
     )
 
 
-def _messages(distributions: NullDistributions, tests: int, alpha: float) -> list[str]:
+def _messages(distributions: NullDistributions, tests: int, alpha: float, comparisons: int) -> list[str]:
     labellings = distributions.labellings
     messages = [labellings.message, *distributions.comparison.warnings]
     if distributions.averaged > 1:
         messages.append(f"statistics are means over {distributions.averaged} seeds, under the same labellings")
-    for message in (labellings.refused, null.too_few_labellings(len(labellings), tests, alpha)):
+    for message in (labellings.refused, null.too_few_labellings(len(labellings), tests, alpha, comparisons)):
         if message:
             messages.append(message)
     return messages

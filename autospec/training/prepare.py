@@ -137,12 +137,18 @@ def prepare(settings: RunSettings, dataset: str, device: torch.device) -> Prepar
     Raises
     ------
     UserError
-        If a grouping is not there, there are more groups than samples, values are not finite, or nobody can be held out.
+        If a grouping is not there, there are more groups than samples, a classifier has one class alone, values are not
+        finite, or nobody can be held out.
     """
     samples = open_labelled(dataset)
     data = hashlib.sha256(Path(dataset).read_bytes()).hexdigest()[:16]
     target = [str(label) for label in samples["target"].values]
     classes = tuple(sorted(set(target)))
+    if settings["task"] == "classifier" and len(classes) < 2:
+        raise UserError(
+            f"{settings['name']} is a classifier, but every sample of {dataset} is '{classes[0]}': give it data with two "
+            "classes, or make the run an autoencoder."
+        )
     ids, subjects = [str(name) for name in samples["id"].values], subjects_of(samples)
     training = settings["training"]
     held_out = held_out_rows(subjects, target, training["held_out"], training["split_seed"])

@@ -97,6 +97,18 @@ def test_it_is_said_when_labellings_are_too_few_for_a_correction():
     assert "none either" in null.too_few_labellings(10, 5, 0.05)
 
 
+def test_several_comparisons_count_for_the_family_wise_correction_alone():
+    message = null.too_few_labellings(200, 180, 0.05, comparisons=3)
+    assert "over 540 tests at 0.05, Holm's correction can reject none" in message
+    assert "Benjamini-Hochberg's over the 180 of this comparison only where at least 18 reach it" in message
+    assert "10799 permutations" in message
+    for reach, possible in ((17, False), (18, True)):  # what the message says of one comparison
+        p = np.where(np.arange(180) < reach, 1 / 200, 0.9)
+        assert (null.benjamini_hochberg(p) <= 0.05).any() == possible
+    assert (3 * null.holm(np.r_[1 / 10800, np.ones(179)]) <= 0.05)[0]
+    assert "over the 10 of this comparison one alone" in null.too_few_labellings(200, 10, 0.05, comparisons=3)
+
+
 def test_the_interval_of_the_effect_excludes_zero_exactly_where_the_test_of_equal_tails_rejects():
     generator = np.random.default_rng(0)
     values = generator.gamma(1.5, size=(400, 300))

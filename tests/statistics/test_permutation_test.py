@@ -325,6 +325,11 @@ def test_fewer_values_and_more_comparisons_change_the_family(run):
     three = evaluate(distributions, comparisons=3).table
     assert np.minimum(3 * every.table["p_adjusted"], 1).to_numpy() == pytest.approx(three["p_adjusted"].to_numpy())
     assert "3 comparisons, by Bonferroni" in evaluate(distributions, comparisons=3).family
+    count = int(every.table["effect_size"].notna().sum())
+    assert any(
+        f"over {3 * count} tests" in message and f"over the {count} of this comparison" in message
+        for message in evaluate(distributions, comparisons=3).messages
+    )
 
 
 def test_clusters_join_neighbouring_steps(run):

@@ -18,11 +18,17 @@ DIAGNOSIS = ["SZ", "HC", "SZ", "HC", "HC", "SZ", "HC", "HC", "SZ", "HC", "SZ", "
 SEX = ["F", "M", "M", "F", "n/a", "F", "M", "F", "M", "", "F", "M"]
 
 
-def people(tmp_path, kind: str = "timeseries", x: np.ndarray | None = None, subjects: list[str] | None = None) -> str:
+def people(
+    tmp_path,
+    kind: str = "timeseries",
+    x: np.ndarray | None = None,
+    subjects: list[str] | None = None,
+    diagnosis: list[str] = DIAGNOSIS,
+) -> str:
     """A data set of twelve people."""
     values = np.random.default_rng(0).normal(5, 3, size=(12, 6)) if x is None else x
     names = [f"sub-{number:02d}" for number in range(12)]
-    dataset = labelled(values, ("region",), names, DIAGNOSIS, {"sex": SEX}, {"kind": kind})
+    dataset = labelled(values, ("region",), names, diagnosis, {"sex": SEX}, {"kind": kind})
     if subjects is not None:
         dataset = dataset.assign_coords(subject=("sample", np.array(subjects, dtype=np.dtypes.StringDType())))
     write_labelled(dataset, tmp_path / "people.zarr.zip")
@@ -167,6 +173,13 @@ def test_more_groups_than_samples_are_refused(study, tmp_path):
     settings = settings_of(study, ["diagnosis x sex"], held_out=0.5)
     with pytest.raises(UserError, match="small/judge has 8 groups, but only 6 samples to train on: choose fewer"):
         prepare(settings, people(tmp_path), torch.device("cpu"))
+
+
+def test_a_classifier_of_one_class_is_refused_and_an_autoencoder_is_not(study, tmp_path):
+    dataset, settings = people(tmp_path, diagnosis=["SZ"] * 12), settings_of(study, [])
+    with pytest.raises(UserError, match=r"small/judge is a classifier, but every sample of .* is 'SZ': give it data"):
+        prepare(settings, dataset, torch.device("cpu"))
+    prepare({**settings, "task": "autoencoder"}, dataset, torch.device("cpu"))
 
 
 def test_crossings_are_read_from_their_names(tmp_path):
