@@ -29,6 +29,7 @@ from .copies import copy_model, instances_in, kept_apart, tensors_in
 from .errors import WatchError
 from .hooks import Hook
 from .layers import LayerCall, rule_for
+from .layers.call import hold_nan
 from .spectra import irregular
 
 MAX_HYPOTHESES = 64
@@ -39,6 +40,8 @@ MIXED_WITH = 2
 
 Place = tuple[str, str]
 """A module's name and the parameter's name in it."""
+# Stands for what the model returns, among places.
+RETURNED: Place = ("", "")
 
 
 @dataclass(frozen=True)
@@ -827,8 +830,13 @@ class _Probe:
         origins = _origins(self.twin, args, kwargs, samples, self.origins)
         return replace(self, args=args, kwargs=kwargs, origins=origins, shapes={})
 
-    def reached(self, word: np.ndarray) -> dict[Place, list[np.ndarray]]:
-        """Where NaN comes, as for `_nan_rows`, in a forward pass in which the samples of a word are NaN."""
+    def reached(
+        self, word: np.ndarray, begun: tuple[Place, int, np.ndarray] | None = None
+    ) -> dict[Place, list[np.ndarray]]:
+        """Where NaN comes, as for `_nan_rows`, in a forward pass in which the samples of a word are NaN.
+
+        Or, with the place and the number of one use and a mask, these rows of its output.
+        """
         marked: dict[int, Tensor | np.ndarray] = {}
         packed = {id(each.data): each for each in instances_in((self.args, self.kwargs), PackedSequence)}
         for tensor, dim in zip(self.inputs, self.reading.dims, strict=True):
@@ -839,8 +847,14 @@ class _Probe:
                 data.index_fill_(dim, chosen, complex(math.nan, math.nan) if data.is_complex() else math.nan)
         looked_up = _lookups_marked(self.twin, self.reading, len(word), word, self.origins)
         self.shapes.clear()
-        with _unchanged(self.twin), looked_up, _nan_rows(self.twin, self.watched, self.shapes) as seen:
-            self.twin(*_replaced(self.args, marked), **_replaced(self.kwargs, marked))
+        seeing = _nan_rows(self.twin, self.watched, self.shapes)
+        with _unchanged(self.twin), looked_up, seeing as seen, _begun(self.twin, begun):
+            returned = self.twin(*_replaced(self.args, marked), **_replaced(self.kwargs, marked))
+        seen[RETURNED] = [
+            (hold_nan(each, each.ndim - 1) if each.ndim > 1 else each.isnan()).cpu().numpy()
+            for each in tensors_in(returned)
+            if can_be_nan(each)
+        ]
         return seen
 
     def rows(self, words: np.ndarray) -> dict[Place, list[np.ndarray]]:
@@ -857,6 +871,8 @@ class _Probe:
         found: dict[Place, list[np.ndarray]] = {}
         for key in dict.fromkeys(itertools.chain(*passes)):
             if len({tuple(marks.shape for marks in seen.get(key, ())) for seen in passes}) > 1:
+                if key == RETURNED:
+                    continue
                 raise WatchError(
                     f"How many rows '{key[0] or key[1]}' receives depends on the numbers in the batch, as where samples are sent to "
                     "experts: leave it out with layers=."
@@ -865,16 +881,92 @@ class _Probe:
             for call, marks in enumerate(passes[0][key]):
                 patterns = np.stack([seen[key][call] for seen in passes])
                 decoded = decode(patterns.reshape(len(words), -1), words).reshape(marks.shape)
-                samples = _filled(decoded, patterns, words).reshape(-1)
-                if (samples == -2).any():
+                found[key].append(_filled(decoded, patterns, words))
+                if key != RETURNED and (found[key][-1] == -2).any():
                     raise WatchError(f"Rows of the input of '{key[0] or key[1]}' mix several samples.")
-                if (samples == -1).any():
-                    raise WatchError(
-                        f"Rows of the input of '{key[0] or key[1]}' belong to no sample: NaN of none reaches them, as where "
-                        "they are made of whole numbers or of weights alone, or NaN is replaced."
-                    )
-                found[key].append(samples)
-        return found
+        unknown = [(key, call) for key, calls in found.items() for call, of in enumerate(calls) if (of == -1).any()]
+        for key, call in unknown:
+            if key != RETURNED:
+                found[key][call] = self._by_what_they_reach(key, call, found, words)
+        return {key: [of.reshape(-1) for of in calls] for key, calls in found.items() if key != RETURNED}
+
+    def _by_what_they_reach(
+        self, place: Place, call: int, found: Mapping[Place, list[np.ndarray]], words: np.ndarray
+    ) -> np.ndarray:
+        """Give rows of one use that no sample reaches, such as a first state of zeros, to the samples that they reach.
+
+        NaN that begins at the output of row i, or of as many rows for each i, has to come to sample i and to no other.
+        """
+        samples = found[place][call]
+        unknown = samples == -1
+        for expected in _in_order(samples.shape, words.shape[1]):
+            reached = np.zeros(words.shape[1], dtype=bool)
+            fits = (unknown | (samples == expected)).all() and all(
+                self._reaches((place, call, unknown & word[expected]), found, word, reached) for word in words
+            )
+            if fits and reached[expected[unknown]].all():
+                return expected
+        raise WatchError(
+            f"Rows of the input of '{place[0] or place[1]}' belong to no sample: NaN of none reaches them, as where "
+            "they are made of whole numbers or of weights alone, or NaN is replaced, and what they reach does not tell either."
+        )
+
+    def _reaches(
+        self,
+        begun: tuple[Place, int, np.ndarray],
+        found: Mapping[Place, list[np.ndarray]],
+        word: np.ndarray,
+        reached: np.ndarray,
+    ) -> bool:
+        """Whether NaN that begins in a use comes to samples of a word alone; notes which it comes to."""
+        try:
+            seen = self.reached(np.zeros_like(word), begun)
+        except Exception:
+            return False
+        for key, calls in found.items():
+            if [marks.shape for marks in seen.get(key, ())] != [samples.shape for samples in calls]:
+                return False
+            for samples, marks in zip(calls, seen[key], strict=True):
+                come_to = samples[marks & (samples >= 0)]
+                if not word[come_to].all():
+                    return False
+                reached[come_to] = True
+        return True
+
+
+def _in_order(shape: tuple[int, ...], samples: int) -> Iterator[np.ndarray]:
+    """Ways in which entries of that shape may lie sample by sample, or have one after the other of each."""
+    for axis, size in enumerate(shape):
+        if size == samples:
+            along = np.arange(samples).reshape([-1 if other == axis else 1 for other in range(len(shape))])
+            yield np.broadcast_to(along, shape)
+    if len(shape) == 1 and shape[0] > samples and shape[0] % samples == 0:
+        yield np.repeat(np.arange(samples), shape[0] // samples)
+        yield np.tile(np.arange(samples), shape[0] // samples)
+
+
+@contextmanager
+def _begun(twin: nn.Module, begun: tuple[Place, int, np.ndarray] | None) -> Iterator[None]:
+    """Make rows of the output of one use of a module NaN."""
+    if begun is None:
+        yield
+        return
+    (name, _), number, mask = begun
+    calls = itertools.count()
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Tensor | None:
+        if not torch.is_grad_enabled() or next(calls) != number:
+            return None
+        if not isinstance(output, Tensor) or output.shape[: mask.ndim] != mask.shape:
+            raise WatchError("only rows of a single output can be made NaN.")
+        rest = [1] * (output.ndim - mask.ndim)
+        return output.masked_fill(torch.from_numpy(mask).to(output.device).view(*mask.shape, *rest), math.nan)
+
+    handle = twin.get_submodule(name).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _refuse_mixing_in_training(

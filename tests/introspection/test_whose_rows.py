@@ -1,4 +1,4 @@
-"""Whole numbers among a model's inputs: tokens are followed to their lookups, and rows that go by lengths or masks are found.
+"""Whose rows are whose where NaN in the inputs does not tell: tokens, lengths, masks, and rows that no sample reaches.
 
 No sample of these models sees another, so a group's share is the gradient of the loss of its own samples.
 """
@@ -351,4 +351,84 @@ def test_a_token_by_which_a_model_sorts_is_not_followed_blindly():
     with autospec.watch(model, LABELS, quiet=True) as watcher:
         with pytest.raises(WatchError, match="mix several samples"):
             model(torch.randn(N, 4), torch.tensor([3, 1, 2, 4, 5]))
+        watcher.discard()
+
+
+def from_zeros(self, x):
+    """A recurrent network written by hand, whose first state no sample reaches."""
+    state = x.new_zeros(len(x), 6)
+    for now in x.unbind(1):
+        state = torch.tanh(self.layer(now) + self.state(state))
+    return self.head(state)
+
+
+def from_a_learned_state(self, x):
+    state = self.first.expand(len(x), -1)
+    for now in x.unbind(1):
+        state = torch.tanh(self.layer(now) + self.state(state))
+    return self.head(state)
+
+
+def decoded(self, x):
+    """A decoder that begins with a token of zeros and goes on with what it has made."""
+    hidden, made, steps = torch.tanh(self.layer(x[:, 0])), x.new_zeros(len(x), 3), []
+    for _ in range(3):
+        made = self.head(torch.tanh(hidden + self.state(made)))
+        steps.append(made)
+    return torch.stack(steps, 1)
+
+
+def one_hot(self, x, site):
+    codes = nn.functional.one_hot(site, 3).to(x.dtype)
+    return self.head(torch.tanh(self.layer(x[:, 0]) + self.state(codes)))
+
+
+def time_of_diffusion(self, x, time):
+    """The last that is computed: only what the model returns tells."""
+    waves = torch.outer(time.to(x.dtype), torch.tensor([0.1, 0.2, 0.3, 0.4])).sin()
+    return torch.tanh(self.layer(x[:, 0]) + self.state(waves))
+
+
+def shifted_time_first(self, x):
+    """The first position of each sample holds nothing, and rows lie time first, folded into one dimension."""
+    x = torch.cat([x.new_zeros(len(x), 1, 4), x[:, :-1]], 1).transpose(0, 1)
+    hidden = self.layer(x).tanh().cumsum(0)
+    return self.head(hidden.flatten(0, 1)).unflatten(0, x.shape[:2]).transpose(0, 1)
+
+
+UNREACHED = {
+    "first state of zeros": (from_zeros, 6, lambda: ()),
+    "learned first state": (from_a_learned_state, 6, lambda: ()),
+    "first token of zeros": (decoded, 3, lambda: ()),
+    "one-hot codes": (one_hot, 3, lambda: (torch.tensor([0, 2, 1, 1, 0]),)),
+    "time of diffusion": (time_of_diffusion, 4, lambda: (torch.tensor([3, 50, 7, 7, 21]),)),
+    "shifted, time first": (shifted_time_first, 6, lambda: ()),
+}
+
+
+@pytest.mark.parametrize("kind", UNREACHED)
+def test_rows_that_no_sample_reaches_go_to_the_sample_that_they_reach(kind):
+    torch.manual_seed(0)
+    forward, width, more = UNREACHED[kind]
+    model = Model(forward, layer=SIX_BY_FOUR(), state=nn.Linear(width, 6), head=nn.Linear(6, 3))
+    if kind == "learned first state":
+        model.first = nn.Parameter(torch.randn(6))
+    if kind == "shifted, time first":
+        del model.state
+    if kind == "time of diffusion":
+        del model.head
+    assert_shares_of_own_loss(model, [(series([T] * N), *more())])
+
+
+def test_rows_that_reach_other_samples_are_refused():
+    """Noise that the model exchanges between samples, of which its inputs tell nothing."""
+
+    def forward(self, x):
+        noise = self.state(torch.ones(len(x), 4)).roll(1, 0)
+        return self.head(torch.tanh(self.layer(x[:, 0]) + noise))
+
+    model = Model(forward, layer=SIX_BY_FOUR(), state=nn.Linear(4, 6), head=nn.Linear(6, 3))
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        with pytest.raises(WatchError, match="'state' belong to no sample"):
+            model(series([T] * N))
         watcher.discard()
