@@ -32,8 +32,8 @@ from .workspace import Where, Workspace, where
 
 # Objects within objects among a model's arguments that are looked into.
 DEEPEST = 3
-# Row maps of batches of different shapes, before all are probed anew.
-ROW_MAPS_KEPT = 64
+# Row maps of batches of different shapes, before the oldest are given up.
+ROW_MAPS_KEPT = 512
 # Batches that differ in plain numbers alone and are traced before it is said how to spare that.
 NUMBERS_TRACED = 10
 # Bytes of one item, a volume say, from which on it is not copied: fresh memory for all of them costs more than the copy.
@@ -459,9 +459,8 @@ class Capture:
             return RowMap({})
         signature = self._batch_signature(args, kwargs, samples)
         if len(self._row_maps) > ROW_MAPS_KEPT:
-            self._row_maps.clear()
+            del self._row_maps[next(iter(self._row_maps))]
             self._forms.clear()
-            self._sortings, self._sortings_used = {}, {}
         content = self._content(signature, args, kwargs)
         if again or (signature, content) not in self._row_maps:
             self._count_numbers((samples, _signature((args, kwargs), self._sorts, samples, numbers=False)), signature)

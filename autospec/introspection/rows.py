@@ -888,7 +888,12 @@ class _Probe:
         for key, call in unknown:
             if key != RETURNED:
                 found[key][call] = self._by_what_they_reach(key, call, found, words)
-        return {key: [of.reshape(-1) for of in calls] for key, calls in found.items() if key != RETURNED}
+        alike: dict[bytes, np.ndarray] = {}  # most layers have the same rows
+        return {
+            key: [alike.setdefault(of.tobytes(), of.reshape(-1)) for of in calls]
+            for key, calls in found.items()
+            if key != RETURNED
+        }
 
     def _by_what_they_reach(
         self, place: Place, call: int, found: Mapping[Place, list[np.ndarray]], words: np.ndarray

@@ -216,6 +216,15 @@ def test_rows_that_are_given_anew_hold_although_another_layer_is_traced():
         assert error(found, svdvals(rows)[: len(found)]) < 1e-6
 
 
+def test_series_of_many_lengths_are_each_traced_once(probes):
+    model, lengths = nn.Sequential(nn.Linear(4, 3), nn.Tanh()), range(1, 81)
+    with autospec.watch(model, LABELS, quiet=True, statistics=["activation"]) as watcher:
+        for length in [*lengths, *lengths]:
+            model(torch.randn(N, length, 4)).sum().backward()
+            watcher.step()
+    assert len(probes) == len(lengths)
+
+
 def test_numbers_of_a_schedule_do_not_have_the_rows_traced_anew(probes):
     class Annealed(nn.Module):
         def __init__(self):
