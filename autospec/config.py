@@ -227,7 +227,7 @@ class Ica(Settings):
     confounds: Literal["none", "motion", "simple", "scrubbing", "compcor", "ica_aroma"] = "none"
     """What to regress out: six parameters of motion, or one of nilearn's strategies for fMRIPrep."""
     confounds_on: Literal["image", "timecourses"] = "image"
-    """Regress from the image, or from the time courses that connectivity is computed from."""
+    """Regress from the image, or only from the time courses that connectivity is computed from; an atlas's alike, from all."""
     preprocessing: Annotated[int, Field(ge=1, le=4)] = 1
     """GIFT's type of preprocessing."""
     converged: bool = False

@@ -210,7 +210,7 @@ def build_timecourses(
 ) -> str:
     """Write a subject's folder from an atlas or from precomputed time courses: the same files, without maps.
 
-    Confounds, if any, are regressed from the time courses that connectivity is computed from.
+    Confounds, if any, are regressed from all of them.
 
     Parameters
     ----------
@@ -286,7 +286,9 @@ def _write_networks(
     timecourses = scale_timecourses(found.timecourses) if scaled else found.timecourses
 
     warnings = scan.warnings + space_warnings(image, bold)
+    on_image = settings["confounds_on"] == "image"
     record = _record(settings, files, scan, warnings) | {
+        "Confounds": scan.confound_names if on_image else [],
         "Template": template_record(template),
         "Networks": network_records(template),
     }
@@ -307,8 +309,7 @@ def _write_networks(
         "Coverage": dict(zip(template.labels, shares, strict=True)),
         "AcceptedSteps": dict(zip(template.labels, found.accepted_steps, strict=True)),
     }
-    confounds = scan.confounds if settings["confounds_on"] == "timecourses" else None
-    courses = _Courses(timecourses, found.timecourses, confounds, template.networks)
+    courses = _Courses(timecourses, found.timecourses, None if on_image else scan.confounds, template.networks)
     _write_courses(settings, subject, scan, record, quality, courses, folder)
     if settings["gift_number"] is not None:
         write_gift_files(folder / "gift", settings["gift_number"], networks, covered, affine, timecourses)
@@ -341,7 +342,8 @@ def _write_timecourses(
     source = {"Atlas": Path(atlas).name} if atlas else {"Precomputed": True}
     record = _record(settings, files, scan, scan.warnings) | source
     networks = [Network(k, label, "", "") for k, label in enumerate(found, start=1)]
-    courses = _Courses(scale_timecourses(values), values, scan.confounds, networks)
+    # A region's time course is a linear map of the image, so regressing from it is regressing from the image.
+    courses = _Courses(scale_timecourses(values, scan.confounds), values, scan.confounds, networks)
     _write_courses(settings, subject, scan, record, {}, courses, folder)
     return len(values)
 
@@ -365,6 +367,7 @@ def _write_courses(
     described = {"Description": "Time course of each network, one a column; one row a volume."}
     write_table(timecourses, labels, folder / names["timecourses"], record | described)
     described = {"Description": "Time courses as connectivity is computed from them."}
+    record = record | {"Confounds": scan.confound_names}
     write_table(cleaned, labels, folder / names["cleaned"], record | described)
     described = {"Description": "Fisher's z of the Pearson correlation of every two cleaned time courses; diagonal 0."}
     write_square(correlated, labels, folder / names["connectivity"], record | described)

@@ -245,8 +245,9 @@ def test_motion_is_regressed_from_the_image_or_the_time_courses(tmp_path, bold, 
     assert quality["Motion"]["MeanFramewiseDisplacementMm"] == pytest.approx(displacement.mean())
     assert quality["Motion"]["LargestFramewiseDisplacementMm"] == pytest.approx(displacement.max())
     assert quality["Motion"]["VolumesAbove0.5Mm"] == (displacement > 0.5).sum()
-    record = load(tmp_path / "out" / names["timecourses"].replace(".tsv", ".json"))
-    assert record["Confounds"] == list(table.columns[:6])
+    for table_name, without in (("timecourses", place == "image"), ("cleaned", True)):
+        record = load(tmp_path / "out" / names[table_name].replace(".tsv", ".json"))
+        assert record["Confounds"] == (list(table.columns[:6]) if without else [])
 
 
 def test_what_a_subject_lacks_is_left_out_and_counted(tmp_path, bold, template, brain, made):
@@ -432,6 +433,27 @@ def test_an_atlas_gives_the_same_folder_without_maps(tmp_path, subject, bold, br
     means = np.column_stack([bold[numbers == k].mean(axis=0) for k in (1, 2, 3)])
     assert np.allclose(cleaned, clean_timecourses(means, 2.0, None, True, 0.15), atol=1e-2)
     assert load(tmp_path / "out" / names["quality"])["Template"] is None
+
+
+@pytest.mark.parametrize("place", ["image", "timecourses"])
+def test_motion_is_regressed_from_regions_too(tmp_path, bold, brain, place):
+    path, motion, _ = motion_table(tmp_path / "confounds.tsv", bold)
+    image = save(tmp_path / "bold.nii.gz", bold + (brain[..., None] * 400 * motion[:, 0]).astype("f4"))
+    numbers = (np.arange(18)[None, None] // 6 + 1) * brain
+    atlas = save(tmp_path / "atlas.nii.gz", numbers.astype("i2"), step=None)
+    correlated = {}
+    for confounds in ("none", "motion"):
+        chosen = settings(confounds=confounds, confounds_on=place, drop_volumes=2, despike=False, low_pass_hz=None)
+        folder = tmp_path / confounds
+        build_timecourses(chosen, "01", files(image, confounds=path), str(atlas), None, folder)
+        for name in ("timecourses", "cleaned"):
+            courses, _ = read_table(folder / subject_files("01")[name])
+            together = np.corrcoef(np.column_stack([courses, motion[2:]]), rowvar=False)[:3, 3:]
+            correlated[confounds, name] = np.abs(together).max()
+            record = load(folder / subject_files("01")[name].replace(".tsv", ".json"))
+            assert bool(record["Confounds"]) == (confounds == "motion")
+    assert min(correlated["none", "timecourses"], correlated["none", "cleaned"]) > 0.8
+    assert max(correlated["motion", "timecourses"], correlated["motion", "cleaned"]) < 1e-5
 
 
 def test_precomputed_time_courses_give_connectivity(tmp_path):
