@@ -300,6 +300,8 @@ def timecourse_settings(ica: Ica, done: Done, image: bool = True) -> dict[str, A
         "repetition_time": ica.repetition_time or done.repetition_time,
         "min_volumes": 0,
         "max_mean_fd_mm": None,
+        # GIFT's scaling comes later and starts from maps that are not scaled.
+        "scaling": "z-score" if ica.scaling == "z-score" else "none",
         "despike": ica.despike,
         "low_pass_hz": ica.low_pass_hz,
         "already_done": done.record,
@@ -325,8 +327,6 @@ def network_settings(ica: Ica, done: Done, number: int | None = None) -> dict[st
         "preprocessing": ica.preprocessing,
         "dtype": "float32",
         "converged": ica.converged,
-        # GIFT's scaling comes later and starts from maps that are not scaled.
-        "scaling": "z-score" if ica.scaling == "z-score" else "none",
         "min_coverage": ica.min_coverage,
         "gift_number": number,
     }

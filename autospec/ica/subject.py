@@ -74,6 +74,7 @@ from autospec.ica.template import (
 from autospec.storage import written_whole
 
 MUCH_MOTION_MM = 0.5
+SCALED = "Less slow trends (line, sines and cosines of one and two cycles), divided by the standard deviation"
 _Ground = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -95,6 +96,7 @@ class TimecourseSettings(TypedDict):
     repetition_time: float | None
     min_volumes: int
     max_mean_fd_mm: float | None
+    scaling: Literal["z-score", "none"]
     despike: bool
     low_pass_hz: float | None
     on_bad_subject: Literal["fail", "exclude"]
@@ -109,7 +111,6 @@ class SubjectSettings(TimecourseSettings):
     preprocessing: int  # 1 to 4
     dtype: Literal["float32", "float64"]
     converged: bool
-    scaling: Literal["z-score", "none"]
     min_coverage: float  # of each network, 0 to 1
     gift_number: int | None  # the subject's number in GIFT's file names; None writes none
 
@@ -343,7 +344,11 @@ def _write_timecourses(
     record = _record(settings, files, scan, scan.warnings) | source
     networks = [Network(k, label, "", "") for k, label in enumerate(found, start=1)]
     # A region's time course is a linear map of the image, so regressing from it is regressing from the image.
-    courses = _Courses(scale_timecourses(values, scan.confounds), values, scan.confounds, networks)
+    if settings["scaling"] == "z-score":
+        scaled = scale_timecourses(values, scan.confounds)
+    else:
+        scaled = values if scan.confounds is None else regress(values, scan.confounds)
+    courses = _Courses(scaled, values, scan.confounds, networks)
     _write_courses(settings, subject, scan, record, {}, courses, folder)
     return len(values)
 
@@ -364,7 +369,8 @@ def _write_courses(
         courses.unscaled, scan.step, courses.confounds, settings["despike"], settings["low_pass_hz"]
     )
     correlated = connectivity(cleaned)
-    described = {"Description": "Time course of each network, one a column; one row a volume."}
+    scale = SCALED if settings["scaling"] == "z-score" else "Neither scaled nor detrended"
+    described = {"Description": f"Time course of each network, one a column; one row a volume. {scale}."}
     write_table(timecourses, labels, folder / names["timecourses"], record | described)
     described = {"Description": "Time courses as connectivity is computed from them."}
     record = record | {"Confounds": scan.confound_names}
@@ -514,6 +520,8 @@ def _check_common(settings: TimecourseSettings) -> None:
         raise UserError("drop_volumes and smoothing_fwhm_mm cannot be negative.")
     if settings["confounds"] not in ("none", "motion", *STRATEGIES):
         raise UserError(f"confounds is '{settings['confounds']}': it can be none, motion, {', '.join(STRATEGIES)}.")
+    if settings["scaling"] not in ("z-score", "none"):
+        raise UserError(f"scaling is '{settings['scaling']}': it can be z-score or none.")
     if settings["low_pass_hz"] is not None and not settings["low_pass_hz"] > 0:
         raise UserError(f"low_pass_hz is {settings['low_pass_hz']}: it must be above 0, or null for no filter.")
 
@@ -524,8 +532,6 @@ def _check_settings(settings: SubjectSettings) -> None:
         raise UserError(f"there is no preprocessing of type {settings['preprocessing']}: it can be 1, 2, 3 or 4.")
     if settings["dtype"] not in ("float32", "float64"):
         raise UserError(f"dtype is '{settings['dtype']}': it can be float32 or float64.")
-    if settings["scaling"] not in ("z-score", "none"):
-        raise UserError(f"scaling is '{settings['scaling']}': it can be z-score or none.")
     if settings["confounds_on"] not in ("image", "timecourses"):
         raise UserError(f"confounds_on is '{settings['confounds_on']}': it can be image or timecourses.")
 

@@ -13,7 +13,7 @@ from autospec.errors import UserError
 from autospec.ica import subject as module
 from autospec.ica.cleaning import clean_timecourses, connectivity
 from autospec.ica.derivative import folder_written_whole, read_table, subject_files
-from autospec.ica.scaling import cohort_modes, shift_and_scale_maps
+from autospec.ica.scaling import cohort_modes, scale_timecourses, shift_and_scale_maps
 from autospec.ica.subject import (
     build_gift_maps,
     build_gift_mask,
@@ -454,6 +454,27 @@ def test_motion_is_regressed_from_regions_too(tmp_path, bold, brain, place):
             assert bool(record["Confounds"]) == (confounds == "motion")
     assert min(correlated["none", "timecourses"], correlated["none", "cleaned"]) > 0.8
     assert max(correlated["motion", "timecourses"], correlated["motion", "cleaned"]) < 1e-5
+
+
+def test_time_courses_that_are_not_scaled_stay_as_they_came(tmp_path, bold, brain):
+    path, motion, _ = motion_table(tmp_path / "confounds.tsv", bold)
+    values = np.random.default_rng(0).normal(size=(VOLUMES, 3)).cumsum(axis=0)
+    pd.DataFrame(values, columns=["x", "y", "z"]).to_csv(tmp_path / "courses.tsv", sep="\t", index=False)
+    names = subject_files("01")
+    for scaling, said in (("none", "Neither scaled nor detrended."), ("z-score", "Less slow trends")):
+        chosen = settings(repetition_time=2.0, scaling=scaling)
+        build_timecourses(chosen, "01", files(tmp_path / "courses.tsv"), None, None, tmp_path / scaling)
+        found, _ = read_table(tmp_path / scaling / names["timecourses"])
+        assert np.allclose(found, values if scaling == "none" else scale_timecourses(values), atol=1e-6)
+        assert said in load(tmp_path / scaling / names["timecourses"].replace(".tsv", ".json"))["Description"]
+    numbers = ((np.arange(18)[None, None] // 6 + 1) * brain).astype("i2")
+    image, atlas = save(tmp_path / "bold.nii.gz", bold), save(tmp_path / "atlas.nii.gz", numbers, step=None)
+    chosen = settings(scaling="none", confounds="motion")
+    build_timecourses(chosen, "01", files(image, confounds=path), str(atlas), None, tmp_path / "regions")
+    found, _ = read_table(tmp_path / "regions" / names["timecourses"])
+    means = np.column_stack([bold[numbers == k].mean(axis=0) for k in (1, 2, 3)]).astype("f8")
+    x = np.column_stack([np.ones(VOLUMES), motion])
+    assert np.allclose(found, means - x @ np.linalg.lstsq(x, means)[0] + means.mean(axis=0), atol=1e-2)
 
 
 def test_precomputed_time_courses_give_connectivity(tmp_path):
