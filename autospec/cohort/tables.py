@@ -41,7 +41,14 @@ DESCRIPTIONS: dict[str, dict[str, Any]] = {
     "site": {"Description": "Where the participant was scanned"},
     "functional": {"Description": "Whether the participant is in the functional data sets: yes or no"},
     "structural": {"Description": "Whether the participant is in the structural data sets: yes or no"},
-    "mean_fd": {"Description": "Mean framewise displacement over all runs", "Units": "mm"},
+    "mean_fd": {
+        "Description": (
+            "Mean framewise displacement over all runs, from the tables of confounds: their own column, or computed from "
+            "the six parameters of motion on a head of radius 50 mm (Power et al. 2012) where they have none; else from "
+            "the table of participants"
+        ),
+        "Units": "mm",
+    },
     "volumes": {"Description": "Volumes in the tables of confounds, all runs together"},
     "usable_volumes": {"Description": "Volumes that no column of the tables of confounds marks as an outlier"},
     "bold": {"Description": "Functional images, or the file of time courses computed before, separated by ;"},

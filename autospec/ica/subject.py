@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import numpy as np
+import pandas as pd
 
+from autospec.cohort.displacement import DISPLACEMENT, PARAMETERS, displacement_of
 from autospec.cohort.files import digest_of
 from autospec.errors import UserError
 from autospec.ica.atlas import atlas_timecourses, read_timecourses
@@ -51,7 +53,6 @@ from autospec.ica.picture import Shown, write_picture
 from autospec.ica.preprocessing import (
     STRATEGIES,
     choose_confounds,
-    displacement_of,
     gift_mask_of,
     preprocess,
     read_confounds_table,
@@ -419,19 +420,22 @@ def _scan(settings: TimecourseSettings, files: SubjectFiles, volumes: int, step:
         raise UserError(
             f"{files['bold']} has {len(kept)} usable volumes, and min_volumes is {settings['min_volumes']}."
         )
-    displacement = None if table is None else displacement_of(table)
-    motion = None
-    if displacement is not None:
-        used = displacement[kept]
+    found = None if table is None else displacement_of(_numbers(table))
+    motion = displacement = None
+    # Of volumes that were scrubbed, too: how much somebody moved is no better for it.
+    if found is not None and np.isfinite(found[0][settings["drop_volumes"] :]).any():
+        displacement = found[0][settings["drop_volumes"] :]
+        mean = np.nanmean(displacement)
         motion = {
-            "MeanFramewiseDisplacementMm": used.mean(),
-            "LargestFramewiseDisplacementMm": used.max(),
-            f"VolumesAbove{MUCH_MOTION_MM}Mm": int((used > MUCH_MOTION_MM).sum()),
+            "MeanFramewiseDisplacementMm": mean,
+            "LargestFramewiseDisplacementMm": np.nanmax(displacement),
+            f"VolumesAbove{MUCH_MOTION_MM}Mm": int((displacement > MUCH_MOTION_MM).sum()),
+            "FramewiseDisplacement": found[1],
         }
         most = settings["max_mean_fd_mm"]
-        if most is not None and used.mean() > most:
+        if most is not None and mean > most:
             raise UserError(
-                f"{files['bold']} has a mean framewise displacement of {used.mean():.3f} mm, and max_mean_fd_mm is {most}."
+                f"{files['bold']} has a mean framewise displacement of {mean:.3f} mm, and max_mean_fd_mm is {most}."
             )
     elif settings["max_mean_fd_mm"] is not None:
         raise UserError(
@@ -452,9 +456,15 @@ def _scan(settings: TimecourseSettings, files: SubjectFiles, volumes: int, step:
         volumes=volumes,
         confound_names=names,
         motion=motion,
-        displacement=None if displacement is None else displacement[kept],
+        displacement=displacement,
         warnings=warnings,
     )
+
+
+def _numbers(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """What a table of confounds says of motion, by column."""
+    names = [name for name in (*DISPLACEMENT, *PARAMETERS) if name in table.columns]
+    return {name: table[name].to_numpy(dtype=np.float64) for name in names}
 
 
 def _record(settings: TimecourseSettings, files: SubjectFiles, scan: _Scan, warnings: list[str]) -> dict[str, Any]:

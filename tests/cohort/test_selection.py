@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import nibabel
+import numpy as np
 import pandas as pd
 import pytest
 
+from autospec.cohort.displacement import displacement_of, framewise_displacement
 from autospec.cohort.files import TextTable
 from autospec.cohort.motion import motion_of, motion_of_table, motion_problem
 from autospec.cohort.record import groupings_of, read_participants, read_record, require_kind
@@ -191,6 +193,33 @@ def test_motion_of_niaks_table_and_of_phenotypes():
     assert motion_of([], {"FD": "nan"}).mean_fd is None
     with pytest.raises(UserError, match="table of confounds t holds a cell that is no number"):
         motion_of_table(TextTable("t", ["FD"], [["x"]]))
+
+
+def test_framewise_displacement_follows_power():
+    motion = np.zeros((4, 6))
+    motion[1:] += [1, -2, 0, 0.01, 0, 0]
+    motion[3, 5] = -0.02
+    expected = [np.nan, 3.5, 0, 1.0]  # the first volume moved from nowhere
+    np.testing.assert_allclose(framewise_displacement(motion), expected)
+    columns = dict(zip(("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z"), motion.T, strict=True))
+    found, source = displacement_of(columns)
+    np.testing.assert_allclose(found, expected)
+    assert source.startswith("computed from trans_x")
+    assert displacement_of({**columns, "FD": np.arange(4.0)})[1] == "FD"
+    # A column that says nothing is none; NIAK's turns are in degrees.
+    assert displacement_of({**columns, "FD": np.full(4, np.nan)})[1].startswith("computed")
+    assert displacement_of({"motion_tx": motion[:, 0], "motion_rx": motion[:, 3]}) is None
+
+
+def test_motion_is_computed_where_a_table_has_parameters_alone(tmp_path):
+    rows = [["0"] * 6, ["0.1", "0", "0", "0", "0", "0.002"], ["0.1", "0.3", "0", "0", "0", "0.002"]]
+    table = TextTable("t", ["trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z"], rows)
+    motion = motion_of_table(table)
+    assert motion.mean_fd == pytest.approx((0.2 + 0.3) / 2)
+    assert "mean framewise displacement of 0.250 mm" in motion_problem(motion, 0.2, None)
+    unknown = motion_of_table(TextTable("t", ["csf"], [["1"], ["2"]]))
+    said = motion_problem(unknown, 0.2, None)
+    assert "its table of confounds has neither framewise_displacement nor trans_x" in said
 
 
 @pytest.mark.parametrize("column", ["FD", "mean_FD", "Frames ok"])

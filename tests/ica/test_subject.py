@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from autospec.cohort.motion import motion_of
 from autospec.errors import UserError
 from autospec.ica import subject as module
 from autospec.ica.cleaning import clean_timecourses, connectivity
@@ -433,6 +434,25 @@ def test_an_atlas_gives_the_same_folder_without_maps(tmp_path, subject, bold, br
     means = np.column_stack([bold[numbers == k].mean(axis=0) for k in (1, 2, 3)])
     assert np.allclose(cleaned, clean_timecourses(means, 2.0, None, True, 0.15), atol=1e-2)
     assert load(tmp_path / "out" / names["quality"])["Template"] is None
+
+
+@pytest.mark.parametrize("column", ["framewise_displacement", None])
+def test_everybody_says_the_same_of_motion(tmp_path, bold, brain, monkeypatch, column):
+    shown = []
+    monkeypatch.setattr(module, "write_picture", lambda picture, _: shown.append(picture))
+    path, _, table = motion_table(tmp_path / "confounds.tsv", bold)
+    table = table if column else table.drop(columns="framewise_displacement")
+    table.to_csv(path, sep="\t", index=False, na_rep="n/a")
+    image = save(tmp_path / "bold.nii.gz", bold)
+    atlas = save(tmp_path / "atlas.nii.gz", brain.astype("i2"), step=None)
+    build_timecourses(settings(), "01", files(image, confounds=path), str(atlas), None, tmp_path / "out")
+    motion = load(tmp_path / "out" / subject_files("01")["quality"])["Motion"]
+    assert motion["MeanFramewiseDisplacementMm"] == pytest.approx(motion_of([path], None).mean_fd)
+    assert motion["MeanFramewiseDisplacementMm"] == pytest.approx(np.nanmean(shown[0].displacement))
+    assert motion["FramewiseDisplacement"].startswith(column or "computed from trans_x")
+    assert np.isnan(shown[0].displacement[0])
+    if column:
+        assert motion["MeanFramewiseDisplacementMm"] == pytest.approx(table[column][1:].mean())
 
 
 @pytest.mark.parametrize("place", ["image", "timecourses"])
