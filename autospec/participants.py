@@ -372,7 +372,11 @@ def tables() -> list[str]:
 
 def shared_settings(config: Config) -> dict[str, Any]:
     """Settings of the job that writes the cohort's tables."""
-    return {"cohort": cohort_settings(config), "networks": config.needs_networks}
+    return {
+        "cohort": cohort_settings(config),
+        "networks": config.needs_networks,
+        "drop_volumes": config.ica.drop_volumes if config.needs_networks else 0,
+    }
 
 
 def gift_mask_settings(config: Config) -> dict[str, Any]:

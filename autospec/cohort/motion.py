@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,16 +30,22 @@ class Motion:
     """Mean framewise displacement, mm."""
     volumes: int | None = None
     usable_volumes: int | None = None
-    """Volumes that no column marks as an outlier."""
+    """Volumes that are used and that no column marks as an outlier."""
+
+    def of_used(self, volumes: int) -> Motion:
+        """The same where no more than so many volumes are used."""
+        return self if self.usable_volumes is None else replace(self, usable_volumes=min(self.usable_volumes, volumes))
 
 
-def motion_of_table(table: TextTable) -> Motion:
+def motion_of_table(table: TextTable, drop_volumes: int = 0) -> Motion:
     """Sum up a table of confounds.
 
     Parameters
     ----------
     table : TextTable
         One row a volume, as fMRIPrep or NIAK writes them.
+    drop_volumes : int
+        How many at the start are left out, and neither moved nor are usable.
 
     Raises
     ------
@@ -54,10 +60,11 @@ def motion_of_table(table: TextTable) -> Motion:
             if name in places
         }
         marks = [i for i, name in enumerate(table.columns) if MARKS.fullmatch(name)]
-        usable = sum(not any(float(row[i]) for i in marks) for row in table.rows)
+        usable = sum(not any(float(row[i]) for i in marks) for row in table.rows[drop_volumes:])
     except ValueError as error:
         raise UserError(f"the table of confounds {table.path} holds a cell that is no number ({error}).") from None
-    displacement = (displacement_of(read) or (np.full(1, math.nan), ""))[0]
+    found = displacement_of(read)
+    displacement = np.array([]) if found is None else found[0][drop_volumes:]
     return Motion(
         mean_fd=None if np.isnan(displacement).all() else float(np.nanmean(displacement)),
         volumes=len(table.rows),
@@ -70,7 +77,10 @@ def _number(cell: str) -> float:
 
 
 def motion_of(
-    confounds: list[str], phenotype: Mapping[str, str] | None, source: str = "the table of participants"
+    confounds: list[str],
+    phenotype: Mapping[str, str] | None,
+    source: str = "the table of participants",
+    drop_volumes: int = 0,
 ) -> Motion:
     """Motion over a participant's runs: from tables of confounds, else from the table of participants.
 
@@ -82,13 +92,15 @@ def motion_of(
         The participant's row, whose ``FD`` and ``Frames OK`` are taken where there are no tables.
     source : str
         Where the row stands, for error messages.
+    drop_volumes : int
+        How many volumes at the start of each run are left out.
 
     Raises
     ------
     UserError
         If one of them is no number.
     """
-    tables = [motion_of_table(read_table(path)) for path in confounds]
+    tables = [motion_of_table(read_table(path), drop_volumes) for path in confounds]
     return together(tables) if tables else _of_phenotype(phenotype or {}, source)
 
 

@@ -326,6 +326,27 @@ def test_what_a_subjects_own_job_found_is_taken_over(mixed, tmp_path):
         build_cohort(settings(mixed), statuses, str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(("drop", "used", "usable"), [(0, 8, 6), (1, 7, 6), (4, 4, 4), (4, 3, 3)])
+def test_usable_volumes_are_among_those_that_are_used(tmp_path, drop, used, usable):
+    participants(tmp_path / "participants.tsv", [("1", "HC", "M", "20")])
+    fmriprep(tmp_path, ["1"])  # the first two of its eight volumes are outliers
+    content = json.dumps({"status": "included", "volumes": used, "digest": "of-1"})
+    statuses = {"1": str(write(tmp_path / "ica/sub-1/status.json", content))}
+    build_cohort(settings(tmp_path, min_volumes=usable), statuses, str(tmp_path / "out"), drop)
+    (row,) = read_participants(str(tmp_path / "out/participants.tsv"))
+    assert (row["volumes"], row["usable_volumes"]) == ("8", str(usable))
+    assert f"\t{usable}\t" in (tmp_path / "out/scans.tsv").read_text()
+    with pytest.raises(UserError, match=rf"{usable} usable volumes, fewer than min_volumes \({usable + 1}\)"):
+        build_cohort(settings(tmp_path, min_volumes=usable + 1), statuses, str(tmp_path / "out"), drop)
+
+
+def test_motion_is_that_of_the_volumes_that_are_used(tmp_path):
+    path = confounds(tmp_path / "c.tsv", [9.0, 0.8, 0.2, 0.6], outliers=2)
+    motion = motion_of([str(path)], None, drop_volumes=2)
+    assert motion.mean_fd == pytest.approx(0.4)
+    assert (motion.volumes, motion.usable_volumes) == (4, 2)
+
+
 def test_another_kind_of_cohort_in_the_same_place_is_refused(mixed, tmp_path):
     build_cohort(settings(mixed), None, str(tmp_path / "out"))
     require_kind(str(tmp_path / "out"), "real")
