@@ -275,7 +275,7 @@ def diagnosis_of(text: str, code: str, strict: bool, column: str) -> str | Refus
     text : str
         The label, such as ``Patient``, ``Schizophrenia_Strict``, or a code of DSM-IV where the table has codes only.
     code : str
-        The code beside a label, such as ``295.30`` or ``None``; empty where the table has none.
+        The code beside a label, such as ``295.30`` or ``None``, or a word as labels are; empty where the table has none.
     strict : bool
         Whether only schizophrenia itself counts, and only controls without any diagnosis; otherwise labels are believed.
     column : str
@@ -291,10 +291,13 @@ def diagnosis_of(text: str, code: str, strict: bool, column: str) -> str | Refus
         return Refusal(f"the diagnosis '{text}' is neither schizophrenia nor control", bad=False)
     if not strict:
         return "HC" if meaning == CONTROL else "SZ"
+    coded = WORDS.get(code.lower())
+    if coded == PATIENT:  # no more than the label says
+        code = ""
     if meaning == CONTROL:
-        healthy = code.lower() in ("", "none")
+        healthy = coded == CONTROL or code.lower() in ("", "none")
         return "HC" if healthy else Refusal(f"a control with the diagnosis '{code}' (strict schizophrenia)", bad=False)
-    if meaning == STRICT or (meaning == PATIENT and STRICT_CODE.match(code)):
+    if meaning == STRICT or (meaning == PATIENT and (coded == STRICT or STRICT_CODE.match(code))):
         return "SZ"
     if meaning == PATIENT and not code:
         return Refusal(f"called '{text}' {UNCODED}", bad=False)
