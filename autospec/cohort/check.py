@@ -14,7 +14,7 @@ from autospec.cohort.images import Header, read_header, require_mni, time_betwee
 from autospec.cohort.motion import motion_of, motion_problem
 from autospec.cohort.precomputed import shape_of
 from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, nobody_is_left
-from autospec.cohort.subjects import CohortSettings, Scan
+from autospec.cohort.subjects import MISSING, CohortSettings, Scan
 from autospec.errors import UserError
 from autospec.ica.preprocessing import choose_confounds, read_confounds_table
 
@@ -64,6 +64,8 @@ class Report:
     """Files of time courses that were computed before, by their number of networks."""
     drop_volumes: int = 0
     """Volumes dropped at the start of each image."""
+    ages: list[float] = field(default_factory=list)
+    """Of participants whose age is known, in years."""
 
     def lines(self) -> list[str]:
         """The report, for a person to read."""
@@ -71,6 +73,7 @@ class Report:
             f"layout: {self.layout} ({self.kind} data)",
             f"participants: {_counted(self.groups)} ({_counted(self.sexes)})",
             *(f"{name}: {_counted(counts)}" for name, counts in self.groupings.items()),
+            self._ages(),
             f"functional: {self.functional}, structural: {self.structural}",
         ]
         if self.grids:
@@ -95,6 +98,12 @@ class Report:
         if not self.exclusions:
             text.append("left out: nobody")
         return text + [f"warning: {warning}" for warning in self.warnings]
+
+    def _ages(self) -> str:
+        unknown = sum(self.groups.values()) - len(self.ages)
+        if not self.ages:
+            return "age: not known of anybody"
+        return f"age: {min(self.ages):g} to {max(self.ages):g} years" + (f", not known of {unknown}" if unknown else "")
 
 
 @dataclass(frozen=True)
@@ -286,6 +295,7 @@ def _report(
         warnings=[*_warnings(headers, times, counts, cohort), *_copies(taking_part)],
         headers=headers,
         networks=_sorted(counts),
+        ages=[float(each.person.age) for each in taking_part if each.person.age != MISSING],
     )
 
 

@@ -16,7 +16,11 @@ from autospec.errors import UserError
 LABEL_COLUMNS = ("subject type", "dx", "group", "sz", "diagnosis")
 CODE_COLUMNS = ("diagnosis",)
 SEX_COLUMNS = ("sex", "gender")
-AGE_COLUMNS = ("age", "current age")
+AGE_COLUMNS = (
+    *("age", "current age", "age_at_scan", "age at scan", "agescan", "age_scan", "scan_age", "age_at_mri"),
+    *("age_years", "age_yrs", "age_in_years", "age (years)", "age (yrs)", "age [years]", "age in years"),
+)
+OLDEST_YEARS = 120
 SITE_COLUMNS = ("site", "site_id", "siteid")
 
 CONTROL, PATIENT, STRICT, RELATED, OTHER = "control", "patient", "strict", "related", "other"
@@ -318,7 +322,7 @@ def sex_of(text: str, labels: Mapping[str, str], source: str) -> str:
 
 
 def age_of(text: str, source: str) -> str:
-    """Age in years as it is written, or n/a; ``89+`` is 89; raises UserError where it is no number."""
+    """Age in years as it is written, or n/a; ``89+`` is 89; raises UserError where it is no number from 0 to 120."""
     if known(text) == MISSING:
         return MISSING
     number = text.removesuffix("+")
@@ -327,5 +331,11 @@ def age_of(text: str, source: str) -> str:
     except ValueError:
         years = math.nan
     if not 0 <= years < math.inf:
-        raise UserError(f"{source} has the age '{text}', which is no number of years: correct it, or write n/a.")
+        point = f"write {text.replace(',', '.')}, with a point" if re.fullmatch(r"\d+,\d+", text) else "correct it"
+        raise UserError(f"{source} has the age '{text}', which is no number of years: {point}, or write n/a.")
+    if years > OLDEST_YEARS:
+        raise UserError(
+            f"{source} has the age '{text}', more than {OLDEST_YEARS} years: write years, neither months nor the year of "
+            "birth, and n/a where the age is not known."
+        )
     return number

@@ -119,6 +119,15 @@ def test_motion_excludes_and_volumes_are_taken_from_headers_where_no_table_says_
         check_cohort(settings(tmp_path, min_volumes=10), networks=5)
 
 
+def test_the_range_of_ages_is_said(tmp_path):
+    rows = [("1", "HC", "M", "21.5"), ("2", "SZ", "M", "64"), ("3", "SZ", "F", "n/a")]
+    participants(tmp_path / "participants.tsv", rows)
+    fmriprep(tmp_path, ["1", "2", "3"])
+    assert "age: 21.5 to 64 years, not known of 1" in check_cohort(settings(tmp_path), networks=5).lines()
+    participants(tmp_path / "participants.tsv", [(*row[:3], "n/a") for row in rows])
+    assert "age: not known of anybody" in check_cohort(settings(tmp_path), networks=5).lines()
+
+
 def test_volumes_dropped_at_the_start_do_not_count(tmp_path):
     participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "12"])
     fmriprep(tmp_path, ["1"])  # the first two of its eight volumes are outliers

@@ -291,3 +291,19 @@ def test_ages_are_numbers_or_missing():
     for text in ("old", "-3", "inf"):
         with pytest.raises(UserError, match="no number of years"):
             age_of(text, "t")
+    with pytest.raises(UserError, match=r"the age '21,5', which is no number of years: write 21.5, with a point"):
+        age_of("21,5", "t")
+
+
+@pytest.mark.parametrize("text", ["121", "999", "1990", "360"])
+def test_ages_that_nobody_reaches_are_refused(text):
+    assert age_of("120", "t") == "120"
+    with pytest.raises(
+        UserError, match=f"t has the age '{text}', more than 120 years: write years, neither months nor"
+    ):
+        age_of(text, "t")
+
+
+@pytest.mark.parametrize("column", ["Age_at_scan", "age_years", "Age (years)", "Current Age"])
+def test_usual_names_of_the_column_of_ages_are_known(column):
+    assert describe({"dx": "Patient", column: "31"}, settings("x"), "t").age == "31"
