@@ -292,7 +292,7 @@ def _report(
         volumes=(min(volumes), max(volumes)) if volumes else None,
         seconds=sum(SECONDS_TO_START + predicted_seconds(header, voxel_mm) for header in headers),
         bytes=sum(predicted_bytes(header, networks, voxel_mm) for header in headers),
-        warnings=[*_warnings(headers, times, counts, cohort), *_copies(taking_part)],
+        warnings=[*cohort.notes, *_warnings(headers, times, counts, cohort), *_copies(taking_part)],
         headers=headers,
         networks=_sorted(counts),
         ages=[float(each.person.age) for each in taking_part if each.person.age != MISSING],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from autospec.cohort.files import TextTable, listed, read_table
@@ -256,7 +257,7 @@ def _diagnosis(row: Mapping[str, str], settings: CohortSettings, source: str) ->
         )
     text = row[column]
     if settings["labels"]:
-        label = settings["labels"].get(text)
+        label = _of_label(text, settings["labels"])
         return label if label is not None else Refusal(_outside(text, column, list(settings["labels"])), bad=True)
     code_column = find_column(list(row), settings, "code", CODE_COLUMNS, source)
     code = row[code_column] if code_column not in (None, column) else ""
@@ -308,10 +309,56 @@ def diagnosis_of(text: str, code: str, strict: bool, column: str) -> str | Refus
     return Refusal(f"the diagnosis '{code or text}' is not strict schizophrenia", bad=False)
 
 
+def _of_label(text: str, labels: Mapping[str, Value]) -> Value | None:
+    """What a mapping of labels says of one: exactly so written first, else by the same label in other letters."""
+    return labels.get(text, next((value for label, value in labels.items() if same(label) == same(text)), None))
+
+
+def same(label: str) -> str:
+    """What labels that differ in case or in spaces alone have in common."""
+    return "".join(label.split()).casefold()
+
+
+def united(people: Sequence[Person]) -> tuple[list[Person], list[str]]:
+    """Give labels of sites and groupings that differ in case or in spaces alone one spelling.
+
+    Parameters
+    ----------
+    people : sequence of Person
+
+    Returns
+    -------
+    people : list of Person
+        In the same order, with each label as most of them spell it, the first of several such spellings.
+    notes : list of str
+        What was taken as one, a sentence a label, without a full stop.
+    """
+    notes: list[str] = []
+
+    def spelled(column: str, labels: list[str]) -> list[str]:
+        spellings: dict[str, Counter[str]] = {}
+        for label in labels:
+            spellings.setdefault(same(label), Counter())[label] += 1
+        for counts in spellings.values():
+            if len(counts) > 1:
+                words = ", ".join(f"'{label}' ({count})" for label, count in counts.most_common())
+                notes.append(f"{column}: {words} are taken as one label, '{counts.most_common(1)[0][0]}'")
+        return [spellings[same(label)].most_common(1)[0][0] for label in labels]
+
+    sites = spelled("site", [each.site for each in people])
+    columns = list(people[0].groupings) if people else []
+    groupings = {column: spelled(column, [each.groupings[column] for each in people]) for column in columns}
+    changed = [
+        replace(each, site=site, groupings={column: groupings[column][i] for column in columns})
+        for i, (each, site) in enumerate(zip(people, sites, strict=True))
+    ]
+    return changed, notes
+
+
 def sex_of(text: str, labels: Mapping[str, str], source: str) -> str:
     """Sex as M, F, O or n/a; raises UserError at a code that nothing explains."""
-    if text in labels:
-        return labels[text]
+    if (said := _of_label(text, labels)) is not None:
+        return said
     if known(text) == MISSING:
         return MISSING
     if text.lower() not in SEXES:

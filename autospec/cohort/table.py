@@ -7,7 +7,7 @@ from pathlib import Path
 
 from autospec.cohort.bids import entities_of
 from autospec.cohort.files import existing, file_problem, listed, natural_key
-from autospec.cohort.phenotypes import Person, describe, read_rows
+from autospec.cohort.phenotypes import Person, describe, read_rows, united
 from autospec.cohort.subjects import MISSING, CohortSettings, Done, Scan, Subject, known
 from autospec.errors import UserError
 
@@ -103,8 +103,9 @@ def _same(found: str, wanted: str) -> bool:
 
 def _require_agreement(name: str, rows: list[dict[str, str]], settings: CohortSettings, path: str) -> None:
     """Refuse rows of one participant that make different people of it; ages may differ from session to session."""
-    people = [describe(row, settings, path) for row in rows]
-    alike = {repr(replace(each, age="") if isinstance(each, Person) else each) for each in people}
+    described = [describe(row, settings, path) for row in rows]
+    people, _ = united([replace(each, age="") for each in described if isinstance(each, Person)])
+    alike = {repr(each) for each in [*people, *(each for each in described if not isinstance(each, Person))]}
     if len(alike) > 1:
         raise UserError(
             f"the rows for {name} in {path} contradict each other in diagnosis, sex, site or a grouping: "

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from autospec.cohort.check import check_cohort
 from autospec.cohort.displacement import displacement_of, framewise_displacement
 from autospec.cohort.files import TextTable
 from autospec.cohort.motion import motion_of, motion_of_table, motion_problem
@@ -371,6 +372,20 @@ def test_groupings_of_a_table(mixed, tmp_path):
     chosen = settings(tmp_path / "t", layout="bids", groupings=["bold"])
     with pytest.raises(UserError, match="the grouping 'bold' has the name of a column"):
         build_cohort(chosen, None, str(tmp_path / "out"))
+
+
+def test_spellings_of_a_site_are_one_site(tmp_path):
+    columns = ("participant_id", "diagnosis", "sex", "site", "drug")
+    rows = [("1", "HC", "M", "Rome", "a b"), ("2", "SZ", "F", "rome", "A  B"), ("3", "SZ", "F", "Rome", "a b")]
+    participants(tmp_path / "participants.tsv", rows, columns)
+    fmriprep(tmp_path, ["1", "2", "3"])
+    chosen = settings(tmp_path, groupings=["drug"])
+    build_cohort(chosen, None, str(tmp_path / "out"))
+    found = groupings_of(read_participants(str(tmp_path / "out/participants.tsv")))
+    assert (found["site"], found["drug"]) == (["Rome"] * 3, ["a b"] * 3)
+    report = check_cohort(chosen, networks=5)
+    assert report.groupings == {"drug": {"a b": 3}}
+    assert "warning: site: 'Rome' (2), 'rome' (1) are taken as one label, 'Rome'" in report.lines()
 
 
 def test_the_site_is_a_grouping_where_it_is_known(tmp_path):

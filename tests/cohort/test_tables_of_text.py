@@ -15,6 +15,7 @@ from autospec.cohort.phenotypes import (
     matched,
     read_phenotypes,
     sex_of,
+    united,
 )
 from autospec.cohort.subjects import checked_id
 from autospec.errors import UserError
@@ -278,6 +279,29 @@ def test_words_and_columns_can_be_named():
         describe(row, {**chosen, "columns": {"diagnosis": "stat"}}, "t")
     with pytest.raises(UserError, match="no column of diagnoses"):
         describe({"x": "1"}, settings("x"), "t")
+
+
+def test_labels_of_the_config_are_found_in_any_case():
+    chosen = settings("x", labels={"Fall": "SZ", "Kontrolle": "HC", "FALL ": "other"}, sex_labels={"Mann": "M"})
+    for text, group in (("Fall", "SZ"), ("fall", "SZ"), ("KONTROLLE", "HC"), ("FALL ", "other")):
+        assert describe({"dx": text, "sex": "mann"}, chosen, "t") == Person(group, "M", "n/a", "n/a", {})
+    assert describe({"dx": "Fal"}, chosen, "t").bad
+
+
+def test_labels_that_differ_in_case_or_spaces_are_one():
+    sites = ["mannheim", "Mannheim", "Site 1", "site1", "Mannheim", "n/a", "Bonn"]
+    doses = ["Clozapine", "clozapine", "none", "n/a", "none", "None", "NONE"]
+    people = [Person("HC", "M", "20", site, {"dose": dose}) for site, dose in zip(sites, doses, strict=True)]
+    found, notes = united(people)
+    assert [each.site for each in found] == ["Mannheim", "Mannheim", "Site 1", "Site 1", "Mannheim", "n/a", "Bonn"]
+    assert [each.groupings["dose"] for each in found] == ["Clozapine", "Clozapine", "none", "n/a", *["none"] * 3]
+    assert notes == [
+        "site: 'Mannheim' (2), 'mannheim' (1) are taken as one label, 'Mannheim'",
+        "site: 'Site 1' (1), 'site1' (1) are taken as one label, 'Site 1'",
+        "dose: 'Clozapine' (1), 'clozapine' (1) are taken as one label, 'Clozapine'",
+        "dose: 'none' (2), 'None' (1), 'NONE' (1) are taken as one label, 'none'",
+    ]
+    assert united([]) == ([], [])
 
 
 def test_codes_of_sexes_are_not_guessed():
