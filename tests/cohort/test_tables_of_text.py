@@ -121,6 +121,7 @@ def test_an_unsafe_id_in_a_table_is_refused(tmp_path):
 def test_ids_keep_their_zeros_and_lose_the_mark_of_bids():
     assert checked_id("sub-0040000", "here") == "0040000"
     assert checked_id(" A00012_1 ", "here") == "A00012_1"
+    assert checked_id("SUB-0003", "here") == checked_id("Sub-0003", "here") == "0003"
 
 
 def test_duplicate_ids_are_an_error_that_names_them(tmp_path):
