@@ -73,8 +73,8 @@ class Report:
             f"layout: {self.layout} ({self.kind} data)",
             f"participants: {_counted(self.groups)} ({_counted(self.sexes)})",
             *(f"{name}: {_counted(counts)}" for name, counts in self.groupings.items()),
-            self._ages(),
             f"functional: {self.functional}, structural: {self.structural}",
+            self._ages(),
         ]
         if self.grids:
             text.append(f"grid: {'; '.join(f'{grid} ({count} images)' for grid, count in self.grids.items())}")
