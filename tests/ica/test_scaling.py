@@ -36,6 +36,9 @@ def test_neither_trends_nor_confounds_remain_in_time_courses():
     assert np.allclose(scaled.std(axis=0, ddof=1), 1)
     assert np.abs(confounds.T @ scaled).max() < 1e-9 * np.abs(confounds).max() * 80
     assert np.allclose(remove_trends(scaled), scaled)
+    # Confounds that are trends themselves change nothing.
+    trends = np.column_stack([np.full(80, 5.3), np.linspace(1, 2, 80), confounds])
+    assert np.allclose(scale_timecourses(courses, trends), scaled)
 
 
 def test_gifts_scaling_follows_its_formula(maps):
