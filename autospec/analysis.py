@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 from autospec.cohort.layouts import recognise
 from autospec.cohort.selection import Cohort, candidates
@@ -12,6 +13,8 @@ from autospec.errors import UserError
 from autospec.participants import COMPUTED, cohort_settings
 from autospec.storage import written_whole
 
+# Readings of diagnoses, the default first.
+DIAGNOSES: tuple[str, ...] = get_args(FolderCohort.model_fields["diagnosis"].annotation)
 ROOT = Path(__file__).resolve().parent.parent
 
 NEW_CONFIG = """\
@@ -74,13 +77,13 @@ cohort:
   folder: {cohort}
   layout: {layout}                       # auto finds it again
 {found}
-  diagnosis: {diagnosis}   # or Patient as labelled, or strict schizophrenia
+  diagnosis: {diagnosis}   # or {other}
   # phenotypes: table.tsv              # another table of participants than the one that stands there
   # columns: {{diagnosis: dx, age: years}}   # names of its columns, where they are not the usual ones
   # labels: {{Schizophrenia_Strict: SZ, No_Known_Disorder: HC}}   # groups of the words in the column of diagnoses
   # groupings: [medication]            # further columns whose labels are groups
   # task: rest                         # likewise session, run, space, where several images fit; or  scans: first, or all
-  # freesurfer: [{cohort}/freesurfer]  # SUBJECTS_DIR, or tables of volumes; found by itself in the usual places
+  # freesurfer: [{freesurfer}]  # SUBJECTS_DIR, or tables of volumes; found by itself in the usual places
   # max_mean_fd: 0.5                   # mm
   # min_volumes: 100
   on_bad_subject: exclude              # or fail: stop at the first data that cannot be used
@@ -208,25 +211,30 @@ def cohort_config(folder: str, cohort: str) -> str:
     ]
     time = "repetition_time: 2.0                 # seconds; GIFT's files do not say it" if layout == "gift" else ""
     ica = WITHOUT_TEMPLATE.format(time=time).rstrip() if computed else WITH_TEMPLATE.format(folder=folder)
-    # A path with a colon or a space needs quotes, and JSON's are YAML's.
-    quoted = place if place.replace("/", "").replace("_", "").replace("-", "").isalnum() else json.dumps(place)
     return COHORT_CONFIG.format(
         folder=folder,
-        cohort=quoted,
+        cohort=_quoted(place),
+        freesurfer=_quoted(f"{place}/freesurfer"),
         layout=layout,
         found=words,
         diagnosis=diagnosis,
+        other=next(each for each in DIAGNOSES if each != diagnosis),
         ica=ica,
         datasets="\n".join(kinds),
         experiments="\n".join(experiments).rstrip(),
     )
 
 
+def _quoted(path: str) -> str:
+    """A path as YAML: one with a colon or a space needs quotes, and JSON's are YAML's."""
+    plain = path.replace("/", "").replace("_", "").replace("-", "").isalnum()
+    return path if plain else json.dumps(path)
+
+
 def _who(cohort: str) -> tuple[Cohort | None, str, str]:
     """Who is in a cohort, by which reading of diagnoses, or why that cannot be said yet."""
     problem = ""
-    default = FolderCohort.model_fields["diagnosis"].default
-    for diagnosis in (default, "Patient as labelled"):
+    for diagnosis in DIAGNOSES:
         settings = {"kind": "folder", "folder": cohort, "diagnosis": diagnosis, "on_bad_subject": "exclude"}
         try:
             found = candidates(cohort_settings(parse_config({"cohort": settings, "ica": {"template": "stand-in"}})))
@@ -235,4 +243,4 @@ def _who(cohort: str) -> tuple[Cohort | None, str, str]:
             continue
         if len({each.person.diagnosis for each in found.participants}) > 1:
             return found, diagnosis, ""
-    return None, default, problem or "nobody, or one group alone, was found"
+    return None, DIAGNOSES[0], problem or "nobody, or one group alone, was found"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from autospec.cohort.simulation import REPETITION_TIME
 from autospec.cohort.subjects import MISSING
 from autospec.config import Config, load_config
 from autospec.errors import UserError
+from autospec.ica.cleaning import least_volumes
 from autospec.ica.template import Template, analysis_grid, coverage, fixed_mask, load_template, on_grid
 from autospec.participants import cohort_settings, compared_groups, read_cohort, simulation_settings
 from autospec.specs import tested
@@ -53,10 +55,16 @@ def check_analysis(folder: str) -> str:
         inputs.require_files(config)
         cohort = read_cohort(config)
         template = load_template(config.template) if _seeks(config) else None
+        drop_volumes = config.ica.drop_volumes if config.needs_networks else 0
         if config.cohort.kind == "simulated" and not Path(cohort.table).is_file():
             header = _planned_header(config)
             report = planned_cohort(
-                cohort, header, REPETITION_TIME, _networks(config, template), _voxel_mm(config, template)
+                cohort,
+                header,
+                REPETITION_TIME,
+                _networks(config, template),
+                _voxel_mm(config, template),
+                drop_volumes,
             )
             lines = ["not there yet: simulated data, which the workflow will write", *report.lines()]
         else:
@@ -65,6 +73,8 @@ def check_analysis(folder: str) -> str:
                 _networks(config, template),
                 _voxel_mm(config, template),
                 config.ica.repetition_time,
+                drop_volumes,
+                partial(least_volumes, cutoff=config.ica.low_pass_hz) if config.needs_networks else None,
             )
             lines = report.lines()
         if template is not None:

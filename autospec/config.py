@@ -205,6 +205,11 @@ class FolderCohort(People):
 CohortSource = Annotated[SimulatedCohort | FolderCohort, Field(discriminator="kind")]
 
 
+# What only spatially constrained ICA reads, and what only images need, of the settings under `ica`.
+OF_NETWORKS = ("template", "grid", "mask", "preprocessing", "converged", "min_coverage", "gift_files")
+OF_IMAGES = ("smoothing_fwhm_mm", "confounds", "confounds_on")
+
+
 class Ica(Settings):
     """How each participant's networks are found, from that participant's files alone."""
 
@@ -219,7 +224,7 @@ class Ica(Settings):
     mask: Literal["fixed", "gift"] = "fixed"
     """The template's support within the MNI brain, or GIFT's mask over the whole cohort, for which everybody is read."""
     scaling: Literal["z-score", "none", "gift"] = "z-score"
-    """Scale of maps and time courses; `gift` scales maps by the whole cohort's mean maps, in a job of its own."""
+    """Scale of maps and time courses: z-scores, of time courses without slow trends, or as found; `gift` scales maps by the whole cohort's mean maps, in a job of its own."""
     drop_volumes: int = Field(default=0, ge=0)
     """Volumes to leave out at the start."""
     smoothing_fwhm_mm: float | None = Field(default=None, ge=0)
@@ -227,7 +232,7 @@ class Ica(Settings):
     confounds: Literal["none", "motion", "simple", "scrubbing", "compcor", "ica_aroma"] = "none"
     """What to regress out: six parameters of motion, or one of nilearn's strategies for fMRIPrep."""
     confounds_on: Literal["image", "timecourses"] = "image"
-    """Regress from the image, or from the time courses that connectivity is computed from."""
+    """Regress from the image, or only from the time courses that connectivity is computed from; an atlas's alike, from all."""
     preprocessing: Annotated[int, Field(ge=1, le=4)] = 1
     """GIFT's type of preprocessing."""
     converged: bool = False
@@ -247,6 +252,21 @@ class Ica(Settings):
     def _atlas_fits(self) -> Ica:
         if (self.atlas is None) == (self.timecourses == "atlas"):
             raise ValueError("atlas names the image of an atlas exactly where timecourses is atlas")
+        return self
+
+    @model_validator(mode="after")
+    def _every_setting_counts(self) -> Ica:
+        """Refuse what the chosen time courses do not read, so that nobody believes that it was done."""
+        # 0 mm of smoothing is what time courses without an image get.
+        ignored = {"scica": (), "atlas": OF_NETWORKS, "precomputed": (*OF_NETWORKS, *OF_IMAGES)}[self.timecourses]
+        idle = [name for name in ignored if getattr(self, name) not in (Ica.model_fields[name].default, 0)]
+        if self.timecourses != "scica" and self.scaling == "gift":
+            idle.append("scaling: gift")
+        if idle:
+            have, them = ("have", "them") if len(idle) > 1 else ("has", "it")
+            raise ValueError(
+                f"{', '.join(idle)} {have} no effect where timecourses is {self.timecourses}: leave {them} out"
+            )
         return self
 
 

@@ -306,6 +306,8 @@ def timecourse_settings(ica: Ica, done: Done, image: bool = True) -> dict[str, A
         "repetition_time": ica.repetition_time or done.repetition_time,
         "min_volumes": 0,
         "max_mean_fd_mm": None,
+        # GIFT's scaling comes later and starts from maps that are not scaled.
+        "scaling": "z-score" if ica.scaling == "z-score" else "none",
         "despike": ica.despike,
         "low_pass_hz": ica.low_pass_hz,
         "already_done": done.record,
@@ -331,8 +333,6 @@ def network_settings(ica: Ica, done: Done, number: int | None = None) -> dict[st
         "preprocessing": ica.preprocessing,
         "dtype": "float32",
         "converged": ica.converged,
-        # GIFT's scaling comes later and starts from maps that are not scaled.
-        "scaling": "z-score" if ica.scaling == "z-score" else "none",
         "min_coverage": ica.min_coverage,
         "gift_number": number,
     }
@@ -378,7 +378,11 @@ def tables() -> list[str]:
 
 def shared_settings(config: Config) -> dict[str, Any]:
     """Settings of the job that writes the cohort's tables."""
-    return {"cohort": cohort_settings(config), "networks": config.needs_networks}
+    return {
+        "cohort": cohort_settings(config),
+        "networks": config.needs_networks,
+        "drop_volumes": config.ica.drop_volumes if config.needs_networks else 0,
+    }
 
 
 def gift_mask_settings(config: Config) -> dict[str, Any]:

@@ -136,6 +136,17 @@ MISTAKES = [
         ["a name in cohort.sex_labels is the number 1", "quotes"],
     ),
     ("ica", "{grid: coarse}", ["ica.grid is the text 'coarse'", "'template' or 'data' or a number"]),
+    (
+        "ica",
+        "{timecourses: precomputed, confounds: motion, smoothing_fwhm_mm: 8}",
+        ["ica: smoothing_fwhm_mm, confounds have no effect where timecourses is precomputed: leave them out"],
+    ),
+    (
+        "ica",
+        "{timecourses: atlas, atlas: a.nii, scaling: gift}",
+        ["ica: scaling: gift has no effect where timecourses is atlas: leave it out"],
+    ),
+    ("ica", "{timecourses: atlas, atlas: a.nii, converged: true}", ["ica: converged has no effect"]),
     ("ica", "{timecourses: atlas}", ["atlas names the image of an atlas exactly where timecourses is atlas"]),
     ("datasets.courses", "{kind: timeseries}", ["datasets.courses is made from a cohort: name one under cohort"]),
     (
@@ -174,6 +185,11 @@ def test_settings_of_a_cohort_that_do_not_fit_are_one_clear_sentence(tmp_path, m
         load_config(file)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_that_are_the_default_may_stand_beside_any_time_courses():
+    chosen = {"timecourses": "precomputed", "scaling": "none", "confounds": "none", "smoothing_fwhm_mm": 0}
+    assert parse_config({"cohort": {"kind": "folder", "folder": "data"}, "ica": chosen}).ica.scaling == "none"
 
 
 def test_volumes_alone_need_no_template(tmp_path):

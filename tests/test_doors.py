@@ -17,7 +17,7 @@ from autospec.config import load_config
 from autospec.ica.derivative import subject_files
 from autospec.ica.images import write_image
 from autospec.ica.template import analysis_grid, on_grid, stand_in_template
-from tests.cohort.trees import COBRE_HEADER, fmriprep, image, participants, write
+from tests.cohort.trees import COBRE_HEADER, fmriprep, image, participants, recon, write
 from tests.conftest import ROOT
 
 SIMULATION = {
@@ -130,6 +130,25 @@ def test_init_writes_a_config_for_a_cohort(lab, tmp_path, capsys):
     assert config.cohort.layout == "bids"
     assert set(config.datasets) == {"courses", "maps", "volumes"}
     assert "# found: HC: 2, SZ: 2; 4 with functional, 4 with structural data" in (folder / "config.yaml").read_text()
+
+
+def test_every_line_that_init_comments_out_can_be_used(tmp_path):
+    data = tmp_path / "data: of é"
+    participants(data / "participants.tsv", [("1", "HC", "M", "20"), ("2", "SZ", "M", "20")])
+    fmriprep(data, ["1", "2"])
+    recon(data / "freesurfer/sub-1")
+    assert main(["init", str(tmp_path / "new"), "--cohort", str(data)]) == 0
+    path = tmp_path / "new/config.yaml"
+    text = path.read_text()
+    lines = text.splitlines()
+    settings = [i for i, line in enumerate(lines) if re.match(r" +# (?!found)[a-z_]+: ", line)]
+    assert len(settings) >= 10
+    for i in settings:
+        path.write_text("\n".join([*lines[:i], lines[i].replace("# ", "", 1), *lines[i + 1 :]]))
+        config = load_config(path)
+        assert config.cohort.folder == str(data)
+        assert config.cohort.freesurfer in (["auto"], [f"{data}/freesurfer"])
+    assert "diagnosis: strict schizophrenia   # or Patient as labelled\n" in text
 
 
 def test_init_of_what_is_no_cohort_is_refused(tmp_path, capsys):

@@ -197,7 +197,7 @@ def test_check_warns_of_groups_too_small_to_be_tested(permutation, tmp_path):
 def test_check_knows_the_repetition_time_of_the_config(stated, header, said, tmp_path):
     write_people(tmp_path / "participants.tsv", [("1", "HC", "1.nii"), ("2", "SZ", "2.nii")], ("id", "dx", "bold"))
     for name in "12":
-        image(tmp_path / f"{name}.nii", time=header)
+        image(tmp_path / f"{name}.nii", volumes=20, time=header)
     image(tmp_path / "atlas.nii", volumes=1)
     config = {
         "cohort": {"kind": "folder", "folder": ".", "on_bad_subject": "exclude"},
@@ -210,6 +210,37 @@ def test_check_knows_the_repetition_time_of_the_config(stated, header, said, tmp
             check_analysis(str(tmp_path))
     else:
         assert "repetition time: 2 s (2 images)" in check_analysis(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("ica", "said"),
+    [
+        ({"drop_volumes": 4}, "volumes: 16 in every image, without the first 4 of each"),
+        (
+            {"drop_volumes": 5},
+            "20 volumes, of which drop_volumes = 5 leaves 15, too few to clean time courses: at least 16",
+        ),
+        ({"drop_volumes": 5, "low_pass_hz": None}, "volumes: 15 in every image"),
+        ({"drop_volumes": 13, "low_pass_hz": 0.5}, "at least 8 are needed"),
+    ],
+)
+def test_check_knows_how_many_volumes_are_left_and_needed(ica, said, tmp_path):
+    write_people(tmp_path / "participants.tsv", [("1", "HC", "1.nii"), ("2", "SZ", "2.nii")], ("id", "dx", "bold"))
+    for name in "12":
+        image(tmp_path / f"{name}.nii", volumes=20)
+    image(tmp_path / "atlas.nii", volumes=1)
+    config = {
+        "cohort": {"kind": "folder", "folder": "."},
+        "ica": {"timecourses": "atlas", "atlas": "atlas.nii", **ica},
+        "datasets": {"t": {"kind": "timeseries"}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    try:
+        found = check_analysis(str(tmp_path))
+    except UserError as error:
+        found = str(error)
+    assert said in found
+    assert participants.shared_settings(parse_config(config))["drop_volumes"] == ica["drop_volumes"]
 
 
 def test_gifts_time_courses_need_a_repetition_time_before_any_job(tmp_path, monkeypatch):

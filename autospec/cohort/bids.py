@@ -9,7 +9,7 @@ from pathlib import Path
 
 from autospec.cohort.files import existing, file_problem, listed, natural_key
 from autospec.cohort.phenotypes import Phenotypes, matched, read_phenotypes
-from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject, checked_id
+from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject, checked_id, is_asked_for
 from autospec.errors import UserError
 
 SPACES = ("MNI152NLin6Asym", "MNI152NLin2009cAsym")
@@ -172,11 +172,9 @@ def _choose(
 
 
 def _fits(image: Named, key: str, value: str | None) -> bool:
-    """Whether an entity has a value; run-01 is run-1."""
+    """Whether an entity has a value; run-01 is run-1, and ses-01 is ses-1."""
     found = image.entities.get(key)
-    if value is None or found == value:
-        return True
-    return key == "run" and found is not None and found.isdecimal() and value.isdecimal() and int(found) == int(value)
+    return is_asked_for(found, value) if key in ("ses", "run") else value in (None, found)
 
 
 def _spaces(settings: CohortSettings) -> tuple[str, ...]:

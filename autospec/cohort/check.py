@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from autospec.cohort.images import Header, read_header, require_mni, time_betwee
 from autospec.cohort.motion import motion_of, motion_problem
 from autospec.cohort.precomputed import shape_of
 from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, nobody_is_left
-from autospec.cohort.subjects import CohortSettings, Scan
+from autospec.cohort.subjects import MISSING, CohortSettings, Scan
 from autospec.errors import UserError
 from autospec.ica.preprocessing import choose_confounds, read_confounds_table
 
@@ -51,7 +52,7 @@ class Report:
     repetition_times: dict[str, int]
     """Images with each repetition time, in seconds."""
     volumes: tuple[int, int] | None
-    """Fewest and most volumes of an image."""
+    """Fewest and most volumes of an image, without those dropped at the start."""
     seconds: float
     """CPU time that spatially constrained ICA will take, about."""
     bytes: float
@@ -61,6 +62,10 @@ class Report:
     """Of the images that can be used."""
     networks: dict[str, int] = field(default_factory=dict)
     """Files of time courses that were computed before, by their number of networks."""
+    drop_volumes: int = 0
+    """Volumes dropped at the start of each image."""
+    ages: list[float] = field(default_factory=list)
+    """Of participants whose age is known, in years."""
 
     def lines(self) -> list[str]:
         """The report, for a person to read."""
@@ -69,6 +74,7 @@ class Report:
             f"participants: {_counted(self.groups)} ({_counted(self.sexes)})",
             *(f"{name}: {_counted(counts)}" for name, counts in self.groupings.items()),
             f"functional: {self.functional}, structural: {self.structural}",
+            self._ages(),
         ]
         if self.grids:
             text.append(f"grid: {'; '.join(f'{grid} ({count} images)' for grid, count in self.grids.items())}")
@@ -79,7 +85,8 @@ class Report:
             same = (
                 f"{fewest} in every image" if fewest == most else f"{fewest} to {most}; data sets are cut to the fewest"
             )
-            text.append(f"volumes: {same}")
+            dropped = f", without the first {self.drop_volumes} of each" if self.drop_volumes else ""
+            text.append(f"volumes: {same}{dropped}")
         if self.networks:
             counts = "; ".join(f"{number} ({count} time courses)" for number, count in self.networks.items())
             text.append(f"networks computed before: {counts}")
@@ -92,6 +99,12 @@ class Report:
             text.append("left out: nobody")
         return text + [f"warning: {warning}" for warning in self.warnings]
 
+    def _ages(self) -> str:
+        unknown = sum(self.groups.values()) - len(self.ages)
+        if not self.ages:
+            return "age: not known of anybody"
+        return f"age: {min(self.ages):g} to {max(self.ages):g} years" + (f", not known of {unknown}" if unknown else "")
+
 
 @dataclass(frozen=True)
 class _Seen:
@@ -103,11 +116,23 @@ class _Seen:
     networks: int | None = None
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What will be done to each run, as far as it decides whether the run has enough volumes."""
+
+    networks: int
+    repetition_time: float | None
+    drop_volumes: int
+    least_volumes: Callable[[float], int] | None
+
+
 def check_cohort(
     settings: CohortSettings,
     networks: int = 53,
     voxel_mm: float | None = 3.0,
     repetition_time: float | None = None,
+    drop_volumes: int = 0,
+    least_volumes: Callable[[float], int] | None = None,
 ) -> Report:
     """Say what a cohort would give.
 
@@ -121,6 +146,10 @@ def check_cohort(
         Voxels in which networks will be sought; None stands for the images' own.
     repetition_time : float or None
         Seconds between volumes, where the configuration says it.
+    drop_volumes : int
+        How many volumes at the start of each image are not used.
+    least_volumes : callable or None
+        How many volumes so many seconds apart are needed to clean time courses; None where none are made.
 
     Returns
     -------
@@ -132,6 +161,7 @@ def check_cohort(
         If the cohort cannot be used at all, or, with ``on_bad_subject: fail``, someone's data are at fault.
     """
     cohort = candidates(settings)
+    plan = _Plan(networks, repetition_time, drop_volumes, least_volumes)
     exclusions = list(cohort.exclusions)
     seen: list[_Seen] = []
     taking_part: list[Participant] = []
@@ -139,7 +169,7 @@ def check_cohort(
     for each in cohort.participants:
         used = 0
         for scan in each.scans:
-            found, exclusion = _examine(each, scan, networks, settings, repetition_time)
+            found, exclusion = _examine(each, scan, settings, plan)
             if exclusion is None:
                 used += 1
                 seen += found
@@ -154,11 +184,17 @@ def check_cohort(
             taking_part.append(each)
     if not taking_part:
         raise nobody_is_left(cohort, exclusions)
-    return _report(cohort, taking_part, functional, seen, exclusions, networks, voxel_mm)
+    report = _report(cohort, taking_part, functional, seen, exclusions, networks, voxel_mm)
+    return replace(report, drop_volumes=drop_volumes)
 
 
 def planned_cohort(
-    cohort: Cohort, header: Header, repetition_time: float, networks: int = 53, voxel_mm: float | None = 3.0
+    cohort: Cohort,
+    header: Header,
+    repetition_time: float,
+    networks: int = 53,
+    voxel_mm: float | None = 3.0,
+    drop_volumes: int = 0,
 ) -> Report:
     """Say what a cohort would give whose images are not written yet and will be alike.
 
@@ -169,23 +205,27 @@ def planned_cohort(
         Of each image.
     repetition_time : float
         Seconds.
-    networks, voxel_mm
+    networks, voxel_mm, drop_volumes
         As for `check_cohort`.
     """
-    seen = [_Seen(header.volumes, header, repetition_time)] * len(cohort.scans)
-    return _report(cohort, cohort.participants, len(cohort.functional), seen, cohort.exclusions, networks, voxel_mm)
+    seen = [_Seen(header.volumes - drop_volumes, header, repetition_time)] * len(cohort.scans)
+    report = _report(cohort, cohort.participants, len(cohort.functional), seen, cohort.exclusions, networks, voxel_mm)
+    return replace(report, drop_volumes=drop_volumes)
 
 
 def _examine(
-    participant: Participant, scan: Scan, networks: int, settings: CohortSettings, repetition_time: float | None
+    participant: Participant, scan: Scan, settings: CohortSettings, plan: _Plan
 ) -> tuple[list[_Seen], Exclusion | None]:
     """What headers say of a run, or why it cannot be used."""
     name, which = participant.id, f"{scan.label}: " if scan.label else ""
     try:
-        found = [_look(scan, networks, repetition_time or participant.done.repetition_time)] if scan.file else []
-        motion = motion_of([scan.confounds] if scan.confounds else [], scan.row or participant.phenotype)
+        found = [_look(scan, plan, plan.repetition_time or participant.done.repetition_time)] if scan.file else []
+        confounds = [scan.confounds] if scan.confounds else []
+        motion = motion_of(confounds, scan.row or participant.phenotype, drop_volumes=plan.drop_volumes)
     except UserError as error:
         return [], Exclusion(name, "functional", which + str(error).rstrip("."), bad=True)
+    for each in found:
+        motion = motion.of_used(each.volumes)
     problem = motion_problem(motion, settings["max_mean_fd"], settings["min_volumes"])
     wanted = settings["min_volumes"]
     for each in found:
@@ -194,19 +234,32 @@ def _examine(
     return found, Exclusion(name, "functional", which + problem) if problem else None
 
 
-def _look(scan: Scan, networks: int, stated_time: float | None) -> _Seen:
+def _look(scan: Scan, plan: _Plan, stated_time: float | None) -> _Seen:
     """What headers say of a run that can be used; raises UserError otherwise."""
     if not scan.bold:
         volumes, count = shape_of(scan)
-        return _Seen(volumes, networks=count)
+        kept = _kept(scan, volumes, stated_time, plan)
+        return _Seen(kept, networks=count)
     header = read_header(scan.bold)
     require_mni(header)
     time = time_between_volumes(scan.bold, scan.sidecar, stated_time)
     table = read_confounds_table(scan.confounds) if scan.confounds else None
-    choose_confounds("none", scan.bold, table, header.volumes, drop_volumes=0)
-    if header.volumes < networks:
-        raise UserError(f"{scan.bold} has {header.volumes} volumes, too few for {networks} networks.")
-    return _Seen(header.volumes, header, time)
+    choose_confounds("none", scan.bold, table, header.volumes, plan.drop_volumes)
+    return _Seen(_kept(scan, header.volumes, time, plan), header, time)
+
+
+def _kept(scan: Scan, volumes: int, time: float | None, plan: _Plan) -> int:
+    """How many volumes of a run are used; raises UserError where they are too few."""
+    kept = max(0, volumes - plan.drop_volumes)
+    dropped = f", of which drop_volumes = {plan.drop_volumes} leaves {kept}" if plan.drop_volumes else ""
+    if scan.bold and kept < plan.networks:
+        raise UserError(f"{scan.file} has {volumes} volumes{dropped}, too few for {plan.networks} networks.")
+    least = 0 if time is None or plan.least_volumes is None else plan.least_volumes(time)
+    if kept < least:
+        raise UserError(
+            f"{scan.file} has {volumes} volumes{dropped}, too few to clean time courses: at least {least} are needed."
+        )
+    return kept
 
 
 def _report(
@@ -239,9 +292,10 @@ def _report(
         volumes=(min(volumes), max(volumes)) if volumes else None,
         seconds=sum(SECONDS_TO_START + predicted_seconds(header, voxel_mm) for header in headers),
         bytes=sum(predicted_bytes(header, networks, voxel_mm) for header in headers),
-        warnings=[*_warnings(headers, times, counts, cohort), *_copies(taking_part)],
+        warnings=[*cohort.notes, *_warnings(headers, times, counts, cohort), *_copies(taking_part)],
         headers=headers,
         networks=_sorted(counts),
+        ages=[float(each.person.age) for each in taking_part if each.person.age != MISSING],
     )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from autospec.cohort.bids import join
 from autospec.cohort.files import existing, file_problem, listed, natural_key
 from autospec.cohort.phenotypes import read_phenotypes
-from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject
+from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject, is_asked_for
 from autospec.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _by_key(folder: str, names: list[str], pattern: re.Pattern[str]) -> dict[Key
 
 
 def _choose(subject: str, scans: list[Scan], settings: CohortSettings) -> tuple[Scan, ...]:
-    kept = [scan for scan in scans if settings["session"] in (None, scan.session)]
+    kept = [scan for scan in scans if is_asked_for(scan.session, settings["session"])]
     if len(kept) > 1 and settings["scans"] == "one":
         names = listed([Path(scan.timecourses).name for scan in kept])
         raise UserError(f"{subject} has several sessions: {names}; choose with session, or set scans to first or all.")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+
+from autospec.cohort.displacement import DISPLACEMENT, PARAMETERS, displacement_of
 from autospec.cohort.files import TextTable, read_table
 from autospec.cohort.subjects import MISSING, known
 from autospec.errors import UserError
 
-DISPLACEMENT = ("framewise_displacement", "FD", "fd")
 # fMRIPrep marks each volume to leave out with a column of its own; NIAK marks all of them in one.
 MARKS = re.compile(r"(motion_outlier|non_steady_state_outlier)\d+|scrub")
 # What stands for no number beside what is not known anywhere.
@@ -28,39 +30,57 @@ class Motion:
     """Mean framewise displacement, mm."""
     volumes: int | None = None
     usable_volumes: int | None = None
-    """Volumes that no column marks as an outlier."""
+    """Volumes that are used and that no column marks as an outlier."""
+
+    def of_used(self, volumes: int) -> Motion:
+        """The same where no more than so many volumes are used."""
+        return self if self.usable_volumes is None else replace(self, usable_volumes=min(self.usable_volumes, volumes))
 
 
-def motion_of_table(table: TextTable) -> Motion:
+def motion_of_table(table: TextTable, drop_volumes: int = 0) -> Motion:
     """Sum up a table of confounds.
 
     Parameters
     ----------
     table : TextTable
         One row a volume, as fMRIPrep or NIAK writes them.
+    drop_volumes : int
+        How many at the start are left out, and neither moved nor are usable.
 
     Raises
     ------
     UserError
-        If a displacement or a mark is no number.
+        If a displacement, a parameter of motion or a mark is no number.
     """
-    place = next((table.columns.index(name) for name in DISPLACEMENT if name in table.columns), None)
+    places = {name: place for place, name in enumerate(table.columns)}
     try:
-        cells = [] if place is None else [row[place] for row in table.rows]
-        displacement = [float(cell) for cell in cells if known(cell) != MISSING]
+        read = {
+            name: np.array([_number(row[places[name]]) for row in table.rows])
+            for name in (*DISPLACEMENT, *PARAMETERS)
+            if name in places
+        }
         marks = [i for i, name in enumerate(table.columns) if MARKS.fullmatch(name)]
-        usable = sum(not any(float(row[i]) for i in marks) for row in table.rows)
+        usable = sum(not any(float(row[i]) for i in marks) for row in table.rows[drop_volumes:])
     except ValueError as error:
         raise UserError(f"the table of confounds {table.path} holds a cell that is no number ({error}).") from None
+    found = displacement_of(read)
+    displacement = np.array([]) if found is None else found[0][drop_volumes:]
     return Motion(
-        mean_fd=sum(displacement) / len(displacement) if displacement else None,
+        mean_fd=None if np.isnan(displacement).all() else float(np.nanmean(displacement)),
         volumes=len(table.rows),
         usable_volumes=usable,
     )
 
 
+def _number(cell: str) -> float:
+    return math.nan if known(cell) == MISSING else float(cell)
+
+
 def motion_of(
-    confounds: list[str], phenotype: Mapping[str, str] | None, source: str = "the table of participants"
+    confounds: list[str],
+    phenotype: Mapping[str, str] | None,
+    source: str = "the table of participants",
+    drop_volumes: int = 0,
 ) -> Motion:
     """Motion over a participant's runs: from tables of confounds, else from the table of participants.
 
@@ -72,13 +92,15 @@ def motion_of(
         The participant's row, whose ``FD`` and ``Frames OK`` are taken where there are no tables.
     source : str
         Where the row stands, for error messages.
+    drop_volumes : int
+        How many volumes at the start of each run are left out.
 
     Raises
     ------
     UserError
         If one of them is no number.
     """
-    tables = [motion_of_table(read_table(path)) for path in confounds]
+    tables = [motion_of_table(read_table(path), drop_volumes) for path in confounds]
     return together(tables) if tables else _of_phenotype(phenotype or {}, source)
 
 
@@ -115,7 +137,10 @@ def _of_phenotype(phenotype: Mapping[str, str], source: str) -> Motion:
 def motion_problem(motion: Motion, max_mean_fd: float | None, min_volumes: int | None) -> str:
     """Say why a participant moved too much, or nothing; with a limit, somebody's motion must be known."""
     if max_mean_fd is not None and motion.mean_fd is None:
-        return "nothing says how much it moved (there is no table of confounds), and max_mean_fd is set"
+        lacking = "there is no table of confounds"
+        if motion.volumes is not None:
+            lacking = f"its table of confounds has neither {DISPLACEMENT[0]} nor {', '.join(PARAMETERS)}"
+        return f"nothing says how much it moved ({lacking}), and max_mean_fd is set"
     if max_mean_fd is not None and motion.mean_fd is not None and motion.mean_fd > max_mean_fd:
         return f"mean framewise displacement of {motion.mean_fd:.3f} mm, more than max_mean_fd ({max_mean_fd:g} mm)"
     if min_volumes is not None and motion.usable_volumes is not None and motion.usable_volumes < min_volumes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from autospec.cohort.bids import join
 from autospec.cohort.files import existing, file_problem, listed, natural_key
 from autospec.cohort.phenotypes import Phenotypes, read_phenotypes
-from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject, checked_id
+from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject, checked_id, is_asked_for
 from autospec.errors import UserError
 
 SPACE = "MNI152NLin2009aSym"
@@ -66,7 +66,7 @@ def _read_old(folder: str, settings: CohortSettings, matches: list[re.Match[str]
     scans: dict[str, tuple[Scan, ...]] = {}
     problems: dict[str, str] = {}
     for match in matches:
-        if any(settings[key] not in (None, match[key]) for key in ("session", "run")):
+        if not all(is_asked_for(match[key], settings[key]) for key in ("session", "run")):
             continue
         name, path = checked_id(match["id"], folder), str(Path(folder) / match.string)
         scan = Scan(bold=path, session=match["session"], run=match["run"], space=SPACE)

@@ -11,7 +11,7 @@ from pathlib import Path
 from autospec.cohort.bids import derivatives_of, fmriprep_command, join, read_bids
 from autospec.cohort.files import existing, file_problem, listed, natural_key
 from autospec.cohort.phenotypes import Phenotypes, matched, read_phenotypes
-from autospec.cohort.subjects import MISSING, CohortSettings, Done, Scan, Subject, checked_id
+from autospec.cohort.subjects import MISSING, CohortSettings, Done, Scan, Subject, checked_id, is_asked_for
 from autospec.errors import UserError
 
 TABLE = "COBRE_phenotypic_data.csv"
@@ -115,7 +115,7 @@ def _choose(subject: str, images: list[Scan], settings: CohortSettings) -> tuple
     kept = [
         image
         for image in images
-        if settings["session"] in (None, image.session) and settings["run"] in (None, image.run)
+        if is_asked_for(image.session, settings["session"]) and is_asked_for(image.run, settings["run"])
     ]
     runs = {(image.session, image.run) for image in kept}
     if len(kept) > 1 and (settings["scans"] == "one" or len(runs) < len(kept)):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from autospec.cohort.files import TextTable, listed, read_table
@@ -16,7 +17,11 @@ from autospec.errors import UserError
 LABEL_COLUMNS = ("subject type", "dx", "group", "sz", "diagnosis")
 CODE_COLUMNS = ("diagnosis",)
 SEX_COLUMNS = ("sex", "gender")
-AGE_COLUMNS = ("age", "current age")
+AGE_COLUMNS = (
+    *("age", "current age", "age_at_scan", "age at scan", "agescan", "age_scan", "scan_age", "age_at_mri"),
+    *("age_years", "age_yrs", "age_in_years", "age (years)", "age (yrs)", "age [years]", "age in years"),
+)
+OLDEST_YEARS = 120
 SITE_COLUMNS = ("site", "site_id", "siteid")
 
 CONTROL, PATIENT, STRICT, RELATED, OTHER = "control", "patient", "strict", "related", "other"
@@ -252,7 +257,7 @@ def _diagnosis(row: Mapping[str, str], settings: CohortSettings, source: str) ->
         )
     text = row[column]
     if settings["labels"]:
-        label = settings["labels"].get(text)
+        label = _of_label(text, settings["labels"])
         return label if label is not None else Refusal(_outside(text, column, list(settings["labels"])), bad=True)
     code_column = find_column(list(row), settings, "code", CODE_COLUMNS, source)
     code = row[code_column] if code_column not in (None, column) else ""
@@ -275,7 +280,7 @@ def diagnosis_of(text: str, code: str, strict: bool, column: str) -> str | Refus
     text : str
         The label, such as ``Patient``, ``Schizophrenia_Strict``, or a code of DSM-IV where the table has codes only.
     code : str
-        The code beside a label, such as ``295.30`` or ``None``; empty where the table has none.
+        The code beside a label, such as ``295.30`` or ``None``, or a word as labels are; empty where the table has none.
     strict : bool
         Whether only schizophrenia itself counts, and only controls without any diagnosis; otherwise labels are believed.
     column : str
@@ -291,20 +296,69 @@ def diagnosis_of(text: str, code: str, strict: bool, column: str) -> str | Refus
         return Refusal(f"the diagnosis '{text}' is neither schizophrenia nor control", bad=False)
     if not strict:
         return "HC" if meaning == CONTROL else "SZ"
+    coded = WORDS.get(code.lower())
+    if coded == PATIENT:  # no more than the label says
+        code = ""
     if meaning == CONTROL:
-        healthy = code.lower() in ("", "none")
+        healthy = coded == CONTROL or code.lower() in ("", "none")
         return "HC" if healthy else Refusal(f"a control with the diagnosis '{code}' (strict schizophrenia)", bad=False)
-    if meaning == STRICT or (meaning == PATIENT and STRICT_CODE.match(code)):
+    if meaning == STRICT or (meaning == PATIENT and (coded == STRICT or STRICT_CODE.match(code))):
         return "SZ"
     if meaning == PATIENT and not code:
         return Refusal(f"called '{text}' {UNCODED}", bad=False)
     return Refusal(f"the diagnosis '{code or text}' is not strict schizophrenia", bad=False)
 
 
+def _of_label(text: str, labels: Mapping[str, Value]) -> Value | None:
+    """What a mapping of labels says of one: exactly so written first, else by the same label in other letters."""
+    return labels.get(text, next((value for label, value in labels.items() if same(label) == same(text)), None))
+
+
+def same(label: str) -> str:
+    """What labels that differ in case or in spaces alone have in common."""
+    return "".join(label.split()).casefold()
+
+
+def united(people: Sequence[Person]) -> tuple[list[Person], list[str]]:
+    """Give labels of sites and groupings that differ in case or in spaces alone one spelling.
+
+    Parameters
+    ----------
+    people : sequence of Person
+
+    Returns
+    -------
+    people : list of Person
+        In the same order, with each label as most of them spell it, the first of several such spellings.
+    notes : list of str
+        What was taken as one, a sentence a label, without a full stop.
+    """
+    notes: list[str] = []
+
+    def spelled(column: str, labels: list[str]) -> list[str]:
+        spellings: dict[str, Counter[str]] = {}
+        for label in labels:
+            spellings.setdefault(same(label), Counter())[label] += 1
+        for counts in spellings.values():
+            if len(counts) > 1:
+                words = ", ".join(f"'{label}' ({count})" for label, count in counts.most_common())
+                notes.append(f"{column}: {words} are taken as one label, '{counts.most_common(1)[0][0]}'")
+        return [spellings[same(label)].most_common(1)[0][0] for label in labels]
+
+    sites = spelled("site", [each.site for each in people])
+    columns = list(people[0].groupings) if people else []
+    groupings = {column: spelled(column, [each.groupings[column] for each in people]) for column in columns}
+    changed = [
+        replace(each, site=site, groupings={column: groupings[column][i] for column in columns})
+        for i, (each, site) in enumerate(zip(people, sites, strict=True))
+    ]
+    return changed, notes
+
+
 def sex_of(text: str, labels: Mapping[str, str], source: str) -> str:
     """Sex as M, F, O or n/a; raises UserError at a code that nothing explains."""
-    if text in labels:
-        return labels[text]
+    if (said := _of_label(text, labels)) is not None:
+        return said
     if known(text) == MISSING:
         return MISSING
     if text.lower() not in SEXES:
@@ -315,7 +369,7 @@ def sex_of(text: str, labels: Mapping[str, str], source: str) -> str:
 
 
 def age_of(text: str, source: str) -> str:
-    """Age in years as it is written, or n/a; ``89+`` is 89; raises UserError where it is no number."""
+    """Age in years as it is written, or n/a; ``89+`` is 89; raises UserError where it is no number from 0 to 120."""
     if known(text) == MISSING:
         return MISSING
     number = text.removesuffix("+")
@@ -324,5 +378,11 @@ def age_of(text: str, source: str) -> str:
     except ValueError:
         years = math.nan
     if not 0 <= years < math.inf:
-        raise UserError(f"{source} has the age '{text}', which is no number of years: correct it, or write n/a.")
+        point = f"write {text.replace(',', '.')}, with a point" if re.fullmatch(r"\d+,\d+", text) else "correct it"
+        raise UserError(f"{source} has the age '{text}', which is no number of years: {point}, or write n/a.")
+    if years > OLDEST_YEARS:
+        raise UserError(
+            f"{source} has the age '{text}', more than {OLDEST_YEARS} years: write years, neither months nor the year of "
+            "birth, and n/a where the age is not known."
+        )
     return number

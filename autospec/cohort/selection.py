@@ -12,7 +12,7 @@ from typing import Literal
 from autospec.cohort.files import natural_key
 from autospec.cohort.layouts import is_simulated, read_layout
 from autospec.cohort.motion import motion_of
-from autospec.cohort.phenotypes import UNCODED, Person, Refusal, describe, matched
+from autospec.cohort.phenotypes import UNCODED, Person, Refusal, describe, matched, united
 from autospec.cohort.record import Kind
 from autospec.cohort.subjects import CohortSettings, Done, Scan, Subject
 from autospec.errors import UserError
@@ -62,6 +62,8 @@ class Cohort:
     exclusions: list[Exclusion]
     table: str = ""
     """The file of the table of participants."""
+    notes: list[str] = field(default_factory=list)
+    """Labels of it that were taken as one."""
 
     @property
     def functional(self) -> list[Participant]:
@@ -180,7 +182,9 @@ def select(
             "set diagnosis to Patient as labelled, or name the column of codes under columns (code)."
         )
     tables = [subject.table for subject in subjects if subject.table]
-    return Cohort(layout, kind, participants, exclusions, tables[0] if tables else "")
+    people, notes = united([each.person for each in participants])
+    participants = [replace(each, person=person) for each, person in zip(participants, people, strict=True)]
+    return Cohort(layout, kind, participants, exclusions, tables[0] if tables else "", notes)
 
 
 def _require_images_of_their_own(participants: list[Participant]) -> None:

@@ -15,6 +15,8 @@ class TablesSettings(TypedDict):
     cohort: CohortSettings
     networks: bool
     """Whether functional participants had jobs of their own."""
+    drop_volumes: int
+    """How many volumes at the start of each image these left out."""
 
 
 def build_tables(settings: TablesSettings, folders: list[str], output: str) -> str:
@@ -34,4 +36,5 @@ def build_tables(settings: TablesSettings, folders: list[str], output: str) -> s
         One line that says who takes part.
     """
     statuses = {Path(folder).name.removeprefix("sub-"): str(Path(folder) / "status.json") for folder in folders}
-    return build_cohort(settings["cohort"], statuses if settings["networks"] else None, output)
+    found = statuses if settings["networks"] else None
+    return build_cohort(settings["cohort"], found, output, settings["drop_volumes"])

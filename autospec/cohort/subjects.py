@@ -122,6 +122,13 @@ def known(cell: str) -> str:
     return MISSING if cell.lower() in NOT_KNOWN else cell
 
 
+def is_asked_for(found: str | None, wanted: str | None) -> bool:
+    """Whether a session or a run is the one that is asked for, if one is; 01 is 1."""
+    if wanted is None or found == wanted:
+        return True
+    return found is not None and found.isdecimal() and wanted.isdecimal() and int(found) == int(wanted)
+
+
 def checked_id(text: str, source: str) -> str:
     """Id of a subject without the mark of BIDS.
 
@@ -137,7 +144,7 @@ def checked_id(text: str, source: str) -> str:
     UserError
         If it could not name a folder safely.
     """
-    name = text.strip().removeprefix("sub-")
+    name = re.sub("^sub-", "", text.strip(), flags=re.IGNORECASE)
     if not re.fullmatch(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*", name):
         raise UserError(
             f"the id '{text}' in {source} cannot name a folder: "

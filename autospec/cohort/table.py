@@ -7,8 +7,8 @@ from pathlib import Path
 
 from autospec.cohort.bids import entities_of
 from autospec.cohort.files import existing, file_problem, listed, natural_key
-from autospec.cohort.phenotypes import Person, describe, read_rows
-from autospec.cohort.subjects import MISSING, CohortSettings, Done, Scan, Subject, known
+from autospec.cohort.phenotypes import Person, describe, read_rows, united
+from autospec.cohort.subjects import MISSING, CohortSettings, Done, Scan, Subject, is_asked_for, known
 from autospec.errors import UserError
 
 # Columns that say which image a row is of; without them the image's name is asked, where it is one of BIDS.
@@ -84,7 +84,7 @@ def _choose(name: str, scans: list[Scan], settings: CohortSettings, path: str) -
     if len({scan.bold for scan in images}) < len(images):
         raise UserError(f"{path} has several rows for {name} with the same image: keep one row for each image.")
     wanted = {what: value for what in ("task", "session", "run") if (value := settings[what]) is not None}
-    kept = [scan for scan in images if all(_same(getattr(scan, what), value) for what, value in wanted.items())]
+    kept = [scan for scan in images if all(is_asked_for(getattr(scan, what), value) for what, value in wanted.items())]
     if images and not kept:
         asked = listed([f"{what} {value}" for what, value in wanted.items()])
         return (), f"none of its images has {asked} (a column of that name, or the image's name, says so)"
@@ -96,15 +96,11 @@ def _choose(name: str, scans: list[Scan], settings: CohortSettings, path: str) -
     return tuple(kept[:1] if settings["scans"] == "first" else kept), ""
 
 
-def _same(found: str, wanted: str) -> bool:
-    """Whether a value is the one that is asked for; 01 is 1."""
-    return found == wanted or (found.isdecimal() and wanted.isdecimal() and int(found) == int(wanted))
-
-
 def _require_agreement(name: str, rows: list[dict[str, str]], settings: CohortSettings, path: str) -> None:
     """Refuse rows of one participant that make different people of it; ages may differ from session to session."""
-    people = [describe(row, settings, path) for row in rows]
-    alike = {repr(replace(each, age="") if isinstance(each, Person) else each) for each in people}
+    described = [describe(row, settings, path) for row in rows]
+    people, _ = united([replace(each, age="") for each in described if isinstance(each, Person)])
+    alike = {repr(each) for each in [*people, *(each for each in described if not isinstance(each, Person))]}
     if len(alike) > 1:
         raise UserError(
             f"the rows for {name} in {path} contradict each other in diagnosis, sex, site or a grouping: "

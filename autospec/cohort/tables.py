@@ -41,9 +41,18 @@ DESCRIPTIONS: dict[str, dict[str, Any]] = {
     "site": {"Description": "Where the participant was scanned"},
     "functional": {"Description": "Whether the participant is in the functional data sets: yes or no"},
     "structural": {"Description": "Whether the participant is in the structural data sets: yes or no"},
-    "mean_fd": {"Description": "Mean framewise displacement over all runs", "Units": "mm"},
+    "mean_fd": {
+        "Description": (
+            "Mean framewise displacement over all runs, from the tables of confounds: their own column, or computed from "
+            "the six parameters of motion on a head of radius 50 mm (Power et al. 2012) where they have none; else from "
+            "the table of participants"
+        ),
+        "Units": "mm",
+    },
     "volumes": {"Description": "Volumes in the tables of confounds, all runs together"},
-    "usable_volumes": {"Description": "Volumes that no column of the tables of confounds marks as an outlier"},
+    "usable_volumes": {
+        "Description": "Volumes that are used and that no column of the tables of confounds marks as an outlier"
+    },
     "bold": {"Description": "Functional images, or the file of time courses computed before, separated by ;"},
     "confounds": {"Description": "Tables of confounds, separated by ;"},
     "freesurfer": {"Description": "Folder of FreeSurfer's results, or the table that holds them"},
@@ -64,7 +73,9 @@ class _Used:
     digest: str
 
 
-def build_cohort(settings: CohortSettings, statuses: Mapping[str, str] | None, folder: str) -> str:
+def build_cohort(
+    settings: CohortSettings, statuses: Mapping[str, str] | None, folder: str, drop_volumes: int = 0
+) -> str:
     """Write the cohort's tables.
 
     Parameters
@@ -76,6 +87,8 @@ def build_cohort(settings: CohortSettings, statuses: Mapping[str, str] | None, f
         None where no such job ran.
     folder : str
         Where to write, such as ``results/cohort``.
+    drop_volumes : int
+        How many volumes at the start of each image are not used.
 
     Returns
     -------
@@ -87,10 +100,16 @@ def build_cohort(settings: CohortSettings, statuses: Mapping[str, str] | None, f
     UserError
         As `candidates` does; if a status is missing; or if the folder already holds a cohort of another kind.
     """
-    return write_cohort(candidates(settings), settings, statuses, folder)
+    return write_cohort(candidates(settings), settings, statuses, folder, drop_volumes)
 
 
-def write_cohort(cohort: Cohort, settings: CohortSettings, statuses: Mapping[str, str] | None, folder: str) -> str:
+def write_cohort(
+    cohort: Cohort,
+    settings: CohortSettings,
+    statuses: Mapping[str, str] | None,
+    folder: str,
+    drop_volumes: int = 0,
+) -> str:
     """Write the tables of a cohort that was read already; see `build_cohort`."""
     require_kind(folder, cohort.kind)
     exclusions = list(cohort.exclusions)
@@ -99,7 +118,9 @@ def write_cohort(cohort: Cohort, settings: CohortSettings, statuses: Mapping[str
         used: list[_Used] = []
         for name, scan in each.named_scans.items():
             status = _status(name, statuses)
-            motion = motion_of(_confounds([scan]), scan.row or each.phenotype)
+            motion = motion_of(_confounds([scan]), scan.row or each.phenotype, drop_volumes=drop_volumes)
+            if status.get("volumes") is not None:
+                motion = motion.of_used(int(status["volumes"]))
             problem = _functional_problem(status, motion, settings)
             if status.get("status") == "excluded" and settings["on_bad_subject"] == "fail":
                 raise UserError(
@@ -113,7 +134,7 @@ def write_cohort(cohort: Cohort, settings: CohortSettings, statuses: Mapping[str
                 used.append(_Used(name, scan, motion, digest))
         scan_rows += [_scan_row(each, image) for image in used]
         if used or each.freesurfer:
-            rows.append(_row(each, used, settings))
+            rows.append(_row(each, used, settings, drop_volumes))
     if not rows:
         raise nobody_is_left(cohort, exclusions)
     columns = [*FIRST_COLUMNS, *extra_columns(settings), *LAST_COLUMNS]
@@ -175,12 +196,13 @@ def _functional_problem(status: dict[str, Any], motion: Motion, settings: Cohort
     return motion_problem(motion, settings["max_mean_fd"], settings["min_volumes"])
 
 
-def _row(participant: Participant, used: list[_Used], settings: CohortSettings) -> dict[str, str]:
+def _row(participant: Participant, used: list[_Used], settings: CohortSettings, drop_volumes: int) -> dict[str, str]:
     person = participant.person
     scans = [each.scan for each in used]
-    motion = motion_of(_confounds(scans or participant.scans), participant.phenotype)
-    if any(scan.row for scan in scans):
-        motion = together([each.motion for each in used])
+    # Of several images whose motion is known from the participant's row alone, each would count it once.
+    own = [each.motion for each in used if len(used) == 1 or each.scan.confounds or each.scan.row]
+    unused = [] if used else _confounds(participant.scans)
+    motion = together(own) if own else motion_of(unused, participant.phenotype, drop_volumes=drop_volumes)
     digests = [each.digest for each in used]
     joined = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
     return {

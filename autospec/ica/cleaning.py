@@ -15,6 +15,7 @@ from autospec.ica.preprocessing import regress
 LOW_PASS_HZ = 0.15
 FILTER_ORDER = 5
 FILTER_PADDING = 15  # volumes, mirrored in value and time at both ends
+LEAST_VOLUMES = 8  # more than the six slow trends
 SPIKE = 2.5  # standard deviations
 # Bands of Allen et al. (2011, Frontiers in Systems Neuroscience 5, 2): time courses of networks are slow.
 SLOW_HZ = (0.0, 0.1)
@@ -33,8 +34,10 @@ def remove_trends(timecourses: np.ndarray) -> np.ndarray:
     ndarray of float64, shape (volumes, networks)
         Without a constant, a ramp, and sines and cosines of one and two cycles from the first volume to the last.
     """
-    if len(timecourses) < 8:
-        raise UserError(f"slow trends cannot be removed from {len(timecourses)} volumes: at least 8 are needed.")
+    if len(timecourses) < LEAST_VOLUMES:
+        raise UserError(
+            f"slow trends cannot be removed from {len(timecourses)} volumes: at least {LEAST_VOLUMES} are needed."
+        )
     time = np.linspace(0, 1, len(timecourses))
     waves = [wave(2 * np.pi * cycles * time) for cycles in (2, 1) for wave in (np.sin, np.cos)]
     trends = np.stack([*waves, time, np.ones_like(time)], axis=1)
@@ -89,6 +92,12 @@ def low_pass(timecourses: np.ndarray, step: float, cutoff: float) -> np.ndarray:
     return filtfilt(
         numerator, denominator, timecourses.astype(np.float64), axis=0, padtype="odd", padlen=FILTER_PADDING
     )
+
+
+def least_volumes(step: float, cutoff: float | None) -> int:
+    """How many volumes, ``step`` seconds apart, `clean_timecourses` needs with a low-pass filter at a cutoff in Hz."""
+    filtered = cutoff is not None and cutoff < 0.5 / step
+    return max(LEAST_VOLUMES, FILTER_PADDING + 1) if filtered else LEAST_VOLUMES
 
 
 def clean_timecourses(

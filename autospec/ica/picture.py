@@ -46,7 +46,7 @@ class Shown:
     step : float
         Seconds between volumes.
     displacement : ndarray, shape (volumes,), or None
-        Framewise displacement of the volumes used, mm.
+        Framewise displacement, mm, without the volumes dropped at the start; NaN where not known, as of the first of all.
     much : float
         Displacement that is called much, mm.
     """
@@ -165,11 +165,11 @@ def _draw_spectra(axes: Axes, timecourses: np.ndarray, step: float, domains: lis
 def _draw_motion(axes: Axes, displacement: np.ndarray, much: float) -> None:
     axes.plot(np.arange(1, len(displacement) + 1), displacement, color="#333333", linewidth=0.6)
     axes.axhline(much, color="#D55E00", linewidth=0.6, linestyle="--")
-    axes.set_title(f"motion: mean displacement {displacement.mean():.3f} mm")
-    axes.set_xlabel("volume used", labelpad=1)
+    axes.set_title(f"motion: mean displacement {np.nanmean(displacement):.3f} mm")
+    axes.set_xlabel("volume", labelpad=1)
     axes.set_ylabel("mm")
     axes.set_xlim(1, len(displacement))
-    axes.set_ylim(0, 1.1 * max(much, float(displacement.max())))
+    axes.set_ylim(0, 1.1 * max(much, float(np.nanmax(displacement))))
 
 
 def _starts(domains: list[str]) -> list[int]:

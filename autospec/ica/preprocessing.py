@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
+from autospec.cohort.displacement import DISPLACEMENT, PARAMETERS
 from autospec.errors import UserError
 from autospec.ica.images import (
     check_space_in_name,
@@ -27,13 +28,11 @@ from autospec.ica.template import mni_brain, mni_brain_volume
 EPSILON = float(np.finfo(np.float64).eps)
 VOXELS_AT_A_TIME = 8192
 LEAST_OVERLAP = 0.5  # of an image's bright voxels with the MNI brain; images in MNI space reach 0.8
-HEAD_RADIUS_MM = 50.0
 # How fMRIPrep, and NIAK, name the six parameters of rigid motion: three shifts in mm, three turns.
 MOTION_NAMES = (
-    ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z"),
+    PARAMETERS,
     ("motion_tx", "motion_ty", "motion_tz", "motion_rx", "motion_ry", "motion_rz"),
 )
-DISPLACEMENT_NAMES = ("framewise_displacement", "FD")
 DECIMAL_COMMA = r"\s*[-+]?\d*,\d+([eE][-+]?\d+)?\s*"
 STRATEGIES = ("simple", "scrubbing", "compcor", "ica_aroma")
 
@@ -161,23 +160,6 @@ def gift_mask_of(paths: Iterable[str | Path]) -> tuple[np.ndarray, np.ndarray]:
     if not mask.any():
         raise UserError("no voxel is in every subject's mask: look for an image that does not belong to the others.")
     return mask, affine
-
-
-def framewise_displacement(motion: np.ndarray) -> np.ndarray:
-    """Framewise displacement (Power et al. 2012, *NeuroImage* 59, 2142-2154).
-
-    Parameters
-    ----------
-    motion : ndarray, shape (volumes, 6)
-        Three shifts in mm, three turns in radians.
-
-    Returns
-    -------
-    ndarray, shape (volumes,)
-        In mm, on a head of radius 50 mm; 0 for the first volume.
-    """
-    steps = np.abs(np.diff(motion, axis=0, prepend=motion[:1]))
-    return steps[:, :3].sum(axis=1) + HEAD_RADIUS_MM * steps[:, 3:].sum(axis=1)
 
 
 def regress(x: np.ndarray, confounds: np.ndarray) -> np.ndarray:
@@ -329,7 +311,7 @@ def read_confounds_table(path: str | Path) -> pd.DataFrame:
             continue
         cells = table[name].dropna().astype(str)
         wrong = cells[pd.to_numeric(cells, errors="coerce").isna()]
-        if name not in (*DISPLACEMENT_NAMES, *chain(*MOTION_NAMES)):  # a user's own table may have words in others
+        if name not in (*DISPLACEMENT, *chain(*MOTION_NAMES)):  # a user's own table may have words in others
             wrong = wrong[wrong.str.fullmatch(DECIMAL_COMMA)]
         if len(wrong):
             raise UserError(
@@ -345,15 +327,6 @@ def motion_of(table: pd.DataFrame) -> np.ndarray | None:
         if set(names) <= set(table.columns):
             return table[list(names)].fillna(0).to_numpy(dtype=np.float64)
     return None
-
-
-def displacement_of(table: pd.DataFrame) -> np.ndarray | None:
-    """Framewise displacement in mm, from a table's own column or from fMRIPrep's parameters; None if neither is there."""
-    for name in DISPLACEMENT_NAMES:
-        if name in table.columns:
-            return pd.to_numeric(table[name], errors="coerce").fillna(0).to_numpy(dtype=np.float64)
-    motion = motion_of(table[[name for name in MOTION_NAMES[0] if name in table.columns]])
-    return None if motion is None else framewise_displacement(motion)  # NIAK's turns are in degrees
 
 
 def choose_confounds(

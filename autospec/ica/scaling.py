@@ -10,8 +10,10 @@ from scipy.ndimage import gaussian_filter1d
 
 from autospec.errors import UserError
 from autospec.ica.cleaning import remove_trends
+from autospec.ica.preprocessing import regress
 
 VALUES_A_BIN = 10
+ROUNDING = 1e-12
 
 
 def scale_maps(maps: np.ndarray) -> np.ndarray:
@@ -28,18 +30,30 @@ def scale_maps(maps: np.ndarray) -> np.ndarray:
     return shift_and_scale_maps(maps, maps.mean(axis=1, dtype=np.float64))
 
 
-def scale_timecourses(timecourses: np.ndarray) -> np.ndarray:
-    """Each time course without slow trends, divided by its standard deviation (n - 1).
+def scale_timecourses(timecourses: np.ndarray, confounds: np.ndarray | None = None) -> np.ndarray:
+    """Each time course without slow trends, and without confounds, divided by its standard deviation (n - 1).
 
     Parameters
     ----------
     timecourses : ndarray, shape (volumes, networks)
+    confounds : ndarray (volumes, confounds) or None
+        Regressed out, usually motion.
 
     Returns
     -------
     ndarray of float64, same shape
+
+    Raises
+    ------
+    UserError
+        If a time course is constant, or there are too few volumes.
     """
     values = remove_trends(timecourses)
+    if confounds is not None:
+        fluctuations = remove_trends(confounds)  # with their trends they would bring these back
+        # What is left of a confound that is a trend itself is rounding, and no confound.
+        fluctuations[:, np.abs(fluctuations).max(axis=0) <= ROUNDING * np.abs(confounds).max(axis=0)] = 0
+        values = regress(values, fluctuations)
     spread = values.std(axis=0, ddof=1)
     if not spread.all():
         raise UserError(f"the time course of network {int(np.argmin(spread)) + 1} is constant: it cannot be scaled.")

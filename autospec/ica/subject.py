@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import numpy as np
+import pandas as pd
 
+from autospec.cohort.displacement import DISPLACEMENT, PARAMETERS, displacement_of
 from autospec.cohort.files import digest_of
 from autospec.errors import UserError
 from autospec.ica.atlas import atlas_timecourses, read_timecourses
@@ -51,7 +53,6 @@ from autospec.ica.picture import Shown, write_picture
 from autospec.ica.preprocessing import (
     STRATEGIES,
     choose_confounds,
-    displacement_of,
     gift_mask_of,
     preprocess,
     read_confounds_table,
@@ -74,6 +75,7 @@ from autospec.ica.template import (
 from autospec.storage import written_whole
 
 MUCH_MOTION_MM = 0.5
+SCALED = "Less slow trends (line, sines and cosines of one and two cycles), divided by the standard deviation"
 _Ground = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -95,6 +97,7 @@ class TimecourseSettings(TypedDict):
     repetition_time: float | None
     min_volumes: int
     max_mean_fd_mm: float | None
+    scaling: Literal["z-score", "none"]
     despike: bool
     low_pass_hz: float | None
     on_bad_subject: Literal["fail", "exclude"]
@@ -109,7 +112,6 @@ class SubjectSettings(TimecourseSettings):
     preprocessing: int  # 1 to 4
     dtype: Literal["float32", "float64"]
     converged: bool
-    scaling: Literal["z-score", "none"]
     min_coverage: float  # of each network, 0 to 1
     gift_number: int | None  # the subject's number in GIFT's file names; None writes none
 
@@ -210,7 +212,7 @@ def build_timecourses(
 ) -> str:
     """Write a subject's folder from an atlas or from precomputed time courses: the same files, without maps.
 
-    Confounds, if any, are regressed from the time courses that connectivity is computed from.
+    Confounds, if any, are regressed from all of them.
 
     Parameters
     ----------
@@ -286,7 +288,9 @@ def _write_networks(
     timecourses = scale_timecourses(found.timecourses) if scaled else found.timecourses
 
     warnings = scan.warnings + space_warnings(image, bold)
+    on_image = settings["confounds_on"] == "image"
     record = _record(settings, files, scan, warnings) | {
+        "Confounds": scan.confound_names if on_image else [],
         "Template": template_record(template),
         "Networks": network_records(template),
     }
@@ -307,8 +311,7 @@ def _write_networks(
         "Coverage": dict(zip(template.labels, shares, strict=True)),
         "AcceptedSteps": dict(zip(template.labels, found.accepted_steps, strict=True)),
     }
-    confounds = scan.confounds if settings["confounds_on"] == "timecourses" else None
-    courses = _Courses(timecourses, found.timecourses, confounds, template.networks)
+    courses = _Courses(timecourses, found.timecourses, None if on_image else scan.confounds, template.networks)
     _write_courses(settings, subject, scan, record, quality, courses, folder)
     if settings["gift_number"] is not None:
         write_gift_files(folder / "gift", settings["gift_number"], networks, covered, affine, timecourses)
@@ -341,7 +344,12 @@ def _write_timecourses(
     source = {"Atlas": Path(atlas).name} if atlas else {"Precomputed": True}
     record = _record(settings, files, scan, scan.warnings) | source
     networks = [Network(k, label, "", "") for k, label in enumerate(found, start=1)]
-    courses = _Courses(scale_timecourses(values), values, scan.confounds, networks)
+    # A region's time course is a linear map of the image, so regressing from it is regressing from the image.
+    if settings["scaling"] == "z-score":
+        scaled = scale_timecourses(values, scan.confounds)
+    else:
+        scaled = values if scan.confounds is None else regress(values, scan.confounds)
+    courses = _Courses(scaled, values, scan.confounds, networks)
     _write_courses(settings, subject, scan, record, {}, courses, folder)
     return len(values)
 
@@ -362,9 +370,11 @@ def _write_courses(
         courses.unscaled, scan.step, courses.confounds, settings["despike"], settings["low_pass_hz"]
     )
     correlated = connectivity(cleaned)
-    described = {"Description": "Time course of each network, one a column; one row a volume."}
+    scale = SCALED if settings["scaling"] == "z-score" else "Neither scaled nor detrended"
+    described = {"Description": f"Time course of each network, one a column; one row a volume. {scale}."}
     write_table(timecourses, labels, folder / names["timecourses"], record | described)
     described = {"Description": "Time courses as connectivity is computed from them."}
+    record = record | {"Confounds": scan.confound_names}
     write_table(cleaned, labels, folder / names["cleaned"], record | described)
     described = {"Description": "Fisher's z of the Pearson correlation of every two cleaned time courses; diagonal 0."}
     write_square(correlated, labels, folder / names["connectivity"], record | described)
@@ -410,19 +420,22 @@ def _scan(settings: TimecourseSettings, files: SubjectFiles, volumes: int, step:
         raise UserError(
             f"{files['bold']} has {len(kept)} usable volumes, and min_volumes is {settings['min_volumes']}."
         )
-    displacement = None if table is None else displacement_of(table)
-    motion = None
-    if displacement is not None:
-        used = displacement[kept]
+    found = None if table is None else displacement_of(_numbers(table))
+    motion = displacement = None
+    # Of volumes that were scrubbed, too: how much somebody moved is no better for it.
+    if found is not None and np.isfinite(found[0][settings["drop_volumes"] :]).any():
+        displacement = found[0][settings["drop_volumes"] :]
+        mean = np.nanmean(displacement)
         motion = {
-            "MeanFramewiseDisplacementMm": used.mean(),
-            "LargestFramewiseDisplacementMm": used.max(),
-            f"VolumesAbove{MUCH_MOTION_MM}Mm": int((used > MUCH_MOTION_MM).sum()),
+            "MeanFramewiseDisplacementMm": mean,
+            "LargestFramewiseDisplacementMm": np.nanmax(displacement),
+            f"VolumesAbove{MUCH_MOTION_MM}Mm": int((displacement > MUCH_MOTION_MM).sum()),
+            "FramewiseDisplacement": found[1],
         }
         most = settings["max_mean_fd_mm"]
-        if most is not None and used.mean() > most:
+        if most is not None and mean > most:
             raise UserError(
-                f"{files['bold']} has a mean framewise displacement of {used.mean():.3f} mm, and max_mean_fd_mm is {most}."
+                f"{files['bold']} has a mean framewise displacement of {mean:.3f} mm, and max_mean_fd_mm is {most}."
             )
     elif settings["max_mean_fd_mm"] is not None:
         raise UserError(
@@ -443,9 +456,15 @@ def _scan(settings: TimecourseSettings, files: SubjectFiles, volumes: int, step:
         volumes=volumes,
         confound_names=names,
         motion=motion,
-        displacement=None if displacement is None else displacement[kept],
+        displacement=displacement,
         warnings=warnings,
     )
+
+
+def _numbers(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """What a table of confounds says of motion, by column."""
+    names = [name for name in (*DISPLACEMENT, *PARAMETERS) if name in table.columns]
+    return {name: table[name].to_numpy(dtype=np.float64) for name in names}
 
 
 def _record(settings: TimecourseSettings, files: SubjectFiles, scan: _Scan, warnings: list[str]) -> dict[str, Any]:
@@ -511,6 +530,8 @@ def _check_common(settings: TimecourseSettings) -> None:
         raise UserError("drop_volumes and smoothing_fwhm_mm cannot be negative.")
     if settings["confounds"] not in ("none", "motion", *STRATEGIES):
         raise UserError(f"confounds is '{settings['confounds']}': it can be none, motion, {', '.join(STRATEGIES)}.")
+    if settings["scaling"] not in ("z-score", "none"):
+        raise UserError(f"scaling is '{settings['scaling']}': it can be z-score or none.")
     if settings["low_pass_hz"] is not None and not settings["low_pass_hz"] > 0:
         raise UserError(f"low_pass_hz is {settings['low_pass_hz']}: it must be above 0, or null for no filter.")
 
@@ -521,8 +542,6 @@ def _check_settings(settings: SubjectSettings) -> None:
         raise UserError(f"there is no preprocessing of type {settings['preprocessing']}: it can be 1, 2, 3 or 4.")
     if settings["dtype"] not in ("float32", "float64"):
         raise UserError(f"dtype is '{settings['dtype']}': it can be float32 or float64.")
-    if settings["scaling"] not in ("z-score", "none"):
-        raise UserError(f"scaling is '{settings['scaling']}': it can be z-score or none.")
     if settings["confounds_on"] not in ("image", "timecourses"):
         raise UserError(f"confounds_on is '{settings['confounds_on']}': it can be image or timecourses.")
 

@@ -119,6 +119,36 @@ def test_motion_excludes_and_volumes_are_taken_from_headers_where_no_table_says_
         check_cohort(settings(tmp_path, min_volumes=10), networks=5)
 
 
+def test_the_range_of_ages_is_said(tmp_path):
+    rows = [("1", "HC", "M", "21.5"), ("2", "SZ", "M", "64"), ("3", "SZ", "F", "n/a")]
+    participants(tmp_path / "participants.tsv", rows)
+    fmriprep(tmp_path, ["1", "2", "3"])
+    assert "age: 21.5 to 64 years, not known of 1" in check_cohort(settings(tmp_path), networks=5).lines()
+    participants(tmp_path / "participants.tsv", [(*row[:3], "n/a") for row in rows])
+    assert "age: not known of anybody" in check_cohort(settings(tmp_path), networks=5).lines()
+
+
+def test_volumes_dropped_at_the_start_do_not_count(tmp_path):
+    participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "12"])
+    fmriprep(tmp_path, ["1"])  # the first two of its eight volumes are outliers
+    fmriprep(tmp_path, ["2"], volumes=20)
+
+    def found(drop, **more):
+        report = check_cohort(settings(tmp_path, **more), networks=4, drop_volumes=drop)
+        return report, {each.id: each.reason for each in report.exclusions}
+
+    report, reasons = found(3, min_volumes=5)
+    assert not reasons
+    assert report.volumes == (5, 17)
+    assert "volumes: 5 to 17; data sets are cut to the fewest, without the first 3 of each" in report.lines()
+    _, reasons = found(4, min_volumes=5)
+    assert reasons == {"1": "4 usable volumes, fewer than min_volumes (5)"}
+    _, reasons = found(5)
+    assert "has 8 volumes, of which drop_volumes = 5 leaves 3, too few for 4 networks" in reasons["1"]
+    _, reasons = found(8)
+    assert "of which drop_volumes = 8 leaves 0" in reasons["1"]
+
+
 def test_a_table_of_confounds_of_another_run_is_found(tmp_path):
     participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "123"])
     fmriprep(tmp_path, ["1", "2", "3"])

@@ -93,6 +93,7 @@ def test_sessions_and_runs_are_chosen_or_listed(tmp_path):
 
     assert chosen(session="2") == [("2", "1", "sub-01_ses-2_task-rest_run-1_desc-confounds_timeseries.tsv")]
     assert chosen(session="1", run="02")[0][:2] == ("1", "2")
+    assert chosen(session="02") == chosen(session="2")
     assert [each[:2] for each in chosen(scans="first")] == [("1", "1")]
     assert [each[:2] for each in chosen(scans="all")] == [("1", "1"), ("1", "2"), ("2", "1"), ("10", "1")]
     (subject,) = read_bids(str(tmp_path), settings(tmp_path, session="3"))
@@ -476,6 +477,7 @@ def test_gifts_sessions_are_chosen_or_listed(tmp_path):
     with pytest.raises(UserError, match="a has several sessions"):
         read_layout(str(tmp_path), settings(tmp_path))
     _, subjects = read_layout(str(tmp_path), settings(tmp_path, session="2"))
+    assert read_layout(str(tmp_path), settings(tmp_path, session="02"))[1] == subjects
     assert [subject.scans[0].session for subject in subjects] == ["2", "2"]
     _, subjects = read_layout(str(tmp_path), settings(tmp_path, scans="all"))
     assert [len(subject.scans) for subject in subjects] == [2, 2]

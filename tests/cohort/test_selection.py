@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import nibabel
+import numpy as np
 import pandas as pd
 import pytest
 
+from autospec.cohort.check import check_cohort
+from autospec.cohort.displacement import displacement_of, framewise_displacement
 from autospec.cohort.files import TextTable
 from autospec.cohort.motion import motion_of, motion_of_table, motion_problem
 from autospec.cohort.record import groupings_of, read_participants, read_record, require_kind
@@ -193,6 +196,33 @@ def test_motion_of_niaks_table_and_of_phenotypes():
         motion_of_table(TextTable("t", ["FD"], [["x"]]))
 
 
+def test_framewise_displacement_follows_power():
+    motion = np.zeros((4, 6))
+    motion[1:] += [1, -2, 0, 0.01, 0, 0]
+    motion[3, 5] = -0.02
+    expected = [np.nan, 3.5, 0, 1.0]  # the first volume moved from nowhere
+    np.testing.assert_allclose(framewise_displacement(motion), expected)
+    columns = dict(zip(("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z"), motion.T, strict=True))
+    found, source = displacement_of(columns)
+    np.testing.assert_allclose(found, expected)
+    assert source.startswith("computed from trans_x")
+    assert displacement_of({**columns, "FD": np.arange(4.0)})[1] == "FD"
+    # A column that says nothing is none; NIAK's turns are in degrees.
+    assert displacement_of({**columns, "FD": np.full(4, np.nan)})[1].startswith("computed")
+    assert displacement_of({"motion_tx": motion[:, 0], "motion_rx": motion[:, 3]}) is None
+
+
+def test_motion_is_computed_where_a_table_has_parameters_alone(tmp_path):
+    rows = [["0"] * 6, ["0.1", "0", "0", "0", "0", "0.002"], ["0.1", "0.3", "0", "0", "0", "0.002"]]
+    table = TextTable("t", ["trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z"], rows)
+    motion = motion_of_table(table)
+    assert motion.mean_fd == pytest.approx((0.2 + 0.3) / 2)
+    assert "mean framewise displacement of 0.250 mm" in motion_problem(motion, 0.2, None)
+    unknown = motion_of_table(TextTable("t", ["csf"], [["1"], ["2"]]))
+    said = motion_problem(unknown, 0.2, None)
+    assert "its table of confounds has neither framewise_displacement nor trans_x" in said
+
+
 @pytest.mark.parametrize("column", ["FD", "mean_FD", "Frames ok"])
 @pytest.mark.parametrize("text", ["0,15", "much", "-1", "inf"])
 def test_a_motion_that_is_no_number_is_refused_by_name(tmp_path, column, text):
@@ -297,6 +327,27 @@ def test_what_a_subjects_own_job_found_is_taken_over(mixed, tmp_path):
         build_cohort(settings(mixed), statuses, str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(("drop", "used", "usable"), [(0, 8, 6), (1, 7, 6), (4, 4, 4), (4, 3, 3)])
+def test_usable_volumes_are_among_those_that_are_used(tmp_path, drop, used, usable):
+    participants(tmp_path / "participants.tsv", [("1", "HC", "M", "20")])
+    fmriprep(tmp_path, ["1"])  # the first two of its eight volumes are outliers
+    content = json.dumps({"status": "included", "volumes": used, "digest": "of-1"})
+    statuses = {"1": str(write(tmp_path / "ica/sub-1/status.json", content))}
+    build_cohort(settings(tmp_path, min_volumes=usable), statuses, str(tmp_path / "out"), drop)
+    (row,) = read_participants(str(tmp_path / "out/participants.tsv"))
+    assert (row["volumes"], row["usable_volumes"]) == ("8", str(usable))
+    assert f"\t{usable}\t" in (tmp_path / "out/scans.tsv").read_text()
+    with pytest.raises(UserError, match=rf"{usable} usable volumes, fewer than min_volumes \({usable + 1}\)"):
+        build_cohort(settings(tmp_path, min_volumes=usable + 1), statuses, str(tmp_path / "out"), drop)
+
+
+def test_motion_is_that_of_the_volumes_that_are_used(tmp_path):
+    path = confounds(tmp_path / "c.tsv", [9.0, 0.8, 0.2, 0.6], outliers=2)
+    motion = motion_of([str(path)], None, drop_volumes=2)
+    assert motion.mean_fd == pytest.approx(0.4)
+    assert (motion.volumes, motion.usable_volumes) == (4, 2)
+
+
 def test_another_kind_of_cohort_in_the_same_place_is_refused(mixed, tmp_path):
     build_cohort(settings(mixed), None, str(tmp_path / "out"))
     require_kind(str(tmp_path / "out"), "real")
@@ -321,6 +372,20 @@ def test_groupings_of_a_table(mixed, tmp_path):
     chosen = settings(tmp_path / "t", layout="bids", groupings=["bold"])
     with pytest.raises(UserError, match="the grouping 'bold' has the name of a column"):
         build_cohort(chosen, None, str(tmp_path / "out"))
+
+
+def test_spellings_of_a_site_are_one_site(tmp_path):
+    columns = ("participant_id", "diagnosis", "sex", "site", "drug")
+    rows = [("1", "HC", "M", "Rome", "a b"), ("2", "SZ", "F", "rome", "A  B"), ("3", "SZ", "F", "Rome", "a b")]
+    participants(tmp_path / "participants.tsv", rows, columns)
+    fmriprep(tmp_path, ["1", "2", "3"])
+    chosen = settings(tmp_path, groupings=["drug"])
+    build_cohort(chosen, None, str(tmp_path / "out"))
+    found = groupings_of(read_participants(str(tmp_path / "out/participants.tsv")))
+    assert (found["site"], found["drug"]) == (["Rome"] * 3, ["a b"] * 3)
+    report = check_cohort(chosen, networks=5)
+    assert report.groupings == {"drug": {"a b": 3}}
+    assert "warning: site: 'Rome' (2), 'rome' (1) are taken as one label, 'Rome'" in report.lines()
 
 
 def test_the_site_is_a_grouping_where_it_is_known(tmp_path):

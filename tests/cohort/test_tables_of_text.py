@@ -15,6 +15,7 @@ from autospec.cohort.phenotypes import (
     matched,
     read_phenotypes,
     sex_of,
+    united,
 )
 from autospec.cohort.subjects import checked_id
 from autospec.errors import UserError
@@ -120,6 +121,7 @@ def test_an_unsafe_id_in_a_table_is_refused(tmp_path):
 def test_ids_keep_their_zeros_and_lose_the_mark_of_bids():
     assert checked_id("sub-0040000", "here") == "0040000"
     assert checked_id(" A00012_1 ", "here") == "A00012_1"
+    assert checked_id("SUB-0003", "here") == checked_id("Sub-0003", "here") == "0003"
 
 
 def test_duplicate_ids_are_an_error_that_names_them(tmp_path):
@@ -195,6 +197,13 @@ def test_lost_zeros_are_found_again():
         ("Control", "", "HC", "HC"),
         ("Control", "311", "HC", None),
         ("Control", "296.26", "HC", None),
+        ("HC", "healthy control", "HC", "HC"),
+        ("Control", "No_Known_Disorder", "HC", "HC"),
+        ("Control", "Schizophrenia", "HC", None),
+        ("Patient", "Schizophrenia", "SZ", "SZ"),
+        ("Patient", "schizoaffective", "SZ", None),
+        ("Patient", "Bipolar", "SZ", None),
+        ("Patient", "patient", "SZ", None),
         ("No_Known_Disorder", "", "HC", "HC"),
         ("Schizophrenia_Strict", "", "SZ", "SZ"),
         ("Schizoaffective", "", "SZ", None),
@@ -273,6 +282,29 @@ def test_words_and_columns_can_be_named():
         describe({"x": "1"}, settings("x"), "t")
 
 
+def test_labels_of_the_config_are_found_in_any_case():
+    chosen = settings("x", labels={"Fall": "SZ", "Kontrolle": "HC", "FALL ": "other"}, sex_labels={"Mann": "M"})
+    for text, group in (("Fall", "SZ"), ("fall", "SZ"), ("KONTROLLE", "HC"), ("FALL ", "other")):
+        assert describe({"dx": text, "sex": "mann"}, chosen, "t") == Person(group, "M", "n/a", "n/a", {})
+    assert describe({"dx": "Fal"}, chosen, "t").bad
+
+
+def test_labels_that_differ_in_case_or_spaces_are_one():
+    sites = ["mannheim", "Mannheim", "Site 1", "site1", "Mannheim", "n/a", "Bonn"]
+    doses = ["Clozapine", "clozapine", "none", "n/a", "none", "None", "NONE"]
+    people = [Person("HC", "M", "20", site, {"dose": dose}) for site, dose in zip(sites, doses, strict=True)]
+    found, notes = united(people)
+    assert [each.site for each in found] == ["Mannheim", "Mannheim", "Site 1", "Site 1", "Mannheim", "n/a", "Bonn"]
+    assert [each.groupings["dose"] for each in found] == ["Clozapine", "Clozapine", "none", "n/a", *["none"] * 3]
+    assert notes == [
+        "site: 'Mannheim' (2), 'mannheim' (1) are taken as one label, 'Mannheim'",
+        "site: 'Site 1' (1), 'site1' (1) are taken as one label, 'Site 1'",
+        "dose: 'Clozapine' (1), 'clozapine' (1) are taken as one label, 'Clozapine'",
+        "dose: 'none' (2), 'None' (1), 'NONE' (1) are taken as one label, 'none'",
+    ]
+    assert united([]) == ([], [])
+
+
 def test_codes_of_sexes_are_not_guessed():
     assert [sex_of(text, {}, "t") for text in ("Male", "f", "n/a", "", "O")] == ["M", "F", "n/a", "n/a", "O"]
     with pytest.raises(UserError, match=r"t has the sex '1', which could mean either: .* sex_labels"):
@@ -284,3 +316,19 @@ def test_ages_are_numbers_or_missing():
     for text in ("old", "-3", "inf"):
         with pytest.raises(UserError, match="no number of years"):
             age_of(text, "t")
+    with pytest.raises(UserError, match=r"the age '21,5', which is no number of years: write 21.5, with a point"):
+        age_of("21,5", "t")
+
+
+@pytest.mark.parametrize("text", ["121", "999", "1990", "360"])
+def test_ages_that_nobody_reaches_are_refused(text):
+    assert age_of("120", "t") == "120"
+    with pytest.raises(
+        UserError, match=f"t has the age '{text}', more than 120 years: write years, neither months nor"
+    ):
+        age_of(text, "t")
+
+
+@pytest.mark.parametrize("column", ["Age_at_scan", "age_years", "Age (years)", "Current Age"])
+def test_usual_names_of_the_column_of_ages_are_known(column):
+    assert describe({"dx": "Patient", column: "31"}, settings("x"), "t").age == "31"

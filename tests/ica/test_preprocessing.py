@@ -11,8 +11,6 @@ from scipy import signal
 from autospec.errors import UserError
 from autospec.ica.preprocessing import (
     choose_confounds,
-    displacement_of,
-    framewise_displacement,
     gift_mask,
     gift_mask_of,
     motion_of,
@@ -171,17 +169,6 @@ def test_niaks_names_of_motion_are_known(tmp_path):
     table.to_csv(tmp_path / "fmri_0040000.tsv.gz", sep="\t", index=False)
     read = read_confounds_table(tmp_path / "fmri_0040000.tsv.gz")
     assert np.allclose(motion_of(read), values)
-    assert displacement_of(read).tolist() == list(range(10))
-    assert displacement_of(read.drop(columns="FD")) is None  # its turns are in degrees
-
-
-def test_framewise_displacement_follows_power():
-    motion = np.zeros((4, 6))
-    motion[1:] += [1, -2, 0, 0.01, 0, 0]
-    motion[3, 5] = -0.02
-    assert framewise_displacement(motion) == pytest.approx([0, 3.5, 0, 1.0])
-    table = pd.DataFrame(motion, columns=["trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z"])
-    assert displacement_of(table) == pytest.approx([0, 3.5, 0, 1.0])
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,19 @@ def test_time_courses_lose_trends_and_get_unit_variance():
     assert np.allclose(scaled * remove_trends(courses).std(axis=0, ddof=1), remove_trends(courses))
 
 
+def test_neither_trends_nor_confounds_remain_in_time_courses():
+    generator = np.random.default_rng(0)
+    confounds = generator.normal(size=(80, 2)).cumsum(axis=0)  # slow, so with trends of their own
+    courses = generator.normal(size=(80, 3)) + confounds @ generator.normal(size=(2, 3)) + 100
+    scaled = scale_timecourses(courses, confounds)
+    assert np.allclose(scaled.std(axis=0, ddof=1), 1)
+    assert np.abs(confounds.T @ scaled).max() < 1e-9 * np.abs(confounds).max() * 80
+    assert np.allclose(remove_trends(scaled), scaled)
+    # Confounds that are trends themselves change nothing.
+    trends = np.column_stack([np.full(80, 5.3), np.linspace(1, 2, 80), confounds])
+    assert np.allclose(scale_timecourses(courses, trends), scaled)
+
+
 def test_gifts_scaling_follows_its_formula(maps):
     shifts = np.array([0.1, 0.2, 0.3])
     scaled = shift_and_scale_maps(maps, shifts)

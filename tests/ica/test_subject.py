@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from autospec.cohort.motion import motion_of
 from autospec.errors import UserError
 from autospec.ica import subject as module
 from autospec.ica.cleaning import clean_timecourses, connectivity
 from autospec.ica.derivative import folder_written_whole, read_table, subject_files
-from autospec.ica.scaling import cohort_modes, shift_and_scale_maps
+from autospec.ica.scaling import cohort_modes, scale_timecourses, shift_and_scale_maps
 from autospec.ica.subject import (
     build_gift_maps,
     build_gift_mask,
@@ -245,8 +246,9 @@ def test_motion_is_regressed_from_the_image_or_the_time_courses(tmp_path, bold, 
     assert quality["Motion"]["MeanFramewiseDisplacementMm"] == pytest.approx(displacement.mean())
     assert quality["Motion"]["LargestFramewiseDisplacementMm"] == pytest.approx(displacement.max())
     assert quality["Motion"]["VolumesAbove0.5Mm"] == (displacement > 0.5).sum()
-    record = load(tmp_path / "out" / names["timecourses"].replace(".tsv", ".json"))
-    assert record["Confounds"] == list(table.columns[:6])
+    for table_name, without in (("timecourses", place == "image"), ("cleaned", True)):
+        record = load(tmp_path / "out" / names[table_name].replace(".tsv", ".json"))
+        assert record["Confounds"] == (list(table.columns[:6]) if without else [])
 
 
 def test_what_a_subject_lacks_is_left_out_and_counted(tmp_path, bold, template, brain, made):
@@ -432,6 +434,67 @@ def test_an_atlas_gives_the_same_folder_without_maps(tmp_path, subject, bold, br
     means = np.column_stack([bold[numbers == k].mean(axis=0) for k in (1, 2, 3)])
     assert np.allclose(cleaned, clean_timecourses(means, 2.0, None, True, 0.15), atol=1e-2)
     assert load(tmp_path / "out" / names["quality"])["Template"] is None
+
+
+@pytest.mark.parametrize("column", ["framewise_displacement", None])
+def test_everybody_says_the_same_of_motion(tmp_path, bold, brain, monkeypatch, column):
+    shown = []
+    monkeypatch.setattr(module, "write_picture", lambda picture, _: shown.append(picture))
+    path, _, table = motion_table(tmp_path / "confounds.tsv", bold)
+    table = table if column else table.drop(columns="framewise_displacement")
+    table.to_csv(path, sep="\t", index=False, na_rep="n/a")
+    image = save(tmp_path / "bold.nii.gz", bold)
+    atlas = save(tmp_path / "atlas.nii.gz", brain.astype("i2"), step=None)
+    build_timecourses(settings(), "01", files(image, confounds=path), str(atlas), None, tmp_path / "out")
+    motion = load(tmp_path / "out" / subject_files("01")["quality"])["Motion"]
+    assert motion["MeanFramewiseDisplacementMm"] == pytest.approx(motion_of([path], None).mean_fd)
+    assert motion["MeanFramewiseDisplacementMm"] == pytest.approx(np.nanmean(shown[0].displacement))
+    assert motion["FramewiseDisplacement"].startswith(column or "computed from trans_x")
+    assert np.isnan(shown[0].displacement[0])
+    if column:
+        assert motion["MeanFramewiseDisplacementMm"] == pytest.approx(table[column][1:].mean())
+
+
+@pytest.mark.parametrize("place", ["image", "timecourses"])
+def test_motion_is_regressed_from_regions_too(tmp_path, bold, brain, place):
+    path, motion, _ = motion_table(tmp_path / "confounds.tsv", bold)
+    image = save(tmp_path / "bold.nii.gz", bold + (brain[..., None] * 400 * motion[:, 0]).astype("f4"))
+    numbers = (np.arange(18)[None, None] // 6 + 1) * brain
+    atlas = save(tmp_path / "atlas.nii.gz", numbers.astype("i2"), step=None)
+    correlated = {}
+    for confounds in ("none", "motion"):
+        chosen = settings(confounds=confounds, confounds_on=place, drop_volumes=2, despike=False, low_pass_hz=None)
+        folder = tmp_path / confounds
+        build_timecourses(chosen, "01", files(image, confounds=path), str(atlas), None, folder)
+        for name in ("timecourses", "cleaned"):
+            courses, _ = read_table(folder / subject_files("01")[name])
+            together = np.corrcoef(np.column_stack([courses, motion[2:]]), rowvar=False)[:3, 3:]
+            correlated[confounds, name] = np.abs(together).max()
+            record = load(folder / subject_files("01")[name].replace(".tsv", ".json"))
+            assert bool(record["Confounds"]) == (confounds == "motion")
+    assert min(correlated["none", "timecourses"], correlated["none", "cleaned"]) > 0.8
+    assert max(correlated["motion", "timecourses"], correlated["motion", "cleaned"]) < 1e-5
+
+
+def test_time_courses_that_are_not_scaled_stay_as_they_came(tmp_path, bold, brain):
+    path, motion, _ = motion_table(tmp_path / "confounds.tsv", bold)
+    values = np.random.default_rng(0).normal(size=(VOLUMES, 3)).cumsum(axis=0)
+    pd.DataFrame(values, columns=["x", "y", "z"]).to_csv(tmp_path / "courses.tsv", sep="\t", index=False)
+    names = subject_files("01")
+    for scaling, said in (("none", "Neither scaled nor detrended."), ("z-score", "Less slow trends")):
+        chosen = settings(repetition_time=2.0, scaling=scaling)
+        build_timecourses(chosen, "01", files(tmp_path / "courses.tsv"), None, None, tmp_path / scaling)
+        found, _ = read_table(tmp_path / scaling / names["timecourses"])
+        assert np.allclose(found, values if scaling == "none" else scale_timecourses(values), atol=1e-6)
+        assert said in load(tmp_path / scaling / names["timecourses"].replace(".tsv", ".json"))["Description"]
+    numbers = ((np.arange(18)[None, None] // 6 + 1) * brain).astype("i2")
+    image, atlas = save(tmp_path / "bold.nii.gz", bold), save(tmp_path / "atlas.nii.gz", numbers, step=None)
+    chosen = settings(scaling="none", confounds="motion")
+    build_timecourses(chosen, "01", files(image, confounds=path), str(atlas), None, tmp_path / "regions")
+    found, _ = read_table(tmp_path / "regions" / names["timecourses"])
+    means = np.column_stack([bold[numbers == k].mean(axis=0) for k in (1, 2, 3)]).astype("f8")
+    x = np.column_stack([np.ones(VOLUMES), motion])
+    assert np.allclose(found, means - x @ np.linalg.lstsq(x, means)[0] + means.mean(axis=0), atol=1e-2)
 
 
 def test_precomputed_time_courses_give_connectivity(tmp_path):
