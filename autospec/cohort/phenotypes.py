@@ -315,12 +315,12 @@ def _of_label(text: str, labels: Mapping[str, Value]) -> Value | None:
 
 
 def same(label: str) -> str:
-    """What labels that differ in case or in spaces alone have in common."""
-    return "".join(label.split()).casefold()
+    """What labels have in common that differ only in case, or in how wide a space is."""
+    return " ".join(label.split()).casefold()
 
 
 def united(people: Sequence[Person]) -> tuple[list[Person], list[str]]:
-    """Give labels of sites and groupings that differ in case or in spaces alone one spelling.
+    """Give labels of sites and groupings that differ only in case, or in how wide a space is, one spelling.
 
     Parameters
     ----------

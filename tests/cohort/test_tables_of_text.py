@@ -290,7 +290,7 @@ def test_labels_of_the_config_are_found_in_any_case():
 
 
 def test_labels_that_differ_in_case_or_spaces_are_one():
-    sites = ["mannheim", "Mannheim", "Site 1", "site1", "Mannheim", "n/a", "Bonn"]
+    sites = ["mannheim", "Mannheim", "Site 1", "site  1", "Mannheim", "n/a", "Bonn"]
     doses = ["Clozapine", "clozapine", "none", "n/a", "none", "None", "NONE"]
     people = [Person("HC", "M", "20", site, {"dose": dose}) for site, dose in zip(sites, doses, strict=True)]
     found, notes = united(people)
@@ -298,7 +298,7 @@ def test_labels_that_differ_in_case_or_spaces_are_one():
     assert [each.groupings["dose"] for each in found] == ["Clozapine", "Clozapine", "none", "n/a", *["none"] * 3]
     assert notes == [
         "site: 'Mannheim' (2), 'mannheim' (1) are taken as one label, 'Mannheim'",
-        "site: 'Site 1' (1), 'site1' (1) are taken as one label, 'Site 1'",
+        "site: 'Site 1' (1), 'site  1' (1) are taken as one label, 'Site 1'",
         "dose: 'Clozapine' (1), 'clozapine' (1) are taken as one label, 'Clozapine'",
         "dose: 'none' (2), 'None' (1), 'NONE' (1) are taken as one label, 'none'",
     ]
