@@ -683,6 +683,24 @@ def test_a_weight_penalty_outside_the_model_is_reported_with_a_warning():
     xr.testing.assert_equal(tree["layers/2.weight"].dataset, clean["layers/2.weight"].dataset)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("change", ["clip", "zero"])
+def test_gradients_may_be_changed_in_place_before_the_step_is_closed(dtype, change):
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2).to(dtype), torch.randn(6, 3, dtype=dtype)
+    with warnings.catch_warnings(), autospec.watch(model, list("aabbab"), quiet=True) as watcher:
+        warnings.simplefilter("error")
+        model(x).square().sum().backward()
+        if change == "clip":
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        else:
+            model.zero_grad(set_to_none=False)
+        watcher.step()
+    audit = watcher.trajectories.attrs["audit"]
+    assert audit["outside"] == {}
+    assert audit["steps"] == [0]
+
+
 def test_the_audit_says_what_was_checked():
     model = smooth()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
