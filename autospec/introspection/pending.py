@@ -841,8 +841,7 @@ class Pending:
         counted : bool
             Whether the rows count: not those that an earlier backward pass has added.
         """
-        if isinstance(factors, Product):
-            factors = self._kept(factors, sorting, constant or follows is not None)
+        factors = self._kept(factors, sorting, constant or follows is not None)
         if shares:
             self.shares.constant = constant
             self.shares.add(factors, sorting, backward)
@@ -873,14 +872,16 @@ class Pending:
         stacks = (stack for kind in self.stacks.values() for by_cell in kind.values() for stack in by_cell.values())
         return shares or any(stack.rows for stack in stacks)
 
-    def _kept(self, factors: Product, sorting: Sorting, constant: bool) -> Product:
+    def _kept(self, factors: Factors, sorting: Sorting, constant: bool) -> Factors:
         """What is kept until the step is closed must not change with the user's tensors."""
         if sorting.order is not None or sorting.grid is not None:
             return factors
-        few = len(factors.activation) < max(factors.activation.shape[1], factors.adjoint.shape[1], *self.shape)
-        if constant or few:
-            return factors.with_(factors.activation.clone(), factors.adjoint.clone())
-        return factors
+        if isinstance(factors, Lookup):
+            kept = True
+        else:
+            few = factors.rows < max(factors.activation.shape[1], factors.adjoint.shape[1], *self.shape)
+            kept = few or (constant and isinstance(factors, Product))
+        return factors.with_(factors.activation.clone(), factors.adjoint.clone()) if kept else factors
 
     def add_by_position(
         self, factors: Factors, sorting: Sorting, first: int, shares_by_position: Callable[[Factors, Tensor], Tensor]

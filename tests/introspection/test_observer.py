@@ -343,6 +343,33 @@ def test_data_that_change_between_backward_and_step_do_not_change_the_record():
         assert error(spectrum(watcher.trajectories, "0.weight", "adjoint"), adjoint) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["convolution", "table"])
+@pytest.mark.parametrize("changed", [False, True])
+def test_images_and_indices_may_be_filled_with_the_next_batch_before_the_step_is_closed(kind, changed):
+    torch.manual_seed(0)
+    model = nn.Conv1d(40, 6, 3) if kind == "convolution" else nn.Embedding(30, 20)
+    x = torch.randn(4, 40, 5) if kind == "convolution" else torch.randint(30, (4, 3))
+    with autospec.watch(model, quiet=True) as watcher:
+        output = model(x)
+        output.retain_grad()
+        output.square().sum().backward()
+        seen = x.movedim(1, 2).flatten(0, 1) if kind == "convolution" else F.one_hot(x.flatten(), 30).float()
+        expected = {
+            "gradient": svdvals(model.weight.grad.flatten(1)),
+            "activation": svdvals(seen),
+            "adjoint": svdvals(
+                output.grad.transpose(0, 1).flatten(1) if kind == "convolution" else output.grad.flatten(0, 1)
+            ),
+        }
+        if changed:
+            x.fill_(7)
+            output.grad.zero_()
+        watcher.step()
+    for statistic, values in expected.items():
+        recorded = spectrum(watcher.trajectories, "weight", statistic)
+        assert error(recorded[: len(values)], values) < 1e-6, statistic
+
+
 @pytest.mark.parametrize("parts", [2, 3, N])
 def test_micro_batches_accumulate_to_the_full_batch(parts):
     x, problem = batch(), Problem(smooth(), batch(), loss_of, LABELS)
