@@ -489,7 +489,8 @@ class Shares:
             total = adjoint.T @ activation if total is None else total.addmm(adjoint.T, activation)
         for key in cells:
             for lookup in self.lookups.get(key, ()):
-                total = lookup.share() if total is None else total + lookup.share()
+                share = lookup.in_float64().share()
+                total = share if total is None else float64(total) + share
         if total is None:
             raise RuntimeError("a share without rows has no matrix")
         return total
@@ -529,6 +530,8 @@ class Shares:
         """
         if self.lookups and not self.slots and not self.products:
             return [([i], smaller_gram(self._looked_up(cells)).unsqueeze(0)) for i, cells in enumerate(groups)]
+        if self.lookups:  # rows of products say nothing of them
+            self._form()
         if self.formed:
             grams = smaller_gram(self.matrices(groups), self.workspace)
             self._repair(groups, grams)
@@ -612,18 +615,22 @@ class Shares:
     def _walks_of_cells(self) -> dict[bytes, float]:
         """Square of what each cell's share would be if the terms of its products had no common direction; or nothing.
 
-        They are known of products in single precision of few rows, which are held; computed once a step.
+        They are known of products in single precision of few rows, which are held; computed once a step.  Lookups are summed
+        in float64, but what they take away from a product was rounded.
         """
         if self._walks is None:
             held = self.held or []
+            products = [(factors, sorting) for factors, sorting in held if not isinstance(factors, Lookup)]
             known = all(
                 isinstance(factors, Product)
                 and factors.adjoint.dtype == torch.float32
                 and max(sorting.counts, default=0) <= TERMS
-                for factors, sorting in held
+                for factors, sorting in products
             )
-            self._walks = dict.fromkeys(self.counts, 0.0) if held and known else {}
-            for factors, sorting in held if known else ():
+            self._walks = dict.fromkeys(self.counts, 0.0) if products and known else {}
+            for key in self.lookups if self._walks else ():
+                self._walks[key] += (ROUNDING_OF_SUM / ROUNDING_OF_WALK) ** 2 * float(square(self._looked_up([key])))
+            for factors, sorting in products if known else ():
                 sides = (side.split_with_sizes(sorting.counts) for side in (factors.adjoint, factors.activation))
                 for key, adjoint, activation in zip(sorting.keys, *sides, strict=True):
                     seen = self.workspace.memo(activation, _square, lasting=self.constant)
@@ -653,8 +660,7 @@ class Shares:
                 elif isinstance(part, Product):
                     add_wide_product(total, part.outputs, part.adjoint, part.activation, self.workspace)
                 else:
-                    activation = part.activation if isinstance(part, Lookup) else float64(part.activation)
-                    total += part.with_(activation, float64(part.adjoint)).share()
+                    total += part.in_float64().share()
         return total
 
     def _looked_up(self, cells: Sequence[bytes]) -> Tensor:
@@ -902,8 +908,7 @@ class Pending:
     def add_exact(self, factors: Factors, sorting: Sorting) -> None:
         """Add the same in float64, for the audit."""
         for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
-            activation = part.activation if isinstance(part, Lookup) else float64(part.activation)
-            exact = part.with_(activation, float64(part.adjoint)).share()
+            exact = part.in_float64().share()
             self.exact[key] = self.exact[key] + exact if key in self.exact else exact
 
 
