@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import autospec
 from autospec.introspection import WatchError
 from autospec.introspection import measure as measure_module
+from autospec.introspection.pending import Shares
 
 from .oracle import Problem, assert_exact, error, members, record, share_by_copies, spectrum, svdvals
 
@@ -744,6 +745,27 @@ def test_the_audit_says_what_was_checked():
     assert audit["samples_without_label"] == {"group": 1}
     assert audit["batch_dims"] == [0]
     assert audit["probe_passes"] >= 5
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1.001, 0), (1.1, 1)])
+def test_a_record_that_is_not_that_of_float64_is_said_to_be_wrong_once(factor, said, monkeypatch):
+    grams = Shares.grams
+    monkeypatch.setattr(Shares, "grams", lambda *args: [(some, factor * gram) for some, gram in grams(*args)])
+    model = smooth()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with autospec.watch(model, LABELS, audit=1, quiet=True) as watcher:
+            for _ in range(3):
+                model.zero_grad()
+                loss_of(model(batch())).backward()
+                watcher.step()
+    sentences = [each for each in caught if "autospec is at fault" in str(each.message)]
+    assert len(sentences) == said
+    assert watcher.trajectories.attrs["audit"]["largest_error"] == pytest.approx(factor**0.5 - 1, rel=1e-3)
+    for each in sentences:
+        assert "of the gradients of '" in str(each.message)
+        assert "off by 0.049 of the largest" in str(each.message)
+        assert each.filename == __file__
 
 
 def test_the_guard_knows_how_hundreds_of_groups_round():

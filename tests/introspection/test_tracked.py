@@ -167,7 +167,10 @@ def test_the_audit_compares_what_was_followed_with_a_decomposition(monkeypatch):
         return dataclasses.replace(found, values=found.values * (1.01 if found.iterations else 1))
 
     monkeypatch.setattr("autospec.introspection.measure.leading_values", wrong)
-    spoiled = recorded(steps=20, solver="tracked", audit=5).trajectories.attrs["audit"]
+    with pytest.warns(UserWarning, match=r"of the \w+ of '\d\.weight' are off by 0\.01 of the largest") as caught:
+        spoiled = recorded(steps=20, solver="tracked", audit=5).trajectories.attrs["audit"]
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
     assert spoiled["largest_error"] == pytest.approx(0.01, rel=1e-3)
 
 
