@@ -20,6 +20,9 @@ from .spectra import float64
 GUARD_TOLERANCE = 8.0
 # Part of a gradient in rows that `valid` leaves out from which on the mask may be meant for other rows.
 LEFT_OUT = 0.01
+# Error of a recorded value, in units of the largest, that rounding never is: above what float32 loses where rows cancel, and on
+# a GPU what TF32 does, in which torch multiplies if it is told to, and convolves of its own accord.
+WRONG, WRONG_ON_GPU = 1e-3, 0.1
 
 
 class Audit:
@@ -33,7 +36,7 @@ class Audit:
 
     def __init__(self, every: int | None) -> None:
         self._every = every
-        self._missed = False
+        self._missed = self._warned_wrong = False
         self._found: dict[str, Any] = {
             "steps": [],
             "largest_error": 0.0,
@@ -131,11 +134,13 @@ class Audit:
             warnings.warn(sentence, stacklevel=stacklevel)
         self._found[what][name] = max(self._found[what].get(name, 0.0), fraction)
 
-    def compare(self, pending: Pending, recorded: np.ndarray, index: np.ndarray, groups: int) -> None:
-        """Compare recorded gradient spectra with singular values of shares formed in float64.
+    def compare(self, name: str, pending: Pending, recorded: np.ndarray, index: np.ndarray, groups: int) -> None:
+        """Compare recorded gradient spectra with singular values of shares formed in float64; warn of what is not rounding.
 
         Parameters
         ----------
+        name : str
+            Of the parameter.
         pending : Pending
             Holds the shares in float64.
         recorded : ndarray, shape (groups, singular values)
@@ -160,12 +165,27 @@ class Audit:
             if not scale or not usable.any():
                 continue
             error = float(np.abs(recorded[group, usable] - exact[index[usable] - 1]).max() / scale)
-            self._found["largest_error"] = max(self._found["largest_error"], error)
+            # Where rows cancel altogether, the largest value is itself no more than rounding.
+            wrong = error > WRONG and error * scale > GUARD_TOLERANCE * _sum_of_shares(pending)[1]
+            self._deviates(f"gradients of '{name}'", error, wrong, total.is_cuda, stacklevel=5)
 
-    def compare_followed(self, recorded: Tensor, exact: Tensor) -> None:
+    def compare_followed(self, what: str, recorded: Tensor, exact: Tensor, on_gpu: bool) -> None:
         """Compare values that the tracked solver followed with those of a decomposition, each (groups, values)."""
         errors = (recorded - exact).abs().amax(1) / exact[:, 0]
-        self._found["largest_error"] = max(self._found["largest_error"], float(errors.nan_to_num(0.0).max()))
+        error = float(errors.nan_to_num(0.0).max())
+        self._deviates(what, error, True, on_gpu, stacklevel=7)
+
+    def _deviates(self, what: str, error: float, wrong: bool, on_gpu: bool, stacklevel: int) -> None:
+        """Keep the largest deviation from float64, and warn, once, of one that is not rounding."""
+        self._found["largest_error"] = max(self._found["largest_error"], error)
+        if wrong and error > (WRONG_ON_GPU if on_gpu else WRONG) and not self._warned_wrong:
+            self._warned_wrong = True
+            warnings.warn(
+                f"singular values recorded of the {what} are off by {error:.2g} of the largest one, as a comparison with float64 "
+                "shows, which is more than rounding: autospec is at fault, so do not rely on this record, and please report it "
+                "(said once).",
+                stacklevel=stacklevel,
+            )
 
 
 def cancels(pending: Pending) -> bool:

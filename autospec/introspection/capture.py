@@ -737,7 +737,8 @@ class Capture:
         if self.guarded:
             flat = float64(gradient.to_dense() if gradient.is_sparse else gradient).reshape(layer.shape)
             flat = flat if scale is None else flat / scale
-            pending.arrived = flat if pending.arrived is None else pending.arrived + flat
+            # Of float64 that is the user's own .grad, which clipping or zeroing would change until the step is closed.
+            pending.arrived = flat.clone() if pending.arrived is None else pending.arrived + flat
 
     def _gather_use(
         self, layer: WatchedLayer, pending: Pending, use: Use, scale: Tensor | None, exact: bool, alone: bool

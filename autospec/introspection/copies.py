@@ -9,6 +9,7 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -238,10 +239,57 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     return instances_in(value, Tensor)
 
 
-def instances_in(value: Any, kind: type[T]) -> Iterator[T]:
-    """Everything of a kind in arguments, in containers of any depth."""
+def instances_in(value: Any, kind: type[T], seen: set[int] | None = None) -> Iterator[T]:
+    """Everything of a kind in arguments, in containers and objects of any depth.
+
+    Parameters
+    ----------
+    value : object
+        The arguments.
+    kind : type
+        What is looked for.
+    seen : set of int, optional
+        Identities of objects that have been looked into: they may hold each other.
+    """
+    seen = set() if seen is None else seen
     if isinstance(value, kind):
         yield value
     elif isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from instances_in(item, kind)
+            yield from instances_in(item, kind, seen)
+    elif id(value) not in seen:
+        held = attributes_of(value)
+        seen.update([id(value)] if held else [])
+        for item in held.values():
+            yield from instances_in(item, kind, seen)
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """What a dataclass holds, or an object with tensors as attributes; nothing of what can be called, as modules can."""
+    if callable(value) or isinstance(value, Tensor):
+        return {}
+    if is_dataclass(value):
+        return {each.name: getattr(value, each.name) for each in fields(value) if hasattr(value, each.name)}
+    held = getattr(value, "__dict__", {})
+    return dict(held) if any(isinstance(item, Tensor) for item in held.values()) else {}
+
+
+def with_attributes(value: Any, others: Mapping[int, Any], change: Callable[[Any, Mapping[int, Any]], Any]) -> Any:
+    """Copy an object that has `attributes_of`, each of them changed; anything else stays as it is.
+
+    Parameters
+    ----------
+    value : object
+        The object.
+    others : mapping of int to object
+        What stands in place of others, by their identities.
+    change : callable
+        Returns an attribute changed, given ``others`` and the copy in place of the object, which it may hold.
+    """
+    held = attributes_of(value)
+    if held and id(value) not in others:
+        made = copy.copy(value)
+        others = {**others, id(value): made}
+        for name, item in held.items():
+            object.__setattr__(made, name, change(item, others))  # also where it is frozen
+    return others.get(id(value), value)

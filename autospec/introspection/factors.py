@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .spectra import float64
 from .workspace import Workspace
 
 # Numbers in the patches that are multiplied at a time: about what a core's cache holds; and positions, whose products are
@@ -53,6 +54,10 @@ class Factors(ABC):
     def with_(self, activation: Tensor, adjoint: Tensor) -> Self:
         """The same use with other items."""
         return replace(self, activation=activation, adjoint=adjoint)
+
+    def in_float64(self) -> Self:
+        """The same use, whose share is then summed in float64."""
+        return self.with_(float64(self.activation), float64(self.adjoint))
 
     def split(self, counts: Sequence[int]) -> list[Self]:
         """Cut into runs of items."""
@@ -438,6 +443,11 @@ class Lookup(Factors):
     """
 
     size: int
+
+    def in_float64(self) -> Self:
+        """The same with adjoints in float64; indices stay whole numbers."""
+        adjoint = float64(self.adjoint)
+        return self.with_(self.activation.to(adjoint.device), adjoint)
 
     def share(self) -> Tensor:
         """Sum the adjoints of each row, shape (size, width)."""

@@ -236,7 +236,9 @@ class Measurement:
         found = leading_values(matrices, count, self._blocks.get(key))
         self._blocks[key] = found.block
         if self.audit is not None and found.iterations:
-            self.audit.compare_followed(found.values, leading_values(matrices, count, None).values)
+            exact = leading_values(matrices, count, None).values
+            what = f"{statistic}s of '{layer.name}'"
+            self.audit.compare_followed(what, found.values, exact, matrices[0].is_cuda)
         self.iterations[found.iterations] = self.iterations.get(found.iterations, 0) + 1
         return [_Job(layer, statistic, groups, None, found.values)]
 

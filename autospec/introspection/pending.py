@@ -489,7 +489,8 @@ class Shares:
             total = adjoint.T @ activation if total is None else total.addmm(adjoint.T, activation)
         for key in cells:
             for lookup in self.lookups.get(key, ()):
-                total = lookup.share() if total is None else total + lookup.share()
+                share = lookup.in_float64().share()
+                total = share if total is None else float64(total) + share
         if total is None:
             raise RuntimeError("a share without rows has no matrix")
         return total
@@ -529,6 +530,8 @@ class Shares:
         """
         if self.lookups and not self.slots and not self.products:
             return [([i], smaller_gram(self._looked_up(cells)).unsqueeze(0)) for i, cells in enumerate(groups)]
+        if self.lookups:  # rows of products say nothing of them
+            self._form()
         if self.formed:
             grams = smaller_gram(self.matrices(groups), self.workspace)
             self._repair(groups, grams)
@@ -612,18 +615,22 @@ class Shares:
     def _walks_of_cells(self) -> dict[bytes, float]:
         """Square of what each cell's share would be if the terms of its products had no common direction; or nothing.
 
-        They are known of products in single precision of few rows, which are held; computed once a step.
+        They are known of products in single precision of few rows, which are held; computed once a step.  Lookups are summed
+        in float64, but what they take away from a product was rounded.
         """
         if self._walks is None:
             held = self.held or []
+            products = [(factors, sorting) for factors, sorting in held if not isinstance(factors, Lookup)]
             known = all(
                 isinstance(factors, Product)
                 and factors.adjoint.dtype == torch.float32
                 and max(sorting.counts, default=0) <= TERMS
-                for factors, sorting in held
+                for factors, sorting in products
             )
-            self._walks = dict.fromkeys(self.counts, 0.0) if held and known else {}
-            for factors, sorting in held if known else ():
+            self._walks = dict.fromkeys(self.counts, 0.0) if products and known else {}
+            for key in self.lookups if self._walks else ():
+                self._walks[key] += (ROUNDING_OF_SUM / ROUNDING_OF_WALK) ** 2 * float(square(self._looked_up([key])))
+            for factors, sorting in products if known else ():
                 sides = (side.split_with_sizes(sorting.counts) for side in (factors.adjoint, factors.activation))
                 for key, adjoint, activation in zip(sorting.keys, *sides, strict=True):
                     seen = self.workspace.memo(activation, _square, lasting=self.constant)
@@ -653,8 +660,7 @@ class Shares:
                 elif isinstance(part, Product):
                     add_wide_product(total, part.outputs, part.adjoint, part.activation, self.workspace)
                 else:
-                    activation = part.activation if isinstance(part, Lookup) else float64(part.activation)
-                    total += part.with_(activation, float64(part.adjoint)).share()
+                    total += part.in_float64().share()
         return total
 
     def _looked_up(self, cells: Sequence[bytes]) -> Tensor:
@@ -841,8 +847,7 @@ class Pending:
         counted : bool
             Whether the rows count: not those that an earlier backward pass has added.
         """
-        if isinstance(factors, Product):
-            factors = self._kept(factors, sorting, constant or follows is not None)
+        factors = self._kept(factors, sorting, constant or follows is not None)
         if shares:
             self.shares.constant = constant
             self.shares.add(factors, sorting, backward)
@@ -873,14 +878,16 @@ class Pending:
         stacks = (stack for kind in self.stacks.values() for by_cell in kind.values() for stack in by_cell.values())
         return shares or any(stack.rows for stack in stacks)
 
-    def _kept(self, factors: Product, sorting: Sorting, constant: bool) -> Product:
+    def _kept(self, factors: Factors, sorting: Sorting, constant: bool) -> Factors:
         """What is kept until the step is closed must not change with the user's tensors."""
         if sorting.order is not None or sorting.grid is not None:
             return factors
-        few = len(factors.activation) < max(factors.activation.shape[1], factors.adjoint.shape[1], *self.shape)
-        if constant or few:
-            return factors.with_(factors.activation.clone(), factors.adjoint.clone())
-        return factors
+        if isinstance(factors, Lookup):
+            kept = True
+        else:
+            few = factors.rows < max(factors.activation.shape[1], factors.adjoint.shape[1], *self.shape)
+            kept = few or (constant and isinstance(factors, Product))
+        return factors.with_(factors.activation.clone(), factors.adjoint.clone()) if kept else factors
 
     def add_by_position(
         self, factors: Factors, sorting: Sorting, first: int, shares_by_position: Callable[[Factors, Tensor], Tensor]
@@ -901,8 +908,7 @@ class Pending:
     def add_exact(self, factors: Factors, sorting: Sorting) -> None:
         """Add the same in float64, for the audit."""
         for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
-            activation = part.activation if isinstance(part, Lookup) else float64(part.activation)
-            exact = part.with_(activation, float64(part.adjoint)).share()
+            exact = part.in_float64().share()
             self.exact[key] = self.exact[key] + exact if key in self.exact else exact
 
 

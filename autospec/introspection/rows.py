@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from .copies import copy_model, instances_in, kept_apart, tensors_in
+from .copies import copy_model, instances_in, kept_apart, tensors_in, with_attributes
 from .errors import WatchError
 from .hooks import Hook
 from .layers import LayerCall, rule_for
@@ -1225,4 +1225,4 @@ def _replaced(value: Any, marked: Mapping[int, Tensor | np.ndarray]) -> Any:
         return type(value)(*(_replaced(item, marked) for item in value))
     if isinstance(value, list | tuple):
         return type(value)(_replaced(item, marked) for item in value)
-    return value
+    return with_attributes(value, marked, _replaced)

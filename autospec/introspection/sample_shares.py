@@ -19,7 +19,7 @@ from .audit import Audit
 from .capture import Capture, WatchedLayer
 from .copies import copy_model, kept_apart
 from .errors import WatchError
-from .factors import Factors, Lookup, Product
+from .factors import Factors, Product
 from .groups import Assignment, Groups
 from .parameters import find_parameters
 from .pending import Pending, Sorting
@@ -386,8 +386,7 @@ class _Gathered(Pending):
             self.products.append((factors, np.repeat(numbers, sorting.counts)))
             return
         for number, part in zip(numbers, factors.split(sorting.counts), strict=True):
-            activation = part.activation if isinstance(part, Lookup) else float64(part.activation)
-            share = part.with_(activation, float64(part.adjoint)).share()
+            share = part.in_float64().share()
             if self.matrices is None:
                 self.matrices = share.new_zeros(self.samples, *self.shape)
             self.matrices[number] += share

@@ -462,7 +462,9 @@ class Watcher:
             self._audit.guard(layer.name, layer.pending)
             if layer.pending.exact and "gradient" in self._statistics:
                 spectra = record.spectra[layer.name, "gradient"]
-                self._audit.compare(layer.pending, spectra, self._measurement.index(layer), len(self.groups))
+                self._audit.compare(
+                    layer.name, layer.pending, spectra, self._measurement.index(layer), len(self.groups)
+                )
 
     def _warn_if_not_finite(self, record: Record) -> None:
         if self._warned_nan:

@@ -1,6 +1,8 @@
 """Copies run in the model's place, and nothing of the model or around it changes."""
 
+import dataclasses
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from autospec.introspection.copies import copy_model, kept_apart
 from autospec.introspection.sample_shares import sample_shares
 from autospec.testing import check
 
-from .oracle import Problem, assert_exact, members, record, weights_after_training
+from .oracle import Problem, assert_exact, members, record, svdvals, weights_after_training
 
 
 def mean_square(output):
@@ -233,3 +235,58 @@ def test_what_a_model_calls_that_is_no_part_of_it_is_put_back():
 def test_modules_without_weights_may_be_anybodys():
     with kept_apart(Net()):
         nn.Softmax(0)(torch.ones(3))
+
+
+@dataclasses.dataclass
+class Batch:
+    x: torch.Tensor
+    lengths: torch.Tensor
+    itself: object = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "itself", self)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frozen:
+    x: torch.Tensor
+    lengths: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Batch,
+        Frozen,
+        lambda x, lengths: SimpleNamespace(x=x, lengths=lengths),
+        lambda x, lengths: {"kept": [SimpleNamespace(x=x, lengths=lengths)]},
+    ],
+    ids=["dataclass", "frozen dataclass", "object", "object in containers"],
+)
+def test_a_batch_may_be_an_object_that_holds_tensors(make):
+    class OfObjects(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(7, 5)
+
+        def forward(self, batch):
+            batch = batch["kept"][0] if isinstance(batch, dict) else batch
+            counted = torch.arange(5) < batch.lengths[:, None]
+            return self.inner(batch.x[counted])  # rows go by the lengths
+
+    torch.manual_seed(0)
+    labels = ["a", "b", "b"] * 3
+    model, x = OfObjects(), torch.randn(9, 5, 7)
+    with autospec.watch(model, labels, quiet=True) as watcher:
+        for step in range(2):
+            lengths = (torch.arange(9) + step) % 5 + 1
+            given = make(x.clone(), lengths)
+            model.zero_grad()
+            model(given).square().sum().backward()
+            watcher.step()
+            held = given["kept"][0] if isinstance(given, dict) else given
+            assert torch.equal(held.x, x)
+            for group, member in members(labels, 9).items():
+                rows = x[torch.from_numpy(member)][(torch.arange(5) < lengths[:, None])[torch.from_numpy(member)]]
+                watched = watcher.trajectories["layers/inner.weight/activation"].sel(group=group).values[step]
+                assert np.abs(watched[:5] - svdvals(rows)[:5]).max() < 1e-5, (group, step)

@@ -126,6 +126,83 @@ def test_a_table_that_is_tied_to_the_output_has_the_share_of_both_uses_and_the_r
             assert error(recorded, np.sort(both)[::-1]) < 1e-6
 
 
+class Tied(nn.Module):
+    """A table that is the output layer, too: of all words, or of the first samples' alone."""
+
+    def __init__(self, words, width, predicted):
+        super().__init__()
+        self.words, self.head, self.predicted = (
+            nn.Embedding(words, width),
+            nn.Linear(width, words, bias=False),
+            predicted,
+        )
+        self.head.weight = self.words.weight
+
+    def forward(self, x):
+        hidden = torch.tanh(self.words(x))
+        return torch.cat(
+            [self.head(hidden[: self.predicted]).flatten(1).sum(1), hidden[self.predicted :].flatten(1).sum(1)]
+        )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"audit": 1}, {"statistics": ("gradient", "contrast", "cosine", "angles")}], ids=str
+)
+@pytest.mark.parametrize("predicted", [6, 2])
+@pytest.mark.parametrize(("words", "width"), [(50, 20), (50, 40), (300, 100)])
+def test_a_tied_table_of_few_rows_has_the_share_of_both_uses(words, width, predicted, options):
+    torch.manual_seed(0)
+    model, x, labels = Tied(words, width, predicted), whole_numbers(words, 6, 3), list("aabbab")
+    with autospec.watch(model, labels, quiet=True, **options) as watcher:
+        for _ in range(2):
+            model.zero_grad()
+            model(x).square().sum().backward()
+            watcher.step()
+    for group, member in members(labels, 6).items():
+        twin = copy.deepcopy(model).double()
+        output = twin(x)
+        output[torch.from_numpy(member)].square().sum().backward()  # no sample's loss depends on another's
+        expected = svdvals(twin.words.weight.grad)
+        for step in range(2):
+            recorded = spectrum(watcher.trajectories, "words.weight", "gradient", group, step)
+            assert error(recorded, expected) < 2e-6, (group, step)
+
+
+def test_a_tied_table_keeps_its_digits_where_the_lookups_cancel_the_products():
+    class Both(Tied):
+        def forward(self, x, index):
+            return self.head(x), self.words(index)
+
+    torch.manual_seed(0)
+    model, x, index = Both(300, 40, 0), torch.randn(4, 60, 40), torch.arange(300).reshape(4, 75)
+    product = torch.randn(4, 60, 300)
+    share = product.flatten(0, 1).double().T @ x.flatten(0, 1).double()
+    lookup = (-0.9999 * share).float().reshape(4, 75, 40)
+    with autospec.watch(model, statistics=("gradient",), quiet=True) as watcher:
+        for _ in range(2):
+            model.zero_grad()
+            of_x, of_index = model(x, index)
+            ((of_x * product).sum() + (of_index * lookup).sum()).backward()
+            watcher.step()
+    expected = svdvals(share + lookup.double().reshape(300, 40))
+    for step in range(2):
+        assert error(spectrum(watcher.trajectories, "words.weight", "gradient", "all", step), expected) < 1e-6
+
+
+def test_a_word_that_comes_very_often_keeps_its_digits_in_a_tied_table():
+    torch.manual_seed(0)
+    model, x = Tied(50, 20, 2), torch.zeros(4, 5000, dtype=torch.int64)
+    with autospec.watch(model, statistics=("gradient",), quiet=True) as watcher:
+        for _ in range(2):
+            model.zero_grad()
+            output = model(x)
+            output[2:].sum().backward()
+            watcher.step()
+    weight = model.words.weight.detach().double()[0]
+    expected = 10000 * float((1 - weight.tanh() ** 2).norm())
+    assert abs(spectrum(watcher.trajectories, "words.weight", "gradient", "all", 1)[0] / expected - 1) < 1e-6
+
+
 def test_a_frozen_table_is_nan_and_the_rest_as_always():
     made = problem(nn.Sequential(nn.Embedding.from_pretrained(normal(9, 6)), nn.Linear(6, 4)), whole_numbers(9, N, T))
     tree = record(made)

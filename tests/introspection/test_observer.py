@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import autospec
 from autospec.introspection import WatchError
 from autospec.introspection import measure as measure_module
+from autospec.introspection.pending import Shares
 
 from .oracle import Problem, assert_exact, error, members, record, share_by_copies, spectrum, svdvals
 
@@ -341,6 +342,33 @@ def test_data_that_change_between_backward_and_step_do_not_change_the_record():
             watcher.step()
         assert error(spectrum(watcher.trajectories, "0.weight", "activation"), expected) < 1e-6
         assert error(spectrum(watcher.trajectories, "0.weight", "adjoint"), adjoint) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["convolution", "table"])
+@pytest.mark.parametrize("changed", [False, True])
+def test_images_and_indices_may_be_filled_with_the_next_batch_before_the_step_is_closed(kind, changed):
+    torch.manual_seed(0)
+    model = nn.Conv1d(40, 6, 3) if kind == "convolution" else nn.Embedding(30, 20)
+    x = torch.randn(4, 40, 5) if kind == "convolution" else torch.randint(30, (4, 3))
+    with autospec.watch(model, quiet=True) as watcher:
+        output = model(x)
+        output.retain_grad()
+        output.square().sum().backward()
+        seen = x.movedim(1, 2).flatten(0, 1) if kind == "convolution" else F.one_hot(x.flatten(), 30).float()
+        expected = {
+            "gradient": svdvals(model.weight.grad.flatten(1)),
+            "activation": svdvals(seen),
+            "adjoint": svdvals(
+                output.grad.transpose(0, 1).flatten(1) if kind == "convolution" else output.grad.flatten(0, 1)
+            ),
+        }
+        if changed:
+            x.fill_(7)
+            output.grad.zero_()
+        watcher.step()
+    for statistic, values in expected.items():
+        recorded = spectrum(watcher.trajectories, "weight", statistic)
+        assert error(recorded[: len(values)], values) < 1e-6, statistic
 
 
 @pytest.mark.parametrize("parts", [2, 3, N])
@@ -683,6 +711,24 @@ def test_a_weight_penalty_outside_the_model_is_reported_with_a_warning():
     xr.testing.assert_equal(tree["layers/2.weight"].dataset, clean["layers/2.weight"].dataset)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("change", ["clip", "zero"])
+def test_gradients_may_be_changed_in_place_before_the_step_is_closed(dtype, change):
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2).to(dtype), torch.randn(6, 3, dtype=dtype)
+    with warnings.catch_warnings(), autospec.watch(model, list("aabbab"), quiet=True) as watcher:
+        warnings.simplefilter("error")
+        model(x).square().sum().backward()
+        if change == "clip":
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        else:
+            model.zero_grad(set_to_none=False)
+        watcher.step()
+    audit = watcher.trajectories.attrs["audit"]
+    assert audit["outside"] == {}
+    assert audit["steps"] == [0]
+
+
 def test_the_audit_says_what_was_checked():
     model = smooth()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -699,6 +745,27 @@ def test_the_audit_says_what_was_checked():
     assert audit["samples_without_label"] == {"group": 1}
     assert audit["batch_dims"] == [0]
     assert audit["probe_passes"] >= 5
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1.001, 0), (1.1, 1)])
+def test_a_record_that_is_not_that_of_float64_is_said_to_be_wrong_once(factor, said, monkeypatch):
+    grams = Shares.grams
+    monkeypatch.setattr(Shares, "grams", lambda *args: [(some, factor * gram) for some, gram in grams(*args)])
+    model = smooth()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with autospec.watch(model, LABELS, audit=1, quiet=True) as watcher:
+            for _ in range(3):
+                model.zero_grad()
+                loss_of(model(batch())).backward()
+                watcher.step()
+    sentences = [each for each in caught if "autospec is at fault" in str(each.message)]
+    assert len(sentences) == said
+    assert watcher.trajectories.attrs["audit"]["largest_error"] == pytest.approx(factor**0.5 - 1, rel=1e-3)
+    for each in sentences:
+        assert "of the gradients of '" in str(each.message)
+        assert "off by 0.049 of the largest" in str(each.message)
+        assert each.filename == __file__
 
 
 def test_the_guard_knows_how_hundreds_of_groups_round():

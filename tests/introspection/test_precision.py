@@ -128,6 +128,59 @@ def test_under_autocast_a_linear_layer_is_exact_for_the_rounded_rows_of_the_step
             assert error(spectrum(tree, "weight", statistic, group), svdvals(matrix)) < 1e-6, (group, statistic)
 
 
+class BehindALinearLayer(nn.Module):
+    """A recurrent layer or cell that is given rows in half precision, and a state of any type."""
+
+    def __init__(self, kind, state):
+        super().__init__()
+        self.first, self.last, self.state = nn.Linear(4, 4), nn.Linear(6, 3), state
+        self.inner = getattr(nn, kind)(4, 6) if "Cell" in kind else getattr(nn, kind)(4, 6, batch_first=True)
+
+    def forward(self, x):
+        x, state = self.first(x), None
+        if self.state is not None:
+            state = (
+                torch.linspace(-1, 1, 6)
+                .to(self.state)
+                .expand(*(() if "Cell" in type(self.inner).__name__ else (1,)), len(x), 6)
+            )
+            state = (state, state / 2) if "LSTM" in type(self.inner).__name__ else state
+        if not isinstance(self.inner, nn.RNNCellBase):
+            return self.last(self.inner(x, state)[0])
+        for step in x.unbind(1):
+            state = self.inner(step, state)
+        return self.last(state[0] if isinstance(state, tuple) else state)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_under_autocast_states_may_have_another_type_than_the_rows(kind, state, low):
+    torch.manual_seed(0)
+    model, x = BehindALinearLayer(kind, state), normal(N, T, 4)
+
+    def gradients():
+        model.zero_grad()
+        with torch.autocast("cpu", low):
+            loss = weighted(model(x))
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.ndim == 2}
+
+    try:
+        plain = gradients()
+    except RuntimeError as error_of_torch:
+        pytest.skip(f"torch alone cannot do this: {error_of_torch}")
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        watched = gradients()
+        watcher.step()
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    assert watcher.trajectories.attrs["audit"]["outside"] == {}
+    for name, gradient in plain.items():
+        assert error(spectrum(watcher.trajectories, name, "gradient"), svdvals(gradient)) < 4 * torch.finfo(low).eps, (
+            name
+        )
+
+
 @pytest.mark.parametrize("case", MODELS)
 def test_under_autocast_training_is_bitwise_unchanged(case):
     model, x = make(case)

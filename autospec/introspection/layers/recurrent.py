@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -177,12 +177,7 @@ class RecurrentCall(LayerCall):
                     "its adjoints cannot be computed any more."
                 )
         directions = 2 if module.bidirectional else 1
-        low = self.outputs[0].dtype
-        cast = low in (torch.bfloat16, torch.float16)
-
-        def computed(tensor: Tensor) -> Tensor:
-            return single(tensor.detach().to(low)) if cast else tensor.detach()
-
+        computed = _rounding((*self.outputs, *self.inputs))
         parameters = {name: computed(weight) for name, (weight, _) in self._weights.items()}
         x = sequences.apart(computed(self.inputs[0]))
         states = [sequences.state(computed(state)) for state in self.inputs[1:]]
@@ -322,6 +317,15 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _rounding(tensors: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """How a forward pass rounded what it multiplied, given what went in and came out.
+
+    Under autocast one of them in half precision is enough: a state may be in single precision, and so may what is made of it.
+    """
+    low = next((tensor.dtype for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)), None)
+    return lambda tensor: tensor.detach() if low is None else single(tensor.detach().to(low))
+
+
 def _identical(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
     return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
@@ -411,12 +415,7 @@ class CellCall(LayerCall):
                 f"a weight of a {type(self.module).__name__} was modified between its forward and its backward pass: its "
                 "adjoints cannot be computed any more."
             )
-        low = self.outputs[0].dtype
-        cast = low in (torch.bfloat16, torch.float16)
-
-        def computed(tensor: Tensor) -> Tensor:
-            return single(tensor.detach().to(low)) if cast else tensor.detach()
-
+        computed = _rounding((*self.outputs, *self.inputs))
         module = self.module
         names = CELL_WEIGHTS if module.bias else CELL_WEIGHTS[:2]
         ih, hh, *biases = (
