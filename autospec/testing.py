@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from autospec.introspection import Watcher
-from autospec.introspection.copies import copy_model, kept_apart, tensors_in
+from autospec.introspection.arguments import tensors_in
+from autospec.introspection.copies import copy_model, generators_kept, kept_apart, without_short_cuts
 from autospec.introspection.errors import WatchError
 from autospec.introspection.groups import Groups
 from autospec.introspection.layers import rule_for
-from autospec.introspection.rows import generators_kept, without_short_cuts
 
 STEPS = 3
 SEED = 0

@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from .arguments import as_array, can_be_nan, content_of, whole_numbers
 from .audit import Audit, cancels
 from .errors import WatchError
 from .factors import NARROW, Convolution, Factors, Lookup, Product, shares_by_position, single
 from .groups import Assignment, Groups
 from .hooks import Hook, may_be_compiled
 from .layers import LayerCall, LookupCall, allow_short_cuts, rule_for
+from .lookups import Place
 from .parameters import WatchedParameter
 from .pending import Items, Layout, Pending, Sorting
-from .rows import Place, Reading, RowMap, as_array, can_be_nan, content_of, map_rows, several_processes, whole_numbers
+from .probe import Reading
+from .rows import RowMap, map_rows, several_processes
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
 from .workspace import Where, Workspace, where

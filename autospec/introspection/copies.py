@@ -1,25 +1,25 @@
-"""Copies of a model, and what keeps them apart from the model itself."""
+"""Copies of a model, what keeps them apart from the model itself, and what a pass through them must leave as it was."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
+import random
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from .arguments import instances_in, tensors_in
 from .errors import WatchError
 from .hooks import Hook
-
-T = TypeVar("T")
 
 # What torch itself keeps in every module.
 OF_TORCH = frozenset(vars(nn.Module()))
@@ -234,62 +234,55 @@ def _holds_tensors(module: nn.Module) -> bool:
     return any(tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values()))
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in arguments, in containers of any depth."""
-    return instances_in(value, Tensor)
+@contextmanager
+def generators_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put every random number generator back as it was, also of the devices of the tensors."""
+    devices = sorted({t.device.index or 0 for t in tensors if t.is_cuda})
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-def instances_in(value: Any, kind: type[T], seen: set[int] | None = None) -> Iterator[T]:
-    """Everything of a kind in arguments, in containers and objects of any depth.
-
-    Parameters
-    ----------
-    value : object
-        The arguments.
-    kind : type
-        What is looked for.
-    seen : set of int, optional
-        Identities of objects that have been looked into: they may hold each other.
-    """
-    seen = set() if seen is None else seen
-    if isinstance(value, kind):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from instances_in(item, kind, seen)
-    elif id(value) not in seen:
-        held = attributes_of(value)
-        seen.update([id(value)] if held else [])
-        for item in held.values():
-            yield from instances_in(item, kind, seen)
-
-
-def attributes_of(value: Any) -> dict[str, Any]:
-    """What a dataclass holds, or an object with tensors as attributes; nothing of what can be called, as modules can."""
-    if callable(value) or isinstance(value, Tensor):
-        return {}
-    if is_dataclass(value):
-        return {each.name: getattr(value, each.name) for each in fields(value) if hasattr(value, each.name)}
-    held = getattr(value, "__dict__", {})
-    return dict(held) if any(isinstance(item, Tensor) for item in held.values()) else {}
+@contextmanager
+def unchanged(twin: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass leaves in a model: a recurrent layer's last state for the next batch, or generators."""
+    own = ("_buffers", "_modules", "_parameters")
+    attributes = [each for m in twin.modules() for each in (vars(m), *(vars(m)[name] for name in own))]
+    before = [dict(each) for each in attributes]
+    lists = [(item, list(item)) for items in before for item in items.values() if type(item) is list]
+    dicts = [(item, dict(item)) for items in before for item in items.values() if type(item) is dict]
+    tensors = {id(t): t for t in tensors_in(before) if not isinstance(t, nn.Parameter) and not t.is_inference()}
+    values = [(tensor, tensor._version, tensor.clone()) for tensor in tensors.values()]
+    generators = [(each, each.get_state()) for each in instances_in(before, torch.Generator)]
+    of_numpy = [(each.bit_generator, each.bit_generator.state) for each in instances_in(before, np.random.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in generators:
+            generator.set_state(state)
+        for bits, drawn in of_numpy:
+            bits.state = drawn
+        for each, items in (*zip(attributes, before, strict=True), *dicts):
+            each.clear()
+            each.update(items)
+        for each, kept in lists:
+            each[:] = kept
+        with torch.no_grad():
+            for tensor, version, value in values:
+                if tensor._version != version:
+                    tensor.copy_(value)
 
 
-def with_attributes(value: Any, others: Mapping[int, Any], change: Callable[[Any, Mapping[int, Any]], Any]) -> Any:
-    """Copy an object that has `attributes_of`, each of them changed; anything else stays as it is.
-
-    Parameters
-    ----------
-    value : object
-        The object.
-    others : mapping of int to object
-        What stands in place of others, by their identities.
-    change : callable
-        Returns an attribute changed, given ``others`` and the copy in place of the object, which it may hold.
-    """
-    held = attributes_of(value)
-    if held and id(value) not in others:
-        made = copy.copy(value)
-        others = {**others, id(value): made}
-        for name, item in held.items():
-            object.__setattr__(made, name, change(item, others))  # also where it is frozen
-    return others.get(id(value), value)
+@contextmanager
+def without_short_cuts() -> Iterator[None]:
+    """Keep attention from the short cut that it takes in evaluation without gradients, which no hook sees."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

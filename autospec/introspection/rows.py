@@ -1,17 +1,14 @@
 """Which rows of a layer's input belong to which sample: established by a probe, never assumed.
 
-A copy of the model in evaluation mode runs a few times with some samples made NaN.  Each sample has a code
-word, the passes in which it is NaN; where the rows of a layer's input turn NaN tells whose rows they are.
-All code words have the same number of ones, so the union of two of them is no code word, and a row that
-mixes samples is recognised instead of being given to a third one.  Sperner's theorem makes this cheap: about
-log2(samples) + 2 passes.
+A copy of the model in evaluation mode runs a few times with some samples made NaN, for every way in which its inputs may
+hold the samples; what holds for all batches of the same shapes is kept apart from what goes by the numbers in them.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,11 +22,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from .copies import copy_model, instances_in, kept_apart, tensors_in, with_attributes
+from .arguments import as_array, can_be_nan, content_of, instances_in, tensors_in, whole_numbers
+from .copies import copy_model, generators_kept, kept_apart, unchanged, without_short_cuts
 from .errors import WatchError
 from .hooks import Hook
-from .layers import LayerCall, rule_for
-from .layers.call import hold_nan
+from .layers import rule_for
+from .lookups import (
+    Along,
+    Indices,
+    Place,
+    dims_of_size,
+    likely_readings,
+    lookups_in,
+    lookups_marked,
+    origins_of,
+    possible_readings,
+)
+from .probe import Probe, Reading, code_words, finite, sequences_in
 from .spectra import irregular
 
 MAX_HYPOTHESES = 64
@@ -37,41 +46,6 @@ MAX_HYPOTHESES = 64
 MANY_SAMPLES = 12
 # As many others at most a sample is mixed with: one by the order, and one by the order the other way round.
 MIXED_WITH = 2
-
-Place = tuple[str, str]
-"""A module's name and the parameter's name in it."""
-# Stands for what the model returns, among places.
-RETURNED: Place = ("", "")
-
-
-@dataclass(frozen=True)
-class Along:
-    """How a lookup's output holds the samples.
-
-    Attributes
-    ----------
-    dim : int
-        The dimension of the output that indexes samples.
-    shared : bool
-        Whether all samples share one output, which is spread along that dimension.
-    new : bool
-        Whether the dimension is put in, instead of one of size 1.
-    marked : bool
-        Whether samples are followed through it: not so where it is shared and not watched.
-    followed : bool
-        Whether it is known from which entry of the model's input each index comes; ``dim`` is then the input's dimension.
-    """
-
-    dim: int
-    shared: bool = False
-    new: bool = False
-    marked: bool = True
-    followed: bool = False
-
-    @property
-    def along_samples(self) -> bool:
-        """Whether the lookup has each sample's own indices."""
-        return self.marked and not self.shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,50 +84,6 @@ class RowMap:
     def shared(self) -> dict[Place, Along]:
         """Lookups that all samples share, such as a table of positions."""
         return {place: along for place, along in self.reading.lookups.items() if along.shared}
-
-
-def code_words(count: int) -> np.ndarray:
-    """Distinct binary words of equal weight.
-
-    Parameters
-    ----------
-    count : int
-        How many words are needed.
-
-    Returns
-    -------
-    ndarray of bool, shape (length, count)
-        ``words[b, i]``: whether sample i is marked in pass b.
-    """
-    length = 1
-    while math.comb(length, (length + 1) // 2) < count:
-        length += 1
-    words = np.zeros((length, count), dtype=bool)
-    choices = itertools.combinations(range(length), (length + 1) // 2)
-    for sample, ones in enumerate(itertools.islice(choices, count)):
-        words[list(ones), sample] = True
-    return words
-
-
-def decode(patterns: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Read the samples of rows from the passes in which the rows were NaN.
-
-    Parameters
-    ----------
-    patterns : ndarray of bool, shape (length, rows)
-        Whether each row was NaN in each pass.
-    words : ndarray of bool, shape (length, samples)
-        The code words.
-
-    Returns
-    -------
-    ndarray of int, shape (rows,)
-        The sample of each row; -1 where a row depends on no sample, -2 where it mixes several.
-    """
-    powers = 1 << np.arange(len(words), dtype=np.int64)
-    sample_of_code = {int(code): sample for sample, code in enumerate(powers @ words)}
-    sample_of_code[0] = -1
-    return np.array([sample_of_code.get(int(code), -2) for code in powers @ patterns], dtype=np.int64)
 
 
 def map_rows(
@@ -197,7 +127,7 @@ def map_rows(
     """
     inputs = [t for t in tensors_in((args, kwargs)) if can_be_nan(t)]
     packed = {
-        id(each.data): each for each in instances_in((args, kwargs), PackedSequence) if _sequences(each) == samples
+        id(each.data): each for each in instances_in((args, kwargs), PackedSequence) if sequences_in(each) == samples
     }
     choices = [(0,) if id(t) in packed else _candidate_dims(t, samples, batch_dim) for t in inputs]
     # An input may have a dimension of that size by chance, such as one position encoding a time point.
@@ -207,7 +137,7 @@ def map_rows(
         for position in [i for i, dims in enumerate(choices) if dims != (None,)][1:]:
             choices[position] = (*choices[position], None)
     words = code_words(samples)
-    accepted: list[tuple[_Probe, dict[Place, list[np.ndarray]]]] = []
+    accepted: list[tuple[Probe, dict[Place, list[np.ndarray]]]] = []
     reason = ""
     with (
         generators_kept(inputs),
@@ -217,7 +147,7 @@ def map_rows(
     ):
         twin, lookups, all_hooks = _running_twin(model, copied, args, kwargs, watched, all_hooks)
         made = [place for place, lookup in lookups.items() if not lookup.given]
-        origins = _origins(twin, args, kwargs, samples, made)
+        origins = origins_of(twin, args, kwargs, samples, made)
         for place, calls in origins.items():
             along = set.intersection(*(call.dims(samples, batch_dim) for call in calls))
             lookups[place] = replace(lookups[place], dims=tuple(sorted(along)))
@@ -225,12 +155,12 @@ def map_rows(
         sides = [*(len(dims) for dims in choices), *(lookup.shape.count(samples) for lookup in lookups.values())]
         by_size = batch_dim is not None or max(sides, default=0) < 2
 
-        def likely(lookup: _Indices) -> tuple[Along, ...]:
+        def likely(lookup: Indices) -> tuple[Along, ...]:
             sure = by_size or lookup.given or len(lookup.shape) > 1
-            return (_likely if sure else _possible)(lookup, samples, batch_dim)
+            return (likely_readings if sure else possible_readings)(lookup, samples, batch_dim)
 
-        def possible(lookup: _Indices) -> tuple[Along, ...]:
-            return _possible(lookup, samples, batch_dim)
+        def possible(lookup: Indices) -> tuple[Along, ...]:
+            return possible_readings(lookup, samples, batch_dim)
 
         options_of_lookups = [likely(lookup) for lookup in lookups.values()]
         if not any(dims != (None,) for dims in choices) and not any(
@@ -269,7 +199,7 @@ def map_rows(
                     continue
                 if batch_dim is not None and accepted:
                     break
-                probe = _Probe(twin, args, kwargs, inputs, Reading(dims, alongs), watched, origins)
+                probe = Probe(twin, args, kwargs, inputs, Reading(dims, alongs), watched, origins)
                 try:
                     found = probe.rows(words)
                     _same_result(model, twin, args, kwargs, probe.reading, samples)
@@ -324,7 +254,7 @@ def _twin(model: nn.Module, all_hooks: bool = False) -> nn.Module:
     with torch.no_grad():
         for tensor in itertools.chain(twin.parameters(), twin.buffers()):
             if tensor.layout == torch.strided and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                tensor.copy_(_finite(tensor))
+                tensor.copy_(finite(tensor))
     return twin
 
 
@@ -335,7 +265,7 @@ def _running_twin(
     kwargs: dict[str, Any],
     watched: Collection[Place],
     all_hooks: bool,
-) -> tuple[nn.Module, dict[Place, _Indices], bool]:
+) -> tuple[nn.Module, dict[Place, Indices], bool]:
     """A copy that runs, what it looks up in tables, and whether it has all hooks.
 
     Gradients are enabled, so that what a model does without them can be told apart, but the copy's weights need none, which
@@ -348,7 +278,8 @@ def _running_twin(
         if not learns:
             twin.requires_grad_(False)
         try:
-            return twin, _lookups(twin, args, kwargs, watched), hooks
+            passed = functools.partial(_refuse_functional_uses, twin, args, kwargs, watched)
+            return twin, lookups_in(twin, args, kwargs, passed), hooks
         except WatchError:
             raise
         except Exception:
@@ -384,33 +315,9 @@ def _modules_with_other_hooks(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def as_array(value: Any) -> np.ndarray:
-    """What a user gives of rows or positions, also as a tensor on another device."""
-    return np.asarray(value.cpu() if isinstance(value, Tensor) else value)
-
-
-def content_of(array: np.ndarray | np.generic) -> str | bytes:
-    """What an array holds, to be compared with another of its shape."""
-    return str(array.tolist()) if array.dtype.kind == "O" else array.tobytes()
-
-
 def several_processes() -> bool:
     """Whether this process trains together with others."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def can_be_nan(tensor: Tensor) -> bool:
-    """Whether a tensor is of real or complex numbers, whose samples can be marked; not so in sparse or nested ones."""
-    return tensor.layout == torch.strided and (tensor.is_floating_point() or tensor.is_complex())
-
-
-def whole_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | np.ndarray]:
-    """Tensors of whole numbers or truth values, and arrays of these or of names: NaN cannot show what hangs on them."""
-    tensors = [t for t in tensors_in((args, kwargs)) if t.layout == torch.strided and not can_be_nan(t)]
-    return [
-        *tensors,
-        *(array for array in instances_in((args, kwargs), np.ndarray) if array.ndim and array.dtype.kind not in "fc"),
-    ]
 
 
 def _moved(numbers: Tensor | np.ndarray, samples: int) -> Tensor | np.ndarray:
@@ -439,7 +346,7 @@ def _lessened(numbers: Tensor | np.ndarray, samples: int) -> Tensor | np.ndarray
     return array if isinstance(numbers, np.ndarray) else torch.from_numpy(array).to(numbers.device)
 
 
-def _by_content(probe: _Probe, words: np.ndarray, found: Mapping[Place, list[np.ndarray]]) -> tuple[int, ...]:
+def _by_content(probe: Probe, words: np.ndarray, found: Mapping[Place, list[np.ndarray]]) -> tuple[int, ...]:
     """Which tensors of whole numbers the rows go by, as far as other numbers show.
 
     The probe is repeated with each sample's numbers given to the next sample, or, where samples are not counted, such as in an
@@ -475,209 +382,6 @@ def _by_content(probe: _Probe, words: np.ndarray, found: Mapping[Place, list[np.
     return tuple(sorted({*go_by, *(itertools.compress(range(len(numbers)), same) if samples > 1 else ())}))
 
 
-@dataclass(frozen=True)
-class Reading:
-    """One way to read the inputs: the dimension of each that indexes samples, and how lookups hold them."""
-
-    dims: tuple[int | None, ...]
-    lookups: Mapping[Place, Along]
-
-    @property
-    def batch_dims(self) -> tuple[int, ...]:
-        """The dimensions, of inputs and then of lookups."""
-        of_lookups = dict.fromkeys(along.dim for along in self.lookups.values() if along.along_samples)
-        return (*(dim for dim in self.dims if dim is not None), *of_lookups)
-
-
-@dataclass(frozen=True)
-class _Indices:
-    """What a lookup looks up.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        Shape of the indices.
-    given : bool
-        Whether they are what the model was given, as it was given.
-    dims : tuple of int
-        Where each is known to be an entry of the model's input: which of its dimensions may index samples.
-    """
-
-    shape: tuple[int, ...]
-    given: bool
-    dims: tuple[int, ...] = ()
-
-
-def _lookups(
-    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Collection[Place]
-) -> dict[Place, _Indices]:
-    """The indices of every lookup in one forward pass; weights used outside their layer are refused."""
-    found: dict[Place, _Indices] = {}
-    given = {_lies(tensor) for tensor in tensors_in((args, kwargs)) if tensor.layout == torch.strided}
-
-    def on_call(place: Place, indices: Tensor) -> None:
-        as_given = _lies(indices) in given and (place not in found or found[place].given)
-        found[place] = _Indices(tuple(indices.shape), as_given)
-
-    with _indices_seen(twin, on_call):
-        _refuse_functional_uses(twin, args, kwargs, watched)
-    return found
-
-
-def _lies(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
-@contextmanager
-def _indices_seen(twin: nn.Module, on_call: Callable[[Place, Tensor], None], wrapped: bool = False) -> Iterator[None]:
-    """Tell of the indices of every lookup; if wrapped, bring those beyond the table's end back into it."""
-    handles = []
-    for name, module in twin.named_modules():
-        if not isinstance(module, nn.Embedding) or rule_for(module) is None:
-            continue
-
-        def begins(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            assert isinstance(module, nn.Embedding)
-            indices = args[0] if args else kwargs["input"]
-            on_call((name, "weight"), indices)
-            if not wrapped:
-                return None
-            inside = indices % module.num_embeddings
-            return ((inside, *args[1:]), kwargs) if args else (args, {**kwargs, "input": inside})
-
-        handles.append(module.register_forward_pre_hook(begins, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@dataclass(frozen=True, eq=False)
-class _Origin:
-    """From which entries of the model's inputs the indices of one lookup come.
-
-    Attributes
-    ----------
-    entries : list of (tuple of int, ndarray of int)
-        For each input, its shape and the number of the entry that stands at each index; -1 where it is none of them.
-    """
-
-    entries: list[tuple[tuple[int, ...], np.ndarray]]
-
-    def dims(self, samples: int, batch_dim: int | None) -> set[int]:
-        """Dimensions of the inputs that may index samples."""
-        return set.intersection(*(set(_dims_of_size(shape, samples, batch_dim)) for shape, _ in self.entries))
-
-    def samples(self, dim: int, count: int) -> np.ndarray:
-        """Sample of each index, -1 where it is not known.
-
-        Padding tells nothing of itself: it belongs to the sample of its slice, where that has one alone.
-        """
-        found = np.full(self.entries[0][1].shape, -1)
-        for shape, entries in self.entries:
-            known = entries >= 0
-            found[known] = np.unravel_index(entries[known], shape)[dim]
-        for axis in range(found.ndim) if found.ndim > 1 else ():
-            others = tuple(other for other in range(found.ndim) if other != axis)
-            largest = found.max(others, keepdims=True)
-            if ((found == largest) | (found < 0)).all():
-                missing = np.setdiff1d(np.arange(count), largest)
-                if len(missing) == 1 and (largest < 0).sum() == 1:  # all of its indices are padding
-                    largest[largest < 0] = missing
-                return np.broadcast_to(largest, found.shape)
-        return found
-
-
-def _origins(
-    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int, places: Collection[Place]
-) -> dict[Place, list[_Origin]]:
-    """Follow whole numbers from the model's inputs to lookups, which NaN cannot.
-
-    Each entry is raised by a number of its own, in a second pass in the reverse order, and what an index is raised by tells
-    which entry it is.  Zeros stay where a sample has several numbers, since they are padding as a rule, from which models find
-    lengths.
-
-    Returns
-    -------
-    dict of (str, str) to list of _Origin
-        For each place whose indices are such entries, sorted, turned or cut as it may be: one for each of its calls.  Not those
-        with which the model computes, or by which it sorts.
-    """
-    packing = [tensor for each in instances_in((args, kwargs), PackedSequence) for tensor in each[1:]]
-    numbers = {
-        id(t): t
-        for t in tensors_in((args, kwargs))
-        if t.dtype in (torch.int64, torch.int32)
-        and t.layout == torch.strided
-        and samples in t.shape
-        and all(t is not other for other in packing)
-    }
-
-    def passed(others: Mapping[int, Tensor | np.ndarray]) -> dict[Place, list[np.ndarray]]:
-        """Indices of every call of every lookup; nothing where the model fails: not every number can be another one."""
-        seen: dict[Place, list[np.ndarray]] = {}
-
-        def on_call(place: Place, indices: Tensor) -> None:
-            seen.setdefault(place, []).append(indices.cpu().numpy().astype(np.int64))
-
-        try:
-            with _unchanged(twin), _indices_seen(twin, on_call, wrapped=True):
-                twin(*_replaced(args, others), **_replaced(kwargs, others))
-        except Exception:
-            return {}
-        return seen
-
-    plain = passed({}) if places and numbers else {}
-    found: dict[Place, list[_Origin]] = {place: [_Origin([]) for _ in plain.get(place, ())] for place in places}
-    for key, tensor in numbers.items() if plain else ():
-        total, values = tensor.numel(), as_array(tensor).reshape(-1)
-        count = torch.arange(total, device=tensor.device, dtype=tensor.dtype).view(tensor.shape)
-        raised = tensor > (0 if total > samples else -1)
-        up, down = (passed({key: torch.where(raised, tensor + by, tensor)}) for by in (count + 1, total - count))
-        for place, origins in found.items():
-            calls = zip(*(seen.get(place, ()) for seen in (plain, up, down)), strict=False)
-            for origin, (before, higher, lower) in zip(origins, calls, strict=False):
-                if not before.shape == higher.shape == lower.shape:
-                    continue
-                entries = higher - before - 1
-                entry = (entries >= 0) & (entries < total) & (lower - before == total - entries)
-                entry &= values[np.where(entry, entries, 0)] == before
-                if entry.any() and (entry | (higher == before) & (lower == before)).all():
-                    origin.entries.append((tuple(tensor.shape), np.where(entry, entries, -1)))
-    return {place: calls for place, calls in found.items() if calls and all(call.entries for call in calls)}
-
-
-def _dims_of_size(shape: Sequence[int], samples: int, batch_dim: int | None) -> tuple[int, ...]:
-    """Dimensions that may index samples: the one that the user gave, or all of that size."""
-    dims = tuple(d for d, size in enumerate(shape) if size == samples)
-    return dims if batch_dim is None else tuple(d for d in dims if d in (batch_dim, batch_dim + len(shape)))
-
-
-def _possible(lookup: _Indices, samples: int, batch_dim: int | None) -> tuple[Along, ...]:
-    """Ways in which a lookup may hold samples: as the input does from which it comes; else along a dimension, or shared."""
-    if lookup.dims:
-        return tuple(Along(dim, followed=True) for dim in lookup.dims)
-    shape = lookup.shape
-    own = [Along(d) for d in _dims_of_size(shape, samples, None)]
-    if len(shape) > 1:
-        chosen = set(_dims_of_size(shape, samples, batch_dim))
-        wanted = [along for along in own if along.dim in chosen]
-        # What the user said is about the inputs; what the model makes itself may lie in another way.
-        own = wanted or own if lookup.given else [*wanted, *(along for along in own if along not in wanted)]
-    spread = [Along(d, shared=True) for d, size in enumerate(shape) if size == 1 and samples > 1]
-    return (*own, *(spread or [Along(0, shared=True, new=True)]))
-
-
-def _likely(lookup: _Indices, samples: int, batch_dim: int | None) -> tuple[Along, ...]:
-    """The same without what is hardly ever meant: that all samples share what has a dimension of their number."""
-    options = _possible(lookup, samples, batch_dim)
-    own = [along for along in options if along.along_samples]
-    return tuple(own) if len(own) == 1 and 1 not in lookup.shape else options
-
-
 def _same_result(
     model: nn.Module, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reading: Reading, samples: int
 ) -> None:
@@ -693,8 +397,8 @@ def _same_result(
     placed = [*twin.parameters(), *tensors_in((args, kwargs))]
 
     def result(spread: bool) -> list[Tensor]:
-        marked = _lookups_marked(twin, reading if spread else Reading(reading.dims, {}), samples, None, {})
-        with generators_kept(placed), _unchanged(twin), marked, _learning_as(twin, model) as weights:
+        marked = lookups_marked(twin, reading.lookups if spread else {}, samples, None, {})
+        with generators_kept(placed), unchanged(twin), marked, _learning_as(twin, model) as weights:
             made = list(tensors_in(twin(*args, **kwargs)))
             after = torch.get_rng_state()
             learned = [each for each in made if each.requires_grad and each.is_floating_point()]
@@ -747,235 +451,12 @@ def _cannot_be_spread(place: Place) -> WatchError:
     )
 
 
-@contextmanager
-def _lookups_marked(
-    twin: nn.Module,
-    reading: Reading,
-    samples: int,
-    word: np.ndarray | None,
-    origins: Mapping[Place, list[_Origin]],
-) -> Iterator[None]:
-    """Spread lookups that samples share, and make NaN what belongs to the samples of a word."""
-    handles = []
-    for place, along in reading.lookups.items():
-        module = twin.get_submodule(place[0])
-        calls = itertools.count()
-
-        def hook(
-            _: nn.Module, args: Any, output: Tensor, place: Place = place, along: Along = along, calls: Any = calls
-        ) -> Tensor:
-            if not along.marked:
-                return output
-            if along.followed:
-                if word is None:
-                    return output
-                of = origins[place][next(calls)].samples(along.dim, samples)
-                nan = torch.from_numpy((of >= 0) & word[of]).to(output.device)
-                return output.detach().masked_fill(nan.unsqueeze(-1), math.nan)
-            if along.shared:
-                output = output.unsqueeze(along.dim) if along.new else output
-                shape = [samples if axis == along.dim else size for axis, size in enumerate(output.shape)]
-                output = output.expand(shape)
-            if word is None:
-                return output
-            chosen = torch.from_numpy(np.flatnonzero(word)).to(output.device)
-            return output.detach().clone().index_fill_(along.dim, chosen, math.nan)
-
-        handles.append(module.register_forward_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _candidate_dims(tensor: Tensor, samples: int, batch_dim: int | None) -> tuple[int | None, ...]:
-    return _dims_of_size(tensor.shape, samples, batch_dim) or (None,)
-
-
-@dataclass(frozen=True, eq=False)
-class _Probe:
-    """A copy of a model, the batch it is called with, and one way to read that.
-
-    Attributes
-    ----------
-    twin : nn.Module
-        The copy.
-    args, kwargs
-        What it is called with.
-    inputs : sequence of Tensor
-        The floating-point tensors among them, complex ones too.
-    reading : Reading
-        Where these hold the samples.
-    watched : collection of (str, str)
-        Module and parameter names of the matrices that are watched.
-    origins : mapping of (str, str) to list of _Origin
-        From which entries of the inputs the indices of lookups come, where these are followed.
-    shapes : dict of (str, str) to list of tuple of int
-        Shapes of what each use of each watched matrix received in the last pass.
-    """
-
-    twin: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    inputs: Sequence[Tensor]
-    reading: Reading
-    watched: Collection[Place]
-    origins: Mapping[Place, list[_Origin]]
-    shapes: dict[Place, list[tuple[int, ...]]] = field(default_factory=dict)
-
-    def given(self, others: Mapping[int, Tensor | np.ndarray], samples: int) -> _Probe:
-        """The same with other tensors in place of some, by their identities."""
-        args, kwargs = _replaced(self.args, others), _replaced(self.kwargs, others)
-        origins = _origins(self.twin, args, kwargs, samples, self.origins)
-        return replace(self, args=args, kwargs=kwargs, origins=origins, shapes={})
-
-    def reached(
-        self, word: np.ndarray, begun: tuple[Place, int, np.ndarray] | None = None
-    ) -> dict[Place, list[np.ndarray]]:
-        """Where NaN comes, as for `_nan_rows`, in a forward pass in which the samples of a word are NaN.
-
-        Or, with the place and the number of one use and a mask, these rows of its output.
-        """
-        marked: dict[int, Tensor | np.ndarray] = {}
-        packed = {id(each.data): each for each in instances_in((self.args, self.kwargs), PackedSequence)}
-        for tensor, dim in zip(self.inputs, self.reading.dims, strict=True):
-            marked[id(tensor)] = data = _finite(tensor.detach())
-            if dim is not None:
-                marks = word[_samples_of_packed(packed[id(tensor)])] if id(tensor) in packed else word
-                chosen = torch.from_numpy(np.flatnonzero(marks)).to(tensor.device)
-                data.index_fill_(dim, chosen, complex(math.nan, math.nan) if data.is_complex() else math.nan)
-        looked_up = _lookups_marked(self.twin, self.reading, len(word), word, self.origins)
-        self.shapes.clear()
-        seeing = _nan_rows(self.twin, self.watched, self.shapes)
-        with _unchanged(self.twin), looked_up, seeing as seen, _begun(self.twin, begun):
-            returned = self.twin(*_replaced(self.args, marked), **_replaced(self.kwargs, marked))
-        seen[RETURNED] = [
-            (hold_nan(each, each.ndim - 1) if each.ndim > 1 else each.isnan()).cpu().numpy()
-            for each in tensors_in(returned)
-            if can_be_nan(each)
-        ]
-        return seen
-
-    def rows(self, words: np.ndarray) -> dict[Place, list[np.ndarray]]:
-        """Sample of each row, in every use of every watched matrix; raise WatchError if a row is not one sample's."""
-        passes = []
-        for word in words:
-            try:
-                passes.append(self.reached(word))
-            except Exception as error:
-                raise WatchError(
-                    f"the model failed on a batch in which some samples are NaN ({type(error).__name__}: {error}), "
-                    "so the rows of its layers could not be traced to samples."
-                ) from error
-        found: dict[Place, list[np.ndarray]] = {}
-        for key in dict.fromkeys(itertools.chain(*passes)):
-            if len({tuple(marks.shape for marks in seen.get(key, ())) for seen in passes}) > 1:
-                if key == RETURNED:
-                    continue
-                raise WatchError(
-                    f"How many rows '{key[0] or key[1]}' receives depends on the numbers in the batch, as where samples are sent to "
-                    "experts: leave it out with layers=."
-                )
-            found[key] = []
-            for call, marks in enumerate(passes[0][key]):
-                patterns = np.stack([seen[key][call] for seen in passes])
-                decoded = decode(patterns.reshape(len(words), -1), words).reshape(marks.shape)
-                found[key].append(_filled(decoded, patterns, words))
-                if key != RETURNED and (found[key][-1] == -2).any():
-                    raise WatchError(f"Rows of the input of '{key[0] or key[1]}' mix several samples.")
-        unknown = [(key, call) for key, calls in found.items() for call, of in enumerate(calls) if (of == -1).any()]
-        for key, call in unknown:
-            if key != RETURNED:
-                found[key][call] = self._by_what_they_reach(key, call, found, words)
-        alike: dict[bytes, np.ndarray] = {}  # most layers have the same rows
-        return {
-            key: [alike.setdefault(of.tobytes(), of.reshape(-1)) for of in calls]
-            for key, calls in found.items()
-            if key != RETURNED
-        }
-
-    def _by_what_they_reach(
-        self, place: Place, call: int, found: Mapping[Place, list[np.ndarray]], words: np.ndarray
-    ) -> np.ndarray:
-        """Give rows of one use that no sample reaches, such as a first state of zeros, to the samples that they reach.
-
-        NaN that begins at the output of row i, or of as many rows for each i, has to come to sample i and to no other.
-        """
-        samples = found[place][call]
-        unknown = samples == -1
-        for expected in _in_order(samples.shape, words.shape[1]):
-            reached = np.zeros(words.shape[1], dtype=bool)
-            fits = (unknown | (samples == expected)).all() and all(
-                self._reaches((place, call, unknown & word[expected]), found, word, reached) for word in words
-            )
-            if fits and reached[expected[unknown]].all():
-                return expected
-        raise WatchError(
-            f"Rows of the input of '{place[0] or place[1]}' belong to no sample: NaN of none reaches them, as where "
-            "they are made of whole numbers or of weights alone, or NaN is replaced, and what they reach does not tell either."
-        )
-
-    def _reaches(
-        self,
-        begun: tuple[Place, int, np.ndarray],
-        found: Mapping[Place, list[np.ndarray]],
-        word: np.ndarray,
-        reached: np.ndarray,
-    ) -> bool:
-        """Whether NaN that begins in a use comes to samples of a word alone; notes which it comes to."""
-        try:
-            seen = self.reached(np.zeros_like(word), begun)
-        except Exception:
-            return False
-        for key, calls in found.items():
-            if [marks.shape for marks in seen.get(key, ())] != [samples.shape for samples in calls]:
-                return False
-            for samples, marks in zip(calls, seen[key], strict=True):
-                come_to = samples[marks & (samples >= 0)]
-                if not word[come_to].all():
-                    return False
-                reached[come_to] = True
-        return True
-
-
-def _in_order(shape: tuple[int, ...], samples: int) -> Iterator[np.ndarray]:
-    """Ways in which entries of that shape may lie sample by sample, or have one after the other of each."""
-    for axis, size in enumerate(shape):
-        if size == samples:
-            along = np.arange(samples).reshape([-1 if other == axis else 1 for other in range(len(shape))])
-            yield np.broadcast_to(along, shape)
-    if len(shape) == 1 and shape[0] > samples and shape[0] % samples == 0:
-        yield np.repeat(np.arange(samples), shape[0] // samples)
-        yield np.tile(np.arange(samples), shape[0] // samples)
-
-
-@contextmanager
-def _begun(twin: nn.Module, begun: tuple[Place, int, np.ndarray] | None) -> Iterator[None]:
-    """Make rows of the output of one use of a module NaN."""
-    if begun is None:
-        yield
-        return
-    (name, _), number, mask = begun
-    calls = itertools.count()
-
-    def hook(_: nn.Module, __: Any, output: Any) -> Tensor | None:
-        if not torch.is_grad_enabled() or next(calls) != number:
-            return None
-        if not isinstance(output, Tensor) or output.shape[: mask.ndim] != mask.shape:
-            raise WatchError("only rows of a single output can be made NaN.")
-        rest = [1] * (output.ndim - mask.ndim)
-        return output.masked_fill(torch.from_numpy(mask).to(output.device).view(*mask.shape, *rest), math.nan)
-
-    handle = twin.get_submodule(name).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return dims_of_size(tensor.shape, samples, batch_dim) or (None,)
 
 
 def _refuse_mixing_in_training(
-    model: nn.Module, probe: _Probe, samples: int, found: Mapping[Place, list[np.ndarray]]
+    model: nn.Module, probe: Probe, samples: int, found: Mapping[Place, list[np.ndarray]]
 ) -> None:
     """Refuse a model whose training mode gives rows to other samples, so far as a few passes show it.
 
@@ -1013,64 +494,6 @@ def _refuse_mixing_in_training(
             "mixes its batch. Do so before it is called, with labels in the new order; or give rows=, or leave the layer out with "
             "layers=."
         )
-
-
-def _filled(samples: np.ndarray, patterns: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Give rows that depend on no sample to the sample of their slice; such as a learned token put before each sequence.
-
-    Or on none in some passes, such as tokens of which some are masked at random; or windows that are filled up at the edge of a
-    picture.  This needs one dimension along which slice i, or the i-th slices of as many, holds rows of no other sample than i,
-    and in each pass in which sample i is marked a row that shows it.
-    """
-    unknown = samples < 0
-    count = words.shape[1]
-    if not unknown.any() or unknown.all():
-        return samples
-    for dim, size in enumerate(samples.shape):
-        if size % count or (samples.ndim == 1 and size == count):
-            continue
-        if size > count:
-            apart = (*samples.shape[:dim], count, size // count, *samples.shape[dim + 1 :])
-            found = _filled(samples.reshape(apart), patterns.reshape(len(words), *apart), words)
-            if (found >= 0).all():
-                return found.reshape(samples.shape)
-            continue
-        shape = [count if axis == dim else 1 for axis in range(samples.ndim)]
-        expected = np.arange(count).reshape(shape)
-        others = tuple(axis + 1 for axis in range(samples.ndim) if axis != dim)
-        of_another = (patterns & ~words.reshape(len(words), *shape)).any(0)
-        known = (samples == expected) | (unknown & ~of_another)
-        if known.all() and np.array_equal(patterns.any(axis=others), words):
-            return np.where(unknown, expected, samples)
-    return samples
-
-
-@contextmanager
-def _nan_rows(
-    twin: nn.Module, watched: Collection[Place], shapes: dict[Place, list[tuple[int, ...]]]
-) -> Iterator[dict[Place, list[np.ndarray]]]:
-    """Collect, for each use of each watched parameter, which entries of its batch hold a NaN, and its input's shape."""
-    seen: dict[Place, list[np.ndarray]] = {}
-    handles = []
-    for name, module in twin.named_modules():
-        rule = rule_for(module)
-        if rule is None:
-            continue
-
-        def on_call(call: LayerCall, name: str = name) -> None:
-            if not torch.is_grad_enabled():  # such a call is none in training
-                return
-            for parameter in call.parameters:
-                if (name, parameter) in watched:
-                    seen.setdefault((name, parameter), []).append(call.marks(parameter).cpu().numpy())
-                    shapes.setdefault((name, parameter), []).append(tuple(call.inputs[0].shape))
-
-        handles += rule.attach(module, on_call)
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 _DETACHED = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
@@ -1125,7 +548,7 @@ def _refuse_functional_uses(
         if rule_for(module) is not None:
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
     try:
-        with _unchanged(twin), mode:
+        with unchanged(twin), mode:
             twin(*args, **kwargs)
     finally:
         for handle in handles:
@@ -1138,91 +561,8 @@ def _refuse_functional_uses(
         )
 
 
-@contextmanager
-def generators_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put every random number generator back as it was, also of the devices of the tensors."""
-    devices = sorted({t.device.index or 0 for t in tensors if t.is_cuda})
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-
-
-@contextmanager
-def _unchanged(twin: nn.Module) -> Iterator[None]:
-    """Put back what a forward pass leaves in a model: a recurrent layer's last state for the next batch, or generators."""
-    own = ("_buffers", "_modules", "_parameters")
-    attributes = [each for m in twin.modules() for each in (vars(m), *(vars(m)[name] for name in own))]
-    before = [dict(each) for each in attributes]
-    lists = [(item, list(item)) for items in before for item in items.values() if type(item) is list]
-    dicts = [(item, dict(item)) for items in before for item in items.values() if type(item) is dict]
-    tensors = {id(t): t for t in tensors_in(before) if not isinstance(t, nn.Parameter) and not t.is_inference()}
-    values = [(tensor, tensor._version, tensor.clone()) for tensor in tensors.values()]
-    generators = [(each, each.get_state()) for each in instances_in(before, torch.Generator)]
-    of_numpy = [(each.bit_generator, each.bit_generator.state) for each in instances_in(before, np.random.Generator)]
-    try:
-        yield
-    finally:
-        for generator, state in generators:
-            generator.set_state(state)
-        for bits, drawn in of_numpy:
-            bits.state = drawn
-        for each, items in (*zip(attributes, before, strict=True), *dicts):
-            each.clear()
-            each.update(items)
-        for each, kept in lists:
-            each[:] = kept
-        with torch.no_grad():
-            for tensor, version, value in values:
-                if tensor._version != version:
-                    tensor.copy_(value)
-
-
-@contextmanager
-def without_short_cuts() -> Iterator[None]:
-    """Keep attention from the short cut that it takes in evaluation without gradients, which no hook sees."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _sequences(packed: PackedSequence) -> int:
-    return int(packed.batch_sizes[0])
-
-
-def _samples_of_packed(packed: PackedSequence) -> np.ndarray:
-    """The sample of each row of its data: rows lie time first, longer sequences before shorter ones."""
-    order = np.arange(_sequences(packed))
-    if packed.sorted_indices is not None:
-        order = packed.sorted_indices.cpu().numpy()
-    return np.concatenate([order[:count] for count in packed.batch_sizes.tolist()])
-
-
-def _finite(tensor: Tensor) -> Tensor:
-    """Copy with zeros where it was not finite: NaN must mean a marked sample and nothing else."""
-    return torch.where(torch.isfinite(tensor), tensor, 0) if can_be_nan(tensor) else tensor.clone()
-
-
 def _same(first: Mapping[Place, list[np.ndarray]], second: Mapping[Place, list[np.ndarray]]) -> bool:
     """Whether two readings give every row to the same sample, as in a batch of one."""
     return {key: len(calls) for key, calls in first.items()} == {
         key: len(calls) for key, calls in second.items()
     } and all(np.array_equal(a, b) for key in first for a, b in zip(first[key], second[key], strict=True))
-
-
-def _replaced(value: Any, marked: Mapping[int, Tensor | np.ndarray]) -> Any:
-    if isinstance(value, Tensor | np.ndarray):
-        return marked.get(id(value), value)
-    if isinstance(value, Mapping):
-        return {key: _replaced(item, marked) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_replaced(item, marked) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_replaced(item, marked) for item in value)
-    return with_attributes(value, marked, _replaced)

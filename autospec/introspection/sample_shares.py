@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .arguments import as_array
 from .audit import Audit
 from .capture import Capture, WatchedLayer
-from .copies import copy_model, kept_apart
+from .copies import copy_model, generators_kept, kept_apart
 from .errors import WatchError
 from .factors import Factors, Product
 from .groups import Assignment, Groups
 from .parameters import find_parameters
 from .pending import Pending, Sorting
-from .rows import as_array, generators_kept
 from .spectra import BLOCKS, CANCELLED, SMALLEST_IN_BLOCKS, float64, smaller_gram
 from .workspace import Workspace
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import xarray as xr
 from torch import nn
 
+from .arguments import as_array
 from .audit import Audit
 from .capture import Capture, WatchedLayer
 from .distributed import Processes
@@ -24,7 +25,6 @@ from .errors import WatchError
 from .groups import Groups, listed
 from .measure import CONTRASTS, Measurement
 from .parameters import find_parameters
-from .rows import as_array
 from .schedule import Budget, Schedule, make_schedule
 from .tree import LayerLayout, Record, build_tree
 from .workspace import keep_freed_memory

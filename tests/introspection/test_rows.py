@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 import autospec
 from autospec.introspection import WatchError
-from autospec.introspection.rows import code_words, decode, map_rows
+from autospec.introspection.probe import code_words, decode
+from autospec.introspection.rows import map_rows
 
 from .oracle import (
     Problem,

@@ -1,0 +1,346 @@
+"""Forward passes in which some samples are NaN, and what they tell of rows.
+
+Each sample has a code word, the passes in which it is NaN; where the rows of a layer's input turn NaN tells whose rows they are.
+All code words have the same number of ones, so the union of two of them is no code word, and a row that
+mixes samples is recognised instead of being given to a third one.  Sperner's theorem makes this cheap: about
+log2(samples) + 2 passes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .arguments import can_be_nan, instances_in, replaced, tensors_in
+from .copies import unchanged
+from .errors import WatchError
+from .layers import LayerCall, rule_for
+from .layers.call import hold_nan
+from .lookups import Along, Origin, Place, lookups_marked, origins_of
+
+# Stands for what the model returns, among places.
+RETURNED: Place = ("", "")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read the inputs: the dimension of each that indexes samples, and how lookups hold them."""
+
+    dims: tuple[int | None, ...]
+    lookups: Mapping[Place, Along]
+
+    @property
+    def batch_dims(self) -> tuple[int, ...]:
+        """The dimensions, of inputs and then of lookups."""
+        of_lookups = dict.fromkeys(along.dim for along in self.lookups.values() if along.along_samples)
+        return (*(dim for dim in self.dims if dim is not None), *of_lookups)
+
+
+def code_words(count: int) -> np.ndarray:
+    """Distinct binary words of equal weight.
+
+    Parameters
+    ----------
+    count : int
+        How many words are needed.
+
+    Returns
+    -------
+    ndarray of bool, shape (length, count)
+        ``words[b, i]``: whether sample i is marked in pass b.
+    """
+    length = 1
+    while math.comb(length, (length + 1) // 2) < count:
+        length += 1
+    words = np.zeros((length, count), dtype=bool)
+    choices = itertools.combinations(range(length), (length + 1) // 2)
+    for sample, ones in enumerate(itertools.islice(choices, count)):
+        words[list(ones), sample] = True
+    return words
+
+
+def decode(patterns: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Read the samples of rows from the passes in which the rows were NaN.
+
+    Parameters
+    ----------
+    patterns : ndarray of bool, shape (length, rows)
+        Whether each row was NaN in each pass.
+    words : ndarray of bool, shape (length, samples)
+        The code words.
+
+    Returns
+    -------
+    ndarray of int, shape (rows,)
+        The sample of each row; -1 where a row depends on no sample, -2 where it mixes several.
+    """
+    powers = 1 << np.arange(len(words), dtype=np.int64)
+    sample_of_code = {int(code): sample for sample, code in enumerate(powers @ words)}
+    sample_of_code[0] = -1
+    return np.array([sample_of_code.get(int(code), -2) for code in powers @ patterns], dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A copy of a model, the batch it is called with, and one way to read that.
+
+    Attributes
+    ----------
+    twin : nn.Module
+        The copy.
+    args, kwargs
+        What it is called with.
+    inputs : sequence of Tensor
+        The floating-point tensors among them, complex ones too.
+    reading : Reading
+        Where these hold the samples.
+    watched : collection of (str, str)
+        Module and parameter names of the matrices that are watched.
+    origins : mapping of (str, str) to list of Origin
+        From which entries of the inputs the indices of lookups come, where these are followed.
+    shapes : dict of (str, str) to list of tuple of int
+        Shapes of what each use of each watched matrix received in the last pass.
+    """
+
+    twin: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: Sequence[Tensor]
+    reading: Reading
+    watched: Collection[Place]
+    origins: Mapping[Place, list[Origin]]
+    shapes: dict[Place, list[tuple[int, ...]]] = field(default_factory=dict)
+
+    def given(self, others: Mapping[int, Tensor | np.ndarray], samples: int) -> Probe:
+        """The same with other tensors in place of some, by their identities."""
+        args, kwargs = replaced(self.args, others), replaced(self.kwargs, others)
+        origins = origins_of(self.twin, args, kwargs, samples, self.origins)
+        return replace(self, args=args, kwargs=kwargs, origins=origins, shapes={})
+
+    def reached(
+        self, word: np.ndarray, begun: tuple[Place, int, np.ndarray] | None = None
+    ) -> dict[Place, list[np.ndarray]]:
+        """Where NaN comes, as for `_nan_rows`, in a forward pass in which the samples of a word are NaN.
+
+        Or, with the place and the number of one use and a mask, these rows of its output.
+        """
+        marked: dict[int, Tensor | np.ndarray] = {}
+        packed = {id(each.data): each for each in instances_in((self.args, self.kwargs), PackedSequence)}
+        for tensor, dim in zip(self.inputs, self.reading.dims, strict=True):
+            marked[id(tensor)] = data = finite(tensor.detach())
+            if dim is not None:
+                marks = word[_samples_of_packed(packed[id(tensor)])] if id(tensor) in packed else word
+                chosen = torch.from_numpy(np.flatnonzero(marks)).to(tensor.device)
+                data.index_fill_(dim, chosen, complex(math.nan, math.nan) if data.is_complex() else math.nan)
+        looked_up = lookups_marked(self.twin, self.reading.lookups, len(word), word, self.origins)
+        self.shapes.clear()
+        seeing = _nan_rows(self.twin, self.watched, self.shapes)
+        with unchanged(self.twin), looked_up, seeing as seen, _begun(self.twin, begun):
+            returned = self.twin(*replaced(self.args, marked), **replaced(self.kwargs, marked))
+        seen[RETURNED] = [
+            (hold_nan(each, each.ndim - 1) if each.ndim > 1 else each.isnan()).cpu().numpy()
+            for each in tensors_in(returned)
+            if can_be_nan(each)
+        ]
+        return seen
+
+    def rows(self, words: np.ndarray) -> dict[Place, list[np.ndarray]]:
+        """Sample of each row, in every use of every watched matrix; raise WatchError if a row is not one sample's."""
+        passes = []
+        for word in words:
+            try:
+                passes.append(self.reached(word))
+            except Exception as error:
+                raise WatchError(
+                    f"the model failed on a batch in which some samples are NaN ({type(error).__name__}: {error}), "
+                    "so the rows of its layers could not be traced to samples."
+                ) from error
+        found: dict[Place, list[np.ndarray]] = {}
+        for key in dict.fromkeys(itertools.chain(*passes)):
+            if len({tuple(marks.shape for marks in seen.get(key, ())) for seen in passes}) > 1:
+                if key == RETURNED:
+                    continue
+                raise WatchError(
+                    f"How many rows '{key[0] or key[1]}' receives depends on the numbers in the batch, as where samples are sent to "
+                    "experts: leave it out with layers=."
+                )
+            found[key] = []
+            for call, marks in enumerate(passes[0][key]):
+                patterns = np.stack([seen[key][call] for seen in passes])
+                decoded = decode(patterns.reshape(len(words), -1), words).reshape(marks.shape)
+                found[key].append(_filled(decoded, patterns, words))
+                if key != RETURNED and (found[key][-1] == -2).any():
+                    raise WatchError(f"Rows of the input of '{key[0] or key[1]}' mix several samples.")
+        unknown = [(key, call) for key, calls in found.items() for call, of in enumerate(calls) if (of == -1).any()]
+        for key, call in unknown:
+            if key != RETURNED:
+                found[key][call] = self._by_what_they_reach(key, call, found, words)
+        alike: dict[bytes, np.ndarray] = {}  # most layers have the same rows
+        return {
+            key: [alike.setdefault(of.tobytes(), of.reshape(-1)) for of in calls]
+            for key, calls in found.items()
+            if key != RETURNED
+        }
+
+    def _by_what_they_reach(
+        self, place: Place, call: int, found: Mapping[Place, list[np.ndarray]], words: np.ndarray
+    ) -> np.ndarray:
+        """Give rows of one use that no sample reaches, such as a first state of zeros, to the samples that they reach.
+
+        NaN that begins at the output of row i, or of as many rows for each i, has to come to sample i and to no other.
+        """
+        samples = found[place][call]
+        unknown = samples == -1
+        for expected in _in_order(samples.shape, words.shape[1]):
+            reached = np.zeros(words.shape[1], dtype=bool)
+            fits = (unknown | (samples == expected)).all() and all(
+                self._reaches((place, call, unknown & word[expected]), found, word, reached) for word in words
+            )
+            if fits and reached[expected[unknown]].all():
+                return expected
+        raise WatchError(
+            f"Rows of the input of '{place[0] or place[1]}' belong to no sample: NaN of none reaches them, as where "
+            "they are made of whole numbers or of weights alone, or NaN is replaced, and what they reach does not tell either."
+        )
+
+    def _reaches(
+        self,
+        begun: tuple[Place, int, np.ndarray],
+        found: Mapping[Place, list[np.ndarray]],
+        word: np.ndarray,
+        reached: np.ndarray,
+    ) -> bool:
+        """Whether NaN that begins in a use comes to samples of a word alone; notes which it comes to."""
+        try:
+            seen = self.reached(np.zeros_like(word), begun)
+        except Exception:
+            return False
+        for key, calls in found.items():
+            if [marks.shape for marks in seen.get(key, ())] != [samples.shape for samples in calls]:
+                return False
+            for samples, marks in zip(calls, seen[key], strict=True):
+                come_to = samples[marks & (samples >= 0)]
+                if not word[come_to].all():
+                    return False
+                reached[come_to] = True
+        return True
+
+
+def _in_order(shape: tuple[int, ...], samples: int) -> Iterator[np.ndarray]:
+    """Ways in which entries of that shape may lie sample by sample, or have one after the other of each."""
+    for axis, size in enumerate(shape):
+        if size == samples:
+            along = np.arange(samples).reshape([-1 if other == axis else 1 for other in range(len(shape))])
+            yield np.broadcast_to(along, shape)
+    if len(shape) == 1 and shape[0] > samples and shape[0] % samples == 0:
+        yield np.repeat(np.arange(samples), shape[0] // samples)
+        yield np.tile(np.arange(samples), shape[0] // samples)
+
+
+@contextmanager
+def _begun(twin: nn.Module, begun: tuple[Place, int, np.ndarray] | None) -> Iterator[None]:
+    """Make rows of the output of one use of a module NaN."""
+    if begun is None:
+        yield
+        return
+    (name, _), number, mask = begun
+    calls = itertools.count()
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Tensor | None:
+        if not torch.is_grad_enabled() or next(calls) != number:
+            return None
+        if not isinstance(output, Tensor) or output.shape[: mask.ndim] != mask.shape:
+            raise WatchError("only rows of a single output can be made NaN.")
+        rest = [1] * (output.ndim - mask.ndim)
+        return output.masked_fill(torch.from_numpy(mask).to(output.device).view(*mask.shape, *rest), math.nan)
+
+    handle = twin.get_submodule(name).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _filled(samples: np.ndarray, patterns: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Give rows that depend on no sample to the sample of their slice; such as a learned token put before each sequence.
+
+    Or on none in some passes, such as tokens of which some are masked at random; or windows that are filled up at the edge of a
+    picture.  This needs one dimension along which slice i, or the i-th slices of as many, holds rows of no other sample than i,
+    and in each pass in which sample i is marked a row that shows it.
+    """
+    unknown = samples < 0
+    count = words.shape[1]
+    if not unknown.any() or unknown.all():
+        return samples
+    for dim, size in enumerate(samples.shape):
+        if size % count or (samples.ndim == 1 and size == count):
+            continue
+        if size > count:
+            apart = (*samples.shape[:dim], count, size // count, *samples.shape[dim + 1 :])
+            found = _filled(samples.reshape(apart), patterns.reshape(len(words), *apart), words)
+            if (found >= 0).all():
+                return found.reshape(samples.shape)
+            continue
+        shape = [count if axis == dim else 1 for axis in range(samples.ndim)]
+        expected = np.arange(count).reshape(shape)
+        others = tuple(axis + 1 for axis in range(samples.ndim) if axis != dim)
+        of_another = (patterns & ~words.reshape(len(words), *shape)).any(0)
+        known = (samples == expected) | (unknown & ~of_another)
+        if known.all() and np.array_equal(patterns.any(axis=others), words):
+            return np.where(unknown, expected, samples)
+    return samples
+
+
+@contextmanager
+def _nan_rows(
+    twin: nn.Module, watched: Collection[Place], shapes: dict[Place, list[tuple[int, ...]]]
+) -> Iterator[dict[Place, list[np.ndarray]]]:
+    """Collect, for each use of each watched parameter, which entries of its batch hold a NaN, and its input's shape."""
+    seen: dict[Place, list[np.ndarray]] = {}
+    handles = []
+    for name, module in twin.named_modules():
+        rule = rule_for(module)
+        if rule is None:
+            continue
+
+        def on_call(call: LayerCall, name: str = name) -> None:
+            if not torch.is_grad_enabled():  # such a call is none in training
+                return
+            for parameter in call.parameters:
+                if (name, parameter) in watched:
+                    seen.setdefault((name, parameter), []).append(call.marks(parameter).cpu().numpy())
+                    shapes.setdefault((name, parameter), []).append(tuple(call.inputs[0].shape))
+
+        handles += rule.attach(module, on_call)
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def sequences_in(packed: PackedSequence) -> int:
+    """How many sequences are packed together."""
+    return int(packed.batch_sizes[0])
+
+
+def _samples_of_packed(packed: PackedSequence) -> np.ndarray:
+    """The sample of each row of its data: rows lie time first, longer sequences before shorter ones."""
+    order = np.arange(sequences_in(packed))
+    if packed.sorted_indices is not None:
+        order = packed.sorted_indices.cpu().numpy()
+    return np.concatenate([order[:count] for count in packed.batch_sizes.tolist()])
+
+
+def finite(tensor: Tensor) -> Tensor:
+    """Copy with zeros where it was not finite: NaN must mean a marked sample and nothing else."""
+    return torch.where(torch.isfinite(tensor), tensor, 0) if can_be_nan(tensor) else tensor.clone()
