@@ -25,7 +25,7 @@ from .copies import unchanged
 from .errors import WatchError
 from .layers import LayerCall, rule_for
 from .layers.call import hold_nan
-from .lookups import Along, Origin, Place, lookups_marked, origins_of
+from .lookups import Along, Origin, Place, lookups_in, lookups_marked, origins_of
 
 # Stands for what the model returns, among places.
 RETURNED: Place = ("", "")
@@ -107,6 +107,8 @@ class Probe:
         Module and parameter names of the matrices that are watched.
     origins : mapping of (str, str) to list of Origin
         From which entries of the inputs the indices of lookups come, where these are followed.
+    as_given : set of (str, str)
+        Lookups whose indices are inputs as they were given.
     shapes : dict of (str, str) to list of tuple of int
         Shapes of what each use of each watched matrix received in the last pass.
     """
@@ -118,11 +120,23 @@ class Probe:
     reading: Reading
     watched: Collection[Place]
     origins: Mapping[Place, list[Origin]]
+    as_given: set[Place]
     shapes: dict[Place, list[tuple[int, ...]]] = field(default_factory=dict)
 
     def given(self, others: Mapping[int, Tensor | np.ndarray], samples: int) -> Probe:
-        """The same with other tensors in place of some, by their identities."""
+        """The same with other tensors in place of some, by their identities; raise WatchError if lookups get them otherwise."""
         args, kwargs = replaced(self.args, others), replaced(self.kwargs, others)
+
+        def forward() -> None:
+            with unchanged(self.twin):
+                self.twin(*args, **kwargs)
+
+        try:
+            lookups = lookups_in(self.twin, args, kwargs, forward)
+        except Exception as error:
+            raise WatchError("the model failed on other numbers.") from error
+        if self.as_given != {place for place, lookup in lookups.items() if lookup.given}:
+            raise WatchError("the model brings other numbers to its lookups in another way.")
         origins = origins_of(self.twin, args, kwargs, samples, self.origins)
         return replace(self, args=args, kwargs=kwargs, origins=origins, shapes={})
 

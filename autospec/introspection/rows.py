@@ -146,8 +146,8 @@ def map_rows(
         kept_apart(model, evaluated=True) as copied,
     ):
         twin, lookups, all_hooks = _running_twin(model, copied, args, kwargs, watched, all_hooks)
-        made = [place for place, lookup in lookups.items() if not lookup.given]
-        origins = origins_of(twin, args, kwargs, samples, made)
+        as_given = {place for place, lookup in lookups.items() if lookup.given}
+        origins = origins_of(twin, args, kwargs, samples, [place for place in lookups if place not in as_given])
         for place, calls in origins.items():
             along = set.intersection(*(call.dims(samples, batch_dim) for call in calls))
             lookups[place] = replace(lookups[place], dims=tuple(sorted(along)))
@@ -199,7 +199,7 @@ def map_rows(
                     continue
                 if batch_dim is not None and accepted:
                     break
-                probe = Probe(twin, args, kwargs, inputs, Reading(dims, alongs), watched, origins)
+                probe = Probe(twin, args, kwargs, inputs, Reading(dims, alongs), watched, origins, as_given)
                 try:
                     found = probe.rows(words)
                     _same_result(model, twin, args, kwargs, probe.reading, samples)

@@ -220,6 +220,13 @@ def packed_rows(self, words):
     return self.head(self.recurrent(packed)[1][0])
 
 
+def sorted_where_needed(self, words, lengths):
+    if not bool((lengths.diff() > 0).any()):
+        return self.head(self.layer(self.table(words)).tanh().mean(1))
+    order = lengths.argsort(descending=True)
+    return self.head(self.layer(self.table(words[order])).tanh().mean(1))[order.argsort()]
+
+
 def windows_by_the_longest(self, x, lengths):
     """As many rows, in another order."""
     windows = x[:, :6].unflatten(1, (-1, 2 if int(lengths.max()) > 5 else 3)).transpose(0, 1)
@@ -258,6 +265,12 @@ HIDDEN = {
         },
         lambda n: (tokens(n),),
         [[4] * N, [2, 6, 5, 3, 4]],
+    ),
+    "sorted already": (
+        sorted_where_needed,
+        {"table": table, **SIX},
+        lambda n: (tokens(n), torch.tensor(n)),
+        [[T, 5, 4, 2, 1], [3, 5, 2, 4, 5]],
     ),
     "windows that go by the longest": (
         windows_by_the_longest,
