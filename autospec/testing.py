@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from autospec.introspection import Watcher
-from autospec.introspection.arguments import tensors_in
+from autospec.introspection.arguments import of_packing, replaced, tensors_in
 from autospec.introspection.copies import copy_model, generators_kept, kept_apart, without_short_cuts
 from autospec.introspection.errors import WatchError
 from autospec.introspection.groups import Groups
 from autospec.introspection.layers import rule_for
+from autospec.introspection.lookups import dims_of_size
 
 STEPS = 3
 SEED = 0
@@ -265,20 +266,18 @@ def _copied(tensor: Tensor) -> Tensor:
 
 def _moved_on(batch: Any, samples: int, batch_dim: int | None) -> Any:
     """The batch with each sample in the next place."""
-    if isinstance(batch, Tensor):
-        dims = [dim for dim, size in enumerate(batch.shape) if size == samples]
-        dims = [dim for dim in dims if batch_dim in (dim, dim - batch.ndim)] or dims
-        return batch.roll(1, dims[0]) if dims else batch
-    if isinstance(batch, Mapping):
-        return {key: _moved_on(item, samples, batch_dim) for key, item in batch.items()}
-    if isinstance(batch, list | tuple) and not hasattr(batch, "_fields"):
-        return type(batch)(_moved_on(item, samples, batch_dim) for item in batch)
-    return batch
+    moved: dict[int, Tensor | np.ndarray] = {}
+    packing = of_packing(batch)
+    for tensor in tensors_in(batch):
+        dims = dims_of_size(tensor.shape, samples, batch_dim) or dims_of_size(tensor.shape, samples, None)
+        if dims and id(tensor) not in packing:
+            moved[id(tensor)] = tensor.roll(1, dims[0])
+    return replaced(batch, moved)
 
 
 def _moves_along(plain: Tensor, again: Tensor, moved: Tensor, samples: int) -> int | None:
     """The one dimension along which a tensor has moved on by one place; what is drawn at random has to have one that fits."""
-    dims = [dim for dim, size in enumerate(plain.shape) if size == samples]
+    dims = list(dims_of_size(plain.shape, samples, None))
     if dims and torch.equal(plain, again):
         near = MOVED * float(plain.abs().max())
         dims = [dim for dim in dims if plain.shape == moved.shape and (plain.roll(1, dim) - moved).abs().max() <= near]

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 T = TypeVar("T")
 
@@ -96,6 +97,11 @@ def as_array(value: Any) -> np.ndarray:
 def content_of(array: np.ndarray | np.generic) -> str | bytes:
     """What an array holds, to be compared with another of its shape."""
     return str(array.tolist()) if array.dtype.kind == "O" else array.tobytes()
+
+
+def of_packing(value: Any) -> set[int]:
+    """Identities of the tensors that say how sequences are packed, and so whose their rows are; no numbers of samples."""
+    return {id(tensor) for each in instances_in(value, PackedSequence) for tensor in each[1:]}
 
 
 def can_be_nan(tensor: Tensor) -> bool:

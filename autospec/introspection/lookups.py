@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from .arguments import as_array, instances_in, replaced, tensors_in
+from .arguments import as_array, of_packing, replaced, tensors_in
 from .copies import unchanged
 from .layers import rule_for
 
@@ -169,14 +168,14 @@ def origins_of(
         For each place whose indices are such entries, sorted, turned or cut as it may be: one for each of its calls.  Not those
         with which the model computes, or by which it sorts.
     """
-    packing = [tensor for each in instances_in((args, kwargs), PackedSequence) for tensor in each[1:]]
+    packing = of_packing((args, kwargs))
     numbers = {
         id(t): t
         for t in tensors_in((args, kwargs))
         if t.dtype in (torch.int64, torch.int32)
         and t.layout == torch.strided
         and samples in t.shape
-        and all(t is not other for other in packing)
+        and id(t) not in packing
     }
 
     def passed(others: Mapping[int, Tensor | np.ndarray]) -> dict[Place, list[np.ndarray]]:

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from .arguments import as_array, can_be_nan, content_of, instances_in, tensors_in, whole_numbers
+from .arguments import as_array, can_be_nan, content_of, instances_in, of_packing, tensors_in, whole_numbers
 from .copies import copy_model, generators_kept, kept_apart, unchanged, without_short_cuts
 from .errors import WatchError
 from .hooks import Hook
@@ -360,12 +360,9 @@ def _by_content(probe: Probe, words: np.ndarray, found: Mapping[Place, list[np.n
         return ()
     moved = [_moved(tensor, samples) for tensor in numbers]
     fewer = [_lessened(tensor, samples) for tensor in numbers]
-    # How sequences are packed says whose their rows are; moved on it would fit them no more.
-    of_packing = {
-        id(tensor) for each in instances_in((probe.args, probe.kwargs), PackedSequence) for tensor in each[1:]
-    }
+    packing = of_packing((probe.args, probe.kwargs))  # moved on it would fit the sequences no more
     same = [
-        content_of(as_array(before)) == content_of(as_array(after)) or id(before) in of_packing
+        content_of(as_array(before)) == content_of(as_array(after)) or id(before) in packing
         for before, after in zip(numbers, moved, strict=True)
     ]
 

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from autospec.introspection.rows import map_rows
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -10,3 +12,16 @@ def one_thread():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def probes(monkeypatch):
+    """What rows were traced for, call by call."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return map_rows(*args)
+
+    monkeypatch.setattr("autospec.introspection.capture.map_rows", counted)
+    return calls

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 import autospec
 from autospec.introspection import WatchError
 from autospec.introspection.probe import code_words, decode
-from autospec.introspection.rows import map_rows
 
 from .oracle import (
     Problem,
@@ -33,19 +32,6 @@ from .oracle import (
 
 N, T = 9, 5
 LABELS = ["a", "b", "b"] * 3
-
-
-@pytest.fixture
-def probes(monkeypatch):
-    """What rows were traced for, call by call."""
-    calls = []
-
-    def counted(*args):
-        calls.append(args)
-        return map_rows(*args)
-
-    monkeypatch.setattr("autospec.introspection.capture.map_rows", counted)
-    return calls
 
 
 def mean_square(output):

@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import autospec
 from autospec.introspection import WatchError
-from autospec.introspection.rows import map_rows
 
 N, T, WORDS = 5, 7, 9
 LABELS = list("aabba")
@@ -321,15 +320,7 @@ def test_rows_whose_number_goes_by_an_attribute_are_traced_anew_when_it_changes(
     assert np.abs(found - own).max() < 1e-5 * own[0]
 
 
-def test_ordinary_tokens_masks_and_codes_are_traced_once(monkeypatch):
-    calls = []
-
-    def counted(*args):
-        calls.append(args)
-        return map_rows(*args)
-
-    monkeypatch.setattr("autospec.introspection.capture.map_rows", counted)
-
+def test_ordinary_tokens_masks_and_codes_are_traced_once(probes):
     def forward(self, words, kept, site):
         positions = self.places(torch.arange(words.shape[1]).unsqueeze(0))
         hidden = self.block(self.table(words) + positions, src_key_padding_mask=~kept.bool())
@@ -349,7 +340,7 @@ def test_ordinary_tokens_masks_and_codes_are_traced_once(monkeypatch):
         words = tokens(lengths)
         batches.append((words, (words != 0).long(), torch.randint(3, (N,))))
     assert_shares_of_own_loss(model, batches)
-    assert len(calls) == 1
+    assert len(probes) == 1
 
 
 def test_a_token_by_which_a_model_sorts_is_not_followed_blindly():
