@@ -31,7 +31,7 @@ from .probe import Reading
 from .rows import RowMap, map_rows, several_processes
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
-from .workspace import Where, Workspace, where
+from .workspace import LARGEST_KEPT, Where, Workspace, where
 
 # Objects within objects among a model's arguments that are looked into.
 DEEPEST = 3
@@ -756,7 +756,8 @@ class Capture:
         if again and "adjoint" in self.factor_statistics:
             self._give_up_adjoint(layer, pending)
         layer.inputs.append(use.constant)
-        sorting = self._sorting(layer, use, len(factors.activation), self._layout(factors, use, pending, alone))
+        layout = self._layout(factors, use, pending, alone)
+        sorting = self._sorting(layer, use, len(factors.activation), layout)
         self.masked = self.masked or sorting.masked
         if sorting.left_out is not None and self.guarded:
             out = sorting.left_out
@@ -775,6 +776,8 @@ class Capture:
             activation = kept[2]
         elif use.constant is not None:
             activation = sorting.sort(single(factors.activation))
+            if sorting.order is None and (layout is None or activation.nbytes <= LARGEST_KEPT):
+                activation = activation.clone()  # a buffer of the user's may be filled again before the step is closed
             layer.sorted_input = (use.constant, sorting, activation)
         else:
             activation = self._sorted_activation(use, factors.activation, sorting)

@@ -839,7 +839,7 @@ class Pending:
         statistics : sequence of str
             Which of the factors' spectra are recorded.
         constant : bool
-            Whether the activation is data that may be the same as in the last step.
+            Whether the activation is a copy of data that may be the same as in the last step.
         follows : callable, optional
             Says of the rows of each cell and their width whether to keep them as they are, for the tracked solver.
         backward : int
@@ -847,7 +847,7 @@ class Pending:
         counted : bool
             Whether the rows count: not those that an earlier backward pass has added.
         """
-        factors = self._kept(factors, sorting, constant or follows is not None)
+        factors = self._kept(factors, sorting, constant, follows is not None)
         if shares:
             self.shares.constant = constant
             self.shares.add(factors, sorting, backward)
@@ -878,16 +878,15 @@ class Pending:
         stacks = (stack for kind in self.stacks.values() for by_cell in kind.values() for stack in by_cell.values())
         return shares or any(stack.rows for stack in stacks)
 
-    def _kept(self, factors: Factors, sorting: Sorting, constant: bool) -> Factors:
+    def _kept(self, factors: Factors, sorting: Sorting, constant: bool, followed: bool) -> Factors:
         """What is kept until the step is closed must not change with the user's tensors."""
         if sorting.order is not None or sorting.grid is not None:
             return factors
-        if isinstance(factors, Lookup):
-            kept = True
-        else:
-            few = factors.rows < max(factors.activation.shape[1], factors.adjoint.shape[1], *self.shape)
-            kept = few or (constant and isinstance(factors, Product))
-        return factors.with_(factors.activation.clone(), factors.adjoint.clone()) if kept else factors
+        few = factors.rows < max(factors.activation.shape[1:2] + factors.adjoint.shape[1:2] + self.shape)
+        if isinstance(factors, Lookup) or few or ((constant or followed) and isinstance(factors, Product)):
+            activation = factors.activation if constant else factors.activation.clone()
+            return factors.with_(activation, factors.adjoint.clone())
+        return factors
 
     def add_by_position(
         self, factors: Factors, sorting: Sorting, first: int, shares_by_position: Callable[[Factors, Tensor], Tensor]

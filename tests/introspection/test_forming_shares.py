@@ -344,7 +344,7 @@ def test_shares_are_formed_again_only_where_rounding_would_show(opposition, monk
     assert bool(repaired) == (opposition == 0.01)
 
 
-def test_therounding_of_products_is_estimated_on_the_safe_side():
+def test_the_rounding_of_products_is_estimated_on_the_safe_side():
     """Of one product a cell, as of pieces, against float64."""
     for seed, mean in ((0, 0.0), (1, 1.0)):
         activation, adjoint = draw(900, 40, seed=seed) + mean, draw(900, 60, seed=seed + 10) + mean
@@ -441,7 +441,7 @@ def test_products_by_sample_are_formed_again_where_groups_cancel(opposition, mon
 
 
 @pytest.mark.parametrize("same", [False, True], ids=["samples that differ", "samples that are the same"])
-def test_therounding_of_products_by_sample_is_estimated_on_the_safe_side(same):
+def test_the_rounding_of_products_by_sample_is_estimated_on_the_safe_side(same):
     for seed, mean in ((0, 0.0), (1, 1.0)):
         activation, adjoint = draw(12, 90, 30, seed=seed) + mean, draw(12, 90, 40, seed=seed + 10) + mean
         if same:

@@ -344,22 +344,24 @@ def test_data_that_change_between_backward_and_step_do_not_change_the_record():
         assert error(spectrum(watcher.trajectories, "0.weight", "adjoint"), adjoint) < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["convolution", "table"])
+@pytest.mark.parametrize("kind", ["image of few positions", "series of many positions", "table"])
+@pytest.mark.parametrize("labels", [None, ["a", "a", "b", "b"]], ids=["no groups", "groups in order"])
 @pytest.mark.parametrize("changed", [False, True])
-def test_images_and_indices_may_be_filled_with_the_next_batch_before_the_step_is_closed(kind, changed):
+def test_images_and_indices_may_be_filled_with_the_next_batch_before_the_step_is_closed(kind, labels, changed):
     torch.manual_seed(0)
-    model = nn.Conv1d(40, 6, 3) if kind == "convolution" else nn.Embedding(30, 20)
-    x = torch.randn(4, 40, 5) if kind == "convolution" else torch.randint(30, (4, 3))
-    with autospec.watch(model, quiet=True) as watcher:
+    positions = 5 if kind == "image of few positions" else 50
+    model = nn.Embedding(30, 20) if kind == "table" else nn.Conv1d(40, 6, 3)
+    x = torch.randint(30, (4, 3)) if kind == "table" else torch.randn(4, 40, positions)
+    with autospec.watch(model, labels, quiet=True) as watcher:
         output = model(x)
         output.retain_grad()
         output.square().sum().backward()
-        seen = x.movedim(1, 2).flatten(0, 1) if kind == "convolution" else F.one_hot(x.flatten(), 30).float()
+        seen = F.one_hot(x.flatten(), 30).float() if kind == "table" else x.movedim(1, 2).flatten(0, 1)
         expected = {
             "gradient": svdvals(model.weight.grad.flatten(1)),
             "activation": svdvals(seen),
             "adjoint": svdvals(
-                output.grad.transpose(0, 1).flatten(1) if kind == "convolution" else output.grad.flatten(0, 1)
+                output.grad.flatten(0, 1) if kind == "table" else output.grad.transpose(0, 1).flatten(1)
             ),
         }
         if changed:
