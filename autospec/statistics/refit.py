@@ -231,7 +231,7 @@ def evaluate_refits(refits: xr.Dataset, alpha: float) -> pd.DataFrame:
 def describe(refits: xr.Dataset, table: pd.DataFrame, settings: RefitSettings, seeds: int) -> dict[str, Any]:
     """The test in words that a section on methods can quote, with the numbers filled in."""
     attributes = refits.attrs
-    count = attributes["labellings"]
+    count, pairs = attributes["labellings"], attributes["pairs"]
     within = f" within {' and '.join(attributes['strata'])}" if attributes["strata"] else ""
     if attributes.get("conditional_on"):
         within += (
@@ -246,6 +246,7 @@ def describe(refits: xr.Dataset, table: pd.DataFrame, settings: RefitSettings, s
         f"{statistic} ({len(rows)} values)"
         for statistic, rows in table[table["p"].notna()].groupby("statistic", sort=False)
     ]
+    none = f"a confounder differs, so {NO_P}" if attributes.get("imbalance") else "nothing above the noise floor"
     steps = sorted(set(np.atleast_1d(refits["step"].values).tolist()))
     when = f"{len(steps)} updates ({steps[0]} to {steps[-1]})" if steps else "no update"
     return {
@@ -261,7 +262,7 @@ def describe(refits: xr.Dataset, table: pd.DataFrame, settings: RefitSettings, s
             f"{settings['alpha']:g} or less."
         ),
         "family": (
-            f"{tested} tests: {', '.join(family) or 'nothing above the noise floor'}, over {attributes['pairs']} comparisons; "
+            f"{tested} tests: {', '.join(family) or none}, over {pairs} comparison{'' if pairs == 1 else 's'}; "
             f"maximum over all of them, {count} labellings."
         ),
         "messages": [each for each in (attributes["message"], attributes.get("imbalance"), too_few) if each],

@@ -191,6 +191,7 @@ def test_where_the_model_of_the_target_is_wrong_no_p_is_given(tmp_path):
     assert "conditionally on age by a logistic model of the target" in words["method"]
     assert any("'age squared'" in message and "no p is given" in message for message in words["messages"])
     assert [each["imbalanced"] for each in words["balance"]] == [False, True]
+    assert words["family"].startswith("0 tests: a confounder differs, so no p is given, over 1 comparison;")
     with pytest.raises(UserError, match=r"statistics\.conditional_on names 'iq'"):
         build_refit_part({**part, "conditional_on": ["iq"]}, str(tmp_path / "people.zarr.zip"), "part", "cpu")
 
