@@ -135,6 +135,11 @@ class _Run:
         self.batches = self.trainer.batches
         self.total = settings["training"]["epochs"] * self.batches.in_an_epoch
         wanted = settings["training"]["snapshots"]
+        if not isinstance(wanted, int) and max(wanted) >= self.total:
+            raise UserError(
+                f"{self.name} has no update {max(wanted)}, which training.snapshots names: its {self.total} updates are numbered "
+                "from 0, so name earlier ones."
+            )
         self.snapshots = snapshot_updates(wanted, self.total)
         self.put_aside = set(kept_updates(wanted, self.total))
         self.evaluated = {*growing_updates(EVALUATIONS, self.total), self.total - 1}

@@ -102,3 +102,13 @@ def test_only_as_many_as_wanted_are_written(study, tmp_path):
     ]
     train_run(settings, "code", *arguments)
     assert list(open_snapshots(tmp_path / "x.pt").steps) == snapshot_updates(5, 40)
+
+
+def test_a_snapshot_after_the_last_update_of_mini_batches_is_refused(study, tmp_path):
+    settings = copy.deepcopy(specs.run_settings(study.config, "small", "judge"))
+    settings["training"].update(epochs=2, batch=8, snapshots=[0, 500])
+    paths = [str(tmp_path / name) for name in ("x.zarr.zip", "work")]
+    with pytest.raises(
+        UserError, match=r"has no update 500, which training\.snapshots names: its \d+ updates are numbered"
+    ):
+        train_run(settings, "code", str(study.dataset), *paths, "cpu", str(tmp_path / "x.pt"))
