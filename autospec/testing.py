@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -341,7 +342,7 @@ def _run_twice(module: nn.Module, own: dict[str, Tensor], member: np.ndarray, di
     """Let the samples of a group, along these dimensions of one output after the other, go through a copy of the weights."""
     inside = torch.from_numpy(member)
     forward = type(module).forward
-    depth, left = [0], iter(dims)
+    depth, left = [0], itertools.cycle(dims)  # with activation checkpointing the calls are made again
 
     def twice(*args: Any, **kwargs: Any) -> Any:
         if depth[0]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import autospec
 from autospec.testing import check
@@ -101,6 +102,20 @@ class SortedWords(nn.Module):
 def sorted_words():
     torch.manual_seed(3)
     return torch.randint(1, 9, (N, 7)), torch.randperm(N)
+
+
+def test_a_model_with_activation_checkpointing_is_compared():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 6), nn.LSTM(6, 4, batch_first=True)
+
+        def forward(self, x):
+            return checkpoint(lambda h: self.second(h)[0], self.first(x).tanh(), use_reentrant=False)
+
+    result = check(Model(), torch.randn(8, 3, 5), ["a", "b"] * 4, quiet=True)
+    assert result.passed
+    assert len(result.errors) == 9  # three matrices, three groups
 
 
 def test_what_cannot_be_compared_is_said():

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -715,10 +715,11 @@ class Capture:
         scale = self._loss_scale.of(_backward_pass())
         # Positions count from the first use in a forward pass, but adjoints arrive from the last one on.
         reached, begun = False, None
-        for use in sorted(uses, key=lambda use: (use.forward.number, use.place, use.number)):
+        uses.sort(key=lambda use: (use.forward.number, use.place, use.number))
+        for use, unused in zip(uses, _unused_calls(uses), strict=True):
             layer.position = layer.position if use.forward is begun else 0
             begun = use.forward
-            reached |= self._gather_use(layer, pending, use, scale, exact, len(uses) == 1)
+            reached |= self._gather_use(layer, pending, use, scale, exact, len(uses) == 1, unused)
             use.arrival.waiting -= 1
             if not use.arrival.waiting:
                 self._input_was_read(use)
@@ -744,7 +745,14 @@ class Capture:
             pending.arrived = flat.clone() if pending.arrived is None else pending.arrived + flat
 
     def _gather_use(
-        self, layer: WatchedLayer, pending: Pending, use: Use, scale: Tensor | None, exact: bool, alone: bool
+        self,
+        layer: WatchedLayer,
+        pending: Pending,
+        use: Use,
+        scale: Tensor | None,
+        exact: bool,
+        alone: bool,
+        unused: tuple[int, int],
     ) -> bool:
         """Add one use of the parameter; False where it has no items, as an expert to which no sample was sent."""
         factors = use.call.factors(use.parameter, use.arrival.adjoints, self.workspace)
@@ -805,7 +813,7 @@ class Capture:
         )
         if self.per_position and (isinstance(factors, Product) or (self.spatial and isinstance(factors, Convolution))):
             # A convolution's items are whole images, whose positions the factors know.
-            layer.position = pending.add_by_position(factors, sorting, layer.position, shares_by_position)
+            layer.position = pending.add_by_position(factors, sorting, layer.position, shares_by_position, *unused)
         if exact:
             pending.add_exact(factors, sorting)
         use.arrival.kept = use.arrival.kept or pending.keeps_rows
@@ -937,6 +945,18 @@ class Capture:
                 "give rows= with the sample of each row, to set_groups() where it changes from batch to batch."
             )
         return Items(layer.name, samples, known)
+
+
+def _unused_calls(uses: Sequence[Use]) -> Iterator[tuple[int, int]]:
+    """How many calls of the layer before each use, back to the last, and after it, if it is the last, the loss does not use."""
+    for last, use, following in zip([None, *uses[:-1]], uses, [*uses[1:], None], strict=True):
+        same = [
+            each is not None and each.forward is use.forward and each.place == use.place for each in (last, following)
+        ]
+        row_map = use.forward.row_map
+        calls = len(row_map.samples.get(use.place, [])) if row_map is not None else 0
+        before = use.number - (last.number + 1 if last is not None and same[0] else 0)
+        yield before, 0 if same[1] else max(calls - use.number - 1, 0)
 
 
 def _coarsest(*dtypes: torch.dtype | None) -> torch.dtype:

@@ -889,19 +889,48 @@ class Pending:
         return factors
 
     def add_by_position(
-        self, factors: Factors, sorting: Sorting, first: int, shares_by_position: Callable[[Factors, Tensor], Tensor]
+        self,
+        factors: Factors,
+        sorting: Sorting,
+        first: int,
+        shares_by_position: Callable[[Factors, Tensor], Tensor],
+        before: int = 0,
+        after: int = 0,
     ) -> int:
-        """Add the shares of each position, beginning at the given one; return the position after the last."""
-        last = first
-        parts = factors.split(sorting.counts)
-        for cell, (key, part) in enumerate(zip(sorting.keys, parts, strict=True)):
-            found = shares_by_position(part, sorting.by_position(cell, part.adjoint.device))
-            total = self.by_position.get(key, found.new_zeros(0, *self.shape))
-            if len(total) < first + len(found):
-                total = torch.cat([total, found.new_zeros(first + len(found) - len(total), *self.shape)])
-            total[first : first + len(found)] += found
+        """Add the shares of each position of one use.
+
+        Parameters
+        ----------
+        factors : Factors
+            Items sorted by cell.
+        sorting : Sorting
+            Items of each cell.
+        first : int
+            Positions of the uses before it.
+        shares_by_position : callable
+            Shares of a cell's items, given their table by position.
+        before, after : int
+            Uses before and after it that have no share but positions, as many as this one.
+
+        Returns
+        -------
+        int
+            Positions so far.
+        """
+        found = [
+            shares_by_position(part, sorting.by_position(cell, part.adjoint.device))
+            for cell, part in enumerate(factors.split(sorting.counts))
+        ]
+        length = max(map(len, found))
+        first += before * length
+        last = first + (1 + after) * length
+        for key, shares in zip(sorting.keys, found, strict=True):
+            total = self.by_position.get(key, shares.new_zeros(0, *self.shape))
+            end = last if after else first + len(shares)
+            if len(total) < end:
+                total = torch.cat([total, shares.new_zeros(end - len(total), *self.shape)])
+            total[first : first + len(shares)] += shares
             self.by_position[key] = total
-            last = max(last, first + len(found))
         return last
 
     def add_exact(self, factors: Factors, sorting: Sorting) -> None:

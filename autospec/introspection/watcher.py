@@ -101,6 +101,11 @@ class Watcher:
         for name, number in (("audit", audit), ("angles", angles)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):
                 raise WatchError(f"{name}={number!r} is not a whole number of at least 1.")
+        if per_position and groups is None:
+            raise WatchError(
+                "per_position= needs groups=, which say how many samples a batch has: give each sample a label, the same one "
+                "to all if there are no groups."
+            )
         if batch_dim is not None and (isinstance(batch_dim, bool) or not isinstance(batch_dim, Integral)):
             raise WatchError(f"batch_dim={batch_dim!r} is not a whole number, the dimension that indexes samples.")
         self._processes = Processes(model.process_group) if isinstance(model, _DISTRIBUTED) else None

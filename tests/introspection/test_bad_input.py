@@ -149,6 +149,12 @@ MISTAKES = {
     "audit zero": (model, LABELS, {"audit": 0}, ["audit=0"]),
     "an unknown solver": (model, LABELS, {"solver": "fast"}, ["solver='fast'", "'exact'", "'tracked'"]),
     "an unknown kind of positions": (model, LABELS, {"per_position": "time"}, ["per_position='time'", "'space'"]),
+    "positions without groups": (
+        model,
+        None,
+        {"per_position": True},
+        ["per_position= needs groups=", "each sample a label"],
+    ),
     "an unknown activation": (model, LABELS, {"activation": "patches"}, ["'patches'", "'channels'", "'unfolded'"]),
     "no angles": (model, LABELS, {"angles": 0}, ["angles=0", "at least 1"]),
     "half an angle": (model, LABELS, {"angles": 2.5}, ["angles=2.5", "whole number"]),

@@ -295,6 +295,46 @@ def test_a_layer_called_in_a_loop_has_a_position_for_each_call():
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-6 * first.max())
 
 
+@pytest.mark.parametrize("used", [[0, 1, 2], [2, 4], [3]], ids=["the first", "some", "one"])
+@pytest.mark.parametrize("passes", ["one backward pass", "a backward pass each"])
+def test_calls_that_the_loss_does_not_use_keep_their_positions(used, passes):
+    class Steps(nn.Module):
+        def __init__(self, loop):
+            super().__init__()
+            self.layer, self.loop = nn.Linear(7, 5), loop
+
+        def forward(self, x):
+            return [self.layer(x[:, t]).tanh() for t in range(T)] if self.loop else self.layer(x).tanh().unbind(1)
+
+    found = []
+    for loop in (False, True):
+        torch.manual_seed(0)
+        model = Steps(loop)
+        with autospec.watch(model, LABELS, per_position=True, statistics=["gradient"], quiet=True) as watcher:
+            outputs = model(normal(N, T, 7))
+            losses = [outputs[t].square().mean() * (t + 1) for t in used]
+            for loss in [sum(losses)] if passes == "one backward pass" else reversed(losses):
+                loss.backward(retain_graph=True)
+            watcher.step()
+        found.append(watcher.trajectories["layers/layer.weight/gradient_by_position"].values)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-6 * found[0].max())
+    assert set(np.flatnonzero(found[1][0, 0, :, 0]).tolist()) == set(used)
+
+
+def test_a_series_of_length_one_has_one_position():
+    model = nn.Linear(7, 5)
+    with autospec.watch(model, LABELS, per_position=True, quiet=True) as watcher:
+        for steps in (1, T, 1):
+            model.zero_grad()
+            model(normal(N, steps, 7)).square().mean().backward()
+            watcher.step()
+    node = watcher.trajectories["layers/weight"]
+    for step in (0, 2):
+        by_position = node["gradient_by_position"].values[step]
+        np.testing.assert_array_equal(by_position[:, 0], node["gradient"].values[step])
+        assert np.isnan(by_position[:, 1:]).all()
+
+
 def test_a_layer_without_positions_has_none():
     tree = record(problem(nn.Linear(7, 5), normal(N, 7)), per_position=True)
     assert "gradient_by_position" not in tree["layers/weight"]
