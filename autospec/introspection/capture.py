@@ -258,7 +258,8 @@ class Capture:
         self._sorted_for: tuple[Any, ...] = ()
         self._forward: Forward | None = None
         self._handles: list[RemovableHandle] = []
-        self._owners: list[tuple[WatchedLayer, nn.Module, str, torch.device]] = []
+        self._owners: dict[Place, tuple[nn.Module, str]] = {}
+        self._devices: list[tuple[WatchedLayer, torch.device]] = []
         self._children: dict[str, tuple[nn.Module, str, nn.Module]] = {}
         self._calls: list[tuple[LayerCall, Arrival]] = []
         self._loss_scale = LossScale()
@@ -285,7 +286,8 @@ class Capture:
         by_place = {place: layer for layer in self.layers for place in layer.places}
         for (module_name, key), layer in by_place.items():
             path, _, own = f"{module_name}.{key}".lstrip(".").rpartition(".")
-            self._owners.append((layer, modules[path], own, layer.parameter.device))
+            self._owners[module_name, key] = modules[path], own
+            self._devices.append((layer, layer.parameter.device))
             while path:  # each module on the way is where it was
                 above, _, child = path.rpartition(".")
                 self._children[path] = modules[above], child, modules[path]
@@ -307,7 +309,7 @@ class Capture:
         self._loss_scale.stop()
         for handle in (*self._handles, *self._observers):
             handle.remove()
-        self._handles, self._observers, self._owners, self._children = [], [], [], {}
+        self._handles, self._observers, self._devices, self._owners, self._children = [], [], [], {}, {}
         for layer in self.layers:
             for handle in layer.handles:
                 handle.remove()
@@ -348,6 +350,9 @@ class Capture:
             self._forward = None
             return
         self._same_parameters()
+        if not any(self._is_own(place, layer) for layer in self.layers for place in layer.places):
+            self._forward = None  # torch.func.functional_call with other weights, those of a mean teacher say
+            return
         for layer in self.layers:
             if not layer.handles and layer.parameter.requires_grad:
                 layer.handles = [
@@ -377,6 +382,11 @@ class Capture:
         if use.arrival.inputs_were_held and not use.call.inputs_are_held:
             use.call.release()  # the graph has been freed
 
+    def _is_own(self, place: Place, layer: WatchedLayer) -> bool:
+        """Whether a watched parameter is where it was, and not another in its place for one call."""
+        owner, key = self._owners[place]
+        return owner._parameters.get(key) is layer.parameter
+
     def _same_parameters(self) -> None:
         """Refuse parameters and modules that were replaced or moved inside the block: their hooks stayed behind."""
         for path, (above, child, module) in self._children.items():
@@ -384,8 +394,10 @@ class Capture:
                 raise WatchError(
                     f"'{path}' was replaced by another module inside the watch() block: change the model before it."
                 )
-        for layer, owner, key, device in self._owners:
+        for (layer, device), (owner, key) in zip(self._devices, self._owners.values(), strict=True):
             if owner._parameters.get(key) is not layer.parameter:
+                if _functional_call():
+                    continue
                 raise WatchError(
                     f"'{layer.name}' was replaced by another parameter inside the watch() block: change the model before it."
                 )
@@ -424,7 +436,8 @@ class Capture:
     def _traced(self) -> set[Place]:
         """The matrices whose rows are traced."""
         learned = [layer for layer in self.layers if layer.parameter.requires_grad]
-        return {place for layer in learned if layer.name not in self.rows for place in layer.places}
+        traced = [(place, layer) for layer in learned if layer.name not in self.rows for place in layer.places]
+        return {place for place, layer in traced if self._is_own(place, layer)}
 
     def _called_more(self, forward: Forward) -> set[tuple[Place, int]]:
         """Which matrices were used more often than when rows were traced, and how often."""
@@ -541,7 +554,9 @@ class Capture:
             off = self._paused or not self._active or not self.recording
             if off or not torch.is_grad_enabled() or _transformed():
                 return None
-            parameters = [key for key in call.parameters if key in wanted]
+            parameters = [
+                key for key in call.parameters if key in wanted and self._is_own((module_name, key), wanted[key])
+            ]
             if not parameters:
                 return None
             forward = self._forward
@@ -1033,6 +1048,14 @@ def _running_calls(model: nn.Module) -> int:
         count += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model
         frame = frame.f_back  # type: ignore[assignment]
     return count
+
+
+def _functional_call() -> bool:
+    """Whether a model is being called with other weights, by torch.func.functional_call, which puts its own back."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not nn.utils.stateless._functional_call.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 def _transformed() -> bool:

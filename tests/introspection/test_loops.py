@@ -816,3 +816,47 @@ def test_torchscript_is_refused_and_an_iterator_of_labels_is_not():
     for labels in (iter(LABELS), {"group": iter(LABELS)}, np.array(LABELS, dtype="S1")):
         tree = record(Problem(network(), batch(), loss_of, labels))
         xr.testing.assert_equal(tree["layers/0.weight"].dataset, expected["layers/0.weight"].dataset)
+
+
+# ---------------------------------------------------------------------- other weights for one call
+
+
+class TwoStages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encode, self.read, self.head = nn.Linear(6, 5), nn.GRU(5, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.read(self.encode(x).tanh())[0])
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, torch.Tensor.detach], ids=["parameters", "tensors"])
+def test_a_call_with_other_weights_as_of_a_mean_teacher_leaves_the_record_as_it_was(kind):
+    x, found = torch.randn(N, 3, 6), []
+    for teacher_is_model in (False, True):
+        torch.manual_seed(0)
+        model = TwoStages()
+        other = {name: kind(parameter.detach() * 1.3) for name, parameter in model.named_parameters()}
+        teacher = model if teacher_is_model else copy.deepcopy(model)
+        with autospec.watch(model, LABELS, quiet=True) as watcher:
+            for _ in range(2):
+                model.zero_grad()
+                target = torch.func.functional_call(teacher, other, (x,)).detach()
+                (model(x) - target).square().mean().backward()
+                watcher.step()
+        found.append(watcher.trajectories)
+    xr.testing.assert_identical(found[1], found[0])
+
+
+def test_a_call_with_another_head_is_recorded_but_for_the_head():
+    torch.manual_seed(0)
+    model, x = TwoStages(), torch.randn(N, 3, 6)
+    head = {f"head.{name}": p.detach() * 2 for name, p in model.head.named_parameters()}
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        torch.func.functional_call(model, head, (x,)).square().mean().backward()
+        watcher.step()
+    layers = watcher.trajectories["layers"]
+    assert layers["head.weight/gradient"].isnull().all()
+    for name in ("encode.weight", "read.weight_hh_l0"):
+        expected = svdvals(model.get_parameter(name).grad)
+        assert error(spectrum(watcher.trajectories, name, "gradient"), expected) < 1e-6
