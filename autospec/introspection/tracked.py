@@ -230,7 +230,8 @@ def _iterate(
         images, back = _products(matrices, torch.linalg.qr(directions).Q)
         inner = _inner_products(images)
         factor, failed = torch.linalg.cholesky_ex(inner)
-    half = torch.linalg.solve_triangular(factor, times_own_transpose(float64(back).mT), upper=False)
+    outer = times_own_transpose(float64(back).mT)
+    half = torch.linalg.solve_triangular(factor, outer, upper=False)
     if bool(failed.any()) or not bool(torch.isfinite(half).all()):
         return None
     squares, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
@@ -253,21 +254,24 @@ def _iterate(
     ).to(values.device, values.dtype)
     bound, gap = values * lost, values**2 - lengths[:, -1:] ** 2
     shift = torch.minimum(bound, bound**2 / gap.clamp_min(torch.finfo(torch.float64).tiny))  # of the squares
-    error = (values**2 + shift).sqrt() - values + _rounding(rotation[:, :, :count], inner, values, directions)
+    error = (values**2 + shift).sqrt() - values + _rounding(rotation[:, :, :count], inner, outer, values, directions)
     return lengths, directions, float((error.amax(1) / values[:, 0]).nan_to_num(nan=math.inf).max())
 
 
-def _rounding(rotation: Tensor, inner: Tensor, values: Tensor, directions: Tensor) -> Tensor:
+def _rounding(rotation: Tensor, inner: Tensor, outer: Tensor, values: Tensor, directions: Tensor) -> Tensor:
     r"""What the rounding of products makes of each value, shape of the values.
 
-    :math:`M^\top X` is rounded by :math:`\varepsilon \sigma_1` times the length of each column of X, and the vector of a value,
-    :math:`M^\top X a`, by that times the entries of a, which are large where columns of X nearly depend on each other: the rest
-    is cancelled, and the residual does not show it.  Across the vector that counts quadratically.
+    :math:`Y = M^\top X` is rounded by :math:`\varepsilon \sigma_1` times the length of each column of X, and the vector of a
+    value, :math:`Y a`, by that times the entries of a, which are large where columns of X nearly depend on each other: the rest
+    is cancelled, and the residual does not show it.  Across the vector that counts quadratically.  The inner products of X and of
+    Y, in float64, are rounded likewise; that counts where the products were formed in float64, too.
     """
-    sizes = inner.diagonal(dim1=1, dim2=2).unsqueeze(1) @ rotation.square()
-    moved = sizes.squeeze(1).sqrt() * (ROUNDING * torch.finfo(directions.dtype).eps * values[:, :1])
+    weights, eps = rotation.square(), torch.finfo(torch.float64).eps
+    sizes, squares = ((each.diagonal(dim1=1, dim2=2).unsqueeze(1) @ weights).squeeze(1) for each in (inner, outer))
+    moved = sizes.sqrt() * (ROUNDING * torch.finfo(directions.dtype).eps * values[:, :1])
     across = moved**2 / (values + (values**2 - moved**2).clamp_min(0).sqrt())
-    return torch.minimum(moved, moved / math.sqrt(directions.shape[1]) + across)
+    of_squares = (values**2 + eps * (squares + values**2 * sizes)).sqrt() - values
+    return torch.minimum(moved, moved / math.sqrt(directions.shape[1]) + across) + of_squares
 
 
 def _products(matrices: Sequence[Tensor], directions: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -275,6 +275,7 @@ def drifting(kind, generator, steps=8):
             "nine columns": columns * base,
             "one more direction, later": left @ right + (step > 4) * 0.1 * (base[:, :1] @ base[:1]),
             "widely spread": (outer[0] * torch.logspace(0, -6, 140)) @ (outer[1].T + 1e-4 * base),
+            "less rank, later": base if step < 4 else left[:, :1] @ right[:1],
             "clustered": (outer[0] * torch.cat([torch.ones(11), torch.full((129,), 0.5)])) @ outer[1].T + 1e-3 * base,
         }[kind]
 
@@ -287,17 +288,19 @@ KINDS = [
     "nine columns",
     "one more direction, later",
     "widely spread",
+    "less rank, later",
     "clustered",
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e-10, 1e-17, 1e20], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_value_keeps_to_the_bar_whatever_the_rank_and_the_scale(kind, scale):
+def test_every_value_keeps_to_the_bar_whatever_the_rank_and_the_scale(kind, scale, dtype):
     for seed in range(2):
         found, iterations = None, []
         for step, matrix in enumerate(drifting(kind, torch.Generator().manual_seed(seed))):
-            matrices = [scale * matrix, scale * matrix[50:]]
+            matrices = [scale * matrix.to(dtype), scale * matrix[50:].to(dtype)]
             found = leading_values(matrices, 9, None if found is None else found.block)
             iterations.append(found.iterations)
             for values, each in zip(found.values, matrices, strict=True):
