@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import math
 import sys
@@ -37,6 +38,8 @@ from .workspace import LARGEST_KEPT, Where, Workspace, where
 DEEPEST = 3
 # Row maps of batches of different shapes, before the oldest are given up.
 ROW_MAPS_KEPT = 512
+# What objects among the arguments hold as counters and the like, which change without a row moving.
+COUNTERS = (int, float, bytes, type(None))
 # Batches that differ in plain numbers alone and are traced before it is said how to spare that.
 NUMBERS_TRACED = 10
 # Bytes of one item, a volume say, from which on it is not copied: fresh memory for all of them costs more than the copy.
@@ -1013,6 +1016,8 @@ def _signature(value: Any, sorts: bool, samples: int, inside: tuple[int, ...] = 
     if isinstance(value, np.ndarray | np.generic):
         seen = value.ndim and not inside
         return value.shape if seen or value.dtype.kind in "fc" else (value.shape, content_of(value))
+    if isinstance(value, enum.Enum):
+        return type(value).__name__, value.name
     if isinstance(value, bool | int | str):
         return value if numbers or isinstance(value, bool) else type(value)
     if hasattr(type(value), "to_numpy"):  # a column of a table
@@ -1022,11 +1027,10 @@ def _signature(value: Any, sorts: bool, samples: int, inside: tuple[int, ...] = 
         held = {each.name: getattr(value, each.name, None) for each in fields(value)}
     if id(value) in inside or len(inside) > DEEPEST:
         held = {}
-    plain = (bool, int, float, str, bytes, type(None))  # counters and the like, which change without a row moving
     return type(value).__name__, *(
         (name, _signature(item, sorts, samples, (*inside, id(value)), numbers))
         for name, item in held.items()
-        if not isinstance(item, plain)
+        if isinstance(item, bool | enum.Enum) or not isinstance(item, COUNTERS)
     )
 
 

@@ -6,6 +6,7 @@ import warnings
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from enum import Enum
 from types import SimpleNamespace
 
 import numpy as np
@@ -587,6 +588,45 @@ def test_rows_that_go_by_what_is_no_tensor_are_traced_for_each_batch(form):
                 assert not found.any()
                 continue
             assert error(found, svdvals(rows)[: len(found)]) < 1e-6, (step, group)
+
+
+class Order(Enum):
+    GIVEN, REVERSED = 0, 1
+
+
+class Turns(nn.Module):
+    """Turns the batch round where it is told to, in one way or another."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(7, 6)
+
+    def forward(self, x, order):
+        return self.layer(x.flip(0) if getattr(order, "order", order) in (True, "reversed", Order.REVERSED) else x)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        bool,
+        Order,
+        lambda reverse: SimpleNamespace(order=bool(reverse)),
+        lambda reverse: SimpleNamespace(order="reversed" if reverse else "given"),
+        lambda reverse: SimpleNamespace(order=Order(reverse)),
+    ],
+    ids=["argument", "enumeration", "in an object", "text in an object", "enumeration in an object"],
+)
+def test_rows_that_go_by_a_switch_are_traced_for_each_of_its_values(form):
+    model, x, where = Turns(), batch(), members(LABELS, N)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for reverse in (0, 1):
+            model.zero_grad()
+            model(x, form(reverse)).square().sum().backward()
+            watcher.step()
+    for step in (0, 1):
+        for group in "abc":
+            expected = svdvals(x[torch.from_numpy(where[group])])[:6]
+            assert error(spectrum(watcher.trajectories, "layer.weight", "activation", group, step), expected) < 1e-6
 
 
 class Carries(nn.Module):
