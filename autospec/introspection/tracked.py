@@ -34,6 +34,8 @@ SHIFT = 1e-14
 DEPENDENT = 1e-3
 # Part of the difference between the last wanted value and the block's last, squared, that unseen parts may gain in a step.
 NEW = 0.5
+# Part of what the block does not hold by which that may lag behind where the block's part becomes less in a step.
+LAG = 0.05
 # What the rounding of products adds to what the block holds, in the mean, relative to that.
 ROUNDED = 4e-7
 # Steps between looks at what the block does not hold, and products in each.
@@ -193,9 +195,11 @@ def _something_new(lengths: Tensor, count: int, seen: Tensor, unseen: Tensor, la
 
     The residual proves each value to be a singular value, not that no larger one was missed.  One that has appeared since the
     last step adds to what the block does not hold, :math:`\lVert M \rVert_F^2 - \sum_j \sigma_j^2`, at least what it exceeds
-    the block's last value by.  What was there may grow as the rest does.
+    the block's last value by.  What was there may change as the rest does.
     """
-    grown = unseen - last.unseen * (seen / last.seen).clamp_min(1) - ROUNDED * seen
+    change = seen / last.seen
+    expected = last.unseen * torch.where(change < 1, (change + LAG).clamp_max(1), change)
+    grown = unseen - expected - ROUNDED * seen
     return grown > NEW * (lengths[:, count - 1].square() - lengths[:, -1].square())
 
 

@@ -182,16 +182,18 @@ def in_two_parts(part, grown):
     return torch.block_diag(first, hidden)
 
 
-@pytest.mark.parametrize("grown", [1.8, 2, 5])
-def test_what_appears_where_the_block_does_not_see_it_is_found_at_once(grown):
-    before, after = in_two_parts(1, 0), in_two_parts(1, grown)
+@pytest.mark.parametrize(
+    ("part", "grown"), [(1, 1.8), (1, 2), (1, 5), (0.5, 1), (0.3, 0.6), (0.9, 3)], ids=lambda number: f"{number}"
+)
+def test_what_appears_where_the_block_does_not_see_it_is_found_at_once(part, grown):
+    before, after = in_two_parts(1, 0), in_two_parts(part, grown)  # also where all that was there becomes less
     found = leading_values([before, before[:100]], 6, None)
     for _ in range(5):
         found = leading_values([before, before[:100]], 6, found.block)
         assert found.iterations
     found = leading_values([after, after[:100]], 6, found.block)
     expected = torch.linalg.svdvals(after.double())[:6]
-    assert float(expected[5] / torch.linalg.svdvals(before.double())[5]) > 1.01  # it is among the wanted values
+    assert float(expected[5] / torch.linalg.svdvals(part * before.double())[5]) > 1.01  # it is among the wanted values
     assert float((found.values[0] - expected).abs().max() / expected[0]) < 1e-6
 
 
