@@ -164,7 +164,7 @@ class WatchedLayer(WatchedParameter):
         self.sorted_input: tuple[ConstantInput, Sorting, Tensor] | None = None
         self.rank_limit: np.ndarray | None = None
         self.true_factor = True
-        self.position = 0
+        self.begun = self.position = 0
         self.refusal: tuple[int, WatchError] | None = None
         self.added: set[tuple[int, Place, int]] = set()
         self.passes: dict[int, tuple[Forward, int]] = {}
@@ -831,7 +831,14 @@ class Capture:
         )
         if self.per_position and (isinstance(factors, Product) or (self.spatial and isinstance(factors, Convolution))):
             # A convolution's items are whole images, whose positions the factors know.
-            layer.position = pending.add_by_position(factors, sorting, layer.position, shares_by_position, *unused)
+            part = factors.outputs if isinstance(factors, Product) else None
+            if part is not None and part[0]:  # keys and values of an attention have the queries' positions
+                last = pending.add_by_position(factors, sorting, layer.begun, shares_by_position)
+                layer.position = max(layer.position, last)
+            else:
+                layer.begun = layer.position
+                unused = unused if part is None else (0, 0)
+                layer.position = pending.add_by_position(factors, sorting, layer.begun, shares_by_position, *unused)
         if exact:
             pending.add_exact(factors, sorting)
         use.arrival.kept = use.arrival.kept or pending.keeps_rows

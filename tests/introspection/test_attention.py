@@ -110,6 +110,33 @@ def test_the_share_of_a_token_is_that_of_its_rows(batch_first):
             np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * expected.max())
 
 
+@pytest.mark.parametrize("equal", ["key and value", "value", "query and key"])
+def test_queries_keys_and_values_of_a_token_have_one_position(equal):
+    """However many of them are one tensor: where positions are added to queries and keys alone, they are two."""
+
+    class Attends(nn.Module):
+        def __init__(self, copied):
+            super().__init__()
+            self.layer, self.copied = nn.MultiheadAttention(E, 2, batch_first=True), copied
+
+        def forward(self, x):
+            other = x * 1.0 if self.copied else x
+            query, key, value = {
+                "key and value": (x, other, other),
+                "value": (x, other, x + 0.0 if self.copied else x),
+                "query and key": (x, x, other),
+            }[equal]
+            return self.layer(query, key, value)[0]
+
+    found = []
+    for copied in (False, True):
+        torch.manual_seed(0)
+        tree = record(problem(Attends(copied), normal(N, T, E)), per_position=True)
+        found.append(tree["layers/layer.in_proj_weight/gradient_by_position"].values)
+    assert found[0].shape[2] == T
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=2e-5 * found[0].max())
+
+
 @pytest.mark.parametrize("sample_dim", [0, 1])
 def test_as_many_tokens_as_samples_is_resolved_because_attention_mixes_tokens(sample_dim):
     layer = nn.MultiheadAttention(E, 2, batch_first=not sample_dim)
