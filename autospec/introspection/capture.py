@@ -56,6 +56,13 @@ class ConstantInput:
     version: int
     checksum: float | None
     forward: Forward
+    everywhere: tuple[Any, ...] = ()
+    """What `told` gave in each of several processes."""
+
+    def told(self) -> tuple[Any, ...]:
+        """What other processes need to notice that it is another one."""
+        there = self.tensor.data_ptr(), tuple(self.tensor.shape), self.tensor.stride(), self.version, self.checksum
+        return (*there, *map(id, (self.forward.assignment, self.forward.valid, self.forward.rows)))
 
     def same(self, other: ConstantInput) -> bool:
         """Whether the other is the same data, of the same groups."""
@@ -169,6 +176,10 @@ class WatchedLayer(WatchedParameter):
         self.added: set[tuple[int, Place, int]] = set()
         self.passes: dict[int, tuple[Forward, int]] = {}
         self.widths_seen: dict[str, int] = {}
+
+    def note_widths(self, widths: Mapping[str, int]) -> None:
+        """Two uses of a weight may have rows of different widths, and not both at each step: keep the larger sum."""
+        self.widths_seen |= {name: max(width, self.widths_seen.get(name, 0)) for name, width in widths.items()}
 
     @property
     def widths(self) -> dict[str, int]:
@@ -823,9 +834,7 @@ class Capture:
         follows = None if self.follows is None else functools.partial(self.follows, layer)
         statistics = [] if again else self.factor_statistics
         pending.add(factors, sorting, shares, statistics, constant, follows, use.backward, counted=not again)
-        # Two uses of a weight may have rows of different widths, and not both at each step.
-        seen = layer.widths_seen
-        seen |= {name: max(width, seen.get(name, 0)) for name, width in pending.widths().items()}
+        layer.note_widths(pending.widths())
         layer.true_factor = not isinstance(factors, Convolution) or (
             factors.unfolded and factors.groups == 1 and not factors.transposed
         )

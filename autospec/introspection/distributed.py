@@ -7,6 +7,7 @@ of the processes' losses, and a share or an adjoint of the global batch is the l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,12 +46,29 @@ class Processes:
                 "process, then set_groups() those of its own part."
             )
 
+    def require_all(self, model: Any) -> None:
+        """Refuse training in which processes may end at different steps.
+
+        At each recorded step every process waits for the others.
+        """
+        joining = getattr(model, "_join_config", None)  # set while torch's Join runs
+        if joining is not None and joining.enable:
+            raise WatchError(
+                "the processes train under Join, which lets one end before another, but watching needs all of them at each step: "
+                "give every process as many batches, with DistributedSampler(drop_last=True) say, and leave Join out."
+            )
+
     def join(self, layers: Sequence[WatchedLayer], workspace: Workspace) -> None:
         """Replace what is pending by that of the global batch; every process calls this at the same steps."""
-        described = self._everybody([_describe(layer.pending) for layer in layers])
+        described = self._everybody([_describe(layer) for layer in layers])
         for layer, descriptions in zip(layers, zip(*described, strict=True), strict=True):
             if any(descriptions):
                 layer.pending = self._joined(layer, descriptions, workspace)
+                layer.note_widths(layer.pending.widths())
+                layer.true_factor = all(each["true_factor"] for each in descriptions if each)
+                constants = tuple(each.get("constant") for each in descriptions)
+                own = layer.inputs[0] if layer.inputs and None not in constants else None
+                layer.inputs = [] if own is None else [replace(own, everywhere=constants)]
 
     def total(self, sizes: np.ndarray | None) -> np.ndarray | None:
         """Add the sizes of the groups in every process's part of the batch."""
@@ -146,10 +164,12 @@ class Processes:
         return values
 
 
-def _describe(pending: Pending | None) -> dict[str, Any]:
+def _describe(layer: WatchedLayer) -> dict[str, Any]:
     """What the other processes must know; empty where nothing is pending."""
+    pending = layer.pending
     if pending is None:
         return {}
+    constant = layer.inputs[0] if len(layer.inputs) == 1 else None
     stacks = {
         statistic: {
             width: {key: (stack.count, bool(stack.rows)) for key, stack in table.items()}
@@ -168,5 +188,7 @@ def _describe(pending: Pending | None) -> dict[str, Any]:
         "exact": bool(pending.exact),
         "arrived": pending.arrived is not None,
         "unnoted": pending.unnoted,
+        "true_factor": layer.true_factor,
+        "constant": constant and constant.told(),
         **stacks,
     }

@@ -181,7 +181,7 @@ class Measurement:
         constant = layer.inputs[0] if statistic == "activation" and len(layer.inputs) == 1 else None
         if constant is not None:
             known = self._constants.get(layer.name)
-            if known is not None and known[0].same(constant):
+            if known is not None and known[0].same(constant) and known[0].everywhere == constant.everywhere:
                 opened.jobs += known[1]
                 return
         jobs = []

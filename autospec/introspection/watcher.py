@@ -115,7 +115,7 @@ class Watcher:
                 "records the shares of its own part of the batch alone.",
                 stacklevel=3,
             )
-        self._model = _inner(model)
+        self._outer, self._model = model, _inner(model)
         self._statistics = tuple(s for s in STATISTICS if s in statistics)
         agree = None if self._processes is None else self._processes.agree
         self._budget = None if budget is None else Budget(budget, every, steps, agree)
@@ -275,6 +275,7 @@ class Watcher:
                 )
             sizes = self._capture.group_sizes()
             if self._processes is not None:
+                self._processes.require_all(self._outer)
                 self._processes.join(self._layers, self._capture.workspace)
                 sizes = self._processes.total(sizes)
             self._measurement.audit = self._audit if self._capture.audited is not None else None
