@@ -116,7 +116,7 @@ def check(
     quiet : bool
         Do not print the result.
     **options
-        Passed on to the watcher, such as ``batch_dim=`` or ``rows=``.
+        Passed on to the watcher, such as ``batch_dim=`` or ``rows=``; not ``store=``.
 
     Returns
     -------
@@ -126,13 +126,19 @@ def check(
     Raises
     ------
     WatchError
-        If the model or the groups cannot be watched.
+        If the model or the groups cannot be watched, or the options leave no gradient to compare.
 
     Examples
     --------
     >>> autospec.testing.check(model, x, labels).passed  # doctest: +SKIP
     True
     """
+    if "store" in options:
+        raise WatchError("check() keeps what it records in memory: leave out store=.")
+    if "gradient" not in options.get("statistics", ("gradient",)):
+        raise WatchError(
+            "check() compares gradients with the definition: name 'gradient' among statistics=, or leave it out."
+        )
     loss = loss or _generic_loss
     found = Check()
     with kept_apart(model) as copied, generators_kept(list(model.parameters())), torch.enable_grad():
@@ -163,15 +169,18 @@ def check(
         for name, share in shares.items():
             if name not in tree["layers"].children:
                 continue
-            recorded = tree[f"layers/{name}/gradient"].sel(group=group).values[0].astype(np.float64)
+            values = tree[f"layers/{name}/gradient"].isel(step=0)
             exact = torch.linalg.svdvals(share.double().cpu()).numpy()
-            recorded = recorded[~np.isnan(recorded)]
-            scale = max(exact[0], 1e-3 * float(tree[f"layers/{name}/gradient"].sel(group="all").values[0][0]))
+            values = values.isel(index=(values["index"] <= len(exact)).values)
+            recorded = values.sel(group=group).dropna("index")
+            scale = max(exact[0], 1e-3 * float(values.sel(group="all")[0]))
             if len(recorded) and scale > 0:
-                found.errors[name, group] = float(np.abs(recorded - exact[: len(recorded)]).max() / scale)
+                deviation = np.abs(recorded.values.astype(np.float64) - exact[recorded["index"].values - 1])
+                found.errors[name, group] = float(deviation.max() / scale)
     for name in tree["layers"].children:
         if name not in {key for key, _ in found.errors} and name not in found.not_compared:
-            found.not_compared[name] = "its gradient is zero"
+            learned = name in {each for each, parameter in model.named_parameters() if parameter.requires_grad}
+            found.not_compared[name] = "its gradient is zero" if learned else "it is frozen"
     if not quiet:
         print(found)
     return found

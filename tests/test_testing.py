@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import autospec
+from autospec.introspection import WatchError
 from autospec.testing import check
 
 LABELS = list("aabbbc") * 4
@@ -125,6 +126,30 @@ def test_what_cannot_be_compared_is_said():
     assert not found.passed
     assert "FAILED" not in str(found)
     assert "no layer could be compared" in str(found)
+
+
+@pytest.mark.parametrize("wanted", [[2, 3], 2, "all"])
+def test_singular_values_are_compared_by_their_number(wanted):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    result = check(model, torch.randn(N, 6), LABELS, quiet=True, singular_values=wanted)
+    assert result.passed
+    assert len(result.errors) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"statistics": ["activation"]}, "name 'gradient' among statistics="), ({"store": "x.zarr"}, "leave out store=")],
+    ids=["no gradients", "a store"],
+)
+def test_options_that_leave_nothing_to_compare_are_refused(options, says):
+    with pytest.raises(WatchError, match=says):
+        check(nn.Linear(5, 3), torch.randn(N, 5), LABELS, quiet=True, **options)
+
+
+def test_a_frozen_layer_is_said_to_be_frozen():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    model[0].requires_grad_(False)
+    assert check(model, torch.randn(N, 6), LABELS, quiet=True).not_compared == {"0.weight": "it is frozen"}
 
 
 def test_a_layer_that_cannot_be_compared_does_not_keep_others_from_it():

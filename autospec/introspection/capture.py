@@ -200,15 +200,17 @@ class WatchedLayer(WatchedParameter):
         gradient = parameter.grad  # a hook of the user's may already have used it up
         self.left = None if gradient is None else (id(gradient), gradient._version)
 
-    def was_zeroed(self) -> bool:
-        """Whether zero_grad() has discarded the gradient since the last backward pass."""
+    def was_zeroed(self) -> bool | None:
+        """Whether zero_grad() has discarded the gradient since the last backward pass; None where that cannot be told."""
         gradient = self.parameter.grad
         if gradient is None or self.pending is None:
             return True
         if (gradient.coalesce().values() if gradient.is_sparse else gradient).any():
             return False
-        # It may have come as zero: then nobody has written to it since.  Writing to .data leaves no trace there.
-        return self.left != (id(gradient), gradient._version) or not cancels(self.pending)
+        if not cancels(self.pending):
+            return True
+        # It came as zero.  If nobody has written to it since, it stays; writing to .data leaves no trace there.
+        return False if self.left == (id(gradient), gradient._version) else None
 
 
 class Capture:
@@ -894,7 +896,10 @@ class Capture:
 
     def _discard_zeroed(self) -> None:
         """Forget, at the first gradient of a backward pass, what zero_grad() has discarded since the last one."""
-        zeroed = [layer for layer in self.layers if layer.pending is not None and layer.was_zeroed()]
+        found = {layer: layer.was_zeroed() for layer in self.layers if layer.pending is not None}
+        # Clipping writes to a gradient of zero, too: what others say holds for those of which it cannot be told.
+        others = all(each for each in found.values() if each is not None)
+        zeroed = [layer for layer, each in found.items() if each or (each is None and others)]
         for layer in zeroed:
             layer.forget_added()
         # A line search evaluates the loss many times a step.

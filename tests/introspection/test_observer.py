@@ -462,6 +462,25 @@ def test_a_gradient_that_came_as_zero_is_discarded_by_zero_grad_like_any_other(s
     xr.testing.assert_equal(watcher.trajectories["layers/0.weight"].dataset, expected["layers/0.weight"].dataset)
 
 
+def test_a_gradient_that_came_as_zero_and_was_clipped_is_kept():
+    """A head that begins with zeros lets no gradient through: the first micro-batch counts all the same."""
+    model, x = smooth(), batch()
+    nn.init.zeros_(model[2].weight)
+    found = []
+    for clipped in (False, True):
+        model.zero_grad()
+        with autospec.watch(model, LABELS, quiet=True) as watcher:
+            for rows in torch.arange(N).chunk(2):
+                watcher.set_groups([LABELS[i] for i in rows])
+                loss_of(model(x[rows])).backward()
+                if clipped:
+                    nn.utils.clip_grad_norm_(model.parameters(), 1e3)
+            watcher.step()
+        found.append(watcher.trajectories)
+    xr.testing.assert_identical(found[1]["layers"], found[0]["layers"])
+    assert error(spectrum(found[1], "0.weight", "activation"), svdvals(x)[: min(model[0].weight.shape)]) < 1e-6
+
+
 def test_two_forward_passes_of_one_batch_in_one_backward_pass_count_its_samples_once():
     model, x = smooth(), batch()
     with autospec.watch(model, LABELS) as watcher:
