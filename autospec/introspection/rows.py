@@ -497,24 +497,27 @@ _DETACHED = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
 class _FunctionalUses(TorchFunctionMode):
-    """Notices a watched matrix, or what is made of it, that meets data outside its layer: ``x @ (2 * layer.weight)``."""
+    """Notices a watched matrix, or what is made of it, that meets data outside its layer: ``x @ (2 * layer.weight)``.
+
+    Within a layer its own parameters may meet data, those of another, as a decoder's that is the encoder's transposed, may not.
+    """
 
     def __init__(self, twin: nn.Module, watched: Collection[Place]) -> None:
         super().__init__()
         modules = dict(twin.named_modules())
         self.names = {id(modules[name].get_parameter(key)): f"{name}.{key}" if name else key for name, key in watched}
+        self.sources = {key: key for key in self.names}
         self.derived: list[Tensor] = []
-        self.inside = 0
+        self.own: list[set[int]] = []
         self.found: tuple[str, str] | None = None
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.inside:
-            return result
         tensors = list(tensors_in((args, kwargs or {})))
-        watched = [t for t in tensors if id(t) in self.names]
+        own = self.own[-1] if self.own else ()
+        watched = [t for t in tensors if id(t) in self.names and self.sources[id(t)] not in own]
         if not watched:
             return result
         name = self.names[id(watched[0])]
@@ -524,7 +527,7 @@ class _FunctionalUses(TorchFunctionMode):
         elif not others and func not in _DETACHED:
             for tensor in tensors_in(result):
                 if tensor.ndim:  # a number, such as a penalty, is no weight any more
-                    self.names[id(tensor)] = name
+                    self.names[id(tensor)], self.sources[id(tensor)] = name, self.sources[id(watched[0])]
                     self.derived.append(tensor)  # an identity is only unique while its object lives
         return result
 
@@ -534,16 +537,18 @@ def _refuse_functional_uses(
 ) -> None:
     mode = _FunctionalUses(twin, watched)
 
-    def enter(*_: Any) -> None:
-        mode.inside += 1
-
     def leave(*_: Any) -> None:
-        mode.inside -= 1
+        mode.own.pop()
 
     handles = []
     for module in twin.modules():
-        if rule_for(module) is not None:
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+        rule = rule_for(module)
+        if rule is None:
+            continue
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        own = {id(parameters[key]) for key in rule.parameters(module) if key in parameters}
+        handles.append(module.register_forward_pre_hook(lambda *_, own=own: mode.own.append(own)))
+        handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         with unchanged(twin), mode:
             twin(*args, **kwargs)

@@ -341,6 +341,44 @@ def test_a_weight_used_outside_its_layer_is_refused_by_name(use):
     assert list(tree["layers"].children) == ["second.weight"]
 
 
+class Transposed(nn.Linear):
+    """A decoder whose weight is the encoder's, transposed, by a property."""
+
+    def __init__(self, encoder):
+        nn.Module.__init__(self)
+        self.__dict__["encoder"], self.in_features, self.out_features = encoder, *encoder.weight.shape
+        self.bias = nn.Parameter(torch.zeros(self.out_features))
+
+    @property
+    def weight(self):
+        return self.encoder.weight.t()
+
+
+class OfAnother(nn.Module):
+    """The same by a parametrization."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.other = other
+
+    def forward(self, _):
+        return self.other.weight.t()
+
+
+@pytest.mark.parametrize("tied", ["property", "parametrization"])
+def test_a_weight_that_is_anothers_transposed_is_refused(tied):
+    encoder = nn.Linear(6, 4)
+    decoder = Transposed(encoder) if tied == "property" else nn.Linear(4, 6)
+    if tied == "parametrization":
+        nn.utils.parametrize.register_parametrization(decoder, "weight", OfAnother(encoder))
+    model = nn.Sequential(encoder, nn.Tanh(), decoder)
+    with (
+        autospec.watch(model, LABELS, unknown="skip", quiet=True),
+        pytest.raises(WatchError, match="outside its layer, in lin"),
+    ):
+        model(torch.randn(N, 6))
+
+
 def test_a_weight_used_nowhere_but_outside_its_layer_is_refused_by_name():
     model, x = Mixing(), torch.randn(N, 6)
     with autospec.watch(model):
