@@ -336,6 +336,7 @@ class Measurement:
             # A share of few rows was reduced to as many values: the others are zero (NaN where it is not finite).
             for group in np.flatnonzero(filled).tolist():
                 values[:, group, filled[group] :] = values[:, group, :1] * 0
+            values[values[:, :, 0] > np.finfo(np.float32).max] = np.nan  # the record cannot hold it
             sigma_1 = values[:, :, 0].copy()
             complete[key] = values[:, :, :limit]
             kept = np.full((steps, groups, len(index)), np.nan, dtype=np.float32)

@@ -480,8 +480,8 @@ class Watcher:
             if np.isnan(sigma_1[sizes]).any():
                 self._warned_nan = True
                 warnings.warn(
-                    f"the {statistic} of '{name}' holds values that are not finite at step {record.step}: its spectrum "
-                    "is recorded as NaN (said once).",
+                    f"the {statistic} of '{name}' holds values that are not finite, or too large for single precision, at step "
+                    f"{record.step}: its spectrum is recorded as NaN (said once).",
                     stacklevel=4,
                 )
                 return

@@ -676,12 +676,26 @@ def test_nan_in_the_loss_is_recorded_as_nan_with_one_warning():
                 optimizer.step()
     ours = [str(w.message) for w in caught]
     assert len(ours) == 1
-    assert "not finite at step 1" in ours[0]
+    assert "not finite, or too large for single precision, at step 1" in ours[0]
     tree = watcher.trajectories
     for layer in ("0.weight", "2.weight"):
         assert tree[f"layers/{layer}/gradient"][0].notnull().all()
         assert tree[f"layers/{layer}/gradient"][1:].isnull().all()
     assert tree["layers/0.weight/activation"].notnull().all()
+
+
+def test_values_too_large_for_the_record_are_told_of_once_and_are_nan():
+    model, x = smooth().double(), batch().double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with autospec.watch(model, LABELS, quiet=True) as watcher:
+            (1e45 * loss_of(model(x))).backward()
+            with pytest.warns(UserWarning, match="too large for single precision, at step 0"):
+                watcher.step()
+                tree = watcher.trajectories
+    assert torch.isfinite(model[0].weight.grad).all()
+    assert tree["layers/0.weight/gradient"].isnull().all()
+    assert error(spectrum(tree, "0.weight", "activation"), svdvals(x)[: min(model[0].weight.shape)]) < 1e-6
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
