@@ -211,7 +211,8 @@ def map_rows(
             if accepted:
                 break
     if not accepted:
-        raise WatchError(f"{reason} Say where the samples are with batch_dim= or rows=.")
+        ways = "batch_dim= or rows=" if batch_dim is None else "rows="
+        raise WatchError(f"{reason} Say where the samples are with {ways}.")
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
         accepted = [each for each in accepted if each[0].reading == known] or accepted
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
