@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 import math
 import sys
 import time
@@ -747,7 +748,8 @@ class Capture:
         # Positions count from the first use in a forward pass, but adjoints arrive from the last one on.
         reached, begun = False, None
         uses.sort(key=lambda use: (use.forward.number, use.place, use.number))
-        for use, unused in zip(uses, _unused_calls(uses), strict=True):
+        unused_calls = _unused_calls(uses) if self.per_position else itertools.repeat((0, 0), len(uses))
+        for use, unused in zip(uses, unused_calls, strict=True):
             layer.position = layer.position if use.forward is begun else 0
             begun = use.forward
             reached |= self._gather_use(layer, pending, use, scale, exact, len(uses) == 1, unused)
