@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
@@ -13,6 +14,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 T = TypeVar("T")
+
+# Objects within objects that are looked into for what decides where rows lie.
+DEEPEST = 3
+# What objects hold as counters and the like, which change without a row moving.
+COUNTERS = (int, float, bytes, type(None))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -116,3 +122,57 @@ def whole_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor 
         *tensors,
         *(array for array in instances_in((args, kwargs), np.ndarray) if array.ndim and array.dtype.kind not in "fc"),
     ]
+
+
+def signature_of(value: Any, sorts: bool, samples: int, inside: tuple[int, ...] = (), numbers: bool = True) -> Any:
+    """Shapes of all tensors in the arguments, and options: with the same ones the rows lie in the same order.
+
+    Numbers of sequences by time step, as in a PackedSequence, belong to it, and what tables and objects hold that is no data; for
+    numbers and names by sample see `RowMap.by_content`.
+
+    Parameters
+    ----------
+    value : object
+        The arguments, or a part of them.
+    sorts : bool
+        Whether the model may sort sequences by length, so that whole numbers along no dimension of samples decide.
+    samples : int
+        Samples in the batch.
+    inside : tuple of int
+        Identities of the objects in which the value lies.
+    numbers : bool
+        Whether plain whole numbers, and texts, count.
+
+    Returns
+    -------
+    object
+        To be compared, and hashed.
+    """
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            return str(value.layout), len(value)
+        sizes = sorts and value.ndim == 1 and len(value) != samples and not can_be_nan(value)
+        return tuple(value.tolist()) if sizes and value.device.type == "cpu" else tuple(value.shape)
+    if isinstance(value, Mapping):
+        return tuple((key, signature_of(item, sorts, samples, inside, numbers)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(signature_of(item, sorts, samples, inside, numbers) for item in value)
+    if isinstance(value, np.ndarray | np.generic):
+        seen = value.ndim and not inside
+        return value.shape if seen or value.dtype.kind in "fc" else (value.shape, content_of(value))
+    if isinstance(value, enum.Enum):
+        return type(value).__name__, value.name
+    if isinstance(value, bool | int | str):
+        return value if numbers or isinstance(value, bool) else type(value)
+    if hasattr(type(value), "to_numpy"):  # a column of a table
+        return signature_of(value.to_numpy(), sorts, samples, (*inside, id(value)), numbers)
+    held = vars(value) if hasattr(value, "__dict__") and not callable(value) else {}
+    if is_dataclass(value) and not isinstance(value, type):
+        held = {each.name: getattr(value, each.name, None) for each in fields(value)}
+    if id(value) in inside or len(inside) > DEEPEST:
+        held = {}
+    return type(value).__name__, *(
+        (name, signature_of(item, sorts, samples, (*inside, id(value)), numbers))
+        for name, item in held.items()
+        if isinstance(item, bool | enum.Enum) or not isinstance(item, COUNTERS)
+    )

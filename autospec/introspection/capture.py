@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import itertools
 import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,199 +18,30 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from .arguments import as_array, can_be_nan, content_of, whole_numbers
-from .audit import Audit, cancels
+from .arguments import as_array, content_of, signature_of, whole_numbers
+from .audit import Audit
 from .errors import WatchError
 from .factors import NARROW, Convolution, Factors, Lookup, Product, shares_by_position, single
 from .groups import Assignment, Groups
 from .hooks import Hook, may_be_compiled
 from .layers import LayerCall, LookupCall, allow_short_cuts, rule_for
 from .lookups import Place
-from .parameters import WatchedParameter
 from .pending import Items, Layout, Pending, Sorting
 from .probe import Reading
 from .rows import RowMap, map_rows, several_processes
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
-from .workspace import LARGEST_KEPT, Where, Workspace, where
+from .uses import Arrival, ConstantInput, Forward, SortedInput, Source, Use, WatchedLayer, unused_calls
+from .workspace import LARGEST_KEPT, Workspace, where
 
-# Objects within objects among a model's arguments that are looked into.
-DEEPEST = 3
 # Row maps of batches of different shapes, before the oldest are given up.
 ROW_MAPS_KEPT = 512
-# What objects among the arguments hold as counters and the like, which change without a row moving.
-COUNTERS = (int, float, bytes, type(None))
 # Batches that differ in plain numbers alone and are traced before it is said how to spare that.
 NUMBERS_TRACED = 10
 # Bytes of one item, a volume say, from which on it is not copied: fresh memory for all of them costs more than the copy.
 LARGE_ITEM = 2**18
 # Numbers in a matrix up to which one product a sample, for samples of many rows, costs less than sorting the rows.
 LARGEST_BY_SAMPLE = 2**15
-
-
-@dataclass
-class ConstantInput:
-    """Identifies a layer input that is data, so that an unchanged one is sorted and decomposed once."""
-
-    tensor: Tensor
-    version: int
-    checksum: float | None
-    forward: Forward
-    everywhere: tuple[Any, ...] = ()
-    """What `told` gave in each of several processes."""
-
-    def told(self) -> tuple[Any, ...]:
-        """What other processes need to notice that it is another one."""
-        there = self.tensor.data_ptr(), tuple(self.tensor.shape), self.tensor.stride(), self.version, self.checksum
-        return (*there, *map(id, (self.forward.assignment, self.forward.valid, self.forward.rows)))
-
-    def same(self, other: ConstantInput) -> bool:
-        """Whether the other is the same data, of the same groups."""
-        return (
-            self.tensor.data_ptr() == other.tensor.data_ptr()
-            and self.tensor.shape == other.tensor.shape
-            and self.tensor.stride() == other.tensor.stride()
-            and self.version == other.version
-            and self.checksum == other.checksum
-            and self.forward.assignment is other.forward.assignment
-            and self.forward.valid is other.forward.valid
-            and self.forward.rows is other.forward.rows
-        )
-
-
-Source = tuple[Where, ...]
-"""Which tensors the inputs of a call are."""
-
-
-@dataclass
-class SortedInput:
-    """An activation in the order of its cells, for the other layers that see the same, as an attention's q, k and v do.
-
-    Attributes
-    ----------
-    activation : Tensor
-        As it lies; what is held cannot give its place to another.
-    sorting : Sorting
-        The order.
-    result : Tensor
-        Sorted.
-    kept : bool
-        Whether one of the layers keeps rows of it until the step is closed.
-    """
-
-    activation: Tensor
-    sorting: Sorting
-    result: Tensor
-    kept: bool = False
-
-    def is_of(self, activation: Tensor, sorting: Sorting) -> bool:
-        """Whether it is this activation in this order."""
-        return self.sorting is sorting and where(self.activation) == where(activation)
-
-
-@dataclass
-class Forward:
-    """One forward pass of the model: whose rows are whose, and how often each layer was called."""
-
-    assignment: Assignment | None
-    row_map: RowMap | None
-    number: int = -1
-    valid: np.ndarray | None = None
-    rows: Mapping[str, np.ndarray] = field(default_factory=dict)
-    error: WatchError | None = None
-    calls: dict[Place, int] = field(default_factory=dict)
-    readers: dict[Source, int] = field(default_factory=dict)
-    """How many calls have yet to give the activation that is made of these inputs."""
-    reshaped: bool = False
-    """Whether a layer received something of another shape than when rows were traced."""
-
-    def count_call(self, place: Place) -> int:
-        """How often a layer has been called before this call."""
-        number = self.calls.get(place, 0)
-        self.calls[place] = number + 1
-        return number
-
-
-@dataclass
-class Arrival:
-    """The derivatives at a call's outputs in one backward pass; given up when the last parameter has used them."""
-
-    adjoints: list[Tensor | None]
-    waiting: int
-    inputs_were_held: bool
-    kept: bool = False
-
-
-@dataclass
-class Use:
-    """One use of a parameter in a forward pass, of which an adjoint has arrived."""
-
-    call: LayerCall
-    parameter: str
-    place: Place
-    number: int
-    source: Source
-    arrival: Arrival
-    forward: Forward
-    constant: ConstantInput | None
-    dtype: torch.dtype | None
-    backward: int
-
-
-class WatchedLayer(WatchedParameter):
-    """A watched parameter with what its hooks have seen."""
-
-    def __init__(self, found: WatchedParameter) -> None:
-        super().__init__(found.name, found.parameter)
-        self.also, self.places = found.also, found.places
-        self.uses: list[Use] = []
-        self.pending: Pending | None = None
-        self.handles: list[RemovableHandle] = []
-        self.left: tuple[int, int] | None = None
-        self.inputs: list[ConstantInput | None] = []
-        self.sorted_input: tuple[ConstantInput, Sorting, Tensor] | None = None
-        self.rank_limit: np.ndarray | None = None
-        self.true_factor = True
-        self.begun = self.position = 0
-        self.refusal: tuple[int, WatchError] | None = None
-        self.added: set[tuple[int, Place, int]] = set()
-        self.passes: dict[int, tuple[Forward, int]] = {}
-        self.widths_seen: dict[str, int] = {}
-
-    def note_widths(self, widths: Mapping[str, int]) -> None:
-        """Two uses of a weight may have rows of different widths, and not both at each step: keep the larger sum."""
-        self.widths_seen |= {name: max(width, self.widths_seen.get(name, 0)) for name, width in widths.items()}
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """How many singular values the factors can have, at the step at which they had most."""
-        return self.widths_seen or {"activation": self.shape[1], "adjoint": self.shape[0]}
-
-    def clear(self) -> None:
-        """Forget what is pending."""
-        self.uses, self.refusal = [], None
-        self.forget_added()
-
-    def forget_added(self) -> None:
-        """Forget what earlier backward passes added."""
-        self.inputs, self.pending, self.added, self.passes = [], None, set(), {}
-
-    def note_gradient(self, parameter: Tensor) -> None:
-        """Note in which state a backward pass left the parameter's gradient."""
-        gradient = parameter.grad  # a hook of the user's may already have used it up
-        self.left = None if gradient is None else (id(gradient), gradient._version)
-
-    def was_zeroed(self) -> bool | None:
-        """Whether zero_grad() has discarded the gradient since the last backward pass; None where that cannot be told."""
-        gradient = self.parameter.grad
-        if gradient is None or self.pending is None:
-            return True
-        if (gradient.coalesce().values() if gradient.is_sparse else gradient).any():
-            return False
-        if not cancels(self.pending):
-            return True
-        # It came as zero.  If nobody has written to it since, it stays; writing to .data leaves no trace there.
-        return False if self.left == (id(gradient), gradient._version) else None
 
 
 class Capture:
@@ -496,7 +326,7 @@ class Capture:
             self._forms.clear()
         content = self._content(signature, args, kwargs)
         if again or (signature, content) not in self._row_maps:
-            self._count_numbers((samples, _signature((args, kwargs), self._sorts, samples, numbers=False)), signature)
+            self._count_numbers((samples, signature_of((args, kwargs), self._sorts, samples, numbers=False)), signature)
             self._paused, begin = True, time.perf_counter()
             try:
                 found = map_rows(self.model, args, kwargs, samples, watched, self._batch_dim, all_hooks, self._reading)
@@ -521,7 +351,7 @@ class Capture:
 
     def _batch_signature(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> tuple[Any, ...]:
         """What batches have in common whose rows may be traced once."""
-        return samples, _signature((args, kwargs), self._sorts, samples), frozenset(self._traced())
+        return samples, signature_of((args, kwargs), self._sorts, samples), frozenset(self._traced())
 
     def _observe(self, names: Sequence[str]) -> None:
         """Notice, in the forward pass that begins, hooks that replace something, and so may move rows.
@@ -748,8 +578,8 @@ class Capture:
         # Positions count from the first use in a forward pass, but adjoints arrive from the last one on.
         reached, begun = False, None
         uses.sort(key=lambda use: (use.forward.number, use.place, use.number))
-        unused_calls = _unused_calls(uses) if self.per_position else itertools.repeat((0, 0), len(uses))
-        for use, unused in zip(uses, unused_calls, strict=True):
+        counts = unused_calls(uses) if self.per_position else itertools.repeat((0, 0), len(uses))
+        for use, unused in zip(uses, counts, strict=True):
             layer.position = layer.position if use.forward is begun else 0
             begun = use.forward
             reached |= self._gather_use(layer, pending, use, scale, exact, len(uses) == 1, unused)
@@ -988,18 +818,6 @@ class Capture:
         return Items(layer.name, samples, known)
 
 
-def _unused_calls(uses: Sequence[Use]) -> Iterator[tuple[int, int]]:
-    """How many calls of the layer before each use, back to the last, and after it, if it is the last, the loss does not use."""
-    for last, use, following in zip([None, *uses[:-1]], uses, [*uses[1:], None], strict=True):
-        same = [
-            each is not None and each.forward is use.forward and each.place == use.place for each in (last, following)
-        ]
-        row_map = use.forward.row_map
-        calls = len(row_map.samples.get(use.place, [])) if row_map is not None else 0
-        before = use.number - (last.number + 1 if last is not None and same[0] else 0)
-        yield before, 0 if same[1] else max(calls - use.number - 1, 0)
-
-
 def _coarsest(*dtypes: torch.dtype | None) -> torch.dtype:
     """The type with the largest rounding."""
     floating = [dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point]
@@ -1018,43 +836,6 @@ def _checksum(tensor: Tensor) -> float | None:
     # Weights without regularity notice rows or columns that change places, which a plain sum would not.  They begin at
     # another number for rows, so that rows and columns which change places with each other are noticed too.
     return float((rows @ irregular(rows.shape[1], tensor.dtype)) @ irregular(len(rows) + 1, tensor.dtype)[1:])
-
-
-def _signature(value: Any, sorts: bool, samples: int, inside: tuple[int, ...] = (), numbers: bool = True) -> Any:
-    """Shapes of all tensors in the arguments, and options: with the same ones the rows lie in the same order.
-
-    Numbers of sequences by time step, as in a PackedSequence, belong to it, and what tables and objects hold that is no data; for
-    numbers and names by sample see `RowMap.by_content`.  ``inside`` are the objects in which the value lies.  Without
-    ``numbers`` plain ones, and texts, are left out.
-    """
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided:
-            return str(value.layout), len(value)
-        sizes = sorts and value.ndim == 1 and len(value) != samples and not can_be_nan(value)
-        return tuple(value.tolist()) if sizes and value.device.type == "cpu" else tuple(value.shape)
-    if isinstance(value, Mapping):
-        return tuple((key, _signature(item, sorts, samples, inside, numbers)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(_signature(item, sorts, samples, inside, numbers) for item in value)
-    if isinstance(value, np.ndarray | np.generic):
-        seen = value.ndim and not inside
-        return value.shape if seen or value.dtype.kind in "fc" else (value.shape, content_of(value))
-    if isinstance(value, enum.Enum):
-        return type(value).__name__, value.name
-    if isinstance(value, bool | int | str):
-        return value if numbers or isinstance(value, bool) else type(value)
-    if hasattr(type(value), "to_numpy"):  # a column of a table
-        return _signature(value.to_numpy(), sorts, samples, (*inside, id(value)), numbers)
-    held = vars(value) if hasattr(value, "__dict__") and not callable(value) else {}
-    if is_dataclass(value) and not isinstance(value, type):
-        held = {each.name: getattr(value, each.name, None) for each in fields(value)}
-    if id(value) in inside or len(inside) > DEEPEST:
-        held = {}
-    return type(value).__name__, *(
-        (name, _signature(item, sorts, samples, (*inside, id(value)), numbers))
-        for name, item in held.items()
-        if isinstance(item, bool | enum.Enum) or not isinstance(item, COUNTERS)
-    )
 
 
 def _accumulates(parameter: nn.Parameter) -> bool:

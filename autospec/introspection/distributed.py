@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .capture import WatchedLayer
 from .errors import WatchError
 from .pending import IndexStack, Pending, RowStack
+from .uses import WatchedLayer
 from .workspace import Workspace
 
 

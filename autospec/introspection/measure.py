@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from .audit import Audit
-from .capture import ConstantInput, WatchedLayer
 from .errors import WatchError
 from .pending import IndexStack, Pending, RowStack, cells_of_groups, together
 from .spectra import leading_directions, noise_floor, principal_angles, singular_values, smaller_gram
 from .tracked import Block, leading_values, worthwhile
 from .tree import Record
+from .uses import ConstantInput, WatchedLayer
 
 CONTRASTS = ("contrast", "cosine", "angles")
 # Pairs of groups from which on their places in the tree take seconds.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .arguments import as_array
 from .audit import Audit
-from .capture import Capture, WatchedLayer
+from .capture import Capture
 from .copies import copy_model, generators_kept, kept_apart
 from .errors import WatchError
 from .factors import Factors, Product
@@ -25,6 +25,7 @@ from .groups import Assignment, Groups
 from .parameters import find_parameters
 from .pending import Pending, Sorting
 from .spectra import BLOCKS, CANCELLED, SMALLEST_IN_BLOCKS, float64, smaller_gram
+from .uses import WatchedLayer
 from .workspace import Workspace
 
 # Numbers formed at a time by `group_sums`.

@@ -19,7 +19,7 @@ from torch import nn
 
 from .arguments import as_array
 from .audit import Audit
-from .capture import Capture, WatchedLayer
+from .capture import Capture
 from .distributed import Processes
 from .errors import WatchError
 from .groups import Groups, listed
@@ -27,6 +27,7 @@ from .measure import CONTRASTS, Measurement
 from .parameters import find_parameters
 from .schedule import Budget, Schedule, make_schedule
 from .tree import LayerLayout, Record, build_tree
+from .uses import WatchedLayer
 from .workspace import keep_freed_memory
 
 SPECTRA = ("gradient", "activation", "adjoint")
