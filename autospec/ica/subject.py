@@ -19,7 +19,7 @@ from autospec.cohort.displacement import DISPLACEMENT, PARAMETERS, displacement_
 from autospec.cohort.files import digest_of
 from autospec.errors import UserError
 from autospec.ica.atlas import atlas_timecourses, read_timecourses
-from autospec.ica.cleaning import clean_timecourses, connectivity, spectral_summary
+from autospec.ica.cleaning import clean_timecourses, connectivity, regress, spectral_summary
 from autospec.ica.derivative import (
     check_subject,
     folder_written_whole,
@@ -57,7 +57,6 @@ from autospec.ica.preprocessing import (
     preprocess,
     read_confounds_table,
     read_voxels,
-    regress,
 )
 from autospec.ica.scaling import cohort_modes, scale_maps, scale_timecourses, shift_and_scale_maps
 from autospec.ica.template import (
