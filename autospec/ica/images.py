@@ -13,6 +13,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError, SpatialImage
@@ -22,6 +23,7 @@ from autospec.storage import written_whole
 
 SAME_AFFINE_MM = 1e-3
 VALUES_AT_A_TIME = 8_000_000  # of a 4-D image; 64 MB in double precision
+BYTES_AT_A_TIME = 1 << 20
 NOT_FETCHED = "the file stands for content that was not fetched"
 MNI_CODE = 4  # NIfTI's code for coordinates of the MNI template
 SCANNER_CODE = 1
@@ -114,13 +116,15 @@ def read_blocks(image: SpatialImage, path: str | Path, first: int) -> Iterator[t
     at_once = max(1, VALUES_AT_A_TIME // int(np.prod(shape[:3])))
     behind = (0,) * (len(image.shape) - len(shape))
     for start in range(first, shape[3], at_once):
-        part = (slice(None), slice(None), slice(None), slice(start, min(start + at_once, shape[3])), *behind)
-        yield start, _read(image, path, part)
+        end = min(start + at_once, shape[3])
+        part = (slice(None), slice(None), slice(None), slice(start, end), *behind)
+        yield start, _read(image, path, part, to_the_end=end == shape[3])
 
 
 def read_first_volume(image: SpatialImage, path: str | Path) -> np.ndarray:
     """First volume of a series, float32, shape (X, Y, Z), as it is in the file."""
-    return _read(image, path, (slice(None), slice(None), slice(None), *(0,) * (len(image.shape) - 3)))
+    part = (slice(None), slice(None), slice(None), *(0,) * (len(image.shape) - 3))
+    return _read(image, path, part, to_the_end=False)
 
 
 def read_values(image: SpatialImage, path: str | Path) -> np.ndarray:
@@ -305,15 +309,27 @@ def write_image(values: np.ndarray, affine: np.ndarray, path: str | Path, step: 
         temporary.write_bytes(gzip.compress(data, 1, mtime=0) if str(path).endswith(".gz") else data)
 
 
-def _read(image: SpatialImage, path: str | Path, part: tuple[Any, ...]) -> np.ndarray:
-    """Some values, as float32 of this machine's byte order."""
+def _read(image: SpatialImage, path: str | Path, part: tuple[Any, ...], to_the_end: bool = True) -> np.ndarray:
+    """Some values, as float32 of this machine's byte order; ``to_the_end`` where they are the last ones of the file."""
     try:
         with np.errstate(over="ignore"):
-            return np.asarray(image.dataobj[part]).astype(np.float32)
+            values = np.asarray(image.dataobj[part]).astype(np.float32)
+        if to_the_end:
+            _verify_checksum(image)
+        return values
     except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
         raise UserError(
             f"the image {path} is cut short or damaged ({_one_line(error)}): copy or make it again."
         ) from None
+
+
+def _verify_checksum(image: SpatialImage) -> None:
+    """Read a gzipped file on from its last value, since its checksum, which tells a flipped bit, is behind it."""
+    values = image.dataobj
+    if isinstance(values, ArrayProxy) and str(values.file_like).endswith((".gz", ".mgz")):
+        with values._get_fileobj() as file:  # the one that is open: another would unpack all once more
+            while file.read(BYTES_AT_A_TIME):
+                pass
 
 
 def _header_repetition_time(image: SpatialImage) -> float | None:

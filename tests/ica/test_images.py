@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from autospec.errors import UserError
+from autospec.ica import images
 from autospec.ica.images import (
     open_image,
     open_series,
@@ -97,6 +98,25 @@ def test_a_truncated_image_is_refused(tmp_path, bold, brain, ending, part):
     with pytest.raises(UserError, match=r"cut short or damaged") as caught:
         read_voxels(path, brain, AFFINE, None, 0)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("ones", [(), (1,)])
+@pytest.mark.parametrize("volumes", [60, 7])
+def test_a_gzipped_image_with_a_flipped_byte_is_refused(tmp_path, bold, brain, monkeypatch, ones, volumes):
+    """A value that changed on its way from the archive: only the checksum at the file's end tells."""
+    monkeypatch.setattr(images, "VALUES_AT_A_TIME", volumes * brain.size)
+    path = save(tmp_path / "flipped.nii", bold.reshape(*bold.shape, *ones))
+    content = gzip.compress(path.read_bytes(), 0)  # stored as it is, so that a flip changes nothing else
+    middle = len(content) // 2
+    path = tmp_path / "flipped.nii.gz"
+    path.write_bytes(content)
+    assert read_voxels(path, brain, AFFINE, None, 0).covered.any()
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :])
+    assert nib.load(path).get_fdata().shape[3] == 60  # nibabel alone does not see it
+    for read in (lambda: read_voxels(path, brain, AFFINE, None, 0), lambda: read_volumes(path)):
+        with pytest.raises(UserError, match=r"cut short or damaged .*CRC") as caught:
+            read()
+        assert str(path) in str(caught.value)
 
 
 def test_masks_with_ones_behind_are_masks(tmp_path):
