@@ -25,6 +25,8 @@ SAME_AFFINE_MM = 1e-3
 VALUES_AT_A_TIME = 8_000_000  # of a 4-D image; 64 MB in double precision
 BYTES_AT_A_TIME = 1 << 20
 NOT_FETCHED = "the file stands for content that was not fetched"
+BRAIN_MM = (30, 1000)  # longest side of an image of a brain of 170 mm: in cm 25 at most, in micrometres beyond 100,000
+SAME_PLACE_MM = 1.0
 MNI_CODE = 4  # NIfTI's code for coordinates of the MNI template
 SCANNER_CODE = 1
 
@@ -275,13 +277,50 @@ def check_space_in_name(path: str | Path) -> None:
         )
 
 
+def require_brain_size(image: SpatialImage, path: str | Path) -> None:
+    """Raise UserError if an image is far smaller or larger than a brain: its affine is in another unit than millimetres.
+
+    The numbers decide, whatever unit the header names: like other programs, nibabel reads them as millimetres, and there
+    are headers that name a wrong one.
+    """
+    sizes = np.linalg.norm(image.affine[:3, :3], axis=0)
+    sides = sizes * (*image.shape, 1)[:3]
+    if BRAIN_MM[0] <= sides.max() <= BRAIN_MM[1]:
+        return
+    unit = image.header.get_xyzt_units()[0] if isinstance(image, nib.Nifti1Image) else "unknown"
+    said = "" if unit in ("mm", "unknown") else f", and its header names the unit '{unit}'"
+    voxels, whole = (" x ".join(f"{length:.3g}" for length in lengths) for lengths in (sizes, sides))
+    raise UserError(
+        f"{path} has voxels of {voxels} mm and covers {whole} mm, which is not the size of a human brain{said}: its "
+        "affine seems to be in another unit, so write it in millimetres."
+    )
+
+
 def space_warnings(image: SpatialImage, path: str | Path) -> list[str]:
     """What the header says against MNI space without proving it."""
+    found = affine_warnings(image, path)
     if isinstance(image, nib.Nifti1Image):
         codes = {int(image.header["sform_code"]), int(image.header["qform_code"])}
         if codes <= {0, SCANNER_CODE} and SCANNER_CODE in codes:
-            return [f"the header of {Path(path).name} says scanner coordinates, not MNI space"]
-    return []
+            found.append(f"the header of {Path(path).name} says scanner coordinates, not MNI space")
+    return found
+
+
+def affine_warnings(image: SpatialImage, path: str | Path) -> list[str]:
+    """Warn where the two affines of a NIfTI header place the image's corners more than 1 mm apart."""
+    if not isinstance(image, nib.Nifti1Image):
+        return []
+    sform = image.get_sform(coded=True)[0]
+    try:
+        qform = image.get_qform(coded=True)[0]
+    except ValueError:  # its quaternion is no rotation
+        qform = np.full((4, 4), np.nan)
+    if sform is None or qform is None:
+        return []
+    corners = np.array([(*corner, 1) for corner in np.ndindex(2, 2, 2)]) * [*(np.array(image.shape[:3]) - 1), 1]
+    if np.linalg.norm(corners @ (sform - qform).T, axis=1).max() <= SAME_PLACE_MM:
+        return []
+    return [f"the sform and the qform of {Path(path).name} do not agree within {SAME_PLACE_MM:g} mm; the sform is used"]
 
 
 def write_image(values: np.ndarray, affine: np.ndarray, path: str | Path, step: float | None = None) -> None:

@@ -18,6 +18,7 @@ from autospec.ica.images import (
     open_series,
     read_blocks,
     read_first_volume,
+    require_brain_size,
     same_grid,
     to_grid,
     volume_shape,
@@ -195,6 +196,7 @@ def read_voxels(
     """
     check_space_in_name(path)
     image = open_series(path)
+    require_brain_size(image, path)
     shape = volume_shape(image)
     kept = np.arange(shape[3]) if kept is None else kept
     native = np.asarray(image.affine, dtype=np.float64)

@@ -199,6 +199,42 @@ def test_scanner_coordinates_are_a_warning(tmp_path):
         assert len(space_warnings(open_image(tmp_path / "image.nii"), "image.nii")) == expected
 
 
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize(
+    ("change", "codes", "expected"),
+    [
+        (np.diag([-1.0, 1, 1, 1]), (4, 4), 1),  # left and right, as two programs that read either would see them
+        (np.diag([-1.0, 1, 1, 1]), (4, 0), 0),
+        (np.diag([-1.0, 1, 1, 1]), (0, 4), 0),
+        (np.diag([1.2, 1, 1, 1]), (4, 4), 1),  # the same origin, 200 * 0.2 mm at the other end
+        (np.diag([1.0001, 1, 1, 1]), (4, 2), 0),
+        (np.eye(4), (4, 4), 0),
+    ],
+)
+def test_two_affines_that_differ_are_a_warning(tmp_path, kind, change, codes, expected):
+    sform = np.diag([9.0, 9, 9, 1])
+    sform[:3, 3] = [-90, -110, -70]
+    image = kind(small(20, 4, 4, 3), sform)
+    image.set_sform(sform, codes[0])
+    image.set_qform(change @ sform, codes[1])
+    nib.save(image, tmp_path / "image.nii")
+    read = open_image(tmp_path / "image.nii")
+    found = space_warnings(read, tmp_path / "image.nii")
+    assert found == ["the sform and the qform of image.nii do not agree within 1 mm; the sform is used"] * expected
+    if codes[0]:
+        assert np.allclose(read.affine, sform)
+
+
+def test_a_qform_that_is_no_rotation_is_a_warning(tmp_path):
+    image = nib.Nifti1Image(small(3, 3, 3, 3), AFFINE)
+    image.set_sform(AFFINE, 4)
+    image.set_qform(AFFINE, 4)
+    image.header["quatern_b"] = 5
+    nib.save(image, tmp_path / "image.nii")
+    (said,) = space_warnings(open_image(tmp_path / "image.nii"), "image.nii")
+    assert said.endswith("do not agree within 1 mm; the sform is used")
+
+
 # ---------------------------------------------------------------------- grids, and writing
 
 

@@ -305,6 +305,35 @@ def test_what_a_subject_lacks_is_left_out_and_counted(tmp_path, bold, template, 
     assert correlate_rows(values[there].T, whole[there].T).min() > 0.98
 
 
+def test_affines_that_disagree_are_written_down(tmp_path, bold, template, brain):
+    def mirrored(name, values):
+        """An image whose qform has left where its sform has right."""
+        image = nib.Nifti1Image(values, AFFINE)
+        image.set_sform(AFFINE, 4)
+        image.set_qform(np.diag([-1.0, 1, 1, 1]) @ AFFINE, 4)
+        image.header.set_zooms((9, 9, 9, 2.0)[: values.ndim])
+        nib.save(image, tmp_path / name)
+        return str(tmp_path / name)
+
+    there = files(mirrored("bold.nii.gz", bold))
+    build_subject(settings(), "01", there, mirrored("maps.nii.gz", template.maps), tmp_path / "networks")
+    atlas = mirrored("atlas.nii.gz", brain.astype("i2"))
+    build_timecourses(settings(), "01", there, atlas, None, tmp_path / "regions")
+    for folder, other in (("networks", "maps.nii.gz"), ("regions", "atlas.nii.gz")):
+        said = load(tmp_path / folder / subject_files("01")["quality"])["Warnings"]
+        assert said == [
+            f"the sform and the qform of {name} do not agree within 1 mm; the sform is used"
+            for name in ("bold.nii.gz", other)
+        ]
+
+
+def test_an_atlas_in_centimetres_excludes_nobody(tmp_path, subject, brain):
+    atlas = save(tmp_path / "atlas.nii.gz", brain.astype("i2"), np.diag([0.1, 0.1, 0.1, 1]) @ AFFINE, step=None)
+    with pytest.raises(UserError, match=r"the atlas .*voxels of 0\.9 x 0\.9 x 0\.9 mm .*write it in millimetres"):
+        build_timecourses(settings(on_bad_subject="exclude"), "01", files(subject), str(atlas), None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------- bad subjects
 
 
@@ -336,6 +365,9 @@ BAD = {
     "all NaN": (lambda p, b: save(p, np.full_like(b, np.nan)), {}, "no finite value"),
     "NaN": (with_nan, {}, "NaN or infinity in some volumes"),
     "not MNI": (lambda p, b: save(p, b, np.diag([9.0, 9, 9, 1])), {}, "not in MNI space"),
+    "in centimetres": (
+        lambda p, b: save(p, b, np.diag([0.1, 0.1, 0.1, 1]) @ AFFINE), {}, r"0\.9 x 0\.9 x 0\.9 mm.*millimetres",
+    ),
     "no TR": (lambda p, b: save(p, b, step=0.0), {}, "neither in its header nor in a JSON sidecar"),
     "too few volumes": (lambda p, b: save(p, b), {"min_volumes": 80}, "60 usable volumes, and min_volumes is 80"),
     "too few left": (lambda p, b: save(p, b), {"drop_volumes": 45}, "15 usable volumes, and min_volumes is 20"),
