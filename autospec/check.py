@@ -137,6 +137,7 @@ def _planned_header(config: Config) -> Header:
 def _template_lines(config: Config, template: Template, report: Report) -> list[str]:
     """What the template is, on which grid it is used, and what of it the images can show."""
     lines = [f"template: {template.source}, {template.kind}, {len(template.networks)} networks"]
+    lines += [f"warning: {warning}" for warning in template.warnings]
     if config.ica.grid != "data":
         shape, affine = analysis_grid(config.ica.grid, template, None)
         mask = fixed_mask(template, on_grid(template, shape, affine), affine)

@@ -230,7 +230,7 @@ class Ica(Settings):
     smoothing_fwhm_mm: float | None = Field(default=None, ge=0)
     """Width of the smoothing at half its height; by default 6 where the layout's images are not smoothed (fMRIPrep), else 0."""
     confounds: Literal["none", "motion", "simple", "scrubbing", "compcor", "ica_aroma"] = "none"
-    """What to regress out: six parameters of motion, or one of nilearn's strategies for fMRIPrep."""
+    """What to regress out, less its slow trends: six parameters of motion, or one of nilearn's strategies for fMRIPrep."""
     confounds_on: Literal["image", "timecourses"] = "image"
     """Regress from the image, or only from the time courses that connectivity is computed from; an atlas's alike, from all."""
     preprocessing: Annotated[int, Field(ge=1, le=4)] = 1

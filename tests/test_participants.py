@@ -2,6 +2,7 @@
 
 import json
 
+import nibabel
 import numpy as np
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from autospec.config import parse_config
 from autospec.errors import UserError
 from autospec.ica.derivative import read_table, subject_files
 from autospec.networks.precomputed import build_precomputed
-from tests.cohort.trees import fmriprep, image
+from tests.cohort.trees import AFFINE, SHAPE, fmriprep, image
 from tests.cohort.trees import participants as write_people
 
 
@@ -183,6 +184,24 @@ def test_check_warns_of_groups_too_small_to_be_tested(permutation, tmp_path):
     said = check_analysis(str(tmp_path))
     warned = [f"warning: 'e' compares '{label}', of whom there are 6" in said for label in ("HC", "SZ")]
     assert any(warned) == (permutation == "compared"), said
+
+
+def test_check_says_that_the_templates_affines_disagree(tmp_path):
+    write_people(tmp_path / "participants.tsv", [("1", "HC", "1.nii"), ("2", "SZ", "2.nii")], ("id", "dx", "bold"))
+    for name in "12":
+        image(tmp_path / f"{name}.nii", volumes=20)
+    template = nibabel.Nifti1Image(np.random.default_rng(0).uniform(size=(*SHAPE, 3)).astype("f4"), AFFINE)
+    template.set_sform(AFFINE, 4)
+    template.set_qform(np.diag([-1.0, 1, 1, 1]) @ AFFINE, 4)
+    nibabel.save(template, tmp_path / "template.nii")
+    config = {
+        "cohort": {"kind": "folder", "folder": "."},
+        "ica": {"template": "template.nii"},
+        "datasets": {"t": {"kind": "timeseries"}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    said = check_analysis(str(tmp_path)).splitlines()
+    assert "warning: the sform and the qform of template.nii do not agree within 1 mm; the sform is used" in said
 
 
 @pytest.mark.parametrize(

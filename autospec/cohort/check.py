@@ -332,9 +332,12 @@ def _warnings(headers: list[Header], times: Counter[str], counts: Counter[str], 
         )
     if len(times) > 1:
         warnings.append(f"repetition times differ ({listed(list(times))}), so time points of participants do not match")
-    said = [warning for header in headers for warning in header.warnings]
-    if said:
-        warnings.append(said[0] + (f" ({len(said) - 1} more say so, too)" if len(said) > 1 else ""))
+    said: dict[str, list[str]] = {}  # the same words of different files
+    for header in headers:
+        for warning in header.warnings:
+            said.setdefault(warning.replace(Path(header.path).name, ""), []).append(warning)
+    for first, *more in said.values():
+        warnings.append(first + (f" ({len(more)} more say so, too)" if more else ""))
     if cohort.kind == "real" and any(header.simulated for header in headers):
         warnings.append("some images say that they are simulated, but their data set does not")
     return warnings

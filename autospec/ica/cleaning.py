@@ -6,16 +6,19 @@ low-pass, Pearson correlation, Fisher's z.
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from scipy.signal import butter, filtfilt, periodogram
 
 from autospec.errors import UserError
-from autospec.ica.preprocessing import regress
 
 LOW_PASS_HZ = 0.15
 FILTER_ORDER = 5
 FILTER_PADDING = 15  # volumes, mirrored in value and time at both ends
-LEAST_VOLUMES = 8  # more than the six slow trends
+TRENDS = 6
+LEAST_VOLUMES = 8  # more than these
+ROUNDING = 1e-12
 SPIKE = 2.5  # standard deviations
 # Bands of Allen et al. (2011, Frontiers in Systems Neuroscience 5, 2): time courses of networks are slow.
 SLOW_HZ = (0.0, 0.1)
@@ -43,6 +46,50 @@ def remove_trends(timecourses: np.ndarray) -> np.ndarray:
     trends = np.stack([*waves, time, np.ones_like(time)], axis=1)
     values = timecourses.astype(np.float64)
     return values - trends @ np.linalg.lstsq(trends, values, rcond=None)[0]
+
+
+def regress(x: np.ndarray, confounds: np.ndarray) -> np.ndarray:
+    """Remove confounds, less their slow trends, by least squares, with nilearn.
+
+    Trends are removed from time courses in a step of their own (`remove_trends`), so confounds must lose theirs as well
+    (Lindquist et al. 2019, *Human Brain Mapping* 40, 2358-2376): fitted with them, they would bring trends back that were
+    removed before, or take up a drift and leave their fast part, negative, in what is detrended afterwards.
+
+    Parameters
+    ----------
+    x : ndarray, shape (volumes, voxels or networks)
+        Detrended before, afterwards or not at all; it keeps its mean and slow trends.
+    confounds : ndarray, shape (volumes, confounds)
+        As they were measured.  Those that are slow trends themselves, or constant, are left out.
+
+    Returns
+    -------
+    ndarray, shape and type of ``x``
+
+    Raises
+    ------
+    UserError
+        If there are too few volumes, or as many confounds as leave nothing.
+    """
+    from nilearn.signal import clean
+
+    fluctuations = remove_trends(confounds)
+    # What remains of a confound that is a trend itself is rounding, and no confound.
+    rounding = ROUNDING * np.abs(confounds).max(axis=0, initial=0)
+    fluctuations = fluctuations[:, np.abs(fluctuations).max(axis=0, initial=0) > rounding]
+    count = fluctuations.shape[1]
+    if not count:
+        return x.copy()
+    if count >= len(x) - TRENDS:
+        raise UserError(
+            f"{count} confounds and {TRENDS} slow trends leave nothing of {len(x)} volumes: choose fewer confounds."
+        )
+    scaled = fluctuations / fluctuations.std(axis=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="When confounds are provided")  # they are centred above
+        warnings.filterwarnings("ignore", message="From release 0.14.0, confounds will be standardized")
+        cleaned = clean(x, confounds=scaled, detrend=False, standardize=None, standardize_confounds=False)
+    return np.asarray(cleaned, dtype=x.dtype)
 
 
 def remove_spikes(timecourses: np.ndarray) -> np.ndarray:
@@ -111,7 +158,7 @@ def clean_timecourses(
     step : float
         Seconds between volumes.
     confounds : ndarray (volumes, confounds) or None
-        Regressed out, usually motion.
+        Regressed out without their slow trends, usually motion.
     despike : bool
         Whether spikes are replaced.
     cutoff : float or None

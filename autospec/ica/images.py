@@ -13,6 +13,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError, SpatialImage
@@ -22,7 +23,10 @@ from autospec.storage import written_whole
 
 SAME_AFFINE_MM = 1e-3
 VALUES_AT_A_TIME = 8_000_000  # of a 4-D image; 64 MB in double precision
+BYTES_AT_A_TIME = 1 << 20
 NOT_FETCHED = "the file stands for content that was not fetched"
+BRAIN_MM = (30, 1000)  # longest side of an image of a brain of 170 mm: in cm 25 at most, in micrometres beyond 100,000
+SAME_PLACE_MM = 1.0
 MNI_CODE = 4  # NIfTI's code for coordinates of the MNI template
 SCANNER_CODE = 1
 
@@ -114,13 +118,15 @@ def read_blocks(image: SpatialImage, path: str | Path, first: int) -> Iterator[t
     at_once = max(1, VALUES_AT_A_TIME // int(np.prod(shape[:3])))
     behind = (0,) * (len(image.shape) - len(shape))
     for start in range(first, shape[3], at_once):
-        part = (slice(None), slice(None), slice(None), slice(start, min(start + at_once, shape[3])), *behind)
-        yield start, _read(image, path, part)
+        end = min(start + at_once, shape[3])
+        part = (slice(None), slice(None), slice(None), slice(start, end), *behind)
+        yield start, _read(image, path, part, to_the_end=end == shape[3])
 
 
 def read_first_volume(image: SpatialImage, path: str | Path) -> np.ndarray:
     """First volume of a series, float32, shape (X, Y, Z), as it is in the file."""
-    return _read(image, path, (slice(None), slice(None), slice(None), *(0,) * (len(image.shape) - 3)))
+    part = (slice(None), slice(None), slice(None), *(0,) * (len(image.shape) - 3))
+    return _read(image, path, part, to_the_end=False)
 
 
 def read_values(image: SpatialImage, path: str | Path) -> np.ndarray:
@@ -271,13 +277,50 @@ def check_space_in_name(path: str | Path) -> None:
         )
 
 
+def require_brain_size(image: SpatialImage, path: str | Path) -> None:
+    """Raise UserError if an image is far smaller or larger than a brain: its affine is in another unit than millimetres.
+
+    The numbers decide, whatever unit the header names: like other programs, nibabel reads them as millimetres, and there
+    are headers that name a wrong one.
+    """
+    sizes = np.linalg.norm(image.affine[:3, :3], axis=0)
+    sides = sizes * (*image.shape, 1)[:3]
+    if BRAIN_MM[0] <= sides.max() <= BRAIN_MM[1]:
+        return
+    unit = image.header.get_xyzt_units()[0] if isinstance(image, nib.Nifti1Image) else "unknown"
+    said = "" if unit in ("mm", "unknown") else f", and its header names the unit '{unit}'"
+    voxels, whole = (" x ".join(f"{length:.3g}" for length in lengths) for lengths in (sizes, sides))
+    raise UserError(
+        f"{path} has voxels of {voxels} mm and covers {whole} mm, which is not the size of a human brain{said}: its "
+        "affine seems to be in another unit, so write it in millimetres."
+    )
+
+
 def space_warnings(image: SpatialImage, path: str | Path) -> list[str]:
     """What the header says against MNI space without proving it."""
+    found = affine_warnings(image, path)
     if isinstance(image, nib.Nifti1Image):
         codes = {int(image.header["sform_code"]), int(image.header["qform_code"])}
         if codes <= {0, SCANNER_CODE} and SCANNER_CODE in codes:
-            return [f"the header of {Path(path).name} says scanner coordinates, not MNI space"]
-    return []
+            found.append(f"the header of {Path(path).name} says scanner coordinates, not MNI space")
+    return found
+
+
+def affine_warnings(image: SpatialImage, path: str | Path) -> list[str]:
+    """Warn where the two affines of a NIfTI header place the image's corners more than 1 mm apart."""
+    if not isinstance(image, nib.Nifti1Image):
+        return []
+    sform = image.get_sform(coded=True)[0]
+    try:
+        qform = image.get_qform(coded=True)[0]
+    except ValueError:  # its quaternion is no rotation
+        qform = np.full((4, 4), np.nan)
+    if sform is None or qform is None:
+        return []
+    corners = np.array([(*corner, 1) for corner in np.ndindex(2, 2, 2)]) * [*(np.array(image.shape[:3]) - 1), 1]
+    if np.linalg.norm(corners @ (sform - qform).T, axis=1).max() <= SAME_PLACE_MM:
+        return []
+    return [f"the sform and the qform of {Path(path).name} do not agree within {SAME_PLACE_MM:g} mm; the sform is used"]
 
 
 def write_image(values: np.ndarray, affine: np.ndarray, path: str | Path, step: float | None = None) -> None:
@@ -305,15 +348,27 @@ def write_image(values: np.ndarray, affine: np.ndarray, path: str | Path, step: 
         temporary.write_bytes(gzip.compress(data, 1, mtime=0) if str(path).endswith(".gz") else data)
 
 
-def _read(image: SpatialImage, path: str | Path, part: tuple[Any, ...]) -> np.ndarray:
-    """Some values, as float32 of this machine's byte order."""
+def _read(image: SpatialImage, path: str | Path, part: tuple[Any, ...], to_the_end: bool = True) -> np.ndarray:
+    """Some values, as float32 of this machine's byte order; ``to_the_end`` where they are the last ones of the file."""
     try:
         with np.errstate(over="ignore"):
-            return np.asarray(image.dataobj[part]).astype(np.float32)
+            values = np.asarray(image.dataobj[part]).astype(np.float32)
+        if to_the_end:
+            _verify_checksum(image)
+        return values
     except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
         raise UserError(
             f"the image {path} is cut short or damaged ({_one_line(error)}): copy or make it again."
         ) from None
+
+
+def _verify_checksum(image: SpatialImage) -> None:
+    """Read a gzipped file on from its last value, since its checksum, which tells a flipped bit, is behind it."""
+    values = image.dataobj
+    if isinstance(values, ArrayProxy) and str(values.file_like).endswith((".gz", ".mgz")):
+        with values._get_fileobj() as file:  # the one that is open: another would unpack all once more
+            while file.read(BYTES_AT_A_TIME):
+                pass
 
 
 def _header_repetition_time(image: SpatialImage) -> float | None:

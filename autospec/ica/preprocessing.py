@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -19,6 +18,7 @@ from autospec.ica.images import (
     open_series,
     read_blocks,
     read_first_volume,
+    require_brain_size,
     same_grid,
     to_grid,
     volume_shape,
@@ -162,36 +162,6 @@ def gift_mask_of(paths: Iterable[str | Path]) -> tuple[np.ndarray, np.ndarray]:
     return mask, affine
 
 
-def regress(x: np.ndarray, confounds: np.ndarray) -> np.ndarray:
-    """Remove confounds by least squares and keep each column's mean, with nilearn.
-
-    Parameters
-    ----------
-    x : ndarray, shape (volumes, voxels or networks)
-    confounds : ndarray, shape (volumes, confounds)
-        Constant ones are left out.
-
-    Returns
-    -------
-    ndarray, shape of ``x``
-    """
-    from nilearn.signal import clean
-
-    centred = confounds - confounds.mean(axis=0)
-    spread = centred.std(axis=0)
-    varying = spread > 1e-12 * np.abs(confounds).max(axis=0, initial=0)
-    if not varying.any():
-        return x.copy()
-    if varying.sum() >= len(x) - 1:
-        raise UserError(f"{int(varying.sum())} confounds leave nothing of {len(x)} volumes: choose fewer confounds.")
-    scaled = centred[:, varying] / spread[varying]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="When confounds are provided")  # they are centred above
-        warnings.filterwarnings("ignore", message="From release 0.14.0, confounds will be standardized")
-        cleaned = clean(x, confounds=scaled, detrend=False, standardize=None, standardize_confounds=False)
-    return np.asarray(cleaned, dtype=x.dtype)
-
-
 # ---------------------------------------------------------------------- files
 
 
@@ -226,6 +196,7 @@ def read_voxels(
     """
     check_space_in_name(path)
     image = open_series(path)
+    require_brain_size(image, path)
     shape = volume_shape(image)
     kept = np.arange(shape[3]) if kept is None else kept
     native = np.asarray(image.affine, dtype=np.float64)

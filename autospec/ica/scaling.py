@@ -9,11 +9,9 @@ import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
 from autospec.errors import UserError
-from autospec.ica.cleaning import remove_trends
-from autospec.ica.preprocessing import regress
+from autospec.ica.cleaning import regress, remove_trends
 
 VALUES_A_BIN = 10
-ROUNDING = 1e-12
 
 
 def scale_maps(maps: np.ndarray) -> np.ndarray:
@@ -50,10 +48,7 @@ def scale_timecourses(timecourses: np.ndarray, confounds: np.ndarray | None = No
     """
     values = remove_trends(timecourses)
     if confounds is not None:
-        fluctuations = remove_trends(confounds)  # with their trends they would bring these back
-        # What is left of a confound that is a trend itself is rounding, and no confound.
-        fluctuations[:, np.abs(fluctuations).max(axis=0) <= ROUNDING * np.abs(confounds).max(axis=0)] = 0
-        values = regress(values, fluctuations)
+        values = regress(values, confounds)
     spread = values.std(axis=0, ddof=1)
     if not spread.all():
         raise UserError(f"the time course of network {int(np.argmin(spread)) + 1} is constant: it cannot be scaled.")

@@ -19,7 +19,7 @@ from autospec.cohort.displacement import DISPLACEMENT, PARAMETERS, displacement_
 from autospec.cohort.files import digest_of
 from autospec.errors import UserError
 from autospec.ica.atlas import atlas_timecourses, read_timecourses
-from autospec.ica.cleaning import clean_timecourses, connectivity, spectral_summary
+from autospec.ica.cleaning import clean_timecourses, connectivity, regress, spectral_summary
 from autospec.ica.derivative import (
     check_subject,
     folder_written_whole,
@@ -36,12 +36,14 @@ from autospec.ica.derivative import (
     write_table,
 )
 from autospec.ica.images import (
+    affine_warnings,
     open_image,
     open_series,
     read_json,
     read_mask,
     read_volumes,
     repetition_time,
+    require_brain_size,
     same_grid,
     space_warnings,
     to_grid,
@@ -57,7 +59,6 @@ from autospec.ica.preprocessing import (
     preprocess,
     read_confounds_table,
     read_voxels,
-    regress,
 )
 from autospec.ica.scaling import cohort_modes, scale_maps, scale_timecourses, shift_and_scale_maps
 from autospec.ica.template import (
@@ -236,7 +237,7 @@ def build_timecourses(
     check_subject(subject)
     _check_common(settings)
     if atlas is not None:
-        open_image(atlas)  # a mistake there excludes nobody
+        require_brain_size(open_image(atlas), f"the atlas {atlas}")  # a mistake there excludes nobody
     with folder_written_whole(output) as folder:
         reason = _carried_out(
             lambda: _write_timecourses(settings, subject, files, atlas, labels, folder),
@@ -287,7 +288,7 @@ def _write_networks(
     networks = scale_maps(found.maps) if scaled else found.maps
     timecourses = scale_timecourses(found.timecourses) if scaled else found.timecourses
 
-    warnings = scan.warnings + space_warnings(image, bold)
+    warnings = [*scan.warnings, *space_warnings(image, bold), *template.warnings]
     on_image = settings["confounds_on"] == "image"
     record = _record(settings, files, scan, warnings) | {
         "Confounds": scan.confound_names if on_image else [],
@@ -336,13 +337,15 @@ def _write_timecourses(
             raise UserError(f"the repetition time of {bold} is in no JSON sidecar: set repetition_time.")
         scan = _scan(settings, files, len(values), float(step))
         values = values[scan.kept]
+        warnings = scan.warnings
     else:
         image = open_series(bold)
         step = repetition_time(image, bold, sidecar, settings["repetition_time"])
         scan = _scan(settings, files, volume_shape(image)[3], step)
         values, found = atlas_timecourses(bold, atlas, labels, scan.kept, settings["smoothing_fwhm_mm"])
+        warnings = [*scan.warnings, *space_warnings(image, bold), *affine_warnings(open_image(atlas), atlas)]
     source = {"Atlas": Path(atlas).name} if atlas else {"Precomputed": True}
-    record = _record(settings, files, scan, scan.warnings) | source
+    record = _record(settings, files, scan, warnings) | source
     networks = [Network(k, label, "", "") for k, label in enumerate(found, start=1)]
     # A region's time course is a linear map of the image, so regressing from it is regressing from the image.
     if settings["scaling"] == "z-score":

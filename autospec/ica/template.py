@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from autospec.errors import UserError
-from autospec.ica.images import open_image, read_volumes, to_grid
+from autospec.ica.images import affine_warnings, open_image, read_volumes, require_brain_size, to_grid
 
 STAND_IN = "stand-in"
 STAND_IN_KIND = "stand-in template"
@@ -75,6 +75,8 @@ class Template:
     networks : tuple of Network
     source : str
         File name, or "stand-in".
+    warnings : tuple of str
+        What its header leaves in doubt.
     """
 
     maps: np.ndarray
@@ -83,6 +85,7 @@ class Template:
     digest: str
     networks: tuple[Network, ...]
     source: str
+    warnings: tuple[str, ...] = ()
 
     @property
     def labels(self) -> list[str]:
@@ -107,21 +110,24 @@ def load_template(source: str | Path) -> Template:
     Raises
     ------
     UserError
-        If it cannot be read, is no 4-D image, or one of its volumes is constant.
+        If it cannot be read, is no 4-D image, is not of a brain's size, or one of its volumes is constant.
     """
     if str(source) == STAND_IN:
         return stand_in_template()
+    image = open_image(source)
     maps, affine = read_volumes(source)
     if maps.ndim != 4:
         raise UserError(
             f"the template {source} has one volume: give a 4-D image with one network a volume, or '{STAND_IN}'."
         )
+    require_brain_size(image, f"the template {source}")
     constant = [k + 1 for k in range(maps.shape[3]) if maps[..., k].min() == maps[..., k].max()]
     if constant:
         raise UserError(f"network {constant[0]} of the template {source} is constant: leave it out or give its map.")
     kind = recognise(source, maps, affine)
     networks = neuromark_networks() if kind != CUSTOM_KIND else numbered_networks(maps.shape[3])
-    return Template(maps, affine, kind, template_digest(maps, affine), networks, Path(source).name)
+    warnings = tuple(affine_warnings(image, source))
+    return Template(maps, affine, kind, template_digest(maps, affine), networks, Path(source).name, warnings)
 
 
 def recognise(path: str | Path, maps: np.ndarray, affine: np.ndarray) -> str:

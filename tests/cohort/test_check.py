@@ -195,6 +195,23 @@ def test_images_that_differ_are_warned_of(tmp_path):
     assert "some images say that they are simulated" in text
 
 
+def test_what_headers_say_against_themselves_is_said_once_for_each_kind(tmp_path):
+    participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "123"])
+    fmriprep(tmp_path, ["1", "2", "3"])
+    for name, codes in (("1", (1, 1)), ("2", (4, 4)), ("3", (4, 4))):
+        path = next(tmp_path.glob(f"sub-{name}/func/*_bold.nii.gz"))
+        made = nibabel.load(path)
+        made = nibabel.Nifti1Image(np.asarray(made.dataobj) + int(name), made.affine, made.header)
+        made.set_sform(AFFINE, codes[0])
+        made.set_qform(AFFINE @ np.diag([1, 1, 1 if name == "1" else -1, 1]), codes[1])
+        nibabel.save(made, path)
+    stem = "task-rest_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz"
+    assert check_cohort(settings(tmp_path), networks=5).warnings == [
+        f"the header of sub-1_{stem} says scanner coordinates, not MNI space",
+        f"the sform and the qform of sub-2_{stem} do not agree within 1 mm; the sform is used (1 more say so, too)",
+    ]
+
+
 def mat_files(folder, count):
     """GIFT's results as .mat files of version 7.3: HDF5 with the axes of every array reversed."""
     mask = np.zeros(SHAPE, np.uint8)

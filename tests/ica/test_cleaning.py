@@ -9,6 +9,7 @@ from autospec.ica.cleaning import (
     clean_timecourses,
     connectivity,
     low_pass,
+    regress,
     remove_spikes,
     remove_trends,
     spectral_summary,
@@ -20,6 +21,16 @@ STEP = 2.0
 @pytest.fixture
 def courses():
     return np.random.default_rng(8).normal(size=(150, 4)).cumsum(axis=0)
+
+
+def slow_trends(volumes):
+    """The six slow trends, one a column, as a formula of their own."""
+    t = np.arange(volumes) / (volumes - 1)
+    return np.column_stack([np.ones(volumes), t, *(f(2 * np.pi * n * t) for f in (np.sin, np.cos) for n in (1, 2))])
+
+
+def least_squares(design, values):
+    return np.linalg.lstsq(design, values, rcond=None)[0]
 
 
 def test_slow_trends_are_removed_and_nothing_else(courses):
@@ -35,6 +46,42 @@ def test_slow_trends_are_removed_and_nothing_else(courses):
     assert np.abs(rest).max() < 1e-9
     faster = np.cos(2 * np.pi * 8 * t)[:, None]
     assert remove_trends(faster).std() > 0.9 * faster.std()
+
+
+def test_regression_removes_what_a_common_fit_with_trends_gives_to_confounds():
+    generator = np.random.default_rng(2)
+    x = 800 + generator.normal(scale=20, size=(40, 300)).cumsum(axis=0)
+    confounds = generator.normal(size=(40, 6)).cumsum(axis=0) + 5
+    trends = slow_trends(40)
+    weights = least_squares(np.column_stack([trends, confounds]), x)[6:]
+    expected = x - (confounds - trends @ least_squares(trends, confounds)) @ weights
+    assert np.allclose(regress(x, confounds), expected, atol=1e-8)
+    assert np.allclose(regress(x, confounds).mean(axis=0), x.mean(axis=0))
+    assert np.allclose(regress(x.astype("f4"), confounds), expected, atol=0.1)
+    assert regress(x.astype("f4"), confounds).dtype == np.float32
+    # Confounds that are trends themselves change nothing.
+    more = np.column_stack([confounds, np.full(40, 7.0), np.zeros(40), np.linspace(1, 2, 40)])
+    assert np.allclose(regress(x, more), expected, atol=1e-8)
+    assert np.array_equal(regress(x, trends), x)
+
+
+def test_confounds_that_drift_bring_neither_trends_back_nor_themselves_in():
+    generator = np.random.default_rng(4)
+    # Motion drifts and jitters; the scanner drifts, too, and nothing follows the jitter.
+    motion = np.linspace(-1, 1, 120)[:, None] + generator.normal(scale=0.3, size=(120, 1))
+    x = generator.normal(size=(120, 50)) + 4 * np.linspace(-1, 1, 120)[:, None]
+    design = np.column_stack([slow_trends(120), motion])
+    expected = x - design @ least_squares(design, x)
+    assert np.allclose(remove_trends(regress(x, motion)), expected)
+    assert np.allclose(regress(remove_trends(x), motion), expected)
+
+
+def test_more_confounds_than_volumes_allow_are_refused():
+    x = np.random.default_rng(0).normal(size=(40, 5))
+    confounds = np.random.default_rng(1).normal(size=(40, 34))
+    assert regress(x, confounds[:, :33]).std() > 0
+    with pytest.raises(UserError, match="34 confounds and 6 slow trends leave nothing of 40 volumes"):
+        regress(x, confounds)
 
 
 def test_spikes_become_the_mean_of_three():
@@ -83,11 +130,10 @@ def test_the_low_pass_filter_keeps_slow_waves_and_stops_fast_ones():
 
 
 def test_cleaning_is_its_parts_in_this_order(courses):
-    motion = np.random.default_rng(1).normal(size=(150, 6))
+    motion = np.random.default_rng(1).normal(size=(150, 6)).cumsum(axis=0)
     cleaned = clean_timecourses(courses, STEP, motion, True, 0.15)
-    step = remove_trends(courses)
-    design = np.column_stack([np.ones(150), motion])
-    step = step - design @ np.linalg.lstsq(design, step)[0] + step.mean(axis=0)
+    design = np.column_stack([slow_trends(150), motion])
+    step = courses - design @ least_squares(design, courses)  # trends and motion, in one fit
     assert np.allclose(cleaned, low_pass(remove_spikes(step), STEP, 0.15))
     assert np.allclose(clean_timecourses(courses, STEP, None, False, None), remove_trends(courses))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from autospec.errors import UserError
+from autospec.ica import images
 from autospec.ica.images import (
     open_image,
     open_series,
@@ -99,6 +100,25 @@ def test_a_truncated_image_is_refused(tmp_path, bold, brain, ending, part):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("ones", [(), (1,)])
+@pytest.mark.parametrize("volumes", [60, 7])
+def test_a_gzipped_image_with_a_flipped_byte_is_refused(tmp_path, bold, brain, monkeypatch, ones, volumes):
+    """A value that changed on its way from the archive: only the checksum at the file's end tells."""
+    monkeypatch.setattr(images, "VALUES_AT_A_TIME", volumes * brain.size)
+    path = save(tmp_path / "flipped.nii", bold.reshape(*bold.shape, *ones))
+    content = gzip.compress(path.read_bytes(), 0)  # stored as it is, so that a flip changes nothing else
+    middle = len(content) // 2
+    path = tmp_path / "flipped.nii.gz"
+    path.write_bytes(content)
+    assert read_voxels(path, brain, AFFINE, None, 0).covered.any()
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :])
+    assert nib.load(path).get_fdata().shape[3] == 60  # nibabel alone does not see it
+    for read in (lambda: read_voxels(path, brain, AFFINE, None, 0), lambda: read_volumes(path)):
+        with pytest.raises(UserError, match=r"cut short or damaged .*CRC") as caught:
+            read()
+        assert str(path) in str(caught.value)
+
+
 def test_masks_with_ones_behind_are_masks(tmp_path):
     inside = np.zeros((4, 5, 6), dtype=np.uint8)
     inside[1:3, 2, 3] = 1
@@ -177,6 +197,42 @@ def test_scanner_coordinates_are_a_warning(tmp_path):
         image.set_qform(AFFINE, code)
         nib.save(image, tmp_path / "image.nii")
         assert len(space_warnings(open_image(tmp_path / "image.nii"), "image.nii")) == expected
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize(
+    ("change", "codes", "expected"),
+    [
+        (np.diag([-1.0, 1, 1, 1]), (4, 4), 1),  # left and right, as two programs that read either would see them
+        (np.diag([-1.0, 1, 1, 1]), (4, 0), 0),
+        (np.diag([-1.0, 1, 1, 1]), (0, 4), 0),
+        (np.diag([1.2, 1, 1, 1]), (4, 4), 1),  # the same origin, 200 * 0.2 mm at the other end
+        (np.diag([1.0001, 1, 1, 1]), (4, 2), 0),
+        (np.eye(4), (4, 4), 0),
+    ],
+)
+def test_two_affines_that_differ_are_a_warning(tmp_path, kind, change, codes, expected):
+    sform = np.diag([9.0, 9, 9, 1])
+    sform[:3, 3] = [-90, -110, -70]
+    image = kind(small(20, 4, 4, 3), sform)
+    image.set_sform(sform, codes[0])
+    image.set_qform(change @ sform, codes[1])
+    nib.save(image, tmp_path / "image.nii")
+    read = open_image(tmp_path / "image.nii")
+    found = space_warnings(read, tmp_path / "image.nii")
+    assert found == ["the sform and the qform of image.nii do not agree within 1 mm; the sform is used"] * expected
+    if codes[0]:
+        assert np.allclose(read.affine, sform)
+
+
+def test_a_qform_that_is_no_rotation_is_a_warning(tmp_path):
+    image = nib.Nifti1Image(small(3, 3, 3, 3), AFFINE)
+    image.set_sform(AFFINE, 4)
+    image.set_qform(AFFINE, 4)
+    image.header["quatern_b"] = 5
+    nib.save(image, tmp_path / "image.nii")
+    (said,) = space_warnings(open_image(tmp_path / "image.nii"), "image.nii")
+    assert said.endswith("do not agree within 1 mm; the sform is used")
 
 
 # ---------------------------------------------------------------------- grids, and writing

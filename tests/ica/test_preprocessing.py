@@ -17,7 +17,6 @@ from autospec.ica.preprocessing import (
     preprocess,
     read_confounds_table,
     read_voxels,
-    regress,
 )
 from tests.ica.conftest import AFFINE, SHAPE, VOLUMES, correlations, save
 
@@ -80,22 +79,6 @@ def test_gifts_mask_of_a_cohort_is_what_all_have_in_common(tmp_path):
 
 
 # ---------------------------------------------------------------------- confounds
-
-
-def test_regression_is_least_squares_and_keeps_the_mean(x):
-    confounds = np.random.default_rng(1).normal(size=(40, 6)).cumsum(axis=0) + 5
-    design = np.column_stack([np.ones(40), confounds])
-    expected = x - design @ np.linalg.lstsq(design, x, rcond=None)[0] + x.mean(axis=0)
-    assert np.allclose(regress(x, confounds), expected, atol=1e-8)
-    constant = np.column_stack([confounds, np.full(40, 7.0), np.zeros(40)])
-    assert np.allclose(regress(x, constant), expected, atol=1e-8)
-    assert np.array_equal(regress(x, np.ones((40, 2))), x)
-    assert np.allclose(regress(x.astype("f4"), confounds), expected, atol=0.1)
-
-
-def test_more_confounds_than_volumes_allow_are_refused(x):
-    with pytest.raises(UserError, match="39 confounds leave nothing of 40 volumes"):
-        regress(x, np.random.default_rng(1).normal(size=(40, 39)))
 
 
 def confounds_table(volumes, generator) -> pd.DataFrame:

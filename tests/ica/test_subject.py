@@ -12,7 +12,7 @@ import pytest
 from autospec.cohort.motion import motion_of
 from autospec.errors import UserError
 from autospec.ica import subject as module
-from autospec.ica.cleaning import clean_timecourses, connectivity
+from autospec.ica.cleaning import clean_timecourses, connectivity, remove_trends
 from autospec.ica.derivative import folder_written_whole, read_table, subject_files
 from autospec.ica.scaling import cohort_modes, scale_timecourses, shift_and_scale_maps
 from autospec.ica.subject import (
@@ -237,9 +237,10 @@ def test_motion_is_regressed_from_the_image_or_the_time_courses(tmp_path, bold, 
     )
     build_subject(chosen, "01", files(image, confounds=path), template, tmp_path / "out")
     names = subject_files("01")
-    for table_name, without in (("timecourses", place == "image"), ("cleaned", place == "timecourses")):
+    for table_name, without in (("timecourses", place == "image"), ("cleaned", True)):
         courses, _ = read_table(tmp_path / "out" / names[table_name])
-        together = np.corrcoef(np.column_stack([courses, motion[2:]]), rowvar=False)[:NETWORKS, NETWORKS:]
+        jitter = remove_trends(motion[2:])
+        together = np.corrcoef(np.column_stack([courses, jitter]), rowvar=False)[:NETWORKS, NETWORKS:]
         assert (np.abs(together).max() < 1e-4) == without
     quality = load(tmp_path / "out" / names["quality"])
     displacement = table["framewise_displacement"][2:]
@@ -249,6 +250,37 @@ def test_motion_is_regressed_from_the_image_or_the_time_courses(tmp_path, bold, 
     for table_name, without in (("timecourses", place == "image"), ("cleaned", True)):
         record = load(tmp_path / "out" / names[table_name].replace(".tsv", ".json"))
         assert record["Confounds"] == (list(table.columns[:6]) if without else [])
+
+
+@pytest.mark.parametrize("place", ["image", "timecourses", "atlas"])
+@pytest.mark.parametrize("scaling", ["z-score", "none"])
+def test_where_all_drifts_motion_is_removed_and_not_added(tmp_path, bold, template, brain, place, scaling):
+    """The scanner drifts, and so does the head, which also jitters; nothing in the image follows the jitter."""
+    path, motion, table = motion_table(tmp_path / "confounds.tsv", bold)
+    ramp = np.linspace(-1, 1, VOLUMES)
+    motion += 3 * ramp[:, None] * motion.std(axis=0)
+    table[table.columns[:6]] = motion
+    table.to_csv(path, sep="\t", index=False, na_rep="n/a")
+    image = save(tmp_path / "bold.nii.gz", bold + (300 * template.maps.sum(axis=3)[..., None] * ramp).astype("f4"))
+    chosen = settings(confounds="motion", scaling=scaling, despike=False, low_pass_hz=None)
+    there = files(image, confounds=path)
+    if place == "atlas":
+        atlas = save(tmp_path / "atlas.nii.gz", ((np.arange(18) // 6 + 1) * brain).astype("i2"), step=None)
+        build_timecourses(chosen, "01", there, str(atlas), None, tmp_path / "out")
+    else:
+        build_subject({**chosen, "confounds_on": place}, "01", there, template, tmp_path / "out")
+    waves = [f(2 * np.pi * n * np.arange(VOLUMES) / (VOLUMES - 1)) for f in (np.sin, np.cos) for n in (1, 2)]
+    trends = np.column_stack([np.ones(VOLUMES), ramp, *waves])
+    jitter = motion - trends @ np.linalg.lstsq(trends, motion)[0]
+    names = subject_files("01")
+    for name in ("cleaned",) if place == "timecourses" else ("timecourses", "cleaned"):
+        courses, _ = read_table(tmp_path / "out" / names[name])
+        if name == "timecourses" and scaling == "none":  # it keeps its trends
+            assert np.abs(np.corrcoef(courses.T, ramp)[-1, :-1]).min() > 0.5
+            courses = courses - trends @ np.linalg.lstsq(trends, courses)[0]
+        assert np.abs(np.linalg.norm(trends.T @ courses, axis=0)).max() < 1e-3 * np.linalg.norm(courses)
+        fitted = jitter @ np.linalg.lstsq(jitter, courses)[0]
+        assert (fitted.var(axis=0) / courses.var(axis=0)).max() < 1e-6
 
 
 def test_what_a_subject_lacks_is_left_out_and_counted(tmp_path, bold, template, brain, made):
@@ -271,6 +303,35 @@ def test_what_a_subject_lacks_is_left_out_and_counted(tmp_path, bold, template, 
     assert np.array_equal(nib.load(tmp_path / "out" / names["mask"]).get_fdata() > 0, there)
     whole = nib.load(made / names["maps"]).get_fdata()
     assert correlate_rows(values[there].T, whole[there].T).min() > 0.98
+
+
+def test_affines_that_disagree_are_written_down(tmp_path, bold, template, brain):
+    def mirrored(name, values):
+        """An image whose qform has left where its sform has right."""
+        image = nib.Nifti1Image(values, AFFINE)
+        image.set_sform(AFFINE, 4)
+        image.set_qform(np.diag([-1.0, 1, 1, 1]) @ AFFINE, 4)
+        image.header.set_zooms((9, 9, 9, 2.0)[: values.ndim])
+        nib.save(image, tmp_path / name)
+        return str(tmp_path / name)
+
+    there = files(mirrored("bold.nii.gz", bold))
+    build_subject(settings(), "01", there, mirrored("maps.nii.gz", template.maps), tmp_path / "networks")
+    atlas = mirrored("atlas.nii.gz", brain.astype("i2"))
+    build_timecourses(settings(), "01", there, atlas, None, tmp_path / "regions")
+    for folder, other in (("networks", "maps.nii.gz"), ("regions", "atlas.nii.gz")):
+        said = load(tmp_path / folder / subject_files("01")["quality"])["Warnings"]
+        assert said == [
+            f"the sform and the qform of {name} do not agree within 1 mm; the sform is used"
+            for name in ("bold.nii.gz", other)
+        ]
+
+
+def test_an_atlas_in_centimetres_excludes_nobody(tmp_path, subject, brain):
+    atlas = save(tmp_path / "atlas.nii.gz", brain.astype("i2"), np.diag([0.1, 0.1, 0.1, 1]) @ AFFINE, step=None)
+    with pytest.raises(UserError, match=r"the atlas .*voxels of 0\.9 x 0\.9 x 0\.9 mm .*write it in millimetres"):
+        build_timecourses(settings(on_bad_subject="exclude"), "01", files(subject), str(atlas), None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------- bad subjects
@@ -304,6 +365,9 @@ BAD = {
     "all NaN": (lambda p, b: save(p, np.full_like(b, np.nan)), {}, "no finite value"),
     "NaN": (with_nan, {}, "NaN or infinity in some volumes"),
     "not MNI": (lambda p, b: save(p, b, np.diag([9.0, 9, 9, 1])), {}, "not in MNI space"),
+    "in centimetres": (
+        lambda p, b: save(p, b, np.diag([0.1, 0.1, 0.1, 1]) @ AFFINE), {}, r"0\.9 x 0\.9 x 0\.9 mm.*millimetres",
+    ),
     "no TR": (lambda p, b: save(p, b, step=0.0), {}, "neither in its header nor in a JSON sidecar"),
     "too few volumes": (lambda p, b: save(p, b), {"min_volumes": 80}, "60 usable volumes, and min_volumes is 80"),
     "too few left": (lambda p, b: save(p, b), {"drop_volumes": 45}, "15 usable volumes, and min_volumes is 20"),
@@ -493,8 +557,8 @@ def test_time_courses_that_are_not_scaled_stay_as_they_came(tmp_path, bold, brai
     build_timecourses(chosen, "01", files(image, confounds=path), str(atlas), None, tmp_path / "regions")
     found, _ = read_table(tmp_path / "regions" / names["timecourses"])
     means = np.column_stack([bold[numbers == k].mean(axis=0) for k in (1, 2, 3)]).astype("f8")
-    x = np.column_stack([np.ones(VOLUMES), motion])
-    assert np.allclose(found, means - x @ np.linalg.lstsq(x, means)[0] + means.mean(axis=0), atol=1e-2)
+    jitter = remove_trends(motion)
+    assert np.allclose(found, means - jitter @ np.linalg.lstsq(jitter, means)[0], atol=1e-2)
 
 
 def test_precomputed_time_courses_give_connectivity(tmp_path):

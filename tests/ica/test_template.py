@@ -123,6 +123,29 @@ def test_the_digest_is_of_grid_affine_and_values_not_of_the_file(tmp_path, templ
     assert len(others | {template.digest}) == 4
 
 
+@pytest.mark.parametrize(("unit", "factor"), [("mm", 0.1), ("meter", 1e-3), ("micron", 1e3), ("unknown", 0.1)])
+def test_a_template_that_is_not_in_millimetres_is_refused(tmp_path, template, unit, factor):
+    image = nib.Nifti1Image(template.maps, np.diag([factor] * 3 + [1]) @ AFFINE)
+    image.header.set_xyzt_units(unit)
+    path = tmp_path / "maps.nii"
+    nib.save(image, path)
+    size, side = f"{9 * factor:.3g}", f"{18 * 9 * factor:.3g}"
+    named = f", and its header names the unit '{unit}'" if unit in ("meter", "micron") else ""
+    with pytest.raises(UserError) as caught:
+        load_template(path)
+    assert str(caught.value) == (
+        f"the template {path} has voxels of {size} x {size} x {size} mm and covers {side} x {21 * 9 * factor:.3g} x {side} mm, "
+        f"which is not the size of a human brain{named}: its affine seems to be in another unit, so write it in millimetres."
+    )
+
+
+def test_a_unit_that_the_header_names_wrongly_does_no_harm(tmp_path, template):
+    image = nib.Nifti1Image(template.maps, AFFINE)
+    image.header.set_xyzt_units("micron")  # beside an affine in mm, which is what everybody reads
+    nib.save(image, tmp_path / "other.nii")
+    assert load_template(tmp_path / "other.nii").digest == template.digest
+
+
 def test_values_that_are_not_finite_count_as_none(tmp_path, template):
     holes = template.maps.copy()
     holes[0, 0, 0] = np.nan
