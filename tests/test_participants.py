@@ -260,6 +260,35 @@ def test_jobs_on_the_whole_cohort_know_the_layout_whether_it_was_named_or_found(
     assert {each["cohort"]["layout"] for each in found[0]} == {"bids"}
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, ""),
+        ({"courses": {"kind": "timeseries", "length": 18}, "maps": {"kind": "maps", "voxel_mm": 3.0}}, ""),
+        (
+            {"courses": {"kind": "timeseries", "length": 19}},
+            "datasets.courses.length is 19, but the shortest series has 18 time points: lower it",
+        ),
+        (
+            {"maps": {"kind": "maps", "voxel_mm": 2.0}},
+            "datasets.maps cannot be made: voxel_mm is 2, but the maps have voxels of 3 mm",
+        ),
+    ],
+)
+def test_check_refuses_data_sets_that_cannot_be_made(more, said, tmp_path):
+    config = {
+        "cohort": {"kind": "simulated", "subjects": 4, "volumes": 20, "voxel_mm": 12},
+        "ica": {"drop_volumes": 2},
+        "datasets": {"courses": {"kind": "timeseries"}, **more},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    if not said:
+        assert "volumes: 18 in every image" in check_analysis(str(tmp_path))
+        return
+    with pytest.raises(UserError, match=said):
+        check_analysis(str(tmp_path))
+
+
 def test_gifts_time_courses_need_a_repetition_time_before_any_job(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_people(tmp_path / "participants.tsv", [("1", "HC"), ("2", "SZ")], ("id", "dx"))
