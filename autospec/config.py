@@ -459,7 +459,7 @@ class Statistics(Settings):
     refits: int = Field(default=99, ge=19)
     """Trainings with permuted labels, for each run with `refit: true`."""
     refits_per_job: int = Field(default=25, ge=1)
-    """How many of them one job carries out."""
+    """How many of them one job carries out; another number trains all of them again."""
     seed: int = Field(default=0, ge=0)
     """Seed of the permutations."""
     within: list[Label] = []
