@@ -50,7 +50,7 @@ wildcard_constraints:
     dataset="[a-z][a-z0-9_]*",
     experiment="[a-z][a-z0-9_]*",
     run="[a-z][a-z0-9_]*(-seed-[0-9]+)?",
-    part="[0-9]+",
+    part="(matched-)?[0-9]+",
     setting="[a-z]+-[a-z0-9.-]+",
     subject="[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*",
     view="[a-z]+",

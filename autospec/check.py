@@ -16,7 +16,8 @@ from autospec.cohort.selection import Cohort
 from autospec.cohort.simulated import coarse_brain
 from autospec.cohort.simulation import REPETITION_TIME
 from autospec.cohort.subjects import MISSING
-from autospec.config import Config, load_config
+from autospec.config import Config, MapsDataset, TimeseriesDataset, load_config
+from autospec.datasets.maps import coarser_grid
 from autospec.errors import UserError
 from autospec.ica.cleaning import least_volumes
 from autospec.ica.template import Template, analysis_grid, coverage, fixed_mask, load_template, on_grid
@@ -44,7 +45,7 @@ def check_analysis(folder: str) -> str:
     Raises
     ------
     UserError
-        If the config, the cohort or the template cannot be used.
+        If the config, the cohort or the template cannot be used, or a data set cannot be made.
     """
     if not Path(folder).is_dir():
         raise UserError(f"there is no folder {folder}: make an analysis with autospec init.")
@@ -77,11 +78,29 @@ def check_analysis(folder: str) -> str:
                 partial(least_volumes, cutoff=config.ica.low_pass_hz) if config.needs_networks else None,
             )
             lines = report.lines()
+        _require_data_sets(config, template, report)
         if template is not None:
             lines += _template_lines(config, template, report)
         lines += _group_lines(config, cohort)
     sets = ", ".join(f"{name} ({dataset.kind})" for name, dataset in config.datasets.items())
     return "\n".join([*lines, f"data sets: {sets or 'none'}"])
+
+
+def _require_data_sets(config: Config, template: Template | None, report: Report) -> None:
+    """Refuse data sets that cannot be made: their own jobs would say so only after everybody's networks."""
+    for name, dataset in config.datasets.items():
+        if isinstance(dataset, TimeseriesDataset) and dataset.length is not None and report.volumes is not None:
+            fewest = report.volumes[0]
+            if fewest < dataset.length:
+                raise UserError(
+                    f"datasets.{name}.length is {dataset.length}, but the shortest series has {fewest} time points: lower it, or "
+                    "set cohort.min_volumes so that it is left out."
+                )
+        if isinstance(dataset, MapsDataset) and dataset.voxel_mm is not None and template is not None:
+            try:
+                coarser_grid(*analysis_grid(config.ica.grid, template, None), dataset.voxel_mm)
+            except UserError as error:
+                raise UserError(f"datasets.{name} cannot be made: {error}") from None
 
 
 def _group_lines(config: Config, cohort: Cohort) -> list[str]:

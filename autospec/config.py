@@ -6,6 +6,7 @@ The JSON schema that Snakemake validates with (``workflow/schemas/config.schema.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,32 @@ Statistic = Literal["gradient", "activation", "adjoint", "contrast", "cosine", "
 MODELS = ("mlp", "cnn1d", "cnn2d", "cnn3d", "rnn", "lstm", "bert")
 # Layers of these are all equally wide.
 EQUALLY_WIDE = ("rnn", "lstm", "bert")
+
+
+def weights_of(model: str, task: str, depth: int) -> list[str]:
+    """Names of the weight matrices of one of these architectures, known without building it; a test compares them.
+
+    Parameters
+    ----------
+    model : str
+        One of `MODELS`.
+    task : {"autoencoder", "classifier"}
+    depth : int
+        How many hidden layers it has.
+    """
+    if model in ("rnn", "lstm"):
+        names = [f"{model}.weight_{kind}_l{i}" for i in range(depth) for kind in ("ih", "hh")]
+    elif model == "bert":
+        parts = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
+        names = ["encoder.projection.weight", "encoder.positions.weight"]
+        names += [f"encoder.layers.{i}.{part}" for i in range(depth) for part in parts]
+    else:  # each layer is followed by its activation
+        names = [f"encoder.{2 * i}.weight" for i in range(depth)]
+        if task == "autoencoder":
+            return names + [f"decoder.{2 * i}.weight" for i in range(depth)]
+    if task == "autoencoder":
+        return [*names, "decoder.weight"]
+    return [*names, *(["pooler.weight"] if model == "bert" else []), "classifier.weight"]
 
 
 class Settings(BaseModel):
@@ -432,7 +459,7 @@ class Statistics(Settings):
     refits: int = Field(default=99, ge=19)
     """Trainings with permuted labels, for each run with `refit: true`."""
     refits_per_job: int = Field(default=25, ge=1)
-    """How many of them one job carries out."""
+    """How many of them one job carries out; another number trains all of them again."""
     seed: int = Field(default=0, ge=0)
     """Seed of the permutations."""
     within: list[Label] = []
@@ -518,6 +545,12 @@ class Config(Settings):
                 raise ValueError(
                     f"datasets.{name} needs one grid for all maps: set ica.grid to template, or to a voxel size"
                 )
+            grid = self.ica.grid
+            if isinstance(dataset, MapsDataset) and isinstance(grid, float) and (dataset.voxel_mm or grid) < grid:
+                raise ValueError(
+                    f"datasets.{name}.voxel_mm is {dataset.voxel_mm:g}, but ica.grid makes maps of voxels of {grid:g} mm: "
+                    "give a larger number, or leave it out"
+                )
         if self.cohort is None:
             for part in ("datasets", "experiments"):
                 if not getattr(self, part):
@@ -547,6 +580,7 @@ class Config(Settings):
                     raise ValueError(f"the experiments {both} both are figure {experiment.figure}")
                 numbers[experiment.figure] = name
             self._model_fits(name)
+            self._layers_fit(name)
             self._panels_fit(name)
             for run in experiment.runs:
                 steps = self.introspection_of(name, run).steps
@@ -577,6 +611,17 @@ class Config(Settings):
                     f"experiments.{name}.runs.{run}.hidden is {settings.hidden}, but the layers of "
                     f"{experiment.model} are all equally wide"
                 )
+
+    def _layers_fit(self, name: str) -> None:
+        experiment = self.experiments[name]
+        for run, settings in experiment.runs.items() if experiment.model in MODELS else ():
+            there = weights_of(experiment.model, settings.task, len(settings.hidden))
+            for wanted in self.introspection_of(name, run).layers or ():
+                if not fnmatch.filter(there, wanted):
+                    raise ValueError(
+                        f"introspection.layers names '{wanted}', but the weights of {name}/{run} are {_listed(there)}: "
+                        "correct it, or set layers under introspection of that experiment or run"
+                    )
 
     def _panels_fit(self, name: str) -> None:
         experiment = self.experiments[name]

@@ -110,7 +110,7 @@ def refit_parts(config: Config, experiment: str, run: str) -> list[str]:
     return [
         result("refits", experiment=experiment, run=name, part=part)
         for name in specs.runs_of(config, experiment, run)
-        for part in specs.refit_parts(config)
+        for part in specs.refit_parts(config, experiment)
     ]
 
 

@@ -376,18 +376,23 @@ def tables() -> list[str]:
     return [result(kind) for kind in ("participants", "participants_described", "scans", "exclusions", "cohort")]
 
 
-def shared_settings(config: Config) -> dict[str, Any]:
+def shared_settings(config: Config, cohort: Cohort) -> dict[str, Any]:
     """Settings of the job that writes the cohort's tables."""
     return {
-        "cohort": cohort_settings(config),
+        "cohort": _with_layout(config, cohort),
         "networks": config.needs_networks,
         "drop_volumes": config.ica.drop_volumes if config.needs_networks else 0,
     }
 
 
-def gift_mask_settings(config: Config) -> dict[str, Any]:
+def gift_mask_settings(config: Config, cohort: Cohort) -> dict[str, Any]:
     """Settings of the job that makes GIFT's mask."""
-    return {"cohort": cohort_settings(config)}
+    return {"cohort": _with_layout(config, cohort)}
+
+
+def _with_layout(config: Config, cohort: Cohort) -> dict[str, Any]:
+    """What the readers of layouts take, with the layout that was found: to name it, or to leave it to `auto`, is no change."""
+    return {**cohort_settings(config), "layout": cohort.layout}
 
 
 def images(cohort: Cohort) -> list[str]:

@@ -157,26 +157,36 @@ def permutation_settings(config: Config, experiment: str, run: str) -> dict[str,
     return {"name": f"{experiment}/{run}", **config.statistics.model_dump(mode="json", include=read)}
 
 
-def refit_part_settings(config: Config, experiment: str, run: str, part: int) -> dict[str, Any]:
-    """Settings of a job that carries out some of the refits of a training; refit 0 has the labels as they are."""
+def refit_part_settings(config: Config, experiment: str, run: str, part: str) -> dict[str, Any]:
+    """Settings of a job that carries out some of the refits of a training, by its name from `refit_parts`.
+
+    Refit 0 has the labels as they are.
+    """
     statistics = config.statistics
+    number = int(part.removeprefix("matched-"))
     training = run_settings(config, experiment, run)
     return {
         "run": {**training, "introspection": {"layers": training["introspection"]["layers"]}},
-        "first": part * statistics.refits_per_job + 1 if part else 0,
-        "last": min((part + 1) * statistics.refits_per_job, statistics.refits),
+        "first": number * statistics.refits_per_job + 1 if number else 0,
+        "last": min((number + 1) * statistics.refits_per_job, statistics.refits),
         "refits": statistics.refits,
         "seed": statistics.seed,
         "within": statistics.within,
         "conditional_on": statistics.conditional_on,
         "minimum_group_size": statistics.minimum_group_size,
-        "confounds": statistics.confounds,
+        "matched": part.startswith("matched-"),
     }
 
 
-def refit_parts(config: Config) -> range:
-    """Numbers of the jobs that carry out a training's refits."""
-    return range(-(-config.statistics.refits // config.statistics.refits_per_job))
+def refit_parts(config: Config, experiment: str) -> list[str]:
+    """Names of the jobs that carry out a training's refits.
+
+    Those of matched subjects, which only a cohort has, are jobs of their own, so that `statistics.confounds` trains nothing
+    else again.
+    """
+    numbers = range(-(-config.statistics.refits // config.statistics.refits_per_job))
+    checked = config.statistics.confounds and config.experiments[experiment].dataset in config.cohort_datasets
+    return [*map(str, numbers), *(f"matched-{number}" for number in numbers if checked)]
 
 
 def refit_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:

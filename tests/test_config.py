@@ -106,6 +106,16 @@ MISTAKES = [
     ("introspection.steps", "[5000]", ["small/net would record nothing", "begins at 5000"]),
     ("training.snapshots", "[0, 5000]", ["small/net has no update 5000, which training.snapshots names"]),
     ("introspection.layers", "[]", ["introspection.layers is an empty list"]),
+    (
+        "introspection.layers",
+        '["nolayer*"]',
+        ["names 'nolayer*', but the weights of small/net are 'encoder.0.weight', 'classifier.weight'", "or run"],
+    ),
+    (
+        "experiments.small.runs.net.introspection",
+        '{layers: ["encoder.*", decoder.0.weight]}',
+        ["introspection.layers names 'decoder.0.weight', but the weights of small/net are"],
+    ),
     ("introspection.statistics", "[gradients]", ["'gradient', 'activation', 'adjoint'"]),
     (
         "introspection.singular_values",
@@ -174,6 +184,10 @@ def with_value(where: str, text: str) -> str:
     [
         ("datasets: {maps: {kind: maps}}\nica: {template: stand-in, grid: data}", "needs one grid for all maps"),
         ("datasets: {maps: {kind: maps}}\nica: {timecourses: atlas, atlas: a.nii}", "needs maps of networks"),
+        (
+            "datasets: {maps: {kind: maps, voxel_mm: 2}}\nica: {template: stand-in, grid: 3}",
+            "datasets.maps.voxel_mm is 2, but ica.grid makes maps of voxels of 3 mm: give a larger number",
+        ),
         ("datasets: {series: {kind: timeseries}}", "ica.template is missing"),
         ("", "ica.template is missing"),
     ],
@@ -190,6 +204,14 @@ def test_settings_of_a_cohort_that_do_not_fit_are_one_clear_sentence(tmp_path, m
 def test_settings_that_are_the_default_may_stand_beside_any_time_courses():
     chosen = {"timecourses": "precomputed", "scaling": "none", "confounds": "none", "smoothing_fwhm_mm": 0}
     assert parse_config({"cohort": {"kind": "folder", "folder": "data"}, "ica": chosen}).ica.scaling == "none"
+
+
+def test_layers_of_a_network_of_ones_own_are_looked_for_when_it_is_built():
+    data = yaml.safe_load(SMALL)
+    data["introspection"]["layers"] = ["trunk.*"]
+    data["models"] = {"mine": "mynetworks:Net"}
+    data["experiments"]["small"]["model"] = "mine"
+    assert parse_config(data).introspection_of("small", "net").layers == ["trunk.*"]
 
 
 def test_volumes_alone_need_no_template(tmp_path):

@@ -14,12 +14,13 @@ from torch import nn
 
 import autospec
 from autospec import specs
-from autospec.config import parse_config
+from autospec.config import parse_config, weights_of
 from autospec.custom_model import module_file, require_class, split_path
 from autospec.describe import ACTIVATIONS as ACTIVATION_WORDS
 from autospec.describe import ARCHITECTURES as ARCHITECTURE_WORDS
 from autospec.describe import architecture_words
 from autospec.errors import UserError
+from autospec.introspection.parameters import find_parameters
 from autospec.models import ACTIVATIONS, AUTOENCODERS, CLASSIFIERS, build_model
 from autospec.models.bert import attention_heads
 from autospec.models.cnn import average_blocks
@@ -74,6 +75,14 @@ SAMPLES = {
     "lstm": [(28, 28), (30, 1), (10, 53), (1, 3)],
     "bert": [(28, 28), (30, 1), (10, 53), (1, 3)],
 }
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_the_config_knows_the_names_of_weights(architecture, task):
+    for depth in (1, 2, 3):
+        model = build_model(architecture, task, SHAPES[architecture], CLASSES, [8] * depth, "relu")
+        assert [each.name for each in find_parameters(model, None, "refuse")] == weights_of(architecture, task, depth)
 
 
 @pytest.mark.parametrize("hidden", [[8], [32], [64], [128], [8, 8, 8]], ids=str)

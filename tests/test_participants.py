@@ -243,7 +243,7 @@ def test_check_knows_the_repetition_time_of_the_config(stated, header, said, tmp
         ({"drop_volumes": 13, "low_pass_hz": 0.5}, "at least 8 are needed"),
     ],
 )
-def test_check_knows_how_many_volumes_are_left_and_needed(ica, said, tmp_path):
+def test_check_knows_how_many_volumes_are_left_and_needed(ica, said, tmp_path, monkeypatch):
     write_people(tmp_path / "participants.tsv", [("1", "HC", "1.nii"), ("2", "SZ", "2.nii")], ("id", "dx", "bold"))
     for name in "12":
         image(tmp_path / f"{name}.nii", volumes=20)
@@ -259,7 +259,53 @@ def test_check_knows_how_many_volumes_are_left_and_needed(ica, said, tmp_path):
     except UserError as error:
         found = str(error)
     assert said in found
-    assert participants.shared_settings(parse_config(config))["drop_volumes"] == ica["drop_volumes"]
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(config)
+    cohort = participants.candidates(participants.cohort_settings(config))
+    assert participants.shared_settings(config, cohort)["drop_volumes"] == ica["drop_volumes"]
+
+
+def test_jobs_on_the_whole_cohort_know_the_layout_whether_it_was_named_or_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_people(tmp_path / "data/participants.tsv", [("1", "HC", "M", "20"), ("2", "SZ", "F", "30")])
+    fmriprep(tmp_path / "data", ["1", "2"])
+    found = []
+    for layout in ("auto", "bids"):
+        folder = {"kind": "folder", "folder": "data", "layout": layout, "diagnosis": "Patient as labelled"}
+        config = parse_config({"cohort": folder, "ica": {"template": "stand-in"}})
+        cohort = participants.read_cohort(config)
+        found.append([make(config, cohort) for make in (participants.shared_settings, participants.gift_mask_settings)])
+    assert found[0] == found[1]
+    assert {each["cohort"]["layout"] for each in found[0]} == {"bids"}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, ""),
+        ({"courses": {"kind": "timeseries", "length": 18}, "maps": {"kind": "maps", "voxel_mm": 3.0}}, ""),
+        (
+            {"courses": {"kind": "timeseries", "length": 19}},
+            "datasets.courses.length is 19, but the shortest series has 18 time points: lower it",
+        ),
+        (
+            {"maps": {"kind": "maps", "voxel_mm": 2.0}},
+            "datasets.maps cannot be made: voxel_mm is 2, but the maps have voxels of 3 mm",
+        ),
+    ],
+)
+def test_check_refuses_data_sets_that_cannot_be_made(more, said, tmp_path):
+    config = {
+        "cohort": {"kind": "simulated", "subjects": 4, "volumes": 20, "voxel_mm": 12},
+        "ica": {"drop_volumes": 2},
+        "datasets": {"courses": {"kind": "timeseries"}, **more},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    if not said:
+        assert "volumes: 18 in every image" in check_analysis(str(tmp_path))
+        return
+    with pytest.raises(UserError, match=said):
+        check_analysis(str(tmp_path))
 
 
 def test_gifts_time_courses_need_a_repetition_time_before_any_job(tmp_path, monkeypatch):

@@ -68,13 +68,27 @@ def build_refit(
 
 
 def joined(parts: Sequence[xr.Dataset]) -> xr.Dataset:
-    """All refits of one seed, in order, refit 0 with the labels as they are.
+    """All refits of one seed, and beside them those of matched subjects, if there are any.
 
     Raises
     ------
     UserError
         If one is missing or there twice.
     """
+    whole = _in_order([part for part in parts if not part.attrs["of_matched"]])
+    of_matched = [part for part in parts if part.attrs["of_matched"]]
+    if not of_matched:
+        return whole
+    beside = _in_order(of_matched)
+    attributes = {name: beside.attrs[name] for name in ("diagnoses", "matched", "unmatched")}
+    attributes["digest"] = whole.attrs["digest"] + beside.attrs["digest"]
+    if beside.attrs["pairs"]:
+        whole = xr.concat([whole, beside], "test", data_vars="minimal", coords="minimal", combine_attrs="override")
+    return whole.assign_attrs(attributes)
+
+
+def _in_order(parts: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Refits in the order of their numbers, refit 0 with the labels as they are."""
     if not parts[0].attrs["pairs"]:
         return parts[0]
     whole = xr.concat([part for part in parts if part.sizes["refit"]], "refit", data_vars="minimal", coords="minimal")

@@ -62,7 +62,8 @@ class RefitPartSettings(TypedDict):
     within: list[str]
     conditional_on: list[str]
     minimum_group_size: int
-    confounds: bool
+    matched: bool
+    """Whether labels are exchanged within pairs of matched subjects, to see whether it is just motion."""
 
 
 class About(TypedDict):
@@ -136,17 +137,20 @@ def build_refit_part(settings: RefitPartSettings, dataset: str, output: str, dev
         target = prepared.target.numpy(force=True)[np.unique(unit, return_index=True)[1]]
         drawn = draw_conditional_relabellings(target, prepared.classes, strata, numbers_of_subjects, count, seed)
     pairs, refused = testable(prepared, unit, settings["minimum_group_size"])
-    checked = checks_of(prepared, dataset, settings, pairs, unit, labels, strata) if settings["confounds"] else Checks()
+    checked = checks_of(prepared, dataset, settings, pairs, unit, labels, strata) if settings["matched"] else Checks()
+    compared = len(checked.matched) if settings["matched"] else len(pairs)
     numbers = range(settings["first"], min(settings["last"] + 1, len(drawn.giver)))
     epochs = run["training"]["epochs"]
     updates = epochs * Trainer(prepared).batches.in_an_epoch
     steps = snapshot_updates(run["training"]["snapshots"], updates)
     found = []
     with deterministic(prepared.device):
-        for number in numbers if pairs else ():
-            relabelled = with_labels_of(prepared, drawn.giver[number], unit)
-            values = statistics_of(retrained(relabelled, steps, updates), pairs)
-            found.append(joined_statistics([values, *checked.statistics(number, steps, updates, unit)]))
+        for number in numbers if compared else ():
+            if settings["matched"]:
+                found.append(joined_statistics(list(checked.statistics(number, steps, updates, unit))))
+            else:
+                relabelled = with_labels_of(prepared, drawn.giver[number], unit)
+                found.append(statistics_of(retrained(relabelled, steps, updates), pairs))
     family = found[0] if found else statistics_of(None, [])
     attributes = {
         "labellings": len(drawn.giver),
@@ -159,15 +163,17 @@ def build_refit_part(settings: RefitPartSettings, dataset: str, output: str, dev
         "conditional_on": settings["conditional_on"],
         "balance": drawn.balance,
         "imbalance": drawn.imbalance,
-        "pairs": len(pairs),
+        "pairs": compared,
         "refused": refused,
+        "of_matched": settings["matched"],
         "diagnoses": checked.diagnoses,
         "matched": {each.name: {**each.about, "labellings": len(each.drawn.giver)} for each in checked.matched},
         "unmatched": checked.unmatched,
         "seed": seed,
     }
-    write_packed(_as_tree(found, family, list(numbers) if pairs else [], attributes), output)
-    return f"{run['name']}: refits {numbers.start} to {numbers.stop - 1} of {settings['refits']}, {len(pairs)} pairs of groups"
+    write_packed(_as_tree(found, family, list(numbers) if compared else [], attributes), output)
+    of = " of matched subjects" if settings["matched"] else ""
+    return f"{run['name']}: refits {numbers.start} to {numbers.stop - 1} of {settings['refits']}, {compared} pairs of groups{of}"
 
 
 # ---------------------------------------------------------------------- labels

@@ -59,7 +59,7 @@ def test_gifts_images_become_data_sets(tmp_path, monkeypatch):
         output = ["--output", result("ica", subject=name)]
         assert main(["precomputed", "--spec", specs.spec("precomputed", settings), *given, *output]) == 0
     table, folders = result("participants"), people.folders(config, cohort)
-    spec = specs.spec("cohort", people.shared_settings(config))
+    spec = specs.spec("cohort", people.shared_settings(config, cohort))
     assert main(["cohort", "--spec", spec, "--folders", *folders, "--output", table]) == 0
     for name, stage in (("courses", "timeseries"), ("maps", "maps")):
         spec = specs.spec(stage, people.dataset_settings(config, name))

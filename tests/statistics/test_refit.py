@@ -62,7 +62,7 @@ def settings(first: int, last: int, refits: int, run: dict | None = None, **chan
         "seed": 3,
         "within": [],
         "conditional_on": [],
-        "confounds": False,
+        "matched": False,
         "minimum_group_size": 3,
     }
     return {"run": run or settings_of("classifier"), **part, **changed}
@@ -312,12 +312,15 @@ def test_pairs_within_a_target_and_small_groups_are_left_to_others(people, tmp_p
 def test_what_refits_say_beside_a_comparison_of_diagnoses(people, tmp_path):
     run = settings_of("classifier")
     prepared = train(run, people, tmp_path / "w.pt")
-    part = settings(0, 25, 25, run, confounds=True)
-    build_refit_part(part, str(people), str(tmp_path / "part.zarr.zip"), "cpu")
-    found = refits(tmp_path / "part.zarr.zip")
+    parts = {"0": (0, 25, False), "matched-0": (0, 12, True), "matched-1": (13, 25, True)}
+    for name, (first, last, matched) in parts.items():
+        part = settings(first, last, 25, run, matched=matched)
+        build_refit_part(part, str(people), str(tmp_path / f"{name}.zarr.zip"), "cpu")
+    files = [str(tmp_path / f"{name}.zarr.zip") for name in parts]
+    found = joined([refits(file) for file in files])
     stage = {"name": "people/net", "alpha": 0.05, "refits": 25}
     paths = [str(tmp_path / f"refit.{ending}") for ending in ("tsv", "json", "confounds.tsv")]
-    build_refit(stage, [[str(tmp_path / "part.zarr.zip")]], *paths)
+    build_refit(stage, [files], *paths)
     rows = read_confounds(paths[2])
     assert list(rows["check"].unique()) == ["labels", "matched", "shuffled"]
     whole = rows[rows["layer"] == ""].set_index("check")
@@ -355,6 +358,11 @@ def test_what_refits_say_beside_a_comparison_of_diagnoses(people, tmp_path):
         np.testing.assert_allclose(mine, right, rtol=2e-5, atol=1e-6 * right[0])
     assert "exchanged within pairs before training" in whole.loc["matched", "note"]
 
+    # Without the matched there are the same tests, and no such table.
+    build_refit(stage, [files[:1]], *paths)
+    pd.testing.assert_frame_equal(read_tests(paths[0]), main)
+    assert read_confounds(paths[2]).empty
+
 
 def test_among_the_matched_only_partners_exchange_labels_and_everybody_else_keeps_them(people):
     run = settings_of("classifier")
@@ -362,7 +370,7 @@ def test_among_the_matched_only_partners_exchange_labels_and_everybody_else_keep
     unit = np.unique(np.array(prepared.training.subjects), return_inverse=True)[1]
     labels = prepared.target.numpy()[np.unique(unit, return_index=True)[1]]
     strata = np.zeros(len(labels), dtype=int)
-    part = settings(0, 30, 30, run, confounds=True)
+    part = settings(0, 30, 30, run, matched=True)
     (matched,) = checks_of(prepared, str(people), part, [("HC", "SZ")], unit, labels, strata).matched
     partner = np.full(len(labels), -1)
     partner[unit] = matched_samples(
@@ -463,16 +471,42 @@ def config(**statistics):
     return parse_config(changed)
 
 
+def parts_of(config) -> dict[str, dict]:
+    """Settings of each part of the small study's refits."""
+    return {
+        part: specs.refit_part_settings(config, "small", "judge", part) for part in specs.refit_parts(config, "small")
+    }
+
+
 def test_parts_cover_every_refit_once_and_the_first_has_the_labels_as_they_are():
-    parts = [specs.refit_part_settings(config(), "small", "judge", part) for part in specs.refit_parts(config())]
-    assert [(part["first"], part["last"]) for part in parts] == [(0, 20), (21, 40), (41, 50)]
+    parts = parts_of(config())
+    assert {name: (part["first"], part["last"]) for name, part in parts.items()} == {
+        "0": (0, 20), "1": (21, 40), "2": (41, 50)
+    }  # fmt: skip
+    assert not any(part["matched"] for part in parts.values())  # digits have neither age nor motion
+
+
+def test_without_checks_of_confounders_the_refits_of_matched_subjects_are_left_out_and_no_other_repeats():
+    def of_cohort(**statistics):
+        plain = config(**statistics)
+        content = plain.model_dump(exclude_unset=True) | {"cohort": {"kind": "simulated"}}
+        content["datasets"]["digits"] = {"kind": "freesurfer"}
+        content["experiments"]["small"]["panels"] = [{"run": "judge"}]
+        return parts_of(parse_config(content))
+
+    with_checks, without = of_cohort(), of_cohort(confounds=False)
+    assert list(with_checks) == ["0", "1", "2", "matched-0", "matched-1", "matched-2"]
+    assert without == {name: with_checks[name] for name in ("0", "1", "2")}
+    assert with_checks["matched-1"] == {**with_checks["1"], "matched": True}
 
 
 def test_what_is_recorded_of_the_run_does_not_repeat_its_refits():
-    plain = specs.refit_part_settings(config(), "small", "judge", 0)
-    assert specs.refit_part_settings(config(alpha=0.01, permutations=20), "small", "judge", 0) == plain
-    assert specs.refit_part_settings(config(seed=7), "small", "judge", 0) != plain
+    plain = specs.refit_part_settings(config(), "small", "judge", "0")
+    assert specs.refit_part_settings(config(alpha=0.01, permutations=20), "small", "judge", "0") == plain
+    assert specs.refit_part_settings(config(seed=7), "small", "judge", "0") != plain
     again = config()
     recorded = again.introspection.model_copy(update={"every": 3})
-    assert specs.refit_part_settings(again.model_copy(update={"introspection": recorded}), "small", "judge", 0) == plain
-    assert specs.refit_part_settings(config(), "small", "judge-seed-4", 0)["run"]["training"]["seed"] == 4
+    assert (
+        specs.refit_part_settings(again.model_copy(update={"introspection": recorded}), "small", "judge", "0") == plain
+    )
+    assert specs.refit_part_settings(config(), "small", "judge-seed-4", "0")["run"]["training"]["seed"] == 4

@@ -168,6 +168,7 @@ def test_a_word_in_the_table_finds_nobodys_networks_again(cohort):
 @pytest.mark.parametrize(
     ("part", "settings", "jobs"),
     [
+        ("cohort", {"layout": "bids"}, set()),  # as was found
         ("cohort", {"max_mean_fd": 5.0}, AFTER),
         ("cohort", {"on_bad_subject": "fail"}, AFTER),
         ("cohort", {"diagnosis": "Patient as labelled"}, AFTER),

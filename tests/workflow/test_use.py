@@ -9,7 +9,7 @@ import yaml
 
 import autospec
 from autospec.cli import main
-from tests.conftest import run_command
+from tests.conftest import ROOT, run_command
 from tests.workflow.conftest import ALL_JOBS, STUDY
 
 pytestmark = pytest.mark.workflow
@@ -188,6 +188,23 @@ def test_every_rule_has_a_docstring_a_message_and_a_log(finished):
             if "shell:" in rule:
                 for part in ("log:", "message:", "conda:", "params:", "spec="):
                     assert part in rule, (file, rule[:30], part)
+
+
+@pytest.mark.parametrize("profile", [file.parent.name for file in (ROOT / "profiles").glob("*/config.yaml")])
+def test_a_clusters_profile_names_every_rule_that_trains_or_permutes(profile):
+    settings = yaml.safe_load((ROOT / f"profiles/{profile}/config.yaml").read_text())
+    if "executor" not in settings:  # jobs here take what is here
+        return
+    texts = [file.read_text() for file in (ROOT / "workflow/rules").glob("*.smk")]
+    rules = {rule.split(":", 1)[0]: rule for text in texts for rule in re.split(r"\n *rule ", text)[1:]}
+    with_gpu = {name for name, rule in rules.items() if re.search(r"^ *gpu=", rule, re.MULTILINE)}
+    assert with_gpu == {"train", "refit_part"}
+    asked = settings["set-resources"]
+    for name in with_gpu | {"permute"}:
+        assert {"mem_mb", "runtime"} <= asked[name].keys(), name
+        assert ("gpu" in asked[name]) == (name in with_gpu), name
+    page = (ROOT / "docs/cluster.md").read_text()
+    assert all(f"`{name}`" in page for name in asked)
 
 
 def test_snakemake_lint_finds_nothing(analysis):

@@ -36,7 +36,7 @@ rule cohort:
     conda:
         "../../envs/autospec.yaml"
     params:
-        spec=specs.spec("cohort", participants.shared_settings(CONFIG)),
+        spec=specs.spec("cohort", participants.shared_settings(CONFIG, PEOPLE)),
     message:
         "Bringing the cohort together"
     shell:

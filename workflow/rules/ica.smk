@@ -81,7 +81,7 @@ if CONFIG.ica.mask == "gift":
         conda:
             "../../envs/autospec.yaml"
         params:
-            spec=specs.spec("gift-mask", participants.gift_mask_settings(CONFIG)),
+            spec=specs.spec("gift-mask", participants.gift_mask_settings(CONFIG, PEOPLE)),
         message:
             "Making GIFT's mask of the cohort"
         shell:

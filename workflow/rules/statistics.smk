@@ -52,7 +52,7 @@ rule refit_part:
     params:
         spec=lambda wildcards: specs.spec(
             "refit-part",
-            specs.refit_part_settings(CONFIG, wildcards.experiment, wildcards.run, int(wildcards.part)),
+            specs.refit_part_settings(CONFIG, wildcards.experiment, wildcards.run, wildcards.part),
         ),
     message:
         "Training {wildcards.experiment}/{wildcards.run} with permuted labels, part {wildcards.part}"
