@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from autospec.cohort.files import digest_of, file_problem, listed
 from autospec.cohort.images import Header, read_header, require_mni, time_between_volumes
+from autospec.cohort.mixed import differences
 from autospec.cohort.motion import motion_of, motion_problem
 from autospec.cohort.precomputed import shape_of
 from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, nobody_is_left
@@ -66,6 +67,8 @@ class Report:
     """Volumes dropped at the start of each image."""
     ages: list[float] = field(default_factory=list)
     """Of participants whose age is known, in years."""
+    participants: list[Participant] = field(default_factory=list)
+    """Those who take part, with the images that are used."""
 
     def lines(self) -> list[str]:
         """The report, for a person to read."""
@@ -165,13 +168,12 @@ def check_cohort(
     exclusions = list(cohort.exclusions)
     seen: list[_Seen] = []
     taking_part: list[Participant] = []
-    functional = 0
     for each in cohort.participants:
-        used = 0
+        used: list[Scan] = []
         for scan in each.scans:
             found, exclusion = _examine(each, scan, settings, plan)
             if exclusion is None:
-                used += 1
+                used.append(scan)
                 seen += found
             elif exclusion.bad and settings["on_bad_subject"] == "fail":
                 raise UserError(
@@ -179,12 +181,14 @@ def check_cohort(
                 )
             else:
                 exclusions.append(exclusion)
-        functional += bool(used)
         if used or each.freesurfer:
-            taking_part.append(each)
+            taking_part.append(replace(each, scans=tuple(used)))
     if not taking_part:
         raise nobody_is_left(cohort, exclusions)
-    report = _report(cohort, taking_part, functional, seen, exclusions, networks, voxel_mm)
+    images = {each.id: each.scans for each in taking_part}
+    warnings = [*differences(images, sessions=settings["scans"] != "all"), *_copies(taking_part)]
+    left = replace(cohort, participants=taking_part, exclusions=exclusions)
+    report = _report(left, seen, networks, voxel_mm, warnings)
     return replace(report, drop_volumes=drop_volumes)
 
 
@@ -209,7 +213,7 @@ def planned_cohort(
         As for `check_cohort`.
     """
     seen = [_Seen(header.volumes - drop_volumes, header, repetition_time)] * len(cohort.scans)
-    report = _report(cohort, cohort.participants, len(cohort.functional), seen, cohort.exclusions, networks, voxel_mm)
+    report = _report(cohort, seen, networks, voxel_mm)
     return replace(report, drop_volumes=drop_volumes)
 
 
@@ -263,14 +267,10 @@ def _kept(scan: Scan, volumes: int, time: float | None, plan: _Plan) -> int:
 
 
 def _report(
-    cohort: Cohort,
-    taking_part: list[Participant],
-    functional: int,
-    seen: list[_Seen],
-    exclusions: list[Exclusion],
-    networks: int,
-    voxel_mm: float | None,
+    cohort: Cohort, seen: list[_Seen], networks: int, voxel_mm: float | None, warnings: Sequence[str] = ()
 ) -> Report:
+    """What a cohort of those who take part, with the images that are used, would give."""
+    taking_part = cohort.participants
     headers = [each.header for each in seen if each.header is not None]
     times = Counter(f"{each.time:g} s" for each in seen if each.header is not None)
     volumes = [each.volumes for each in seen]
@@ -284,18 +284,19 @@ def _report(
             name: _sorted(Counter(each.person.groupings[name] for each in taking_part))
             for name in (taking_part[0].person.groupings if taking_part else ())
         },
-        functional=functional,
-        structural=sum(bool(each.freesurfer) for each in taking_part),
-        exclusions=exclusions,
+        functional=len(cohort.functional),
+        structural=len(cohort.structural),
+        exclusions=cohort.exclusions,
         grids=_grids(headers),
         repetition_times=dict(times),
         volumes=(min(volumes), max(volumes)) if volumes else None,
         seconds=sum(SECONDS_TO_START + predicted_seconds(header, voxel_mm) for header in headers),
         bytes=sum(predicted_bytes(header, networks, voxel_mm) for header in headers),
-        warnings=[*cohort.notes, *_warnings(headers, times, counts, cohort), *_copies(taking_part)],
+        warnings=[*cohort.notes, *_warnings(headers, times, counts, cohort), *warnings],
         headers=headers,
         networks=_sorted(counts),
         ages=[float(each.person.age) for each in taking_part if each.person.age != MISSING],
+        participants=taking_part,
     )
 
 

@@ -68,6 +68,13 @@ def test_6asym_goes_before_2009casym_and_may_be_overruled(derivatives):
     assert {subject.scans[0].space for subject in subjects} == {"MNI152NLin2009cAsym"}
 
 
+def test_a_space_that_all_have_goes_before_one_that_some_lack(derivatives):
+    fmriprep(derivatives / "derivatives/fmriprep", ["01", "02", "03"], space="MNI152NLin2009cAsym")
+    participants(derivatives / "participants.tsv", [*PEOPLE, ("03", "HC", "F", "29")])
+    _, subjects = read_layout(str(derivatives), settings(derivatives))
+    assert [subject.scans[0].space for subject in subjects] == ["MNI152NLin2009cAsym"] * 3
+
+
 def test_a_subject_in_its_own_space_only_is_a_problem_with_advice(tmp_path):
     participants(tmp_path / "participants.tsv", PEOPLE)
     fmriprep(tmp_path, ["01"])
