@@ -75,6 +75,7 @@ def check_analysis(folder: str) -> str:
                 config.ica.repetition_time,
                 drop_volumes,
                 partial(least_volumes, cutoff=config.ica.low_pass_hz) if config.needs_networks else None,
+                config.ica.confounds if config.needs_networks else "none",
             )
             lines = report.lines()
         if template is not None:

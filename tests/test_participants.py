@@ -243,6 +243,25 @@ def test_check_knows_how_many_volumes_are_left_and_needed(ica, said, tmp_path):
     assert participants.shared_settings(parse_config(config))["drop_volumes"] == ica["drop_volumes"]
 
 
+@pytest.mark.parametrize(("confounds", "said"), [("none", "left out: nobody"), ("motion", "nobody is left of 2")])
+def test_check_looks_for_the_confounds_that_are_asked_for(confounds, said, tmp_path):
+    write_people(tmp_path / "participants.tsv", [("1", "HC", "1.nii"), ("2", "SZ", "2.nii")], ("id", "dx", "bold"))
+    for name in "12":
+        image(tmp_path / f"{name}.nii", volumes=20, description=name.encode())
+    image(tmp_path / "atlas.nii", volumes=1)
+    config = {
+        "cohort": {"kind": "folder", "folder": ".", "on_bad_subject": "exclude"},
+        "ica": {"timecourses": "atlas", "atlas": "atlas.nii", "confounds": confounds},
+        "datasets": {"t": {"kind": "timeseries"}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    try:
+        found = check_analysis(str(tmp_path))
+    except UserError as error:
+        found = str(error)
+    assert said in found
+
+
 def test_gifts_time_courses_need_a_repetition_time_before_any_job(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_people(tmp_path / "participants.tsv", [("1", "HC"), ("2", "SZ")], ("id", "dx"))

@@ -127,6 +127,7 @@ class _Plan:
     repetition_time: float | None
     drop_volumes: int
     least_volumes: Callable[[float], int] | None
+    confounds: str
 
 
 def check_cohort(
@@ -136,6 +137,7 @@ def check_cohort(
     repetition_time: float | None = None,
     drop_volumes: int = 0,
     least_volumes: Callable[[float], int] | None = None,
+    confounds: str = "none",
 ) -> Report:
     """Say what a cohort would give.
 
@@ -153,6 +155,8 @@ def check_cohort(
         How many volumes at the start of each image are not used.
     least_volumes : callable or None
         How many volumes so many seconds apart are needed to clean time courses; None where none are made.
+    confounds : str
+        What will be regressed out, as under ``ica.confounds``: whoever lacks it cannot be used.
 
     Returns
     -------
@@ -164,7 +168,7 @@ def check_cohort(
         If the cohort cannot be used at all, or, with ``on_bad_subject: fail``, someone's data are at fault.
     """
     cohort = candidates(settings)
-    plan = _Plan(networks, repetition_time, drop_volumes, least_volumes)
+    plan = _Plan(networks, repetition_time, drop_volumes, least_volumes, confounds)
     exclusions = list(cohort.exclusions)
     seen: list[_Seen] = []
     taking_part: list[Participant] = []
@@ -242,20 +246,21 @@ def _look(scan: Scan, plan: _Plan, stated_time: float | None) -> _Seen:
     """What headers say of a run that can be used; raises UserError otherwise."""
     if not scan.bold:
         volumes, count = shape_of(scan)
-        kept = _kept(scan, volumes, stated_time, plan)
-        return _Seen(kept, networks=count)
+        return _Seen(_kept(scan, volumes, max(0, volumes - plan.drop_volumes), stated_time, plan), networks=count)
     header = read_header(scan.bold)
     require_mni(header)
     time = time_between_volumes(scan.bold, scan.sidecar, stated_time)
     table = read_confounds_table(scan.confounds) if scan.confounds else None
-    choose_confounds("none", scan.bold, table, header.volumes, plan.drop_volumes)
-    return _Seen(_kept(scan, header.volumes, time, plan), header, time)
+    _, kept, _ = choose_confounds(plan.confounds, scan.bold, table, header.volumes, plan.drop_volumes)
+    return _Seen(_kept(scan, header.volumes, len(kept), time, plan), header, time)
 
 
-def _kept(scan: Scan, volumes: int, time: float | None, plan: _Plan) -> int:
+def _kept(scan: Scan, volumes: int, kept: int, time: float | None, plan: _Plan) -> int:
     """How many volumes of a run are used; raises UserError where they are too few."""
-    kept = max(0, volumes - plan.drop_volumes)
-    dropped = f", of which drop_volumes = {plan.drop_volumes} leaves {kept}" if plan.drop_volumes else ""
+    why = f"drop_volumes = {plan.drop_volumes}" if plan.drop_volumes else ""
+    if kept < volumes - plan.drop_volumes:  # scrubbed
+        why = f"{why} and confounds: {plan.confounds}" if why else f"confounds: {plan.confounds}"
+    dropped = f", of which {why} leaves {kept}" if why else ""
     if scan.bold and kept < plan.networks:
         raise UserError(f"{scan.file} has {volumes} volumes{dropped}, too few for {plan.networks} networks.")
     least = 0 if time is None or plan.least_volumes is None else plan.least_volumes(time)
