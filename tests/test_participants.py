@@ -185,6 +185,44 @@ def test_check_warns_of_groups_too_small_to_be_tested(permutation, tmp_path):
     assert any(warned) == (permutation == "compared"), said
 
 
+def test_check_counts_those_whom_a_network_is_trained_on(tmp_path):
+    config = {
+        "cohort": {"kind": "simulated", "subjects": 12},
+        "datasets": {"v": {"kind": "freesurfer"}},
+        "experiments": {"e": EXPERIMENT},
+        "statistics": {"minimum_group_size": 6},
+        "training": {"held_out": 0.2},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    kept = "(5 without those whom training.held_out keeps from training)"
+    for label in ("HC", "SZ"):
+        assert f"'e' compares '{label}', of whom there are 6 {kept}: groups of fewer" in check_analysis(str(tmp_path))
+    config["training"]["held_out"] = 0
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "warning" not in check_analysis(str(tmp_path))
+
+
+def test_check_counts_those_whose_images_can_be_used(tmp_path):
+    people = [(str(i), ("HC", "SZ")[i % 2], f"{i}.nii") for i in range(12)]
+    write_people(tmp_path / "participants.tsv", people, ("id", "dx", "bold"))
+    for name, _, file in people:
+        image(tmp_path / file, volumes=20 if name != "2" else 4, description=name.encode())
+    image(tmp_path / "atlas.nii", volumes=1)
+    config = {
+        "cohort": {"kind": "folder", "folder": ".", "on_bad_subject": "exclude"},
+        "ica": {"timecourses": "atlas", "atlas": "atlas.nii"},
+        "datasets": {"v": {"kind": "timeseries"}},
+        "experiments": {"e": EXPERIMENT},
+        "statistics": {"minimum_group_size": 6},
+        "training": {"held_out": 0},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    said = [line for line in check_analysis(str(tmp_path)).split("\n") if line.startswith("warning")]
+    assert said == [
+        "warning: 'e' compares 'HC', of whom there are 5: groups of fewer than statistics.minimum_group_size (6) are not tested"
+    ]
+
+
 @pytest.mark.parametrize(
     ("stated", "header", "said"),
     [
