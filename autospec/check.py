@@ -78,6 +78,7 @@ def check_analysis(folder: str) -> str:
                 drop_volumes,
                 partial(least_volumes, cutoff=config.ica.low_pass_hz) if config.needs_networks else None,
                 config.ica.confounds if config.needs_networks else "none",
+                own_grids=template is not None and config.ica.grid == "data",
             )
             lines = report.lines()
         if template is not None:

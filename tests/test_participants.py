@@ -13,7 +13,7 @@ from autospec.config import parse_config
 from autospec.errors import UserError
 from autospec.ica.derivative import read_table, subject_files
 from autospec.networks.precomputed import build_precomputed
-from tests.cohort.trees import fmriprep, image
+from tests.cohort.trees import AFFINE, fmriprep, image
 from tests.cohort.trees import participants as write_people
 
 
@@ -298,6 +298,25 @@ def test_check_looks_for_the_confounds_that_are_asked_for(confounds, said, tmp_p
     except UserError as error:
         found = str(error)
     assert said in found
+
+
+@pytest.mark.parametrize("grid", ["template", "data"])
+def test_check_tells_grids_apart_and_asks_for_one_only_where_there_is_none(grid, tmp_path):
+    write_people(tmp_path / "participants.tsv", [("1", "HC", "1.nii"), ("2", "SZ", "2.nii")], ("id", "dx", "bold"))
+    left = AFFINE * [[-1], [1], [1], [1]]
+    for name, affine in (("1", AFFINE), ("2", left)):
+        image(tmp_path / f"{name}.nii", volumes=60, affine=affine)
+    config = {
+        "cohort": {"kind": "folder", "folder": "."},
+        "ica": {"template": "stand-in", "grid": grid},
+        "datasets": {"t": {"kind": "timeseries"}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    said = check_analysis(str(tmp_path)).split("\n")
+    covered = [line.split(" mm: ")[0] for line in said if line.startswith("template coverage")]
+    assert [line.split(" from ")[1] for line in covered] == ["(-90, -126, -72)", "(90, -126, -72)"]
+    assert any("set ica.grid to template" in line for line in said) == (grid == "data")
+    assert any("warning: images lie on several grids" in line for line in said)
 
 
 def test_gifts_time_courses_need_a_repetition_time_before_any_job(tmp_path, monkeypatch):

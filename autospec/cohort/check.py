@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from autospec.cohort.files import digest_of, file_problem, listed
-from autospec.cohort.images import Header, read_header, require_mni, time_between_volumes
-from autospec.cohort.mixed import differences
+from autospec.cohort.images import Header, grids_of, read_header, require_mni, time_between_volumes
+from autospec.cohort.mixed import differences, differences_of_images
 from autospec.cohort.motion import motion_of, motion_problem
 from autospec.cohort.precomputed import shape_of
 from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, nobody_is_left
@@ -29,7 +29,6 @@ SECONDS_TO_START = 4.0
 # What a number takes on the disk: four bytes of a map, hardly smaller when gzipped, and text of time courses, twice.
 BYTES_PER_MAP_VALUE = 3.6
 BYTES_PER_COURSE_VALUE = 22.0
-SAME_AFFINE_MM = 1e-3
 GLANCE_BYTES = 1 << 12
 
 
@@ -138,6 +137,7 @@ def check_cohort(
     drop_volumes: int = 0,
     least_volumes: Callable[[float], int] | None = None,
     confounds: str = "none",
+    own_grids: bool = False,
 ) -> Report:
     """Say what a cohort would give.
 
@@ -157,6 +157,8 @@ def check_cohort(
         How many volumes so many seconds apart are needed to clean time courses; None where none are made.
     confounds : str
         What will be regressed out, as under ``ica.confounds``: whoever lacks it cannot be used.
+    own_grids : bool
+        Whether networks will be sought on each image's own grid, ``ica.grid: data``.
 
     Returns
     -------
@@ -192,7 +194,7 @@ def check_cohort(
     images = {each.id: each.scans for each in taking_part}
     warnings = [*differences(images, sessions=settings["scans"] != "all"), *_copies(taking_part)]
     left = replace(cohort, participants=taking_part, exclusions=exclusions)
-    report = _report(left, seen, networks, voxel_mm, warnings)
+    report = _report(left, seen, networks, voxel_mm, own_grids, warnings)
     return replace(report, drop_volumes=drop_volumes)
 
 
@@ -272,7 +274,12 @@ def _kept(scan: Scan, volumes: int, kept: int, time: float | None, plan: _Plan) 
 
 
 def _report(
-    cohort: Cohort, seen: list[_Seen], networks: int, voxel_mm: float | None, warnings: Sequence[str] = ()
+    cohort: Cohort,
+    seen: list[_Seen],
+    networks: int,
+    voxel_mm: float | None,
+    own_grids: bool = False,
+    warnings: Sequence[str] = (),
 ) -> Report:
     """What a cohort of those who take part, with the images that are used, would give."""
     taking_part = cohort.participants
@@ -292,12 +299,12 @@ def _report(
         functional=len(cohort.functional),
         structural=len(cohort.structural),
         exclusions=cohort.exclusions,
-        grids=_grids(headers),
+        grids=grids_of(headers),
         repetition_times=dict(times),
         volumes=(min(volumes), max(volumes)) if volumes else None,
         seconds=sum(SECONDS_TO_START + predicted_seconds(header, voxel_mm) for header in headers),
         bytes=sum(predicted_bytes(header, networks, voxel_mm) for header in headers),
-        warnings=[*cohort.notes, *_warnings(headers, times, counts, cohort), *warnings],
+        warnings=[*cohort.notes, *_warnings(headers, times, counts, cohort, own_grids), *warnings],
         headers=headers,
         networks=_sorted(counts),
         ages=[float(each.person.age) for each in taking_part if each.person.age != MISSING],
@@ -309,35 +316,17 @@ def _sorted(counts: Counter[str]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _grids(headers: list[Header]) -> dict[str, int]:
-    """Images on each grid; grids whose affines differ are counted apart."""
-    kinds: list[tuple[Header, int]] = []
-    for header in headers:
-        for i, (known, count) in enumerate(kinds):
-            if known.grid == header.grid and np.abs(known.affine - header.affine).max() < SAME_AFFINE_MM:
-                kinds[i] = (known, count + 1)
-                break
-        else:
-            kinds.append((header, 1))
-    words: dict[str, int] = {}
-    for header, count in kinds:
-        origin = ", ".join(f"{value:g}" for value in header.affine[:3, 3])
-        words[f"{header.grid} from ({origin}) mm"] = count
-    return words
-
-
-def _warnings(headers: list[Header], times: Counter[str], counts: Counter[str], cohort: Cohort) -> list[str]:
+def _warnings(
+    headers: list[Header], times: Counter[str], counts: Counter[str], cohort: Cohort, own_grids: bool
+) -> list[str]:
     warnings = []
     if len(counts) > 1:
         warnings.append(
             f"time courses have different numbers of networks ({listed(sorted(counts))}); data sets need one number"
         )
-    if len(_grids(headers)) > 1:
-        warnings.append(
-            "images lie on several grids; set ica.grid to template or to a voxel size for data sets of maps"
-        )
-    if len(times) > 1:
-        warnings.append(f"repetition times differ ({listed(list(times))}), so time points of participants do not match")
+    warnings += differences_of_images(grids_of(headers), times)
+    if own_grids and len(grids_of(headers)) > 1:
+        warnings.append("data sets of maps need one grid: set ica.grid to template or to a voxel size")
     said = [warning for header in headers for warning in header.warnings]
     if said:
         warnings.append(said[0] + (f" ({len(said) - 1} more say so, too)" if len(said) > 1 else ""))

@@ -76,6 +76,37 @@ def differences(images: Images, sessions: bool = True) -> list[str]:
     return found
 
 
+def differences_of_images(grids: Mapping[str, int], times: Mapping[str, int], volumes: Sequence[int] = ()) -> list[str]:
+    """Say what differs between images themselves.
+
+    Parameters
+    ----------
+    grids, times : mapping of str to int
+        Images on each grid, and with each repetition time, in words.
+    volumes : sequence of int
+        Volumes that are used of each.
+
+    Returns
+    -------
+    list of str
+        A sentence for each difference, without a full stop.
+    """
+    found = []
+    if len(grids) > 1:
+        found.append(
+            f"images lie on several grids ({_numbers(grids)}), so they differ in resolution or in how they are resampled"
+        )
+    if len(times) > 1:
+        found.append(f"repetition times differ ({_numbers(times)}), so time points of participants do not match")
+    if len(set(volumes)) > 1:
+        found.append(f"{min(volumes)} to {max(volumes)} volumes of images are used; data sets are cut to the fewest")
+    return found
+
+
+def _numbers(counts: Mapping[str, int]) -> str:
+    return "; ".join(f"{what}: {count}" for what, count in counts.items())
+
+
 def _by_value(images: Images, value: Callable[[Scan], str]) -> dict[str, list[str]]:
     """Participants with each value that is known, that of most first."""
     found: dict[str, list[str]] = {}

@@ -225,8 +225,11 @@ def test_images_that_differ_are_warned_of(tmp_path):
     assert len(report.grids) == 2
     assert set(report.repetition_times) == {"2 s", "2.5 s"}
     text = " ".join(report.warnings)
-    assert "several grids" in text
-    assert "repetition times differ" in text
+    grid = "10 x 12 x 10 voxels of 20 x 20 x 20 mm from"
+    assert f"several grids ({grid} (-90, -126, -72) mm: 1; {grid} (-88, -126, -72) mm: 1), so they differ" in text
+    assert "repetition times differ (2 s: 1; 2.5 s: 1)" in text
+    assert "ica.grid" not in text
+    assert "set ica.grid to template" in " ".join(check_cohort(settings(tmp_path), 5, own_grids=True).warnings)
     assert "some images say that they are simulated" in text
 
 
