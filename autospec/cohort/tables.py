@@ -8,13 +8,14 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autospec.cohort.files import digest_of, listed, natural_key, read_json
-from autospec.cohort.mixed import differences
+from autospec.cohort.files import digest_of, file_problem, listed, natural_key, read_json
+from autospec.cohort.images import grids_of, read_header
+from autospec.cohort.mixed import differences, differences_of_images
 from autospec.cohort.motion import Motion, motion_of, motion_problem, together
 from autospec.cohort.record import (
     DICTIONARY,
@@ -31,6 +32,7 @@ from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates
 from autospec.cohort.subjects import MISSING, CohortSettings, Scan
 from autospec.errors import UserError
 from autospec.freesurfer import STATS
+from autospec.ica.derivative import subject_files
 from autospec.storage import written_whole
 
 DESCRIPTIONS: dict[str, dict[str, Any]] = {
@@ -115,6 +117,7 @@ def write_cohort(
     require_kind(folder, cohort.kind)
     exclusions = list(cohort.exclusions)
     images: dict[str, list[Scan]] = {}
+    used_statuses: dict[str, str] = {}
     rows, scan_rows = [], []
     for each in cohort.participants:
         used: list[_Used] = []
@@ -134,6 +137,7 @@ def write_cohort(
             else:
                 digest = status.get("digest") or digest_of(functional_files(replace(each, scans=(scan,))))
                 used.append(_Used(name, scan, motion, digest))
+                used_statuses |= {name: statuses[name]} if statuses else {}
         images[each.id] = [image.scan for image in used]
         scan_rows += [_scan_row(each, image) for image in used]
         if used or each.freesurfer:
@@ -144,6 +148,7 @@ def write_cohort(
     exclusions.sort(key=lambda each: natural_key(each.id))
     excluded = [{"participant_id": f"sub-{each.id}", "part": each.part, "reason": each.reason} for each in exclusions]
     warnings = [*cohort.notes, *differences(images, sessions=settings["scans"] != "all")]
+    warnings += _recorded_differences(images, used_statuses)
     record = _record(cohort, rows, len(scan_rows), exclusions, settings, columns) | {"warnings": warnings}
     target = Path(folder)
     _write(target / DICTIONARY, _json(_dictionary(columns, settings)))
@@ -156,6 +161,22 @@ def write_cohort(
         f"{cohort.kind} cohort ({cohort.layout}): {len(rows)} participants ({groups}), {record['functional']} with "
         f"functional and {record['structural']} with structural data; {len(exclusions)} exclusions"
         + "".join(f"; warning: {warning}" for warning in [*warnings, *_same_images(scan_rows)])
+    )
+
+
+def _recorded_differences(images: Mapping[str, Sequence[Scan]], statuses: Mapping[str, str]) -> list[str]:
+    """Say what differs between images in which networks were found: from their headers, and what their own jobs wrote."""
+    if not statuses:
+        return []
+    files = [scan.bold for scans in images.values() for scan in scans if scan.bold and not file_problem(scan.bold)]
+    times: Counter[str] = Counter()
+    for name, status in statuses.items():
+        described = Path(status).with_name(subject_files(name)["timecourses"]).with_suffix(".json")
+        if described.is_file():
+            times[f"{read_json(described)['RepetitionTime']:g} s"] += 1
+    volumes = [read_json(status).get("volumes") for status in statuses.values()]
+    return differences_of_images(
+        grids_of(map(read_header, files)), times, [int(each) for each in volumes if each is not None]
     )
 
 
