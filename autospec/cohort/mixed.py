@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from autospec.cohort.bids import entities_of
@@ -67,7 +68,7 @@ def differences(images: Images, sessions: bool = True) -> list[str]:
             "leaves the others out"
         )
     for entity in ENTITIES:
-        values = _by_value(images, lambda scan, key=entity: entities_of(Path(scan.bold).name).get(key, NONE))  # type: ignore[misc]
+        values = _by_value(images, partial(_entity, entity))
         if len(values) > 1:
             found.append(
                 f"participants' images differ in {entity}: {_counted(values)}; choose with entities, as in  "
@@ -107,11 +108,15 @@ def _numbers(counts: Mapping[str, int]) -> str:
     return "; ".join(f"{what}: {count}" for what, count in counts.items())
 
 
+def _entity(name: str, scan: Scan) -> str:
+    return entities_of(Path(scan.bold).name).get(name, NONE)
+
+
 def _by_value(images: Images, value: Callable[[Scan], str]) -> dict[str, list[str]]:
     """Participants with each value that is known, that of most first."""
     found: dict[str, list[str]] = {}
     for name in sorted(images, key=natural_key):
-        for each in dict.fromkeys(value(scan) for scan in images[name] if scan.bold):
+        for each in dict.fromkeys(map(value, images[name])):
             if each:
                 found.setdefault(each, []).append(f"sub-{name}")
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))

@@ -5,8 +5,10 @@ import pytest
 
 from autospec.cli import main
 from autospec.cohort.check import check_cohort
+from autospec.cohort.mixed import differences
 from autospec.cohort.record import read_record
 from autospec.cohort.selection import candidates
+from autospec.cohort.subjects import Scan
 from autospec.cohort.tables import build_cohort
 from autospec.errors import UserError
 from tests.cohort.trees import fmriprep, image, participants, settings
@@ -78,6 +80,13 @@ def test_sessions_that_are_mixed_are_warned_of_unless_all_are_taken(four):
     assert "different sessions: 1 (3: sub-1, sub-2, sub-3); 2 (1: sub-4); choose one with session" in said
     assert warned(four, scans="all") == []
     assert warned(four, session="1") == []
+
+
+def test_sessions_of_time_courses_computed_before_are_compared_too():
+    images = {name: [Scan(timecourses=f"{name}.nii", session=name)] for name in "12"}
+    (said,) = differences(images)
+    assert "different sessions: 1 (1: sub-1); 2 (1: sub-2)" in said
+    assert differences(images, sessions=False) == []
 
 
 def test_acquisitions_that_differ_are_warned_of(four):
