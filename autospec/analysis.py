@@ -156,16 +156,17 @@ def start_analysis(folder: str, cohort: str | None = None) -> str:
     config = target / "config.yaml"
     if config.exists():
         raise UserError(f"{config} exists already: edit it, or choose another folder.")
-    text = NEW_CONFIG.format(folder=folder) if cohort is None else cohort_config(folder, cohort)
+    text, problem = (NEW_CONFIG.format(folder=folder), "") if cohort is None else cohort_config(folder, cohort)
     with written_whole(config) as temporary:
         temporary.write_text(text, encoding="utf-8")
     snakefile = "" if Path("Snakefile").exists() else f"--snakefile {ROOT / 'Snakefile'} "
     check = "" if cohort is None else f"autospec check {folder}\nand   "
-    return f"wrote {config}\nnext: edit it, then run   {check}snakemake {snakefile}--directory {folder}"
+    not_yet = f"not usable yet: {problem}\n" if problem else ""
+    return f"wrote {config}\n{not_yet}next: edit it, then run   {check}snakemake {snakefile}--directory {folder}"
 
 
-def cohort_config(folder: str, cohort: str) -> str:
-    """Text of a commented config for a cohort.
+def cohort_config(folder: str, cohort: str) -> tuple[str, str]:
+    """Text of a commented config for a cohort, and why the cohort cannot be used yet.
 
     Parameters
     ----------
@@ -174,6 +175,12 @@ def cohort_config(folder: str, cohort: str) -> str:
     cohort : str
         The cohort's folder.
 
+    Returns
+    -------
+    text : str
+    problem : str
+        One sentence; empty where the cohort can be used.
+
     Raises
     ------
     UserError
@@ -181,7 +188,9 @@ def cohort_config(folder: str, cohort: str) -> str:
     """
     place = str(Path(cohort).resolve())
     layout = recognise(place)
-    found, diagnosis, problem = _who(place)
+    found, diagnosis, problem = _who(place, "one")
+    if problem:  # what there is for data sets is known all the same where somebody has several images
+        found, diagnosis, _ = _who(place, "first")
     computed = layout in COMPUTED
     kinds = ["  courses: {kind: timeseries}"]
     networks = [
@@ -192,8 +201,8 @@ def cohort_config(folder: str, cohort: str) -> str:
     if found and found.structural:
         kinds.append("  volumes: {kind: freesurfer}          # icv: none, proportional or residual")
         networks.append(("volumes", "mlp", "FreeSurfer's volumes, multi-layer perceptron", "or your own"))
-    if found:
-        groups = sorted({each.person.diagnosis for each in found.participants})
+    groups = sorted({each.person.diagnosis for each in found.participants}) if found else []
+    if found and not problem:
         counts = ", ".join(
             f"{group}: {sum(each.person.diagnosis == group for each in found.participants)}" for group in groups
         )
@@ -203,7 +212,7 @@ def cohort_config(folder: str, cohort: str) -> str:
         )
     else:
         words = f"  # Not usable yet: {problem}"
-    pair = [] if not found or len(groups) < 2 else [json.dumps(group) for group in (groups[-1], groups[0])]
+    pair = [json.dumps(group) for group in (groups[-1], groups[0])] if len(groups) > 1 else []
     compared = COMPARED.format(pair=", ".join(pair)) if pair else ""
     experiments = [
         EXPERIMENT.format(dataset=dataset, model=model, title=title, also=also, compared=compared)
@@ -211,7 +220,7 @@ def cohort_config(folder: str, cohort: str) -> str:
     ]
     time = "repetition_time: 2.0                 # seconds; GIFT's files do not say it" if layout == "gift" else ""
     ica = WITHOUT_TEMPLATE.format(time=time).rstrip() if computed else WITH_TEMPLATE.format(folder=folder)
-    return COHORT_CONFIG.format(
+    text = COHORT_CONFIG.format(
         folder=folder,
         cohort=_quoted(place),
         freesurfer=_quoted(f"{place}/freesurfer"),
@@ -223,6 +232,7 @@ def cohort_config(folder: str, cohort: str) -> str:
         datasets="\n".join(kinds),
         experiments="\n".join(experiments).rstrip(),
     )
+    return text, problem
 
 
 def _quoted(path: str) -> str:
@@ -231,13 +241,14 @@ def _quoted(path: str) -> str:
     return path if plain else json.dumps(path)
 
 
-def _who(cohort: str) -> tuple[Cohort | None, str, str]:
+def _who(cohort: str, scans: str) -> tuple[Cohort | None, str, str]:
     """Who is in a cohort, by which reading of diagnoses, or why that cannot be said yet."""
     problem = ""
     for diagnosis in DIAGNOSES:
-        settings = {"kind": "folder", "folder": cohort, "diagnosis": diagnosis, "on_bad_subject": "exclude"}
+        chosen = {"diagnosis": diagnosis, "scans": scans, "on_bad_subject": "exclude"}
+        settings = {"cohort": {"kind": "folder", "folder": cohort, **chosen}, "ica": {"template": "stand-in"}}
         try:
-            found = candidates(cohort_settings(parse_config({"cohort": settings, "ica": {"template": "stand-in"}})))
+            found = candidates(cohort_settings(parse_config(settings)))
         except UserError as error:
             problem = problem or str(error)
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from autospec.cohort.selection import Cohort
 from autospec.cohort.simulated import coarse_brain
 from autospec.cohort.simulation import REPETITION_TIME
 from autospec.cohort.subjects import MISSING
-from autospec.config import Config, MapsDataset, TimeseriesDataset, load_config
+from autospec.config import Config, FreesurferDataset, MapsDataset, TimeseriesDataset, load_config
 from autospec.datasets.maps import coarser_grid
+from autospec.datasets.split import held_out_rows
 from autospec.errors import UserError
 from autospec.ica.cleaning import least_volumes
 from autospec.ica.template import Template, analysis_grid, coverage, fixed_mask, load_template, on_grid
@@ -76,12 +78,14 @@ def check_analysis(folder: str) -> str:
                 config.ica.repetition_time,
                 drop_volumes,
                 partial(least_volumes, cutoff=config.ica.low_pass_hz) if config.needs_networks else None,
+                config.ica.confounds if config.needs_networks else "none",
+                own_grids=template is not None and config.ica.grid == "data",
             )
             lines = report.lines()
         _require_data_sets(config, template, report)
         if template is not None:
             lines += _template_lines(config, template, report)
-        lines += _group_lines(config, cohort)
+        lines += _group_lines(config, replace(cohort, participants=report.participants))
     sets = ", ".join(f"{name} ({dataset.kind})" for name, dataset in config.datasets.items())
     return "\n".join([*lines, f"data sets: {sets or 'none'}"])
 
@@ -104,28 +108,50 @@ def _require_data_sets(config: Config, template: Template | None, report: Report
 
 
 def _group_lines(config: Config, cohort: Cohort) -> list[str]:
-    """Warn of comparisons that will not be tested, as far as the table of participants says."""
+    """Warn of comparisons that will not be tested, for want of participants whom a network is trained on."""
     found = []
     least = config.statistics.minimum_group_size
     for name, experiment in config.experiments.items():
         if experiment.dataset not in config.cohort_datasets:
             continue
-        shown = [panel for panel in experiment.panels if tested(config, name, panel.run)]
-        compared = {label for panel in shown for label in panel.compare or ()}
         groups = compared_groups(config, cohort, name)
-        found += [
-            f"warning: '{name}' compares '{label}', of whom there are {groups[label]}: groups of fewer than "
-            f"statistics.minimum_group_size ({least}) are not tested"
-            for label in sorted(compared)
-            if groups[label] < least
-        ]
+        for panel in experiment.panels:
+            if not panel.compare or not tested(config, name, panel.run):
+                continue
+            try:
+                trained = compared_groups(config, _trained_on(config, cohort, name, panel.run), name)
+            except UserError as error:
+                found.append(f"warning: '{name}': {error}")
+                continue
+            for label in sorted(panel.compare):
+                count, left = groups.get(label, 0), trained.get(label, 0)
+                if left < least:
+                    kept = f" ({left} without those whom training.held_out keeps from training)" if left < count else ""
+                    found.append(
+                        f"warning: '{name}' compares '{label}', of whom there are {count}{kept}: groups of fewer than "
+                        f"statistics.minimum_group_size ({least}) are not tested"
+                    )
     unknown = [each.id for each in cohort.participants if each.person.age == MISSING]
     if "age" in config.statistics.conditional_on and unknown:
         found.append(
             f"warning: statistics.conditional_on names age, which is not known of {listed([f'sub-{name}' for name in unknown])}: "
             "comparisons that they are in have no p"
         )
-    return found
+    return list(dict.fromkeys(found))
+
+
+def _trained_on(config: Config, cohort: Cohort, experiment: str, run: str) -> Cohort:
+    """The participants of an experiment's data set whom a run does not hold out."""
+    structural = isinstance(config.datasets[config.experiments[experiment].dataset], FreesurferDataset)
+    people = cohort.structural if structural else cohort.functional
+    training = config.training_of(experiment, run)
+    held_out = held_out_rows(
+        [each.id for each in people],
+        [each.person.diagnosis for each in people],
+        training.held_out,
+        training.split_seed,
+    )
+    return replace(cohort, participants=[each for each, held in zip(people, held_out, strict=True) if not held])
 
 
 def _seeks(config: Config) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0, or 1 after a mistake that one sentence on standard error explains.
+        0, or 1 after a mistake that one sentence on standard error explains, or where nobody reads what is printed.
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
@@ -45,7 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"autospec: {error}", file=sys.stderr)
         return 1
-    print(message, file=sys.stderr if getattr(options, "spec", None) else sys.stdout)
+    try:
+        print(message, file=sys.stderr if getattr(options, "spec", None) else sys.stdout, flush=True)
+    except BrokenPipeError:  # whoever reads has enough, such as head; Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 

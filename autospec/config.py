@@ -214,13 +214,13 @@ class FolderCohort(People):
     sex_labels: dict[Label, Literal["M", "F", "O", "n/a"]] = {}
     """Sex of each code in the column of sexes, such as "1": M."""
     task: Label | None = None
-    """Task of the images, where there are several."""
+    """Task of the images, where there are several; images of different tasks are not mixed."""
     session: Label | None = None
     """Session of the images, where there are several."""
     run: Label | None = None
     """Run of the images, where there are several."""
     space: Label | None = None
-    """Space of the images; MNI152NLin6Asym before MNI152NLin2009cAsym by default."""
+    """Space of the images; by default that of most participants, MNI152NLin6Asym before MNI152NLin2009cAsym where both are as common."""
     entities: dict[Label, Label] = {}
     """Further parts of BIDS file names, such as acq: eyesopen."""
     scans: Literal["one", "first", "all"] = "one"

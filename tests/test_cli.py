@@ -1,6 +1,8 @@
 """The command line: one sentence for a mistake, and what a stage used beside its output."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -119,6 +121,16 @@ def test_a_process_ends_as_its_command_did(tmp_path):
     assert again.returncode == 1
     assert again.stdout.startswith("autospec: ")
     assert again.stdout.count("\n") == 1
+
+
+def test_a_reader_that_ends_early_is_no_mistake(tmp_path):
+    read, write = os.pipe()
+    os.close(read)  # as head does when it has its lines
+    command = [sys.executable, "-m", "autospec", "init", "analysis"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert (tmp_path / "analysis/config.yaml").is_file()
 
 
 def test_what_a_stage_used_is_written_beside_its_output(study, tmp_path):

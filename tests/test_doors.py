@@ -17,6 +17,7 @@ from autospec.config import load_config
 from autospec.ica.derivative import subject_files
 from autospec.ica.images import write_image
 from autospec.ica.template import analysis_grid, on_grid, stand_in_template
+from autospec.participants import read_cohort
 from tests.cohort.trees import COBRE_HEADER, fmriprep, image, participants, recon, write
 from tests.conftest import ROOT
 
@@ -158,17 +159,36 @@ def test_init_of_what_is_no_cohort_is_refused(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_init_of_raw_images_says_what_to_do_first(tmp_path):
+def test_init_of_raw_images_says_what_to_do_first(tmp_path, capsys):
     data = tmp_path / "data"
     write(data / "COBRE_phenotypic_data.csv", f"{COBRE_HEADER}\n0040000,20,Female,Right,Patient,295.3\n")
     image(data / "0040000/session_1/rest_1/rest.nii.gz")
     assert main(["init", str(tmp_path / "new"), "--cohort", str(data)]) == 0
+    assert "not usable yet: " in capsys.readouterr().out
     text = (tmp_path / "new/config.yaml").read_text()
     assert "# Not usable yet: " in text
     assert "autospec bidsify" in text or "fmriprep" in text
     load_config(tmp_path / "new/config.yaml")
     assert main(["bidsify", str(data), str(tmp_path / "bids")]) == 0
     assert (tmp_path / "bids/sub-0040000/ses-1/func").is_dir() or list((tmp_path / "bids").rglob("*_bold.nii.gz"))
+
+
+def test_init_of_gifts_sessions_keeps_the_maps_and_says_what_to_choose(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data"
+    participants(data / "participants.tsv", [("1", "HC", "M", "20"), ("2", "SZ", "M", "20")])
+    for name in [
+        f"A_sub00{i}_{kind}_ica_s{j}_.nii" for i in "12" for j in "12" for kind in ("timecourses", "component")
+    ]:
+        write(data / name, "not opened")
+    assert main(["init", str(tmp_path / "new"), "--cohort", str(data)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\nnot usable yet: 1 has several sessions: .*; choose with session, or set scans to first", said)
+    text = (tmp_path / "new/config.yaml").read_text()
+    assert "# Not usable yet: 1 has several sessions" in text
+    assert set(load_config(tmp_path / "new/config.yaml").datasets) == {"courses", "maps"}
+    (tmp_path / "new/config.yaml").write_text(text.replace("  # task: rest", "  session: '1'\n  # task: rest"))
+    assert len(read_cohort(load_config(tmp_path / "new/config.yaml")).functional) == 2
 
 
 def test_a_template_is_not_downloaded_to_a_place_that_cannot_be(tmp_path, capsys):

@@ -204,6 +204,44 @@ def test_check_says_that_the_templates_affines_disagree(tmp_path):
     assert "warning: the sform and the qform of template.nii do not agree within 1 mm; the sform is used" in said
 
 
+def test_check_counts_those_whom_a_network_is_trained_on(tmp_path):
+    config = {
+        "cohort": {"kind": "simulated", "subjects": 12},
+        "datasets": {"v": {"kind": "freesurfer"}},
+        "experiments": {"e": EXPERIMENT},
+        "statistics": {"minimum_group_size": 6},
+        "training": {"held_out": 0.2},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    kept = "(5 without those whom training.held_out keeps from training)"
+    for label in ("HC", "SZ"):
+        assert f"'e' compares '{label}', of whom there are 6 {kept}: groups of fewer" in check_analysis(str(tmp_path))
+    config["training"]["held_out"] = 0
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "warning" not in check_analysis(str(tmp_path))
+
+
+def test_check_counts_those_whose_images_can_be_used(tmp_path):
+    people = [(str(i), ("HC", "SZ")[i % 2], f"{i}.nii") for i in range(12)]
+    write_people(tmp_path / "participants.tsv", people, ("id", "dx", "bold"))
+    for name, _, file in people:
+        image(tmp_path / file, volumes=20 if name != "2" else 4, description=name.encode())
+    image(tmp_path / "atlas.nii", volumes=1)
+    config = {
+        "cohort": {"kind": "folder", "folder": ".", "on_bad_subject": "exclude"},
+        "ica": {"timecourses": "atlas", "atlas": "atlas.nii"},
+        "datasets": {"v": {"kind": "timeseries"}},
+        "experiments": {"e": EXPERIMENT},
+        "statistics": {"minimum_group_size": 6},
+        "training": {"held_out": 0},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    said = [line for line in check_analysis(str(tmp_path)).split("\n") if line.startswith("warning")]
+    assert said == [
+        "warning: 'e' compares 'HC', of whom there are 5: groups of fewer than statistics.minimum_group_size (6) are not tested"
+    ]
+
+
 @pytest.mark.parametrize(
     ("stated", "header", "said"),
     [
@@ -306,6 +344,44 @@ def test_check_refuses_data_sets_that_cannot_be_made(more, said, tmp_path):
         return
     with pytest.raises(UserError, match=said):
         check_analysis(str(tmp_path))
+
+
+@pytest.mark.parametrize(("confounds", "said"), [("none", "left out: nobody"), ("motion", "nobody is left of 2")])
+def test_check_looks_for_the_confounds_that_are_asked_for(confounds, said, tmp_path):
+    write_people(tmp_path / "participants.tsv", [("1", "HC", "1.nii"), ("2", "SZ", "2.nii")], ("id", "dx", "bold"))
+    for name in "12":
+        image(tmp_path / f"{name}.nii", volumes=20, description=name.encode())
+    image(tmp_path / "atlas.nii", volumes=1)
+    config = {
+        "cohort": {"kind": "folder", "folder": ".", "on_bad_subject": "exclude"},
+        "ica": {"timecourses": "atlas", "atlas": "atlas.nii", "confounds": confounds},
+        "datasets": {"t": {"kind": "timeseries"}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    try:
+        found = check_analysis(str(tmp_path))
+    except UserError as error:
+        found = str(error)
+    assert said in found
+
+
+@pytest.mark.parametrize("grid", ["template", "data"])
+def test_check_tells_grids_apart_and_asks_for_one_only_where_there_is_none(grid, tmp_path):
+    write_people(tmp_path / "participants.tsv", [("1", "HC", "1.nii"), ("2", "SZ", "2.nii")], ("id", "dx", "bold"))
+    left = AFFINE * [[-1], [1], [1], [1]]
+    for name, affine in (("1", AFFINE), ("2", left)):
+        image(tmp_path / f"{name}.nii", volumes=60, affine=affine)
+    config = {
+        "cohort": {"kind": "folder", "folder": "."},
+        "ica": {"template": "stand-in", "grid": grid},
+        "datasets": {"t": {"kind": "timeseries"}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    said = check_analysis(str(tmp_path)).split("\n")
+    covered = [line.split(" mm: ")[0] for line in said if line.startswith("template coverage")]
+    assert [line.split(" from ")[1] for line in covered] == ["(-90, -126, -72)", "(90, -126, -72)"]
+    assert any("set ica.grid to template" in line for line in said) == (grid == "data")
+    assert any("warning: images lie on several grids" in line for line in said)
 
 
 def test_gifts_time_courses_need_a_repetition_time_before_any_job(tmp_path, monkeypatch):

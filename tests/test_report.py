@@ -1,5 +1,6 @@
 """The report, opened in a real browser."""
 
+import html
 import json
 import re
 from itertools import pairwise
@@ -11,7 +12,9 @@ import pytest
 import xarray as xr
 
 from autospec import specs
+from autospec.cohort.tables import build_cohort
 from autospec.config import parse_config
+from autospec.ica.derivative import subject_files
 from autospec.paths import result
 from autospec.report import build
 from autospec.report.build import build_report
@@ -21,6 +24,7 @@ from autospec.statistics.calibration.design import QUICK
 from autospec.statistics.seeds import describe_seeds
 from autospec.statistics.table import CONFOUNDS_COLUMNS, read_tests, tidy
 from autospec.trajectories import open_trajectories
+from tests.cohort import trees
 
 pytestmark = pytest.mark.browser
 
@@ -381,6 +385,45 @@ def test_the_caption_of_quality_speaks_of_a_template_only_where_there_is_one():
     said = {kind: view_words("quality", shown)[1] for kind, shown in views.items()}
     for words in ("template", "covers", "Below"):
         assert [kind for kind, caption in said.items() if words in caption] == ["scica"]
+
+
+def test_the_report_says_what_differs_between_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trees.participants(tmp_path / "data/participants.tsv", [("1", "HC", "M", "20"), ("2", "SZ", "F", "30")])
+    trees.fmriprep(tmp_path / "data", ["1"])
+    trees.fmriprep(tmp_path / "data", ["2"], space="MNI152NLin2009cAsym", volumes=9)
+    settings = {
+        "title": "T",
+        "alpha": 0.05,
+        "variance": "welch",
+        "scale": "raw",
+        "calibration": False,
+        "experiments": [],
+    }
+    settings["cohort"] = {"datasets": [], "views": []}
+
+    def said(times):
+        statuses = {}
+        for name, time in times.items():
+            folder = Path(result("ica", subject=name))
+            content = {"status": "included", "volumes": 7 + int(name), "digest": name}
+            statuses[name] = str(trees.write(folder / "status.json", json.dumps(content)))
+            described = (folder / subject_files(name)["timecourses"]).with_suffix(".json")
+            trees.write(described, json.dumps({"RepetitionTime": time}))
+        line = build_cohort(trees.settings(tmp_path / "data"), statuses, str(Path(result("participants")).parent))
+        build_report(settings, [], "report.html")
+        page = html.unescape(Path("report.html").read_text())
+        _, _, after = page.partition("<h3>Differences between the data</h3>")
+        found = re.findall("<li>(.*)</li>", after)
+        assert line.count("; warning: ") == len(found)
+        return found
+
+    spaces, times, volumes = said({"1": 2.0, "2": 3.0})
+    assert spaces.startswith("Participants' images are in different spaces: MNI152NLin6Asym (1: sub-1); ")
+    assert times == "Repetition times differ (2 s: 1; 3 s: 1), so time points of participants do not match."
+    assert volumes == "8 to 9 volumes of images are used; data sets are cut to the fewest."
+    trees.image(next((tmp_path / "data/sub-2").rglob("*.nii.gz")), shape=(12, 12, 10))
+    assert "images lie on several grids (10 x 12 x 10 voxels of" in " ".join(said({"1": 2.0, "2": 2.0})).lower()
 
 
 def test_is_it_just_motion_stands_in_one_table_beside_the_panels_that_compare_diagnoses(tmp_path, monkeypatch):

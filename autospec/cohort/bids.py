@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,15 +77,17 @@ def find_scans(folder: str, settings: CohortSettings) -> tuple[Path, dict[str, t
             f"{folder} holds no preprocessed images (*_desc-preproc_bold.nii.gz): run  "
             f"{fmriprep_command(folder)}  and give its output."
         )
-    scans: dict[str, tuple[Scan, ...]] = {}
-    problems: dict[str, str] = {}
+    files: dict[str, list[Named]] = {}
     for subject in subject_folders(root):
         name = checked_id(subject.name, str(root))
-        if name in scans:
+        if name in files:
             raise UserError(f"{root} has several folders for {name}: keep one.")
-        files = list(functional_files(subject))
-        images = [file for file in files if PREPROCESSED.search(file.path)]
-        scans[name], problems[name] = _choose(name, images, files, settings)
+        files[name] = functional_files(subject)
+    spaces = _spaces(files.values(), settings)
+    scans: dict[str, tuple[Scan, ...]] = {}
+    problems: dict[str, str] = {}
+    for name, of_subject in files.items():
+        scans[name], problems[name] = _choose(name, of_subject, spaces, settings)
     return root, scans, problems
 
 
@@ -147,28 +151,16 @@ def entities_of(name: str) -> dict[str, str]:
     return {key: value for key, value in pairs}
 
 
-def _choose(
-    subject: str, images: list[Named], files: list[Named], settings: CohortSettings
-) -> tuple[tuple[Scan, ...], str]:
-    """Images that the settings ask for, or why there are none."""
-    wanted = {"task": settings["task"], "ses": settings["session"], "run": settings["run"], **settings["entities"]}
-    kept = [image for image in images if all(_fits(image, key, value) for key, value in wanted.items())]
-    asked = ", ".join(f"{key}-{value}" for key, value in wanted.items() if value is not None)
-    if images and not kept:
-        return (), f"none of its images has {asked}"
-    spaces = sorted({image.entities.get("space", "its own") for image in kept})
-    space = next((each for each in _spaces(settings) if each in spaces), None)
-    if kept and space is None:
-        return (), (
-            f"its images are in the space {listed(spaces)}, not in {' or '.join(_spaces(settings))}: "
-            "run fMRIPrep with  --output-spaces MNI152NLin6Asym:res-2"
-        )
-    kept = [image for image in kept if image.entities.get("space") == space]
-    _require_rule(subject, kept, settings)
-    if settings["scans"] == "first":
-        kept = kept[:1]
-    problem = next(filter(None, (file_problem(image.path) for image in kept)), "")
-    return tuple(_scan(image, files) for image in kept), problem
+def _wanted(settings: CohortSettings) -> dict[str, str | None]:
+    """The entities that an image must have; None where any will do."""
+    return {"task": settings["task"], "ses": settings["session"], "run": settings["run"], **settings["entities"]}
+
+
+def _fitting(files: Iterable[Named], settings: CohortSettings) -> list[Named]:
+    """Preprocessed images that have the entities that the settings ask for, in any space."""
+    wanted = _wanted(settings).items()
+    images = [file for file in files if PREPROCESSED.search(file.path)]
+    return [image for image in images if all(_fits(image, key, value) for key, value in wanted)]
 
 
 def _fits(image: Named, key: str, value: str | None) -> bool:
@@ -177,8 +169,39 @@ def _fits(image: Named, key: str, value: str | None) -> bool:
     return is_asked_for(found, value) if key in ("ses", "run") else value in (None, found)
 
 
-def _spaces(settings: CohortSettings) -> tuple[str, ...]:
-    return SPACES if settings["space"] is None else (settings["space"],)
+def _spaces(of_subjects: Iterable[list[Named]], settings: CohortSettings) -> tuple[str, ...]:
+    """Spaces in which images are used, that of most subjects first, so that one that all have goes before the others."""
+    if settings["space"] is not None:
+        return (settings["space"],)
+    counts = Counter(
+        space
+        for files in of_subjects
+        for space in {image.entities.get("space", "") for image in _fitting(files, settings)}
+    )
+    return tuple(sorted(SPACES, key=lambda space: -counts[space]))
+
+
+def _choose(
+    subject: str, files: list[Named], spaces: tuple[str, ...], settings: CohortSettings
+) -> tuple[tuple[Scan, ...], str]:
+    """Images that the settings ask for in the first of the spaces that the subject has, or why there are none."""
+    kept = _fitting(files, settings)
+    if not kept and any(PREPROCESSED.search(file.path) for file in files):
+        asked = ", ".join(f"{key}-{value}" for key, value in _wanted(settings).items() if value is not None)
+        return (), f"none of its images has {asked}"
+    there = sorted({image.entities.get("space", "its own") for image in kept})
+    space = next((each for each in spaces if each in there), None)
+    if kept and space is None:
+        return (), (
+            f"its images are in the space {listed(there)}, not in {' or '.join(spaces)}: "
+            f"run fMRIPrep with  --output-spaces {spaces[0]}:res-2"
+        )
+    kept = [image for image in kept if image.entities.get("space") == space]
+    _require_rule(subject, kept, settings)
+    if settings["scans"] == "first":
+        kept = kept[:1]
+    problem = next(filter(None, (file_problem(image.path) for image in kept)), "")
+    return tuple(_scan(image, files) for image in kept), problem
 
 
 def _require_rule(subject: str, images: list[Named], settings: CohortSettings) -> None:

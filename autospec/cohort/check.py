@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from autospec.cohort.files import digest_of, file_problem, listed
-from autospec.cohort.images import Header, read_header, require_mni, time_between_volumes
+from autospec.cohort.images import Header, grids_of, read_header, require_mni, time_between_volumes
+from autospec.cohort.mixed import differences, differences_of_images
 from autospec.cohort.motion import motion_of, motion_problem
 from autospec.cohort.precomputed import shape_of
 from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, nobody_is_left
@@ -28,7 +29,6 @@ SECONDS_TO_START = 4.0
 # What a number takes on the disk: four bytes of a map, hardly smaller when gzipped, and text of time courses, twice.
 BYTES_PER_MAP_VALUE = 3.6
 BYTES_PER_COURSE_VALUE = 22.0
-SAME_AFFINE_MM = 1e-3
 GLANCE_BYTES = 1 << 12
 
 
@@ -66,6 +66,8 @@ class Report:
     """Volumes dropped at the start of each image."""
     ages: list[float] = field(default_factory=list)
     """Of participants whose age is known, in years."""
+    participants: list[Participant] = field(default_factory=list)
+    """Those who take part, with the images that are used."""
 
     def lines(self) -> list[str]:
         """The report, for a person to read."""
@@ -124,6 +126,7 @@ class _Plan:
     repetition_time: float | None
     drop_volumes: int
     least_volumes: Callable[[float], int] | None
+    confounds: str
 
 
 def check_cohort(
@@ -133,6 +136,8 @@ def check_cohort(
     repetition_time: float | None = None,
     drop_volumes: int = 0,
     least_volumes: Callable[[float], int] | None = None,
+    confounds: str = "none",
+    own_grids: bool = False,
 ) -> Report:
     """Say what a cohort would give.
 
@@ -150,6 +155,10 @@ def check_cohort(
         How many volumes at the start of each image are not used.
     least_volumes : callable or None
         How many volumes so many seconds apart are needed to clean time courses; None where none are made.
+    confounds : str
+        What will be regressed out, as under ``ica.confounds``: whoever lacks it cannot be used.
+    own_grids : bool
+        Whether networks will be sought on each image's own grid, ``ica.grid: data``.
 
     Returns
     -------
@@ -161,17 +170,16 @@ def check_cohort(
         If the cohort cannot be used at all, or, with ``on_bad_subject: fail``, someone's data are at fault.
     """
     cohort = candidates(settings)
-    plan = _Plan(networks, repetition_time, drop_volumes, least_volumes)
+    plan = _Plan(networks, repetition_time, drop_volumes, least_volumes, confounds)
     exclusions = list(cohort.exclusions)
     seen: list[_Seen] = []
     taking_part: list[Participant] = []
-    functional = 0
     for each in cohort.participants:
-        used = 0
+        used: list[Scan] = []
         for scan in each.scans:
             found, exclusion = _examine(each, scan, settings, plan)
             if exclusion is None:
-                used += 1
+                used.append(scan)
                 seen += found
             elif exclusion.bad and settings["on_bad_subject"] == "fail":
                 raise UserError(
@@ -179,12 +187,14 @@ def check_cohort(
                 )
             else:
                 exclusions.append(exclusion)
-        functional += bool(used)
         if used or each.freesurfer:
-            taking_part.append(each)
+            taking_part.append(replace(each, scans=tuple(used)))
     if not taking_part:
         raise nobody_is_left(cohort, exclusions)
-    report = _report(cohort, taking_part, functional, seen, exclusions, networks, voxel_mm)
+    images = {each.id: each.scans for each in taking_part}
+    warnings = [*differences(images, sessions=settings["scans"] != "all"), *_copies(taking_part)]
+    left = replace(cohort, participants=taking_part, exclusions=exclusions)
+    report = _report(left, seen, networks, voxel_mm, own_grids, warnings)
     return replace(report, drop_volumes=drop_volumes)
 
 
@@ -209,7 +219,7 @@ def planned_cohort(
         As for `check_cohort`.
     """
     seen = [_Seen(header.volumes - drop_volumes, header, repetition_time)] * len(cohort.scans)
-    report = _report(cohort, cohort.participants, len(cohort.functional), seen, cohort.exclusions, networks, voxel_mm)
+    report = _report(cohort, seen, networks, voxel_mm)
     return replace(report, drop_volumes=drop_volumes)
 
 
@@ -238,20 +248,21 @@ def _look(scan: Scan, plan: _Plan, stated_time: float | None) -> _Seen:
     """What headers say of a run that can be used; raises UserError otherwise."""
     if not scan.bold:
         volumes, count = shape_of(scan)
-        kept = _kept(scan, volumes, stated_time, plan)
-        return _Seen(kept, networks=count)
+        return _Seen(_kept(scan, volumes, max(0, volumes - plan.drop_volumes), stated_time, plan), networks=count)
     header = read_header(scan.bold)
     require_mni(header)
     time = time_between_volumes(scan.bold, scan.sidecar, stated_time)
     table = read_confounds_table(scan.confounds) if scan.confounds else None
-    choose_confounds("none", scan.bold, table, header.volumes, plan.drop_volumes)
-    return _Seen(_kept(scan, header.volumes, time, plan), header, time)
+    _, kept, _ = choose_confounds(plan.confounds, scan.bold, table, header.volumes, plan.drop_volumes)
+    return _Seen(_kept(scan, header.volumes, len(kept), time, plan), header, time)
 
 
-def _kept(scan: Scan, volumes: int, time: float | None, plan: _Plan) -> int:
+def _kept(scan: Scan, volumes: int, kept: int, time: float | None, plan: _Plan) -> int:
     """How many volumes of a run are used; raises UserError where they are too few."""
-    kept = max(0, volumes - plan.drop_volumes)
-    dropped = f", of which drop_volumes = {plan.drop_volumes} leaves {kept}" if plan.drop_volumes else ""
+    why = f"drop_volumes = {plan.drop_volumes}" if plan.drop_volumes else ""
+    if kept < volumes - plan.drop_volumes:  # scrubbed
+        why = f"{why} and confounds: {plan.confounds}" if why else f"confounds: {plan.confounds}"
+    dropped = f", of which {why} leaves {kept}" if why else ""
     if scan.bold and kept < plan.networks:
         raise UserError(f"{scan.file} has {volumes} volumes{dropped}, too few for {plan.networks} networks.")
     least = 0 if time is None or plan.least_volumes is None else plan.least_volumes(time)
@@ -264,13 +275,14 @@ def _kept(scan: Scan, volumes: int, time: float | None, plan: _Plan) -> int:
 
 def _report(
     cohort: Cohort,
-    taking_part: list[Participant],
-    functional: int,
     seen: list[_Seen],
-    exclusions: list[Exclusion],
     networks: int,
     voxel_mm: float | None,
+    own_grids: bool = False,
+    warnings: Sequence[str] = (),
 ) -> Report:
+    """What a cohort of those who take part, with the images that are used, would give."""
+    taking_part = cohort.participants
     headers = [each.header for each in seen if each.header is not None]
     times = Counter(f"{each.time:g} s" for each in seen if each.header is not None)
     volumes = [each.volumes for each in seen]
@@ -284,18 +296,19 @@ def _report(
             name: _sorted(Counter(each.person.groupings[name] for each in taking_part))
             for name in (taking_part[0].person.groupings if taking_part else ())
         },
-        functional=functional,
-        structural=sum(bool(each.freesurfer) for each in taking_part),
-        exclusions=exclusions,
-        grids=_grids(headers),
+        functional=len(cohort.functional),
+        structural=len(cohort.structural),
+        exclusions=cohort.exclusions,
+        grids=grids_of(headers),
         repetition_times=dict(times),
         volumes=(min(volumes), max(volumes)) if volumes else None,
         seconds=sum(SECONDS_TO_START + predicted_seconds(header, voxel_mm) for header in headers),
         bytes=sum(predicted_bytes(header, networks, voxel_mm) for header in headers),
-        warnings=[*cohort.notes, *_warnings(headers, times, counts, cohort), *_copies(taking_part)],
+        warnings=[*cohort.notes, *_warnings(headers, times, counts, cohort, own_grids), *warnings],
         headers=headers,
         networks=_sorted(counts),
         ages=[float(each.person.age) for each in taking_part if each.person.age != MISSING],
+        participants=taking_part,
     )
 
 
@@ -303,35 +316,17 @@ def _sorted(counts: Counter[str]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _grids(headers: list[Header]) -> dict[str, int]:
-    """Images on each grid; grids whose affines differ are counted apart."""
-    kinds: list[tuple[Header, int]] = []
-    for header in headers:
-        for i, (known, count) in enumerate(kinds):
-            if known.grid == header.grid and np.abs(known.affine - header.affine).max() < SAME_AFFINE_MM:
-                kinds[i] = (known, count + 1)
-                break
-        else:
-            kinds.append((header, 1))
-    words: dict[str, int] = {}
-    for header, count in kinds:
-        origin = ", ".join(f"{value:g}" for value in header.affine[:3, 3])
-        words[f"{header.grid} from ({origin}) mm"] = count
-    return words
-
-
-def _warnings(headers: list[Header], times: Counter[str], counts: Counter[str], cohort: Cohort) -> list[str]:
+def _warnings(
+    headers: list[Header], times: Counter[str], counts: Counter[str], cohort: Cohort, own_grids: bool
+) -> list[str]:
     warnings = []
     if len(counts) > 1:
         warnings.append(
             f"time courses have different numbers of networks ({listed(sorted(counts))}); data sets need one number"
         )
-    if len(_grids(headers)) > 1:
-        warnings.append(
-            "images lie on several grids; set ica.grid to template or to a voxel size for data sets of maps"
-        )
-    if len(times) > 1:
-        warnings.append(f"repetition times differ ({listed(list(times))}), so time points of participants do not match")
+    warnings += differences_of_images(grids_of(headers), times)
+    if own_grids and len(grids_of(headers)) > 1:
+        warnings.append("data sets of maps need one grid: set ica.grid to template or to a voxel size")
     said: dict[str, list[str]] = {}  # the same words of different files
     for header in headers:
         for warning in header.warnings:

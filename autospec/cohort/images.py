@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,14 @@ import numpy as np
 
 from autospec.cohort.files import file_problem, read_json
 from autospec.errors import UserError
-from autospec.ica.images import check_space_in_name, open_series, repetition_time, space_warnings, volume_shape
+from autospec.ica.images import (
+    check_space_in_name,
+    open_series,
+    repetition_time,
+    same_grid,
+    space_warnings,
+    volume_shape,
+)
 
 # Corners, in mm, of a box in the middle of the MNI brain that every image of a whole brain covers.
 MIDDLE_OF_THE_BRAIN = np.array([[-55.0, -85.0, -25.0], [55.0, 50.0, 60.0]])
@@ -33,8 +42,10 @@ class Header:
 
     @property
     def grid(self) -> str:
-        """Shape and voxel size in words; images with another affine may share them."""
-        return f"{' x '.join(map(str, self.shape))} voxels of {' x '.join(f'{size:g}' for size in self.voxel_mm)} mm"
+        """Shape, voxel size and where the first voxel lies, in words; a turned image may share them."""
+        edges = " x ".join(f"{size:g}" for size in self.voxel_mm)
+        origin = ", ".join(f"{value:g}" for value in self.affine[:3, 3])
+        return f"{' x '.join(map(str, self.shape))} voxels of {edges} mm from ({origin}) mm"
 
 
 def read_header(path: str) -> Header:
@@ -67,6 +78,21 @@ def read_header(path: str) -> Header:
         simulated=b"simulated" in described.lower(),
         warnings=space_warnings(image, path),
     )
+
+
+def grids_of(headers: Iterable[Header]) -> dict[str, int]:
+    """Images on each grid, in words."""
+    first_of_each: list[Header] = []
+    counts: Counter[str] = Counter()
+    for header in headers:
+        for first in first_of_each:
+            if same_grid(first.shape, first.affine, header.shape, header.affine):
+                break
+        else:
+            first = header
+            first_of_each.append(header)
+        counts[first.grid] += 1
+    return dict(counts)
 
 
 def time_between_volumes(path: str, sidecar: str, stated: float | None) -> float:

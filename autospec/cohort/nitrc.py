@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from autospec.cohort.bids import derivatives_of, fmriprep_command, join, read_bids
@@ -53,7 +54,7 @@ def read_nitrc(folder: str, settings: CohortSettings) -> list[Subject]:
     for name, images in _beside_the_table(folder, table).items():
         found[name] = found.get(name, []) + images
     if not any(found.values()):
-        raise UserError(_refusal(folder))
+        raise UserError(_refusal(folder, table, found))
     scans = {name: _choose(name, images, settings) for name, images in found.items()}
     problems = {
         name: next(filter(None, (file_problem(scan.bold) for scan in chosen)), "")
@@ -63,11 +64,21 @@ def read_nitrc(folder: str, settings: CohortSettings) -> list[Subject]:
     return join(scans, problems, table, Done())
 
 
-def _refusal(folder: str) -> str:
-    target = f"{str(folder).rstrip('/')}_bids"
+def _refusal(folder: str, table: Phenotypes, subjects: Collection[str]) -> str:
+    """Why no image can be used: those there are raw, or no id of the table is in their names, or there are none."""
+    others = [name for name in sorted(os.listdir(folder), key=natural_key) if IMAGE.fullmatch(name)]
+    unnamed = f"{listed(others, 2)}, but no id of {table.path} (such as {listed(list(table.rows), 2)}) is in its name"
+    if subjects:
+        target = f"{str(folder).rstrip('/')}_bids"
+        return (
+            f"{folder} holds raw images only, which are not in MNI space{f' (and {unnamed})' if others else ''}: run  "
+            f"autospec bidsify {folder} {target}  and then  {fmriprep_command(target)}  and give its output."
+        )
+    if others:
+        return f"{folder} holds {unnamed}: put each participant's id into the name of the image, or correct the table."
     return (
-        f"{folder} holds raw images only, which are not in MNI space: run  autospec bidsify {folder} {target}  and then  "
-        f"{fmriprep_command(target)}  and give its output."
+        f"{folder} holds no images: put preprocessed ones there, with an id of {table.path} in each name, or NITRC's "
+        "folders <id>/session_1/rest_1."
     )
 
 
@@ -100,14 +111,16 @@ def _preprocessed(subject: Path) -> list[Scan]:
 
 
 def _beside_the_table(folder: str, table: Phenotypes) -> dict[str, list[Scan]]:
-    """Images in the folder itself, by the id of the table that their names contain."""
+    """Images in the folder itself, by the id in their names that the table has, with or without its leading zeros."""
+    short = {name.lstrip("0") for name in table.rows if name.isdecimal()}
     found: dict[str, list[Scan]] = {}
     for name in sorted(os.listdir(folder), key=natural_key):
         if IMAGE.fullmatch(name):
-            for part in re.findall(r"[A-Za-z0-9]+", name):
-                if part in table.rows:
-                    found.setdefault(part, []).append(Scan(bold=str(Path(folder) / name)))
-                    break
+            parts = re.findall(r"[A-Za-z0-9]+", name)
+            ids = [part for part in parts if part in table.rows]
+            ids += [part for part in parts if part.isdecimal() and part.lstrip("0") in short]
+            if ids:
+                found.setdefault(ids[0], []).append(Scan(bold=str(Path(folder) / name)))
     return found
 
 

@@ -20,8 +20,8 @@ LAST_COLUMNS = (
     *("functional_digest", "structural_digest"),
 )
 SCAN_COLUMNS = (
-    *("participant_id", "scan_id", "session", "run", "mean_fd", "volumes", "usable_volumes", "bold", "confounds"),
-    "digest",
+    *("participant_id", "scan_id", "task", "session", "run", "space", "mean_fd", "volumes", "usable_volumes"),
+    *("bold", "confounds", "digest"),
 )
 NO_GROUPINGS = {"id", "participant_id", "age", *LAST_COLUMNS}
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from autospec.cohort.files import natural_key
 from autospec.cohort.layouts import is_simulated, read_layout
+from autospec.cohort.mixed import require_one_task
 from autospec.cohort.motion import motion_of
 from autospec.cohort.phenotypes import UNCODED, Person, Refusal, describe, matched, united
 from autospec.cohort.record import Kind
@@ -97,8 +98,8 @@ def candidates(settings: CohortSettings) -> Cohort:
     Raises
     ------
     UserError
-        If the folder cannot be read, the two halves are of different kinds, nobody is left, or, with
-        ``on_bad_subject: fail``, someone's data are at fault.
+        If the folder cannot be read, the two halves are of different kinds, images are of different tasks, nobody is
+        left, or, with ``on_bad_subject: fail``, someone's data are at fault.
     """
     folder = settings["folder"]
     layout, subjects = read_layout(folder, settings)
@@ -152,6 +153,12 @@ def select(
     Returns
     -------
     Cohort
+
+    Raises
+    ------
+    UserError
+        If nobody is left, two participants have one image, images are of different tasks, or, with
+        ``on_bad_subject: fail``, someone's data are at fault.
     """
     by_id = {subject.id: subject for subject in subjects}
     volumes = matched(by_id, volumes, "the FreeSurfer data")
@@ -184,6 +191,7 @@ def select(
     tables = [subject.table for subject in subjects if subject.table]
     people, notes = united([each.person for each in participants])
     participants = [replace(each, person=person) for each, person in zip(participants, people, strict=True)]
+    require_one_task({each.id: each.scans for each in participants})
     return Cohort(layout, kind, participants, exclusions, tables[0] if tables else "", notes)
 
 

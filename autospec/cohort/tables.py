@@ -8,12 +8,14 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autospec.cohort.files import digest_of, listed, natural_key, read_json
+from autospec.cohort.files import digest_of, file_problem, listed, natural_key, read_json
+from autospec.cohort.images import grids_of, read_header
+from autospec.cohort.mixed import differences, differences_of_images
 from autospec.cohort.motion import Motion, motion_of, motion_problem, together
 from autospec.cohort.record import (
     DICTIONARY,
@@ -30,6 +32,7 @@ from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates
 from autospec.cohort.subjects import MISSING, CohortSettings, Scan
 from autospec.errors import UserError
 from autospec.freesurfer import STATS
+from autospec.ica.derivative import subject_files
 from autospec.storage import written_whole
 
 DESCRIPTIONS: dict[str, dict[str, Any]] = {
@@ -113,6 +116,8 @@ def write_cohort(
     """Write the tables of a cohort that was read already; see `build_cohort`."""
     require_kind(folder, cohort.kind)
     exclusions = list(cohort.exclusions)
+    images: dict[str, list[Scan]] = {}
+    used_statuses: dict[str, str] = {}
     rows, scan_rows = [], []
     for each in cohort.participants:
         used: list[_Used] = []
@@ -132,6 +137,8 @@ def write_cohort(
             else:
                 digest = status.get("digest") or digest_of(functional_files(replace(each, scans=(scan,))))
                 used.append(_Used(name, scan, motion, digest))
+                used_statuses |= {name: statuses[name]} if statuses else {}
+        images[each.id] = [image.scan for image in used]
         scan_rows += [_scan_row(each, image) for image in used]
         if used or each.freesurfer:
             rows.append(_row(each, used, settings, drop_volumes))
@@ -140,7 +147,9 @@ def write_cohort(
     columns = [*FIRST_COLUMNS, *extra_columns(settings), *LAST_COLUMNS]
     exclusions.sort(key=lambda each: natural_key(each.id))
     excluded = [{"participant_id": f"sub-{each.id}", "part": each.part, "reason": each.reason} for each in exclusions]
-    record = _record(cohort, rows, len(scan_rows), exclusions, settings, columns)
+    warnings = [*cohort.notes, *differences(images, sessions=settings["scans"] != "all")]
+    warnings += _recorded_differences(images, used_statuses)
+    record = _record(cohort, rows, len(scan_rows), exclusions, settings, columns) | {"warnings": warnings}
     target = Path(folder)
     _write(target / DICTIONARY, _json(_dictionary(columns, settings)))
     _write(target / SCANS, _tsv(list(SCAN_COLUMNS), scan_rows))
@@ -150,11 +159,28 @@ def write_cohort(
     groups = ", ".join(f"{label}: {count}" for label, count in record["groups"].items())
     return (
         f"{cohort.kind} cohort ({cohort.layout}): {len(rows)} participants ({groups}), {record['functional']} with "
-        f"functional and {record['structural']} with structural data; {len(exclusions)} exclusions{_same_images(scan_rows)}"
+        f"functional and {record['structural']} with structural data; {len(exclusions)} exclusions"
+        + "".join(f"; warning: {warning}" for warning in [*warnings, *_same_images(scan_rows)])
     )
 
 
-def _same_images(scan_rows: list[dict[str, str]]) -> str:
+def _recorded_differences(images: Mapping[str, Sequence[Scan]], statuses: Mapping[str, str]) -> list[str]:
+    """Say what differs between images in which networks were found: from their headers, and what their own jobs wrote."""
+    if not statuses:
+        return []
+    files = [scan.bold for scans in images.values() for scan in scans if scan.bold and not file_problem(scan.bold)]
+    times: Counter[str] = Counter()
+    for name, status in statuses.items():
+        described = Path(status).with_name(subject_files(name)["timecourses"]).with_suffix(".json")
+        if described.is_file():
+            times[f"{read_json(described)['RepetitionTime']:g} s"] += 1
+    volumes = [read_json(status).get("volumes") for status in statuses.values()]
+    return differences_of_images(
+        grids_of(map(read_header, files)), times, [int(each) for each in volumes if each is not None]
+    )
+
+
+def _same_images(scan_rows: list[dict[str, str]]) -> list[str]:
     """Warn of participants whose files hold the same; time courses of everybody may stand in one file."""
     whose: dict[str, dict[str, str]] = {}
     pairs = []
@@ -162,7 +188,7 @@ def _same_images(scan_rows: list[dict[str, str]]) -> str:
         first = whose.setdefault(row["digest"], row)
         if first["bold"] != row["bold"] and first["participant_id"] != row["participant_id"]:
             pairs.append(f"{first['participant_id']} and {row['participant_id']}")
-    return f"; warning: {listed(pairs)} have the same image" if pairs else ""
+    return [f"{listed(pairs)} have the same image"] if pairs else []
 
 
 def extra_columns(settings: CohortSettings) -> list[str]:
@@ -230,8 +256,10 @@ def _scan_row(participant: Participant, used: _Used) -> dict[str, str]:
     return {
         "participant_id": f"sub-{participant.id}",
         "scan_id": f"sub-{used.name}",
+        "task": used.scan.task,
         "session": used.scan.session,
         "run": used.scan.run,
+        "space": used.scan.space,
         "mean_fd": _number(used.motion.mean_fd),
         "volumes": _number(used.motion.volumes),
         "usable_volumes": _number(used.motion.usable_volumes),

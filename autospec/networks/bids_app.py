@@ -12,6 +12,7 @@ from typing import Any, Literal
 from autospec.cohort.bids import find_scans
 from autospec.cohort.files import listed, natural_key
 from autospec.cohort.layouts import DESCRIPTION, description_of, is_simulated
+from autospec.cohort.mixed import differences, require_one_task
 from autospec.cohort.subjects import Done, Scan
 from autospec.config import Ica, parse_config
 from autospec.errors import UserError
@@ -56,12 +57,13 @@ def analyse_derivatives(derivatives: str, output: str, request: Request) -> str:
     Raises
     ------
     UserError
-        If an argument, the template or, unless bad subjects are excluded, a participant's files cannot be used.
+        If an argument, the template or, unless bad subjects are excluded, a participant's files cannot be used; or if
+        images are of different tasks.
     """
-    images = {name: value for name, value in request.images.items() if value is not None}
+    chosen = {name: value for name, value in request.images.items() if value is not None}
     device_of(request.device)
     config = parse_config(
-        {"cohort": {"kind": "folder", "folder": derivatives, **images}, "ica": request.ica}, "the command line"
+        {"cohort": {"kind": "folder", "folder": derivatives, **chosen}, "ica": request.ica}, "the command line"
     )
     if not Path(derivatives).is_dir():
         raise UserError(f"there is no folder {derivatives}: give fMRIPrep's output.")
@@ -69,6 +71,10 @@ def analyse_derivatives(derivatives: str, output: str, request: Request) -> str:
     load_template(template)  # before any participant, so that a mistake there is found at once
     root, scans, problems = find_scans(derivatives, cohort_settings(config))
     wanted = _wanted(request.labels, list(scans), str(root))
+    images = {name: scans[name] for name in wanted}
+    require_one_task(images)
+    for difference in differences(images):
+        print(f"warning: {difference}", file=sys.stderr, flush=True)
     _describe(output, derivatives)
     excluded = 0
     for number, name in enumerate(wanted, start=1):

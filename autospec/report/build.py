@@ -439,7 +439,7 @@ def _audit_table(runs: list[Run]) -> tuple[str, list[dict[str, Any]]]:
 
 
 def describe_cohort(shown: dict[str, Any]) -> dict[str, Any]:
-    """What the page says of the cohort: counts, pictures, exclusions and data sets; nobody's age, and no path.
+    """What the page says of the cohort: counts, pictures, exclusions, data sets, warnings; nobody's age, and no path.
 
     Parameters
     ----------
@@ -486,6 +486,7 @@ def describe_cohort(shown: dict[str, Any]) -> dict[str, Any]:
     return {
         "simulated": simulated,
         "stand_in": stand_in,
+        "warnings": [f"{words[0].upper()}{words[1:]}." for words in record.get("warnings", [])],
         "pictures": [
             {"title": title, "image": _embedded(result("view", view=view, extension="png")), "caption": caption}
             for view in shown["views"]

@@ -163,6 +163,41 @@ def test_a_table_of_confounds_of_another_run_is_found(tmp_path):
     assert found["2"].bad
 
 
+def test_confounds_that_somebody_lacks_are_found(tmp_path):
+    participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "1234"])
+    fmriprep(tmp_path, ["1", "2", "3", "4"])
+    table = str(tmp_path / "sub-{0}/func/sub-{0}_task-rest_desc-confounds_timeseries.tsv")
+    columns = ["trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z", "motion_outlier00"]
+    for name in "12":
+        rows = [[f"{(t * 7 + i) % 5}" for i in range(6)] + [str(int(t == 3))] for t in range(8)]
+        write(Path(table.format(name)), "\n".join("\t".join(row) for row in [columns, *rows]))
+    Path(table.format("3")).unlink()
+
+    def reasons(confounds):
+        found = check_cohort(settings(tmp_path), networks=5, confounds=confounds)
+        return {each.id: each.reason for each in found.exclusions}
+
+    assert reasons("none") == {}
+    found = reasons("motion")  # sub-4 has a table without these columns
+    assert sorted(found) == ["3", "4"]
+    assert all("confounds: motion needs the six parameters of motion of" in reason for reason in found.values())
+    with pytest.raises(UserError, match=r"of sub-1 .* nilearn finds no confounds 'simple'"):
+        reasons("simple")
+
+
+def test_volumes_that_are_scrubbed_are_not_counted(tmp_path, monkeypatch):
+    participants(tmp_path / "participants.tsv", [("1", "HC", "M", "20")])
+    fmriprep(tmp_path, ["1"])
+    kept = np.array([1, 2, 4, 5, 6, 7])
+    monkeypatch.setattr("autospec.cohort.check.choose_confounds", lambda *_: (None, kept, []))
+    found = check_cohort(settings(tmp_path), networks=5, confounds="scrubbing")
+    assert found.volumes == (6, 6)
+    with pytest.raises(
+        UserError, match="has 8 volumes, of which confounds: scrubbing leaves 6, too few for 7 networks"
+    ):
+        check_cohort(settings(tmp_path), networks=7, confounds="scrubbing")
+
+
 def test_an_image_that_was_copied_to_somebody_else_is_warned_of(tmp_path):
     participants(tmp_path / "participants.tsv", [(name, "HC", "M", "20") for name in "1234"])
     fmriprep(tmp_path, ["1", "2", "3"])
@@ -190,8 +225,11 @@ def test_images_that_differ_are_warned_of(tmp_path):
     assert len(report.grids) == 2
     assert set(report.repetition_times) == {"2 s", "2.5 s"}
     text = " ".join(report.warnings)
-    assert "several grids" in text
-    assert "repetition times differ" in text
+    grid = "10 x 12 x 10 voxels of 20 x 20 x 20 mm from"
+    assert f"several grids ({grid} (-90, -126, -72) mm: 1; {grid} (-88, -126, -72) mm: 1), so they differ" in text
+    assert "repetition times differ (2 s: 1; 2.5 s: 1)" in text
+    assert "ica.grid" not in text
+    assert "set ica.grid to template" in " ".join(check_cohort(settings(tmp_path), 5, own_grids=True).warnings)
     assert "some images say that they are simulated" in text
 
 

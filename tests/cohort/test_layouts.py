@@ -68,6 +68,13 @@ def test_6asym_goes_before_2009casym_and_may_be_overruled(derivatives):
     assert {subject.scans[0].space for subject in subjects} == {"MNI152NLin2009cAsym"}
 
 
+def test_a_space_that_all_have_goes_before_one_that_some_lack(derivatives):
+    fmriprep(derivatives / "derivatives/fmriprep", ["01", "02", "03"], space="MNI152NLin2009cAsym")
+    participants(derivatives / "participants.tsv", [*PEOPLE, ("03", "HC", "F", "29")])
+    _, subjects = read_layout(str(derivatives), settings(derivatives))
+    assert [subject.scans[0].space for subject in subjects] == ["MNI152NLin2009cAsym"] * 3
+
+
 def test_a_subject_in_its_own_space_only_is_a_problem_with_advice(tmp_path):
     participants(tmp_path / "participants.tsv", PEOPLE)
     fmriprep(tmp_path, ["01"])
@@ -256,6 +263,27 @@ def test_preprocessed_images_beside_nitrcs_table_are_found_by_id(tmp_path):
         "rest-0040000-smooth.nii.gz",
         "rest-0040001-smooth.nii.gz",
     ]
+
+
+@pytest.mark.parametrize(("in_table", "in_name"), [("40000", "0040000"), ("0040000", "40000")])
+def test_images_beside_nitrcs_table_are_found_where_ids_lost_their_zeros(tmp_path, in_table, in_name):
+    cobre(tmp_path / "COBRE_phenotypic_data.csv", [(in_table, *COBRE_ROWS[0][1:])])
+    image(tmp_path / f"swa_{in_name}_rest_01.nii.gz")
+    _, (subject,) = read_layout(str(tmp_path), settings(tmp_path))
+    assert (subject.id, subject.phenotype["Subject Type"]) == (in_name, "Control")
+    assert Path(subject.scans[0].bold).name == f"swa_{in_name}_rest_01.nii.gz"
+
+
+def test_images_beside_nitrcs_table_that_no_id_names_are_not_called_raw(tmp_path):
+    cobre(tmp_path / "COBRE_phenotypic_data.csv", COBRE_ROWS)
+    with pytest.raises(UserError, match=r"holds no images: put preprocessed ones there"):
+        read_layout(str(tmp_path), settings(tmp_path))
+    image(tmp_path / "swa_first.nii.gz")
+    with pytest.raises(UserError, match=r"holds swa_first.nii.gz, but no id .* 0040000, 0040001\) is in its name"):
+        read_layout(str(tmp_path), settings(tmp_path))
+    image(tmp_path / "0040000/session_1/rest_1/rest.nii.gz")
+    with pytest.raises(UserError, match=r"raw images only.* \(and swa_first.nii.gz, but no id .*autospec bidsify"):
+        read_layout(str(tmp_path), settings(tmp_path))
 
 
 def test_fmripreps_derivatives_beside_nitrcs_table_are_read(tmp_path):

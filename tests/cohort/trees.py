@@ -66,11 +66,11 @@ def confounds(path, displacement, outliers=0):
     return write(path, "\n".join(lines) + "\n")
 
 
-def fmriprep(root, subjects, space="MNI152NLin6Asym", session="", run="", volumes=8, moved=0.1):
+def fmriprep(root, subjects, space="MNI152NLin6Asym", session="", run="", volumes=8, moved=0.1, task="rest"):
     """Write fMRIPrep's derivatives of some subjects, whose images differ in what their headers say."""
     for name in subjects:
         where = root / f"sub-{name}" / (f"ses-{session}" if session else "") / "func"
-        stem = f"sub-{name}" + (f"_ses-{session}" if session else "") + "_task-rest" + (f"_run-{run}" if run else "")
+        stem = f"sub-{name}" + (f"_ses-{session}" if session else "") + f"_task-{task}" + (f"_run-{run}" if run else "")
         image(where / f"{stem}_space-{space}_desc-preproc_bold.nii.gz", volumes, description=name.encode())
         write(where / f"{stem}_space-{space}_desc-preproc_bold.json", json.dumps({"RepetitionTime": 2.0}))
         confounds(where / f"{stem}_desc-confounds_timeseries.tsv", [moved] * volumes, outliers=2)
