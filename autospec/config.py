@@ -27,7 +27,7 @@ MODELS = ("mlp", "cnn1d", "cnn2d", "cnn3d", "rnn", "lstm", "bert")
 EQUALLY_WIDE = ("rnn", "lstm", "bert")
 
 
-def weights_of(model: str, task: str, depth: int) -> list[str]:
+def weight_names(model: str, task: str, depth: int) -> list[str]:
     """Names of the weight matrices of one of these architectures, known without building it; a test compares them.
 
     Parameters
@@ -615,7 +615,7 @@ class Config(Settings):
     def _layers_fit(self, name: str) -> None:
         experiment = self.experiments[name]
         for run, settings in experiment.runs.items() if experiment.model in MODELS else ():
-            there = weights_of(experiment.model, settings.task, len(settings.hidden))
+            there = weight_names(experiment.model, settings.task, len(settings.hidden))
             for wanted in self.introspection_of(name, run).layers or ():
                 if not fnmatch.filter(there, wanted):
                     raise ValueError(

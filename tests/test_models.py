@@ -14,7 +14,7 @@ from torch import nn
 
 import autospec
 from autospec import specs
-from autospec.config import parse_config, weights_of
+from autospec.config import parse_config, weight_names
 from autospec.custom_model import module_file, require_class, split_path
 from autospec.describe import ACTIVATIONS as ACTIVATION_WORDS
 from autospec.describe import ARCHITECTURES as ARCHITECTURE_WORDS
@@ -82,7 +82,7 @@ SAMPLES = {
 def test_the_config_knows_the_names_of_weights(architecture, task):
     for depth in (1, 2, 3):
         model = build_model(architecture, task, SHAPES[architecture], CLASSES, [8] * depth, "relu")
-        assert [each.name for each in find_parameters(model, None, "refuse")] == weights_of(architecture, task, depth)
+        assert [each.name for each in find_parameters(model, None, "refuse")] == weight_names(architecture, task, depth)
 
 
 @pytest.mark.parametrize("hidden", [[8], [32], [64], [128], [8, 8, 8]], ids=str)

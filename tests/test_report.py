@@ -413,7 +413,7 @@ def test_the_report_says_what_differs_between_images(tmp_path, monkeypatch):
         line = build_cohort(trees.settings(tmp_path / "data"), statuses, str(Path(result("participants")).parent))
         build_report(settings, [], "report.html")
         page = html.unescape(Path("report.html").read_text())
-        _, _, after = page.partition("<h3>Differences between the data</h3>")
+        _, _, after = page.partition("<h3>Remarks on the data</h3>")
         found = re.findall("<li>(.*)</li>", after)
         assert line.count("; warning: ") == len(found)
         return found

@@ -1,4 +1,4 @@
-"""Images of different kinds in one cohort: different tasks are refused, different spaces or sessions are warned of."""
+"""Images of different kinds in one cohort: different tasks are refused, what else differs is warned of."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def differences(images: Images, sessions: bool = True) -> list[str]:
         values = _by_value(images, partial(_entity, entity))
         if len(values) > 1:
             found.append(
-                f"participants' images differ in {entity}: {_counted(values)}; choose with entities, as in  "
-                f"entities: {{{entity}: {next(value for value in values if value != NONE)}}}"
+                f"participants' images differ in {entity}: {_counted(values)}; choose one with entities, as in  "
+                f"entities: {{{entity}: {next(value for value in values if value != NONE)}}},  which leaves the others out"
             )
     return found
 

@@ -20,6 +20,8 @@ IMAGE = re.compile(r".+\.nii(\.gz)?")
 RAW_NAMES = ("rest.nii", "rest.nii.gz")
 SESSION = re.compile(r"session_(\d+)")
 RUN = re.compile(r"rest_(\d+)")
+# Words behind which a number is none of a participant.
+NUMBERED = ("run", "ses", "session")
 
 
 def read_nitrc(folder: str, settings: CohortSettings) -> list[Subject]:
@@ -111,17 +113,39 @@ def _preprocessed(subject: Path) -> list[Scan]:
 
 
 def _beside_the_table(folder: str, table: Phenotypes) -> dict[str, list[Scan]]:
-    """Images in the folder itself, by the id in their names that the table has, with or without its leading zeros."""
-    short = {name.lstrip("0") for name in table.rows if name.isdecimal()}
+    """Images in the folder itself, by the id in their names that the table has, with or without its leading zeros.
+
+    Raises
+    ------
+    UserError
+        If a name could be of several participants.
+    """
+    in_table: dict[str, set[str]] = {}
+    for name in table.rows:
+        in_table.setdefault(_short(name), set()).add(name)
     found: dict[str, list[Scan]] = {}
     for name in sorted(os.listdir(folder), key=natural_key):
         if IMAGE.fullmatch(name):
             parts = re.findall(r"[A-Za-z0-9]+", name)
-            ids = [part for part in parts if part in table.rows]
-            ids += [part for part in parts if part.isdecimal() and part.lstrip("0") in short]
+            ids = [
+                part
+                for before, part in zip(["", *parts], parts, strict=False)
+                if _short(part) in in_table and not (before.lower() in NUMBERED and part.isdecimal())
+            ]
+            fitting = ({part} if part in table.rows else in_table[_short(part)] for part in ids)
+            whose = sorted(set().union(*fitting), key=natural_key)
+            if len(whose) > 1:
+                raise UserError(
+                    f"{Path(folder) / name} could be an image of each of {listed(whose)}: rename it, with one id of {table.path}."
+                )
             if ids:
                 found.setdefault(ids[0], []).append(Scan(bold=str(Path(folder) / name)))
     return found
+
+
+def _short(name: str) -> str:
+    """An id without leading zeros, which tables and folders lose."""
+    return name.lstrip("0") if name.isdecimal() else name
 
 
 def _choose(subject: str, images: list[Scan], settings: CohortSettings) -> tuple[Scan, ...]:

@@ -148,7 +148,7 @@ def write_cohort(
     exclusions.sort(key=lambda each: natural_key(each.id))
     excluded = [{"participant_id": f"sub-{each.id}", "part": each.part, "reason": each.reason} for each in exclusions]
     warnings = [*cohort.notes, *differences(images, sessions=settings["scans"] != "all")]
-    warnings += _recorded_differences(images, used_statuses)
+    warnings += [*_recorded_differences(images, used_statuses), *_same_images(scan_rows)]
     record = _record(cohort, rows, len(scan_rows), exclusions, settings, columns) | {"warnings": warnings}
     target = Path(folder)
     _write(target / DICTIONARY, _json(_dictionary(columns, settings)))
@@ -160,7 +160,7 @@ def write_cohort(
     return (
         f"{cohort.kind} cohort ({cohort.layout}): {len(rows)} participants ({groups}), {record['functional']} with "
         f"functional and {record['structural']} with structural data; {len(exclusions)} exclusions"
-        + "".join(f"; warning: {warning}" for warning in [*warnings, *_same_images(scan_rows)])
+        + "".join(f"; warning: {warning}" for warning in warnings)
     )
 
 

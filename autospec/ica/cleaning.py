@@ -6,8 +6,6 @@ low-pass, Pearson correlation, Fisher's z.
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 from scipy.signal import butter, filtfilt, periodogram
 
@@ -16,7 +14,7 @@ from autospec.errors import UserError
 LOW_PASS_HZ = 0.15
 FILTER_ORDER = 5
 FILTER_PADDING = 15  # volumes, mirrored in value and time at both ends
-TRENDS = 6
+TRENDS = 6  # columns of `remove_trends`: four waves, a line and a constant
 LEAST_VOLUMES = 8  # more than these
 ROUNDING = 1e-12
 SPIKE = 2.5  # standard deviations
@@ -49,7 +47,7 @@ def remove_trends(timecourses: np.ndarray) -> np.ndarray:
 
 
 def regress(x: np.ndarray, confounds: np.ndarray) -> np.ndarray:
-    """Remove confounds, less their slow trends, by least squares, with nilearn.
+    """Remove confounds, less their slow trends, by least squares.
 
     Trends are removed from time courses in a step of their own (`remove_trends`), so confounds must lose theirs as well
     (Lindquist et al. 2019, *Human Brain Mapping* 40, 2358-2376): fitted with them, they would bring trends back that were
@@ -60,7 +58,8 @@ def regress(x: np.ndarray, confounds: np.ndarray) -> np.ndarray:
     x : ndarray, shape (volumes, voxels or networks)
         Detrended before, afterwards or not at all; it keeps its mean and slow trends.
     confounds : ndarray, shape (volumes, confounds)
-        As they were measured.  Those that are slow trends themselves, or constant, are left out.
+        As they were measured.  Those that are slow trends themselves, or constant, are left out, and so is what several say
+        but for a trend.
 
     Returns
     -------
@@ -71,12 +70,11 @@ def regress(x: np.ndarray, confounds: np.ndarray) -> np.ndarray:
     UserError
         If there are too few volumes, or as many confounds as leave nothing.
     """
-    from nilearn.signal import clean
-
     fluctuations = remove_trends(confounds)
     # What remains of a confound that is a trend itself is rounding, and no confound.
     rounding = ROUNDING * np.abs(confounds).max(axis=0, initial=0)
-    fluctuations = fluctuations[:, np.abs(fluctuations).max(axis=0, initial=0) > rounding]
+    kept = np.abs(fluctuations).max(axis=0, initial=0) > rounding
+    fluctuations, rounding = fluctuations[:, kept], rounding[kept]
     count = fluctuations.shape[1]
     if not count:
         return x.copy()
@@ -84,12 +82,12 @@ def regress(x: np.ndarray, confounds: np.ndarray) -> np.ndarray:
         raise UserError(
             f"{count} confounds and {TRENDS} slow trends leave nothing of {len(x)} volumes: choose fewer confounds."
         )
-    scaled = fluctuations / fluctuations.std(axis=0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="When confounds are provided")  # they are centred above
-        warnings.filterwarnings("ignore", message="From release 0.14.0, confounds will be standardized")
-        cleaned = clean(x, confounds=scaled, detrend=False, standardize=None, standardize_confounds=False)
-    return np.asarray(cleaned, dtype=x.dtype)
+    spread = fluctuations.std(axis=0)
+    basis, lengths, _ = np.linalg.svd(fluctuations / spread, full_matrices=False)
+    # A direction in which confounds differ by the rounding of their trends' removal alone is none, and not free of the mean.
+    basis = basis[:, lengths > np.sqrt(fluctuations.size) * (rounding / spread).max()]
+    values = x.astype(np.float64, copy=False)
+    return (values - basis @ (basis.T @ values)).astype(x.dtype)
 
 
 def remove_spikes(timecourses: np.ndarray) -> np.ndarray:

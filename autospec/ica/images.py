@@ -284,7 +284,7 @@ def require_brain_size(image: SpatialImage, path: str | Path) -> None:
     are headers that name a wrong one.
     """
     sizes = np.linalg.norm(image.affine[:3, :3], axis=0)
-    sides = sizes * (*image.shape, 1)[:3]
+    sides = sizes * (*image.shape, 1, 1)[:3]
     if BRAIN_MM[0] <= sides.max() <= BRAIN_MM[1]:
         return
     unit = image.header.get_xyzt_units()[0] if isinstance(image, nib.Nifti1Image) else "unknown"

@@ -83,7 +83,7 @@ class Audit:
             return
         if pending.left_out is not None:
             self._left_out(name, pending.left_out, pending.arrived)
-        total, unit = _sum_of_shares(pending)
+        total, unit = sum_of_shares(pending)
         outside = torch.linalg.matrix_norm(pending.arrived - total)
         deviation = float(outside) / unit if unit else 0.0
         if deviation > GUARD_TOLERANCE and pending.by_kernel is not None:
@@ -166,7 +166,7 @@ class Audit:
                 continue
             error = float(np.abs(recorded[group, usable] - exact[index[usable] - 1]).max() / scale)
             # Where rows cancel altogether, the largest value is itself no more than rounding.
-            wrong = error > WRONG and error * scale > GUARD_TOLERANCE * _sum_of_shares(pending)[1]
+            wrong = error > WRONG and error * scale > GUARD_TOLERANCE * sum_of_shares(pending)[1]
             self._deviates(f"gradients of '{name}'", error, wrong, total.is_cuda, stacklevel=5)
 
     def compare_followed(self, what: str, recorded: Tensor, exact: Tensor, on_gpu: bool) -> None:
@@ -192,11 +192,11 @@ def cancels(pending: Pending) -> bool:
     """Whether the shares sum to zero, up to rounding; True where none are recorded."""
     if not pending.shares.counts:
         return True
-    total, unit = _sum_of_shares(pending)
+    total, unit = sum_of_shares(pending)
     return float(torch.linalg.matrix_norm(total)) <= GUARD_TOLERANCE * unit
 
 
-def _sum_of_shares(pending: Pending) -> tuple[Tensor, float]:
+def sum_of_shares(pending: Pending) -> tuple[Tensor, float]:
     """Sum of the groups' shares, and the unit of its rounding."""
     matrices = [float64(pending.shares.matrix([key])) for key in pending.shares.counts]
     total = torch.stack(matrices).sum(0)

@@ -242,8 +242,14 @@ class Capture:
                     f"'{path}' was replaced by another module inside the watch() block: change the model before it."
                 )
         for (layer, device), (owner, key) in zip(self._devices, self._owners.values(), strict=True):
-            if owner._parameters.get(key) is not layer.parameter:
+            there = owner._parameters.get(key)
+            if there is not layer.parameter:
                 if _functional_call():
+                    if there is not None and there.grad_fn is not None:
+                        raise WatchError(
+                            f"'{layer.name}' was replaced, for one call, by a tensor computed with gradients, which may come back "
+                            "to the watched weight without its rows: detach it, or leave the layer out with layers=."
+                        )
                     continue
                 raise WatchError(
                     f"'{layer.name}' was replaced by another parameter inside the watch() block: change the model before it."
@@ -307,7 +313,8 @@ class Capture:
             warnings.warn(
                 f"rows were traced {NUMBERS_TRACED} times for batches of one form, because a whole number or a text among the "
                 "model's arguments was another one each time, and might decide where rows lie: where it does not, as with the "
-                "number of a step, give it as a float, or keep it in an attribute (said once).",
+                "number of a step or the name of a file, give a number as a float, or keep it in an attribute of the model's "
+                "(said once).",
                 stacklevel=2,
             )
 
@@ -674,14 +681,17 @@ class Capture:
         )
         if self.per_position and (isinstance(factors, Product) or (self.spatial and isinstance(factors, Convolution))):
             # A convolution's items are whole images, whose positions the factors know.
+            layer.has_positions = layer.has_positions or isinstance(factors, Convolution) or use.call.inputs[0].ndim > 2
             part = factors.outputs if isinstance(factors, Product) else None
             if part is not None and part[0]:  # keys and values of an attention have the queries' positions
-                last = pending.add_by_position(factors, sorting, layer.begun, shares_by_position)
+                last = pending.add_by_position(factors, sorting, layer.call_position, shares_by_position)
                 layer.position = max(layer.position, last)
             else:
-                layer.begun = layer.position
+                layer.call_position = layer.position
                 unused = unused if part is None else (0, 0)
-                layer.position = pending.add_by_position(factors, sorting, layer.begun, shares_by_position, *unused)
+                layer.position = pending.add_by_position(
+                    factors, sorting, layer.call_position, shares_by_position, *unused
+                )
         if exact:
             pending.add_exact(factors, sorting)
         use.arrival.kept = use.arrival.kept or pending.keeps_rows

@@ -51,11 +51,12 @@ class Processes:
 
         At each recorded step every process waits for the others.
         """
-        joining = getattr(model, "_join_config", None)  # set while torch's Join runs
+        joining = getattr(model, "_join_config", None)  # torch's Join sets it, and does not take it back
         if joining is not None and joining.enable:
             raise WatchError(
                 "the processes train under Join, which lets one end before another, but watching needs all of them at each step: "
-                "give every process as many batches, with DistributedSampler(drop_last=True) say, and leave Join out."
+                "give every process as many batches, with DistributedSampler(drop_last=True) say, leave Join out, and wrap anew a "
+                "model that was under it before."
             )
 
     def join(self, layers: Sequence[WatchedLayer], workspace: Workspace) -> None:
@@ -66,6 +67,7 @@ class Processes:
                 layer.pending = self._joined(layer, descriptions, workspace)
                 layer.note_widths(layer.pending.widths())
                 layer.true_factor = all(each["true_factor"] for each in descriptions if each)
+                layer.has_positions = any(each["has_positions"] for each in descriptions if each)
                 constants = tuple(each.get("constant") for each in descriptions)
                 own = layer.inputs[0] if layer.inputs and None not in constants else None
                 layer.inputs = [] if own is None else [replace(own, everywhere=constants)]
@@ -189,6 +191,7 @@ def _describe(layer: WatchedLayer) -> dict[str, Any]:
         "arrived": pending.arrived is not None,
         "unnoted": pending.unnoted,
         "true_factor": layer.true_factor,
+        "has_positions": layer.has_positions,
         "constant": constant and constant.told(),
         **stacks,
     }

@@ -376,7 +376,9 @@ class Measurement:
     # ------------------------------------------------------------------ what goes beyond one spectrum a group
 
     def _more(self, record: Record, layer: WatchedLayer, pending: Pending) -> None:
-        if max((len(total) for total in pending.by_position.values()), default=0) > 1:
+        positions = max((len(total) for total in pending.by_position.values()), default=0)
+        layer.has_positions = layer.has_positions or positions > 1
+        if positions and layer.has_positions:
             record.by_position[layer.name] = self._by_position(layer, pending)
         if any(statistic in self.statistics for statistic in CONTRASTS):
             self._contrasts(record, layer, pending)

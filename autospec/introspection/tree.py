@@ -169,11 +169,6 @@ def _layer_node(records: Sequence[Record], layout: LayerLayout, groups: int, sta
     by_position = [record.by_position.get(layout.name) for record in records]
     positions = max((each.shape[1] for each in by_position if each is not None), default=0)
     if positions:
-        # Where there is one position alone, as in series of length one, its share is the whole.
-        by_position = [
-            _of_one_position(record.spectra.get((layout.name, "gradient"))) if each is None else each
-            for each, record in zip(by_position, records, strict=True)
-        ]
         whole = _stacked(by_position, (groups, positions, count))
         variables["gradient_by_position"] = (
             ("step", "group", "position", "index"),
@@ -226,11 +221,6 @@ def _index(layout: LayerLayout, spectra: Sequence[np.ndarray | None]) -> tuple[i
     """How many singular values are in a node, and their numbers: a layer may have had wider rows at one step than at another."""
     count = max([len(layout.index), *(each.shape[-1] for each in spectra if each is not None)])
     return count, layout.index if count == len(layout.index) else np.arange(1, count + 1)
-
-
-def _of_one_position(spectrum: np.ndarray | None) -> np.ndarray | None:
-    """The gradient's spectra as those of one position, shape (groups, 1, index)."""
-    return None if spectrum is None else spectrum[:, None]
 
 
 def _stacked(steps: Sequence[np.ndarray | None], shape: tuple[int, ...]) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .audit import cancels
+from .audit import cancels, sum_of_shares
 from .errors import WatchError
 from .groups import Assignment
 from .layers import LayerCall
@@ -145,7 +145,8 @@ class WatchedLayer(WatchedParameter):
         self.sorted_input: tuple[ConstantInput, Sorting, Tensor] | None = None
         self.rank_limit: np.ndarray | None = None
         self.true_factor = True
-        self.begun = self.position = 0
+        self.call_position = self.position = 0
+        self.has_positions = False
         self.refusal: tuple[int, WatchError] | None = None
         self.added: set[tuple[int, Place, int]] = set()
         self.passes: dict[int, tuple[Forward, int]] = {}
@@ -183,17 +184,19 @@ class WatchedLayer(WatchedParameter):
             return False
         if not cancels(self.pending):
             return True
-        # It came as zero.  If nobody has written to it since, it stays; writing to .data leaves no trace there.
-        return False if self.left == (id(gradient), gradient._version) else None
+        # It came as zero, or nearly.  If nobody has written to it since, it stays; writing to .data leaves no trace there.
+        if self.left == (id(gradient), gradient._version):
+            return False
+        return True if self.pending.shares.counts and sum_of_shares(self.pending)[0].any() else None
 
 
 def unused_calls(uses: Sequence[Use]) -> Iterator[tuple[int, int]]:
     """How many calls of the layer before each use, back to the last, and after it, if it is the last, the loss does not use."""
     for last, use, following in zip([None, *uses[:-1]], uses, [*uses[1:], None], strict=True):
-        same = [
+        goes_on, not_last = (
             each is not None and each.forward is use.forward and each.place == use.place for each in (last, following)
-        ]
+        )
         row_map = use.forward.row_map
         calls = len(row_map.samples.get(use.place, [])) if row_map is not None else 0
-        before = use.number - (last.number + 1 if last is not None and same[0] else 0)
-        yield before, 0 if same[1] else max(calls - use.number - 1, 0)
+        before = use.number - (last.number + 1 if last is not None and goes_on else 0)
+        yield before, 0 if not_last else max(calls - use.number - 1, 0)

@@ -74,7 +74,7 @@ for the whole batch and for each group of samples.</p>{% endif %}
 {% if cohort.stand_in %}Networks were found with the stand-in template, not with NeuroMark 1.0.{% endif %}</p>{% endif %}
 {% for table in cohort.tables if table.rows %}{{ show(table) }}{% endfor %}
 {% if cohort.warnings %}
-<h3>Differences between the data</h3>
+<h3>Remarks on the data</h3>
 <ul>
 {% for warning in cohort.warnings %}<li>{{ warning }}</li>
 {% endfor %}</ul>

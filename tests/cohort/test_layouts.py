@@ -265,6 +265,25 @@ def test_preprocessed_images_beside_nitrcs_table_are_found_by_id(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["sub_012_run_107.nii.gz", "session-107_0012.nii.gz", "sub_12_ses_107.nii.gz"])
+def test_the_number_of_a_run_or_session_is_no_id(name, tmp_path):
+    rows = [(each, *row[1:]) for each, row in zip(("0107", "0012"), COBRE_ROWS, strict=False)]
+    cobre(tmp_path / "COBRE_phenotypic_data.csv", rows)
+    image(tmp_path / "swa_107.nii.gz")
+    image(tmp_path / name)
+    _, subjects = read_layout(str(tmp_path), settings(tmp_path))
+    found = {subject.id.lstrip("0"): Path(subject.scans[0].bold).name for subject in subjects}
+    assert found == {"107": "swa_107.nii.gz", "12": name}
+
+
+def test_an_image_that_could_be_of_two_participants_is_refused(tmp_path):
+    rows = [(each, *row[1:]) for each, row in zip(("0107", "0012"), COBRE_ROWS, strict=False)]
+    cobre(tmp_path / "COBRE_phenotypic_data.csv", rows)
+    image(tmp_path / "swa_12_v1_107.nii.gz")
+    with pytest.raises(UserError, match=r"swa_12_v1_107\.nii\.gz could be an image of each of 0012, 0107: rename it"):
+        read_layout(str(tmp_path), settings(tmp_path))
+
+
 @pytest.mark.parametrize(("in_table", "in_name"), [("40000", "0040000"), ("0040000", "40000")])
 def test_images_beside_nitrcs_table_are_found_where_ids_lost_their_zeros(tmp_path, in_table, in_name):
     cobre(tmp_path / "COBRE_phenotypic_data.csv", [(in_table, *COBRE_ROWS[0][1:])])

@@ -173,3 +173,19 @@ def test_spectra_tell_slow_courses_from_noise():
 def test_time_courses_that_cannot_be_cleaned_are_refused(courses, call, sentence):
     with pytest.raises(UserError, match=sentence):
         call(courses)
+
+
+@pytest.mark.parametrize("of", ["a trend", "an offset", "the mean of the others"])
+def test_confounds_that_say_the_same_but_for_a_trend_count_once(of):
+    generator = np.random.default_rng(3)
+    x = 100 + generator.normal(size=(150, 20))
+    confounds = generator.normal(size=(150, 2)) + 1e4
+    t = np.arange(150.0)
+    also = {
+        "a trend": confounds[:, 0] + 0.3 * t,
+        "an offset": confounds[:, 0] + 1000,
+        "the mean of the others": confounds.mean(1),
+    }
+    found = regress(x, np.column_stack([confounds, also[of]]))
+    np.testing.assert_allclose(found, regress(x, confounds), atol=1e-6)
+    np.testing.assert_allclose(found.mean(0), x.mean(0), atol=1e-6)

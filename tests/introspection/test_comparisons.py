@@ -331,8 +331,30 @@ def test_a_series_of_length_one_has_one_position():
     node = watcher.trajectories["layers/weight"]
     for step in (0, 2):
         by_position = node["gradient_by_position"].values[step]
-        np.testing.assert_array_equal(by_position[:, 0], node["gradient"].values[step])
+        np.testing.assert_allclose(by_position[:, 0], node["gradient"].values[step], rtol=0, atol=1e-6)
         assert np.isnan(by_position[:, 1:]).all()
+
+
+def test_at_a_step_of_length_one_too_a_table_has_the_positions_of_the_output_layer_alone():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.output = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
+            self.output.weight = self.table.weight
+
+        def forward(self, index):
+            return self.output(self.table(index).tanh())
+
+    model, index = Words(), torch.randint(9, (N, 1))
+    with autospec.watch(model, LABELS, per_position=True, quiet=True) as watcher:
+        output = model(index)
+        output.retain_grad()
+        output.square().sum().backward()
+        watcher.step()
+    alone = output.grad.flatten(0, 1).T @ model.table(index).tanh().flatten(0, 1)
+    found = watcher.trajectories["layers/table.weight/gradient_by_position"].sel(group="all").values[0, 0]
+    expected = torch.linalg.svdvals(alone.double()).detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * expected.max())
 
 
 def test_a_layer_without_positions_has_none():

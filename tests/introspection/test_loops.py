@@ -900,3 +900,15 @@ def test_a_call_with_another_head_is_recorded_but_for_the_head():
     for name in ("encode.weight", "read.weight_hh_l0"):
         expected = svdvals(model.get_parameter(name).grad)
         assert error(spectrum(watcher.trajectories, name, "gradient"), expected) < 1e-6
+
+
+@pytest.mark.parametrize("change", [lambda p: 2 * p, lambda p: p + torch.ones_like(p)], ids=["scaled", "moved"])
+def test_a_call_with_weights_computed_of_the_watched_ones_is_refused(change):
+    """Its gradient comes back to them, without its rows."""
+    model, x = TwoStages(), torch.randn(N, 3, 6)
+    with autospec.watch(model, LABELS, quiet=True):
+        other = {name: change(parameter) for name, parameter in model.named_parameters()}
+        with pytest.raises(
+            WatchError, match=r"'encode\.weight' was replaced, for one call, by a tensor computed with gradients"
+        ):
+            torch.func.functional_call(model, other, (x,))
