@@ -93,5 +93,5 @@ def test_acquisitions_that_differ_are_warned_of(four):
     fmriprep(four, ["1", "2", "3"])
     image(four / "sub-4/func/sub-4_task-rest_acq-eyesopen_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz")
     (said,) = warned(four)
-    assert "differ in acq: none (3: sub-1, sub-2, sub-3); eyesopen (1: sub-4); choose with entities" in said
+    assert "differ in acq: none (3: sub-1, sub-2, sub-3); eyesopen (1: sub-4); choose one with entities" in said
     assert "entities: {acq: eyesopen}" in said
