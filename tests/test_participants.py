@@ -269,6 +269,24 @@ def test_check_knows_the_repetition_time_of_the_config(stated, header, said, tmp
         assert "repetition time: 2 s (2 images)" in check_analysis(str(tmp_path))
 
 
+def check_two(folder, cohort, ica):
+    """The config for two people's images and an atlas, and what `autospec check` says of it."""
+    write_people(folder / "participants.tsv", [("1", "HC", "1.nii"), ("2", "SZ", "2.nii")], ("id", "dx", "bold"))
+    for name in "12":
+        image(folder / f"{name}.nii", volumes=20, description=name.encode())
+    image(folder / "atlas.nii", volumes=1)
+    config = {
+        "cohort": {"kind": "folder", "folder": ".", **cohort},
+        "ica": {"timecourses": "atlas", "atlas": "atlas.nii", **ica},
+        "datasets": {"t": {"kind": "timeseries"}},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    try:
+        return config, check_analysis(str(folder))
+    except UserError as error:
+        return config, str(error)
+
+
 @pytest.mark.parametrize(
     ("ica", "said"),
     [
@@ -282,20 +300,7 @@ def test_check_knows_the_repetition_time_of_the_config(stated, header, said, tmp
     ],
 )
 def test_check_knows_how_many_volumes_are_left_and_needed(ica, said, tmp_path, monkeypatch):
-    write_people(tmp_path / "participants.tsv", [("1", "HC", "1.nii"), ("2", "SZ", "2.nii")], ("id", "dx", "bold"))
-    for name in "12":
-        image(tmp_path / f"{name}.nii", volumes=20)
-    image(tmp_path / "atlas.nii", volumes=1)
-    config = {
-        "cohort": {"kind": "folder", "folder": "."},
-        "ica": {"timecourses": "atlas", "atlas": "atlas.nii", **ica},
-        "datasets": {"t": {"kind": "timeseries"}},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    try:
-        found = check_analysis(str(tmp_path))
-    except UserError as error:
-        found = str(error)
+    config, found = check_two(tmp_path, {}, ica)
     assert said in found
     monkeypatch.chdir(tmp_path)
     config = parse_config(config)
@@ -348,20 +353,7 @@ def test_check_refuses_data_sets_that_cannot_be_made(more, said, tmp_path):
 
 @pytest.mark.parametrize(("confounds", "said"), [("none", "left out: nobody"), ("motion", "nobody is left of 2")])
 def test_check_looks_for_the_confounds_that_are_asked_for(confounds, said, tmp_path):
-    write_people(tmp_path / "participants.tsv", [("1", "HC", "1.nii"), ("2", "SZ", "2.nii")], ("id", "dx", "bold"))
-    for name in "12":
-        image(tmp_path / f"{name}.nii", volumes=20, description=name.encode())
-    image(tmp_path / "atlas.nii", volumes=1)
-    config = {
-        "cohort": {"kind": "folder", "folder": ".", "on_bad_subject": "exclude"},
-        "ica": {"timecourses": "atlas", "atlas": "atlas.nii", "confounds": confounds},
-        "datasets": {"t": {"kind": "timeseries"}},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    try:
-        found = check_analysis(str(tmp_path))
-    except UserError as error:
-        found = str(error)
+    _, found = check_two(tmp_path, {"on_bad_subject": "exclude"}, {"confounds": confounds})
     assert said in found
 
 
