@@ -105,8 +105,7 @@ class Capture:
         self._sorted_for: tuple[Any, ...] = ()
         self._forward: Forward | None = None
         self._handles: list[RemovableHandle] = []
-        self._owners: dict[Place, tuple[nn.Module, str]] = {}
-        self._devices: list[tuple[WatchedLayer, torch.device]] = []
+        self._owners: dict[Place, tuple[WatchedLayer, nn.Module, str, torch.device]] = {}
         self._children: dict[str, tuple[nn.Module, str, nn.Module]] = {}
         self._calls: list[tuple[LayerCall, Arrival]] = []
         self._loss_scale = LossScale()
@@ -133,8 +132,7 @@ class Capture:
         by_place = {place: layer for layer in self.layers for place in layer.places}
         for (module_name, key), layer in by_place.items():
             path, _, own = f"{module_name}.{key}".lstrip(".").rpartition(".")
-            self._owners[module_name, key] = modules[path], own
-            self._devices.append((layer, layer.parameter.device))
+            self._owners[module_name, key] = layer, modules[path], own, layer.parameter.device
             while path:  # each module on the way is where it was
                 above, _, child = path.rpartition(".")
                 self._children[path] = modules[above], child, modules[path]
@@ -156,7 +154,7 @@ class Capture:
         self._loss_scale.stop()
         for handle in (*self._handles, *self._observers):
             handle.remove()
-        self._handles, self._observers, self._devices, self._owners, self._children = [], [], [], {}, {}
+        self._handles, self._observers, self._owners, self._children = [], [], {}, {}
         for layer in self.layers:
             for handle in layer.handles:
                 handle.remove()
@@ -197,7 +195,7 @@ class Capture:
             self._forward = None
             return
         self._same_parameters()
-        if not any(self._is_own(place, layer) for layer in self.layers for place in layer.places):
+        if not any(map(self._is_own, self._owners)):
             self._forward = None  # torch.func.functional_call with other weights, those of a mean teacher say
             return
         for layer in self.layers:
@@ -229,9 +227,9 @@ class Capture:
         if use.arrival.inputs_were_held and not use.call.inputs_are_held:
             use.call.release()  # the graph has been freed
 
-    def _is_own(self, place: Place, layer: WatchedLayer) -> bool:
+    def _is_own(self, place: Place) -> bool:
         """Whether a watched parameter is where it was, and not another in its place for one call."""
-        owner, key = self._owners[place]
+        layer, owner, key, _ = self._owners[place]
         return owner._parameters.get(key) is layer.parameter
 
     def _same_parameters(self) -> None:
@@ -241,7 +239,7 @@ class Capture:
                 raise WatchError(
                     f"'{path}' was replaced by another module inside the watch() block: change the model before it."
                 )
-        for (layer, device), (owner, key) in zip(self._devices, self._owners.values(), strict=True):
+        for layer, owner, key, device in self._owners.values():
             there = owner._parameters.get(key)
             if there is not layer.parameter:
                 if _functional_call():
@@ -289,8 +287,8 @@ class Capture:
     def _traced(self) -> set[Place]:
         """The matrices whose rows are traced."""
         learned = [layer for layer in self.layers if layer.parameter.requires_grad]
-        traced = [(place, layer) for layer in learned if layer.name not in self.rows for place in layer.places]
-        return {place for place, layer in traced if self._is_own(place, layer)}
+        places = (place for layer in learned if layer.name not in self.rows for place in layer.places)
+        return set(filter(self._is_own, places))
 
     def _called_more(self, forward: Forward) -> set[tuple[Place, int]]:
         """Which matrices were used more often than when rows were traced, and how often."""
@@ -408,9 +406,7 @@ class Capture:
             off = self._paused or not self._active or not self.recording
             if off or not torch.is_grad_enabled() or _transformed():
                 return None
-            parameters = [
-                key for key in call.parameters if key in wanted and self._is_own((module_name, key), wanted[key])
-            ]
+            parameters = [key for key in call.parameters if key in wanted and self._is_own((module_name, key))]
             if not parameters:
                 return None
             forward = self._forward

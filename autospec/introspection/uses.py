@@ -34,22 +34,13 @@ class ConstantInput:
     """What `told` gave in each of several processes."""
 
     def told(self) -> tuple[Any, ...]:
-        """What other processes need to notice that it is another one."""
+        """What tells it from others while it is held; to be compared in other processes, too."""
         there = self.tensor.data_ptr(), tuple(self.tensor.shape), self.tensor.stride(), self.version, self.checksum
         return (*there, *map(id, (self.forward.assignment, self.forward.valid, self.forward.rows)))
 
     def same(self, other: ConstantInput) -> bool:
         """Whether the other is the same data, of the same groups."""
-        return (
-            self.tensor.data_ptr() == other.tensor.data_ptr()
-            and self.tensor.shape == other.tensor.shape
-            and self.tensor.stride() == other.tensor.stride()
-            and self.version == other.version
-            and self.checksum == other.checksum
-            and self.forward.assignment is other.forward.assignment
-            and self.forward.valid is other.forward.valid
-            and self.forward.rows is other.forward.rows
-        )
+        return self.told() == other.told()
 
 
 Source = tuple[Where, ...]
