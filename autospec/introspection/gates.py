@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .workspace import Workspace
 
 # Numbers in an LSTM's gates that are computed at a time.
-NUMBERS = 2**17
+NUMBERS = 2**18
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Scan:
     hidden : Tensor
         h at each step.
     kept : tuple of Tensor
-        What the scan back needs.
+        What the scan back needs, and may overwrite.
     projected : Tensor or None
         What the LSTM's projection is applied to.
     """
@@ -165,12 +165,12 @@ def _scan_lstm(
         i, f, _, o = gates.unbind(2)
         gates[:, :, :2].sigmoid_()
         o.sigmoid_()
-        g.copy_(gates[:, :, 2]).tanh_()
+        _tanh(gates[:, :, 2], g)
         gained = torch.mul(i, g, out=bounded)
         c = cells[0]
         for gained_now, f_now, cell in zip(gained.unbind(0), f.unbind(0), cells[1 : many + 1].unbind(0), strict=True):
             c = torch.addcmul(gained_now, f_now, c, out=cell)
-        torch.tanh(cells[1 : many + 1], out=bounded)
+        _tanh(cells[1 : many + 1], bounded)
         backward.sigmoid_backward.grad_input(g, i, grad_input=slopes[now, :, 0])
         backward.sigmoid_backward.grad_input(cells[:many], f, grad_input=slopes[now, :, 1])
         backward.tanh_backward.grad_input(i, g, grad_input=slopes[now, :, 2])
@@ -185,6 +185,14 @@ def _scan_lstm(
             found[begin] = h if weights.hr is None else F.linear(h, weights.hr)
             previous[now.stop : now.stop + 1] = found[now][: steps - now.stop]
     return Scan(previous, found, (slopes, slope, forget), projected)
+
+
+def _tanh(x: Tensor, out: Tensor) -> Tensor:
+    """Hyperbolic tangent by exp(2x) - 1, which torch computes in a third of the tangent's time on a processor, to the same digits."""
+    if x.is_cuda:
+        return torch.tanh(x, out=out)
+    torch.clamp(x, max=40, out=out).mul_(2).expm1_()  # from 40 on it is 1, and exp(2x) still finite
+    return out.div_(out + 2)
 
 
 def _scan_gru(weights: Weights, of_input: Tensor, first: Tensor, hidden: Tensor | None) -> Scan:
@@ -215,17 +223,16 @@ def adjoints(
     scanned: Scan,
     at_output: Tensor,
     at_cell: Tensor | None,
-    workspace: Workspace,
     whole_cell: bool = False,
 ) -> Adjoints:
     """Scan back.
 
     Parameters
     ----------
-    mode, weights, workspace
+    mode, weights
         As for `scan`.
     scanned : Scan
-        Its result.
+        Its result, of no use afterwards.
     at_output : Tensor
         Derivative of the loss at each step's h, by way of everything but the next step; shape (time, sequence, hidden).
     at_cell : Tensor or None
@@ -234,7 +241,7 @@ def adjoints(
         Whether ``at_cell`` holds what comes by way of the same step's h as well.
     """
     if mode == "LSTM":
-        return _adjoints_lstm(weights, scanned, at_output, at_cell, workspace, whole_cell)
+        return _adjoints_lstm(weights, scanned, at_output, at_cell, whole_cell)
     if mode == "GRU":
         slopes, of_new, z = scanned.kept
         delta = torch.empty_like(slopes)
@@ -260,18 +267,15 @@ def _adjoints_lstm(
     scanned: Scan,
     at_output: Tensor,
     at_cell: Tensor | None,
-    workspace: Workspace,
     whole_cell: bool,
 ) -> Adjoints:
-    slopes, slope, f = scanned.kept
-    steps, sequences, _, width = slopes.shape
-    delta = workspace.take(tuple(slopes.shape), slopes.dtype, slopes.device)
+    delta, slope, f = scanned.kept  # the derivatives take the place of the gates' slopes
+    steps, sequences, _, width = delta.shape
     at_hidden = torch.empty_like(at_output) if weights.hr is not None else None
     carried: Tensor | None = None
     # Taken apart once: an index at each step would cost as much as the arithmetic.
     rows = delta.view(steps, sequences, 4 * width).unbind(0)
     of_cell, of_output = delta[:, :, :3].unbind(0), delta[:, :, 3].unbind(0)
-    slopes_of_cell, slopes_of_output = slopes[:, :, :3].unbind(0), slopes[:, :, 3].unbind(0)
     outputs, slope_now, f_now = at_output.unbind(0), slope.unbind(0), f.unbind(0)
     for t in range(steps - 1, -1, -1):
         h = outputs[t] if t + 1 == steps else torch.addmm(outputs[t], rows[t + 1], weights.hh)
@@ -283,8 +287,8 @@ def _adjoints_lstm(
         else:
             c = h * slope_now[t] if carried is None else carried.addcmul_(h, slope_now[t])
             c = c if at_cell is None else c + at_cell[t]
-        torch.mul(slopes_of_cell[t], c.unsqueeze(1), out=of_cell[t])
-        torch.mul(slopes_of_output[t], h, out=of_output[t])
+        of_cell[t].mul_(c.unsqueeze(1))
+        of_output[t].mul_(h)
         carried = c * f_now[t]
     whole = delta.flatten(2)
     return Adjoints(whole, whole, at_hidden)

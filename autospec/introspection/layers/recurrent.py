@@ -179,7 +179,7 @@ class RecurrentCall(LayerCall):
         directions = 2 if module.bidirectional else 1
         computed = _rounding((*self.outputs, *self.inputs))
         parameters = {name: computed(weight) for name, (weight, _) in self._weights.items()}
-        x = sequences.apart(computed(self.inputs[0]))
+        x = sequences.apart(computed(self.inputs[0])).contiguous()  # once for all that needs its rows
         states = [sequences.state(computed(state)) for state in self.inputs[1:]]
         width = module.proj_size or module.hidden_size
         if not states:
@@ -219,7 +219,7 @@ class RecurrentCall(LayerCall):
                 layer_input = layer_input * masks[layer]
         if masks and known is not None:
             self._same_output(layer_input, known)
-        return self._scan_back(parameters, inputs, scans, masks, at, width, workspace)
+        return self._scan_back(parameters, inputs, scans, masks, at, width)
 
     def _scan_back(
         self,
@@ -229,7 +229,6 @@ class RecurrentCall(LayerCall):
         masks: list[Tensor],
         at: Sequence[Tensor | None],
         width: int,
-        workspace: Workspace,
     ) -> dict[str, Product]:
         module, sequences = self.module, self.sequences
         directions = len(scans[0])
@@ -250,7 +249,7 @@ class RecurrentCall(LayerCall):
                 if len(finals) > 1 and finals[1] is not None:
                     at_cell = at_hidden.new_zeros(*at_hidden.shape[:2], module.hidden_size)
                     sequences.at_end(at_cell, finals[1][number])
-                delta = adjoints(module.mode, weights, scanned, at_hidden, at_cell, workspace)
+                delta = adjoints(module.mode, weights, scanned, at_hidden, at_cell)
                 self._keep(found, layer, direction, around(inputs[layer]), scanned, delta, around)
                 if layer:
                     through = around(delta.ih @ weights.ih)
@@ -430,7 +429,7 @@ class CellCall(LayerCall):
         ends = [None if a is None else single(a).reshape(1, -1, module.hidden_size) for a in at]
         at_hidden = scanned.hidden.new_zeros(scanned.hidden.shape) if ends[0] is None else ends[0]
         at_cell = ends[1] if len(ends) > 1 else None
-        return adjoints(self.mode, weights, scanned, at_hidden, at_cell, workspace, self._whole_cell), states[0]
+        return adjoints(self.mode, weights, scanned, at_hidden, at_cell, self._whole_cell), states[0]
 
 
 def _derived_weight(cell: nn.Module, name: str) -> Tensor:
