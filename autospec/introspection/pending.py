@@ -6,6 +6,7 @@ over the uses of a parameter and over micro-batches.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -332,8 +333,7 @@ class Shares:
         form = (len(sorting.keys), *self.shape)
         shares = self.workspace.scratch("shares", form, torch.float64, factors.adjoint.device).zero_()
         squares = factors.add_by_sample(grid, shares, self.workspace)
-        members = np.stack([np.frombuffer(key, dtype=bool) for key in sorting.keys])
-        if not self._all_resolved(shares, squares, members):
+        if not self._all_resolved(shares, squares, groups_of_cells(tuple(sorting.keys))):
             for cell, share in enumerate(shares.zero_()):
                 adjoint, activation = (
                     grid.of(side)[grid.cells == cell].flatten(0, 1) for side in (factors.adjoint, factors.activation)
@@ -346,7 +346,7 @@ class Shares:
             else:
                 matrix += share
 
-    def _all_resolved(self, shares: Tensor, squares: np.ndarray, members: np.ndarray) -> bool:
+    def _all_resolved(self, shares: Tensor, squares: np.ndarray, groups: Tensor) -> bool:
         """Whether each group's share is large enough over its rounding.
 
         Parameters
@@ -355,10 +355,9 @@ class Shares:
             Of each cell, shape (cells, outputs, inputs), float64.
         squares : ndarray, shape (cells,)
             Square of what the rounding of each may be (Frobenius).
-        members : ndarray of bool, shape (cells, groups)
-            Which groups each cell belongs to.
+        groups : Tensor of 0 and 1, shape (groups, cells), float64
+            Which cells belong to each.
         """
-        groups = torch.from_numpy(np.unique(members[:, members.any(0)], axis=1).T.astype(np.float64))
         sums = (groups @ shares.flatten(1)).unflatten(1, self.shape)
         # Two steps of the power method: a lower bound of the largest singular value, and near it where one direction prevails.
         direction = sums.mT @ (sums @ irregular(self.shape[1], torch.float64)).unsqueeze(2)
@@ -989,3 +988,10 @@ def cells_of_groups(keys: Mapping[bytes, object] | Sequence[bytes], groups: int)
     """Cells of each group."""
     members = {key: np.frombuffer(key, dtype=bool) for key in keys}
     return [[key for key in keys if members[key][group]] for group in range(groups)]
+
+
+@functools.lru_cache(maxsize=64)
+def groups_of_cells(keys: tuple[bytes, ...]) -> Tensor:
+    """Which cells belong to each group that has any, shape (groups, cells), float64; groups of the same cells once."""
+    members = np.stack([np.frombuffer(key, dtype=bool) for key in keys])
+    return torch.from_numpy(np.unique(members[:, members.any(0)], axis=1).T.astype(np.float64))
