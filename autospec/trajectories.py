@@ -9,7 +9,9 @@ the same bytes.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,10 @@ class TrajectoryStore:
     ------
     UserError
         If something stands at the path already and ``resume`` is False, or its folder does not exist.
+
+    Notes
+    -----
+    Steps are written where they belong, by number: what a write that failed has left is written over by the next one.
     """
 
     steps_per_chunk = STEPS_PER_CHUNK
@@ -49,47 +55,47 @@ class TrajectoryStore:
         self._folder = self.path.with_name(self.path.name + ".partial") if self._packed else self.path
         if not self.path.parent.is_dir():
             raise UserError(f"{self.path.parent} is not a folder: create it before trajectories are stored in it.")
-        if self.path.exists() and not (resume and not self._packed):
-            raise UserError(f"{self.path} exists already: choose another name for the store, or delete it first.")
-        if self._folder.exists() and not resume:
-            shutil.rmtree(self._folder)
-        self._in_step = not self._folder.exists()
+        if not resume or self._packed:
+            self._refuse_what_stands(self.path)
+        if not resume:
+            self._refuse_what_stands(self._folder)
+        # Steps that the store holds, if it is known to be this one's.
+        self._written: int | None = None if self._folder.exists() else 0
 
     def append(self, tree: xr.DataTree) -> None:
         """Write the records of some more steps."""
         if not tree.sizes["step"]:
             return
-        if not self._in_step:
+        if self._written is None:
             raise UserError(
                 f"{self._folder} holds records already: continue it with watcher.load_state_dict() of the checkpoint, "
                 "or begin a new store without resume=True."
             )
-        with without_consolidation_warning():
-            if not self._folder.exists():
-                _create(self._folder, tree)
-            group = zarr.open_group(str(self._folder), mode="r+")
-            stored: Any = group["step"]
-            before = stored.shape[0]
-            after = before + tree.sizes["step"]
-            appended = set()
-            for path, array in _arrays(tree):
-                stored = group[path] if path in group else _new_array(group, path, array, before)
-                if "step" in array.dims:
-                    _append(stored, array.values)
-                    appended.add(path)
-                elif array.name == "rank_limit":  # larger batches may have come
-                    stored[...] = array.values
-                elif array.size > stored.size:
-                    stored.resize(array.shape)
-                    stored[...] = array.values
-            for path, stored in _stored_arrays(group):
-                if _grows(stored) and path not in appended:  # nothing of it in these steps
-                    stored.resize((after, *stored.shape[1:]))
-            zarr.consolidate_metadata(str(self._folder))
+        if self._written:
+            self._require_own()
+            _write(self._folder, tree, self._written)
+        else:
+            self._begin(tree)
+        self._written += tree.sizes["step"]
+
+    def _begin(self, tree: xr.DataTree) -> None:
+        """Write the first steps beside the store's place and move them there: of several that begin at once, one succeeds."""
+        for path in (self.path, self._folder):
+            self._refuse_what_stands(path)
+        first = self._folder.with_name(f".{self._folder.name}.{secrets.token_hex(4)}.partial")
+        try:
+            _write(first, tree, 0)
+            try:
+                first.rename(self._folder)
+            except OSError:
+                self._refuse_what_stands(self._folder)
+                raise
+        finally:
+            shutil.rmtree(first, ignore_errors=True)
 
     def truncate(self, count: int) -> None:
         """Keep the first ``count`` recorded steps, and drop what came after them."""
-        self._in_step = True
+        self._written = count
         if not self._folder.exists():
             if count:
                 raise UserError(f"{self._folder} is missing, but {count} recorded steps should be in it.")
@@ -100,7 +106,8 @@ class TrajectoryStore:
         for cut_off in self._folder.rglob("*.partial"):  # zarr's name for a file that it is writing
             cut_off.unlink()
         with without_consolidation_warning():
-            group = zarr.open_group(str(self._folder), mode="r+")
+            # Consolidated metadata do not know an array that a write which was cut off had just begun.
+            group = zarr.open_group(str(self._folder), mode="r+", use_consolidated=False)
             for path, array in _stored_arrays(group):
                 if _grows(array):
                     if array.shape[0] < count:
@@ -114,8 +121,9 @@ class TrajectoryStore:
 
     def finish(self, attributes: dict[str, Any], complete: bool) -> None:
         """Write the final attributes and, for a zip, pack the store."""
-        if not self._folder.exists():
+        if not self._written:
             return
+        self._require_own()
         with without_consolidation_warning():
             zarr.open_group(str(self._folder), mode="r+").update_attributes(attributes)
             zarr.consolidate_metadata(str(self._folder))
@@ -123,9 +131,34 @@ class TrajectoryStore:
             pack(self._folder, self.path)
             shutil.rmtree(self._folder)
 
+    def _refuse_what_stands(self, path: Path) -> None:
+        if not path.exists():
+            return
+        if path != self.path:
+            raise UserError(
+                f"{path} holds the records of a training that has not ended: continue it with resume=True and "
+                "watcher.load_state_dict(), choose another name for the store, or delete it first."
+            )
+        raise UserError(f"{path} exists already: choose another name for the store, or delete it first.")
+
+    def _require_own(self) -> None:
+        """Refuse to write where somebody else has written since; a packed store is unpacked to go on with it."""
+        if self._packed and self.path.exists() and not self._folder.exists():
+            with zipfile.ZipFile(self.path) as archive:
+                archive.extractall(self._folder)
+        if not self._folder.exists():
+            raise UserError(f"{self._folder} is gone, in which this watcher wrote {self._written} steps: begin again.")
+        with without_consolidation_warning():
+            step: Any = zarr.open_group(str(self._folder), mode="r")["step"]
+        if step.shape[0] != self._written:
+            raise UserError(
+                f"{self._folder} holds {step.shape[0]} steps instead of the {self._written} that this watcher wrote: another one "
+                "writes to it, so give each watcher a store of its own."
+            )
+
     def open(self) -> xr.DataTree:
         """Open what has been written."""
-        return open_trajectories(self.path if self._packed and self.path.exists() else self._folder)
+        return open_trajectories(self._folder if self._folder.exists() else self.path)
 
 
 def open_trajectories(path: str | os.PathLike[str]) -> xr.DataTree:
@@ -201,6 +234,30 @@ def add_attributes(folder: str | os.PathLike[str], attributes: dict[str, Any]) -
         zarr.consolidate_metadata(str(folder))
 
 
+def _write(folder: Path, tree: xr.DataTree, before: int) -> None:
+    """Write the records of the steps that follow so many; what describes them comes last."""
+    after = before + tree.sizes["step"]
+    with without_consolidation_warning():
+        if not before:
+            _create(folder, tree)
+        group = zarr.open_group(str(folder), mode="r+", use_consolidated=False)
+        written = set()
+        for path, array in _arrays(tree):
+            stored: Any = group[path] if path in group else _new_array(group, path, array, before)
+            if "step" in array.dims:
+                _write_steps(stored, array.values, before)
+                written.add(path)
+            elif array.name == "rank_limit":  # larger batches may have come
+                stored[...] = array.values
+            elif array.size > stored.size:
+                stored.resize(array.shape)
+                stored[...] = array.values
+        for path, stored in _stored_arrays(group):
+            if _grows(stored) and path not in written:  # nothing of it in these steps
+                stored.resize((after, *stored.shape[1:]))
+        zarr.consolidate_metadata(str(folder))
+
+
 def _create(folder: Path, tree: xr.DataTree) -> None:
     """Create the arrays of a store, empty along ``step``, complete otherwise."""
     root = zarr.open_group(str(folder), mode="w", zarr_format=3, attributes=_plain(tree.attrs))
@@ -235,18 +292,19 @@ def _new_array(root: zarr.Group, path: str, array: xr.DataArray, steps: int = 0)
     return stored
 
 
-def _append(stored: zarr.Array, values: np.ndarray) -> None:
-    """Add steps, whose other sizes may be others: longer sequences may have come, or shorter ones."""
+def _write_steps(stored: zarr.Array, values: np.ndarray, before: int) -> None:
+    """Write the steps that follow some, whose other sizes may be others: longer sequences may have come, or shorter ones."""
     sizes = tuple(max(sizes) for sizes in zip(stored.shape[1:], values.shape[1:], strict=True))
-    if stored.shape[1:] != sizes:
-        stored.resize((stored.shape[0], *sizes))
+    after = before + len(values)
+    if stored.shape != (after, *sizes):
+        stored.resize((after, *sizes))
     if values.shape[1:] != sizes:
         values = np.pad(
             values,
             [(0, size - had) for size, had in zip((len(values), *sizes), values.shape, strict=True)],
             constant_values=np.nan,
         )
-    stored.append(values, axis=0)
+    stored[before:after] = values
 
 
 def _grows(stored: zarr.Array) -> bool:

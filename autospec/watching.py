@@ -90,7 +90,7 @@ def watch(
     audit : int, optional
         Compare with float64 and with the gradient that arrived every k-th recorded step; always at the first.
     attributes : mapping, optional
-        Attributes for the root of the tree.
+        Attributes for the root of the tree, beside its own ``layers``, ``audit`` and ``schedule``.
     quiet : bool
         Do not print, on leaving the block, what watching has cost.
     store : path-like, optional

@@ -85,23 +85,24 @@ class Budget:
         self.fraction = float(fraction)
         self._agree = agree
         self.every: int | None = None
+        self._first = 0  # step with which the calibration begins
         self._last: float | None = None
         self._times: dict[bool, list[float]] = {True: [], False: []}
 
     def __call__(self, step: int) -> bool:
         """Whether a step is recorded."""
-        if step < len(CALIBRATION):
-            return CALIBRATION[step]
+        if step - self._first < len(CALIBRATION):
+            return CALIBRATION[step - self._first]
         return self.every is not None and step % self.every == 0
 
     def took(self, step: int, now: float, recorded: bool) -> None:
         """Note the time at the end of a step; after the calibration, choose."""
         if self.every is not None:
             return
-        if self._last is not None and step > 1:  # the first steps warm caches up
+        if self._last is not None and step - self._first > 1:  # the first steps warm caches up
             self._times[recorded].append(now - self._last)
         self._last = now
-        if step >= len(CALIBRATION) - 1 and all(self._times.values()):
+        if step - self._first >= len(CALIBRATION) - 1 and all(self._times.values()):
             # A bound is to be kept: the most that a recorded step has cost, over what is usual without.
             plain = statistics.median(self._times[False])
             extra = max(max(self._times[True]) - plain, 0.0)
@@ -110,13 +111,15 @@ class Budget:
 
     def summary(self) -> dict[str, Any]:
         """What was chosen, for the attributes of the trajectories."""
-        recorded = [step for step, chosen in enumerate(CALIBRATION) if chosen]
+        recorded = [self._first + step for step, chosen in enumerate(CALIBRATION) if chosen]
         return {"budget": self.fraction, "calibration_steps": recorded, "every": self.every}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"every": self.every}
+        return {"every": self.every, "first": self._first}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`."""
-        self.every = state["every"]
+    def restore(self, state: Mapping[str, Any] | None, step: int) -> None:
+        """Continue with a step from `state`; where none or an unfinished calibration is known, calibrate from that step on."""
+        self.every = None if state is None else state["every"]
+        self._first = step if state is None or self.every is None else state.get("first", 0)
+        self._last, self._times = None, {True: [], False: []}

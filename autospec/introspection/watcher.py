@@ -32,6 +32,8 @@ from .workspace import keep_freed_memory
 
 SPECTRA = ("gradient", "activation", "adjoint")
 STATISTICS = (*SPECTRA, *CONTRASTS)
+# Names of the root's attributes that are not the user's.
+OWN_ATTRIBUTES = {"layers", "audit", "schedule"}
 _DISTRIBUTED = nn.parallel.DistributedDataParallel
 _watched_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -144,6 +146,10 @@ class Watcher:
         if solver == "tracked":
             self._capture.follows = self._measurement.follows
         self._attributes = dict(attributes or {})
+        if taken := OWN_ATTRIBUTES & set(self._attributes):
+            raise WatchError(
+                f"attributes= holds {sorted(taken)}, which the record's own attributes are called: choose other names."
+            )
         self._quiet = quiet
         self._recorded = 0
         self._count = 0
@@ -197,8 +203,14 @@ class Watcher:
                 stacklevel=2,
             )
         if self._sink is not None:
-            self._flush()
-            self._sink.finish(self._final_attributes(), complete=kind is None)
+            try:
+                self._flush()
+                self._sink.finish(self._final_attributes(), complete=kind is None)
+            except Exception as unwritten:
+                if kind is None:
+                    raise
+                # What ended the loop is what the user has to see.
+                warnings.warn(f"the last records could not be stored: {unwritten}", stacklevel=2)
         self._seconds["block"] += time.perf_counter() - self._entered
         if not self._quiet and self._count and kind is None:
             print(self._cost_in_words(), file=sys.stderr)
@@ -391,8 +403,8 @@ class Watcher:
             limit = state["rank_limits"].get(layer.name)
             layer.rank_limit = None if limit is None else np.array(limit)
         self._measurement.restore_solver(state["solver"])
-        if self._budget is not None and state["budget"] is not None:
-            self._budget.restore(state["budget"])
+        if self._budget is not None:
+            self._budget.restore(state["budget"], self._count)
         self._buffer = []
         self._records = [Record.from_state(record) for record in state["records"]]
         if self._sink is not None:

@@ -302,6 +302,28 @@ def test_a_schedule_chosen_by_a_budget_belongs_to_the_checkpoint(monkeypatch):
     assert tree.step.values.tolist()[-2:] == [20, 40]
 
 
+@pytest.mark.parametrize(("at", "budget"), [*((k, 0.1) for k in range(1, 8)), (4, None), (30, None)])
+def test_a_budget_chooses_after_resuming_at_whatever_step(monkeypatch, at, budget):
+    clock = Clock(monkeypatch)
+    state = json.loads(json.dumps(clock.train(at, budget=budget).state_dict()))
+    chosen = problem()
+    watcher = autospec.watch(chosen.model, LABELS, quiet=True, budget=0.1)
+    watcher.load_state_dict(state)
+    with watcher:
+        for _ in range(60):
+            chosen.model.zero_grad()
+            chosen.loss().backward()
+            clock.now += 1.0
+            watcher.step()
+    tree = watcher.trajectories
+    assert tree.attrs["schedule"]["every"] == 20
+    calibrated = at if budget is None or at < 6 else 0
+    assert tree.attrs["schedule"]["calibration_steps"] == [calibrated, calibrated + 4, calibrated + 5]
+    later = tree.step.values[tree.step.values > max(at, calibrated + 5)]
+    assert len(later)
+    assert (later % 20 == 0).all()
+
+
 def test_a_training_too_short_for_the_calibration_says_that_nothing_was_chosen(monkeypatch):
     tree = Clock(monkeypatch).train(3, budget=0.1).trajectories
     assert tree.attrs["schedule"]["every"] is None

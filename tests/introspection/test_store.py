@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -148,10 +149,15 @@ def test_a_growing_store_is_whole_after_every_64_recorded_steps(tmp_path, name):
 
 
 def test_a_reader_sees_a_consistent_store_at_any_moment_of_a_write(tmp_path, monkeypatch):
-    path, memory, moments, saved, appended = tmp_path / "x.zarr", in_memory(150), [], [], []
-    save, append = zarr.consolidate_metadata, zarr.Array.append
+    path, memory, moments, saved, written = tmp_path / "x.zarr", in_memory(150), [], [], []
+    save, write = zarr.consolidate_metadata, zarr.Array.__setitem__
 
     def look():
+        if not path.exists():
+            with pytest.raises(UserError, match="a store that grows appears with its first 64"):
+                autospec.open_trajectories(path)
+            moments.append(0)
+            return
         for tree in readers(path):
             count = tree.sizes["step"]
             xr.testing.assert_equal(tree, memory.isel(step=slice(count)))
@@ -159,27 +165,25 @@ def test_a_reader_sees_a_consistent_store_at_any_moment_of_a_write(tmp_path, mon
         assert {shape[0] for shape, *_ in arrays.values()} == {count}
         moments.append(count)
 
-    def watched_append(array, *args, **kwargs):
-        result = append(array, *args, **kwargs)
-        appended.append(array.path)
-        if saved and len(appended) % 3 == 0:
+    def watched_write(array, *args):
+        write(array, *args)
+        written.append(array.path)
+        if len(written) % 3 == 0:
             look()
-        return result
 
     def watched_save(*args, **kwargs):
-        if saved:
-            look()
+        look()
         saved.append(save(*args, **kwargs))
         look()
 
-    monkeypatch.setattr(zarr.Array, "append", watched_append)
+    monkeypatch.setattr(zarr.Array, "__setitem__", watched_write)
     monkeypatch.setattr(zarr, "consolidate_metadata", watched_save)
     loop = Loop(store=path)
     with loop.watcher:
         loop.run(80)
         loop.watcher.state_dict()  # a part of a chunk is written, and written over later
         loop.run(70)
-    assert sorted(set(moments)) == [64, 80, 144, 150]
+    assert sorted(set(moments)) == [0, 64, 80, 144, 150]
     assert moments == sorted(moments)
     assert len(moments) > 15
 
@@ -271,18 +275,19 @@ def test_a_state_survives_a_checkpoint_file_that_holds_weights_only(tmp_path):
 def test_a_write_that_was_cut_off_is_put_right_on_resuming(tmp_path, monkeypatch):
     expected = in_memory(140)
     first = Loop(store=tmp_path / "x.zarr")
-    append, calls = zarr.Array.append, []
+    write, calls = zarr.Array.__setitem__, []
 
-    def pull_the_plug(array, *args, **kwargs):
+    def pull_the_plug(array, *args):
         calls.append(array.path)
         if len(calls) > 5:
             raise OSError("pulled")
-        return append(array, *args, **kwargs)
+        write(array, *args)
 
     with monkeypatch.context() as patch, contextlib.suppress(OSError), first.watcher:
         first.run(CHUNK)
         state = first.state()
-        patch.setattr(zarr.Array, "append", pull_the_plug)
+        patch.setattr(zarr.Array, "__setitem__", pull_the_plug)
+        patch.setattr("warnings.warn", lambda *_, **__: None)  # of the records that could not be stored
         first.run(CHUNK)
     assert len(calls) > 5
     assert autospec.open_trajectories(tmp_path / "x.zarr").sizes["step"] == CHUNK
@@ -291,6 +296,149 @@ def test_a_write_that_was_cut_off_is_put_right_on_resuming(tmp_path, monkeypatch
     with again.watcher:
         again.run(140 - CHUNK)
     xr.testing.assert_identical(autospec.open_trajectories(tmp_path / "x.zarr"), expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("failing", [1, 4, 9])
+def test_a_write_that_failed_once_is_made_again_on_leaving_the_block(tmp_path, monkeypatch, chunk, failing):
+    write, calls = zarr.Array.__setitem__, []
+
+    def fill_the_disk(array, *args):
+        calls.append(array.path)
+        if len(calls) == failing:
+            raise OSError("no space left on device")
+        write(array, *args)
+
+    loop = Loop(store=tmp_path / "x.zarr")
+    with monkeypatch.context() as patch, contextlib.suppress(OSError), loop.watcher:
+        loop.run((chunk - 1) * CHUNK)
+        patch.setattr(zarr.Array, "__setitem__", fill_the_disk)
+        loop.run(CHUNK)
+    assert len(calls) > failing
+    xr.testing.assert_identical(autospec.open_trajectories(tmp_path / "x.zarr"), in_memory(chunk * CHUNK))
+
+
+def test_a_store_that_never_could_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    loop = Loop(store=tmp_path / "x.zarr")
+    monkeypatch.setattr(zarr.Array, "__setitem__", full)
+    with (
+        pytest.warns(UserWarning, match="last records could not be stored: no space left"),
+        pytest.raises(OSError, match="no space left"),
+        loop.watcher,
+    ):
+        loop.run(CHUNK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_array_that_a_killed_write_had_just_begun_is_put_right_on_resuming(tmp_path, monkeypatch):
+    def begin(store):
+        loop = Loop(store=store)
+        loop.model[0].weight.requires_grad_(False)
+        return loop
+
+    whole = begin(tmp_path / "whole.zarr")
+    with whole.watcher:
+        whole.run(CHUNK)
+        whole.model[0].weight.requires_grad_(True)
+        whole.run(10)
+    first = begin(tmp_path / "x.zarr")
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt), first.watcher:
+        first.run(CHUNK)
+        state = first.state()
+        first.model[0].weight.requires_grad_(True)
+        patch.setattr(zarr, "consolidate_metadata", _killed)
+        first.run(CHUNK)
+    again = Loop(store=tmp_path / "x.zarr", resume=True)
+    again.load(state)
+    with again.watcher:
+        again.run(10)
+    expected = autospec.open_trajectories(tmp_path / "whole.zarr")
+    xr.testing.assert_identical(autospec.open_trajectories(tmp_path / "x.zarr"), expected)
+
+
+def _killed(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["x.zarr", "x.zarr.zip"])
+def test_two_watchers_do_not_write_to_one_store(tmp_path, name):
+    one, two = Loop(store=tmp_path / name), Loop(store=tmp_path / name)
+    with one.watcher:
+        one.run(CHUNK)
+        with (
+            pytest.warns(UserWarning, match="could not be stored"),
+            pytest.raises(UserError, match=r"x\.zarr.*(exists already|has not ended)"),
+            two.watcher,
+        ):
+            two.run(CHUNK)
+        one.run(6)
+    xr.testing.assert_identical(autospec.open_trajectories(tmp_path / name), in_memory(70))
+    late = Loop(store=tmp_path / "y.zarr.zip")
+    train(3, store=tmp_path / "y.zarr.zip")
+    with pytest.raises(UserError, match="exists already"), late.watcher:
+        late.run(2)
+    assert autospec.open_trajectories(tmp_path / "y.zarr.zip").sizes["step"] == 3
+
+
+def test_two_trainings_that_resume_one_store_are_found_out(tmp_path):
+    first = Loop(store=tmp_path / "x.zarr")
+    with first.watcher:
+        first.run(10)
+        state = first.state()
+    one, two = (Loop(store=tmp_path / "x.zarr", resume=True) for _ in range(2))
+    one.load(state)
+    two.load(state)
+    with one.watcher:
+        one.run(5)
+    with (
+        pytest.raises(UserError, match=r"holds 15 steps instead of the 10 .* give each watcher a store of its own"),
+        two.watcher,
+    ):
+        two.run(5)
+
+
+def test_a_store_that_was_deleted_meanwhile_is_missed(tmp_path):
+    loop = Loop(store=tmp_path / "x.zarr")
+    with loop.watcher:
+        loop.run(3)
+        loop.watcher.state_dict()
+        shutil.move(tmp_path / "x.zarr", tmp_path / "elsewhere")
+        loop.run(3)
+        with pytest.raises(UserError, match=r"x\.zarr is gone, in which this watcher wrote 3 steps"):
+            loop.watcher.state_dict()
+        shutil.move(tmp_path / "elsewhere", tmp_path / "x.zarr")
+    xr.testing.assert_identical(loop.watcher.trajectories, in_memory(6))
+
+
+def test_an_unfinished_record_is_not_deleted_by_a_training_that_begins_again(tmp_path):
+    first = Loop(store=tmp_path / "x.zarr.zip")
+    with contextlib.suppress(KeyboardInterrupt), first.watcher:
+        first.run(3)
+        raise KeyboardInterrupt
+    with pytest.raises(
+        UserError, match=r"x\.zarr\.zip\.partial holds the records of a training that has not ended: .*resume=True"
+    ):
+        Loop(store=tmp_path / "x.zarr.zip")
+    xr.testing.assert_equal(autospec.open_trajectories(tmp_path / "x.zarr.zip.partial"), in_memory(3))
+
+
+@pytest.mark.parametrize("name", [None, "x.zarr", "x.zarr.zip"])
+def test_a_block_that_is_entered_again_continues_the_record(tmp_path, name):
+    loop = Loop(**({} if name is None else {"store": tmp_path / name}))
+    for _ in range(2):
+        with loop.watcher:
+            loop.run(3)
+    xr.testing.assert_identical(loop.watcher.trajectories, in_memory(6))
+    if name:
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_names_of_the_records_own_attributes_are_refused():
+    with pytest.raises(WatchError, match=r"attributes= holds \['layers'\].*choose other names"):
+        Loop(attributes={"layers": 3})
 
 
 def test_files_that_were_cut_off_are_not_packed(tmp_path):

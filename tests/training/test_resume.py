@@ -149,7 +149,7 @@ def test_a_full_disk_loses_nothing(study, tmp_path, monkeypatch, where):
 
     with monkeypatch.context() as patch:
         if where == "store":
-            patch.setattr("zarr.Array.append", full)
+            patch.setattr("zarr.Array.__setitem__", full)
         elif where == "checkpoint":
             patch.setattr(snapshots_module.os, "fsync", full)
         else:
