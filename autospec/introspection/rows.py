@@ -465,33 +465,64 @@ def _refuse_mixing_in_training(
     for name, module in probe.twin.named_modules():
         module.training = training.get(name, True) and not isinstance(module, _BatchNorm)
 
-    def others_reached(word: np.ndarray) -> Iterator[tuple[Place, int]]:
-        """Uses of which rows of samples that are not marked turn NaN, and of how many samples."""
+    def others_reached(word: np.ndarray) -> Iterator[tuple[tuple[Place, int], np.ndarray]]:
+        """Uses of which rows of samples that are not marked turn NaN, and which rows do."""
         seen = probe.reached(word)
         for key, calls in found.items():
             if len(seen.get(key, ())) == len(calls):
-                for rows, marks in zip(calls, seen[key], strict=True):
+                for call, (rows, marks) in enumerate(zip(calls, seen[key], strict=True)):
                     nan = marks.reshape(-1)
                     if len(nan) == len(rows) and not nan.all() and nan[~word[rows]].any():
-                        yield key, len(np.unique(rows[nan & ~word[rows]]))
+                        yield (key, call), nan
 
     draw = np.random.default_rng(0)
     try:
         # A random order leaves half of the samples among themselves once in (samples over half of them) times.
         half = [draw.permutation(samples) < samples // 2 for _ in range(1 if samples >= MANY_SAMPLES else 3)]
-        places = [key for word in half for key, _ in others_reached(word)]
-        one = [draw.permutation(samples) < 1 for _ in range(3)] if places else []
-        by_place = [pair for word in one for pair in others_reached(word)]
+        places = [key for word in half for (key, _), _ in others_reached(word)]
+        by_use: dict[tuple[Place, int], list[tuple[int, np.ndarray]]] = {}
+        for sample in draw.permutation(samples)[:3] if places else ():
+            for use, nan in others_reached(np.arange(samples) == sample):
+                by_use.setdefault(use, []).append((int(sample), nan))
     except Exception:  # not every model can be trained on NaN
         return
-    # One sample reaches the one or two that it is exchanged or mixed with, but all that share a statistic.
-    if places and (not by_place or min(count for _, count in by_place) <= MIXED_WITH):
+    if places and not (by_use and all(_by_statistic(found[key][call], seen) for (key, call), seen in by_use.items())):
         name = places[0][0] or places[0][1]
         raise WatchError(
             f"In training mode rows of the input of '{name}' depend on other samples than in evaluation mode: the model shuffles or "
             "mixes its batch. Do so before it is called, with labels in the new order; or give rows=, or leave the layer out with "
             "layers=."
         )
+
+
+def _by_statistic(rows: np.ndarray, reached: Sequence[tuple[int, np.ndarray]]) -> bool:
+    """Whether samples reach others by a statistic, and not because rows are exchanged or mixed.
+
+    All that share a statistic are reached, itself among them, at the same positions, whichever sample it is; an exchange or a
+    mixture reaches one or two others, or others at each position.
+
+    Parameters
+    ----------
+    rows : ndarray of int, shape (rows,)
+        Sample of each row of one use.
+    reached : sequence of (int, ndarray of bool)
+        A sample, and which rows it reaches.
+    """
+    counts = np.bincount(rows)
+    alike = bool((counts == counts[0]).all())
+    of_samples = []
+    for sample, nan in reached:
+        others = np.unique(rows[nan & (rows != sample)])
+        if len(others) <= MIXED_WITH:
+            return False
+        if alike:
+            by_sample = nan[np.argsort(rows, kind="stable")].reshape(-1, counts[0])
+            positions = by_sample[others].any(0)
+            # Some rows may be replaced afterwards, by a mask say: half of them have to show it.
+            if min(by_sample[others][:, positions].mean(), by_sample[sample, positions].mean()) < 0.5:
+                return False
+            of_samples.append(positions)
+    return not of_samples or bool(np.all(of_samples, 0).sum() >= 0.5 * np.any(of_samples, 0).sum())
 
 
 _DETACHED = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]

@@ -461,6 +461,42 @@ def test_a_model_that_shuffles_or_mixes_its_batch_in_training_alone_is_refused(d
     assert_exact(record(problem), problem, members(labels, samples))
 
 
+def other_order_at_each_position(x):
+    order = torch.stack([torch.randperm(len(x)) for _ in range(x.shape[1])], 1)
+    return torch.gather(x, 0, order.unsqueeze(2).expand_as(x))
+
+
+def turned_around(x):
+    """Rows by position instead of by sample, for the layer alone that comes next."""
+    return x.transpose(0, 1).reshape(x.shape)
+
+
+@pytest.mark.parametrize("positions", [2, 4, 6, 15])
+@pytest.mark.parametrize("does", [other_order_at_each_position, turned_around])
+def test_a_model_that_moves_tokens_to_many_samples_in_training_alone_is_refused(does, positions):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        problem = Problem(Shuffled(does), torch.randn(12, positions, 6), mean_square, ["a", "b"] * 6)
+        with pytest.raises(WatchError, match="In training mode rows of the input of 'head' depend on other samples"):
+            record(problem)
+
+
+def normalised_then_masked(x):
+    return torch.where(torch.rand(*x.shape[:2], 1) < 0.2, 0.0, normalised(x))
+
+
+def normalised_by_site(x):
+    return torch.cat([normalised(part) for part in x.split(4)])
+
+
+@pytest.mark.parametrize("does", [normalised_then_masked, normalised_by_site])
+def test_statistics_that_do_not_reach_all_rows_are_no_mixing_in_training(does):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        tree = record(Problem(Shuffled(does), torch.randn(12, 7, 6), mean_square, ["a", "b"] * 6))
+        assert np.isfinite(spectrum(tree, "head.weight", "gradient", "a")).all()
+
+
 def normalised(x):
     return (x - x.mean(0)) / x.std(0)
 
