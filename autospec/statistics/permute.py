@@ -26,6 +26,7 @@ from autospec.statistics.permutations import compare, draw_conditional_labelling
 from autospec.statistics.study import Question, Study, columns_of, exchangeable, grouped, numbers_of
 from autospec.statistics.table import COLUMNS, comparison_name, read_confounds, write_description, write_tests
 from autospec.storage import write_packed
+from autospec.training.device import restore_random_state
 from autospec.training.prepare import Prepared, prepare
 from autospec.training.progress import Progress
 from autospec.training.snapshots import Snapshots, open_snapshots
@@ -227,7 +228,7 @@ def shares_at(run: Snapshots, prepared: Prepared, step: int) -> dict[str, Sample
     prepared.model.load_state_dict(run.weights(step))
     random = run.random_state(step)
     if random is not None:
-        torch.set_rng_state(random)
+        restore_random_state(random, prepared.device)
 
     def loss(model: nn.Module) -> Tensor:
         return prepared.criterion(model(prepared.x), prepared.answer)

@@ -18,7 +18,7 @@ from autospec.errors import UserError
 
 from .snapshots import load, save
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Checkpoints:
             if number > updates:
                 file.unlink()
 
-    def put_aside(self, update: int, weights: dict[str, Tensor], random: Tensor | None) -> None:
+    def put_aside(self, update: int, weights: dict[str, Tensor], random: dict[str, Any] | None) -> None:
         """Keep the weights before an update; they are written with the next checkpoint."""
         self._waiting[update] = {"weights": weights, "random": random}
 

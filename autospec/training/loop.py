@@ -284,11 +284,11 @@ class Trainer:
 
     # ------------------------------------------------------------------ memory
 
-    def _state_before(self) -> tuple[dict[str, Tensor], list[Tensor]]:
+    def _state_before(self) -> tuple[dict[str, Any], list[Tensor]]:
         """What a pass changes beside the gradient: random numbers, and buffers."""
         return random_state(self.device), [buffer.detach().clone() for buffer in self.model.buffers()]
 
-    def _restore(self, before: tuple[dict[str, Tensor], list[Tensor]]) -> None:
+    def _restore(self, before: tuple[dict[str, Any], list[Tensor]]) -> None:
         restore_random_state(before[0], self.device)
         with torch.no_grad():
             for buffer, value in zip(self.model.buffers(), before[1], strict=True):

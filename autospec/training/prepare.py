@@ -20,7 +20,7 @@ from autospec.datasets.split import held_out_rows
 from autospec.errors import UserError
 from autospec.models import build_model
 
-from .device import free_memory, out_of_memory
+from .device import free_memory, out_of_memory, seed_random_numbers
 from .settings import RunSettings
 
 
@@ -263,7 +263,7 @@ def _require_fewer_groups(
 
 
 def _network(settings: RunSettings, shape: Sequence[int], classes: Sequence[str], device: torch.device) -> nn.Module:
-    torch.manual_seed(settings["training"]["seed"])
+    seed_random_numbers(settings["training"]["seed"])
     return build_model(
         settings["model"], settings["task"], tuple(shape), len(classes), settings["hidden"], settings["activation"]
     ).to(device)

@@ -21,7 +21,7 @@ from .device import chosen_device
 from .prepare import Prepared, prepare
 from .settings import RunSettings
 
-FORMAT = 1
+FORMAT = 2
 
 
 def growing_updates(count: int, updates: int) -> list[int]:
@@ -158,7 +158,7 @@ class Snapshots:
     held_out: tuple[str, ...]
     _updates: dict[int, dict[str, Tensor]]
     _final: dict[str, Tensor]
-    _random: dict[int, Tensor]
+    _random: dict[int, dict[str, Any]]
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -173,8 +173,8 @@ class Snapshots:
             raise UserError(f"no weights were kept before update {step}: choose one of {list(self.steps)}.")
         return self._updates[step]
 
-    def random_state(self, step: int) -> Tensor | None:
-        """State of the CPU's random numbers before an update, kept for a user's own network alone."""
+    def random_state(self, step: int) -> dict[str, Any] | None:
+        """State of random numbers before an update, kept for a user's own network alone."""
         return self._random.get(step)
 
     def rebuild(self, dataset: str, step: int | None = None, device: str = "cpu") -> Prepared:
@@ -205,7 +205,7 @@ def write_snapshots(
     path: str | os.PathLike[str],
     prepared: Prepared,
     updates: Mapping[int, Mapping[str, Tensor]],
-    random: Mapping[int, Tensor],
+    random: Mapping[int, dict[str, Any]],
 ) -> None:
     """Write the weights of a run.
 
@@ -217,8 +217,8 @@ def write_snapshots(
         What was trained; its network has the final weights.
     updates : mapping of int to state dict
         Weights before some updates.
-    random : mapping of int to Tensor
-        State of the CPU's random numbers before them, where a network may draw any.
+    random : mapping of int to dict
+        State of random numbers before them, as `device.random_state` returns it, where a network may draw any.
     """
     content = {
         "format": FORMAT,

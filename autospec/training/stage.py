@@ -23,7 +23,7 @@ from autospec.storage import pack
 from autospec.trajectories import TrajectoryStore, add_attributes, add_training_curves
 
 from .checkpoints import Checkpoints, Frequency
-from .device import chosen_device, deterministic, environment, host, out_of_memory
+from .device import chosen_device, deterministic, environment, host, out_of_memory, random_state
 from .loop import Trainer
 from .prepare import Prepared, prepare
 from .progress import Clock, Progress
@@ -202,7 +202,7 @@ class _Run:
         """Make one update; return its loss."""
         update = self.done
         if update in self.put_aside:
-            random = torch.get_rng_state() if ":" in self.prepared.settings["model"] else None
+            random = random_state(self.prepared.device) if ":" in self.prepared.settings["model"] else None
             self.checkpoints.put_aside(update, weights_of(self.prepared.model), random)
         if update in self.evaluated and len(self.prepared.held_out):
             with self.clock.measure("evaluation"):

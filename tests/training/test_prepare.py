@@ -1,6 +1,7 @@
 """Samples and labels as a training gets them."""
 
 import copy
+import random
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from autospec import open_trajectories, specs
 from autospec.datasets.freesurfer import make_features
 from autospec.datasets.labelled import labelled, open_labelled, write_labelled
 from autospec.errors import UserError
-from autospec.training import prepare, train_run
+from autospec.training import Frequency, prepare, train_run
+from autospec.training import stage as stage_module
+from autospec.training.device import restore_random_state
 from autospec.training.prepare import groupings_of, standardised
 from autospec.training.snapshots import open_snapshots
 
@@ -216,9 +219,73 @@ def test_a_users_own_network_keeps_its_random_numbers(study, tmp_path, monkeypat
     kept = open_snapshots("x.pt")
     prepared = kept.rebuild(dataset, 5)
     losses = open_trajectories("x.zarr.zip")["training/loss"].values
-    torch.set_rng_state(kept.random_state(5))
+    restore_random_state(kept.random_state(5), prepared.device)
     assert prepared.criterion(prepared.model(prepared.x), prepared.answer).item() == losses[5]
     assert prepared.criterion(prepared.model(prepared.x), prepared.answer).item() != losses[5]
+
+
+DRAWING = """
+import random
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.first, self.second = nn.Linear(shape[0], 6), nn.Linear(6, classes)
+        with torch.no_grad():
+            self.second.bias[0] += np.random.rand()
+
+    def forward(self, x):
+        if self.training and random.random() < 0.5:
+            x = x * float(np.random.rand())
+        return self.second(torch.tanh(self.first(x)))
+"""
+
+
+def test_a_network_that_draws_from_pythons_and_numpys_generators_trains_alike_each_time_and_after_an_interruption(
+    study, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "drawing_network.py").write_text(DRAWING)
+    settings = {**settings_of(study, []), "model": "drawing_network:Net"}
+    dataset = people(tmp_path)
+    losses = []
+    for name in ("once", "again", "interrupted"):
+        random.seed(len(losses))
+        arguments = (
+            settings,
+            "code",
+            dataset,
+            f"{name}.zarr.zip",
+            f"work-{name}",
+            "cpu",
+            f"{name}.pt",
+            Frequency(updates=2),
+        )
+        if name == "interrupted":
+            update = stage_module._Run._update
+
+            def broken_off(run, watcher, update=update):
+                if run.done == 3:
+                    raise KeyboardInterrupt
+                return update(run, watcher)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(stage_module._Run, "_update", broken_off)
+                with pytest.raises(KeyboardInterrupt):
+                    train_run(*arguments)
+        train_run(*arguments)
+        losses.append(open_trajectories(f"{name}.zarr.zip")["training/loss"].values)
+    assert (losses[0] == losses[1]).all()
+    assert (losses[0] == losses[2]).all()
+    kept = open_snapshots("once.pt")
+    prepared = kept.rebuild(dataset, 5)
+    restore_random_state(kept.random_state(5), prepared.device)
+    assert prepared.criterion(prepared.model(prepared.x), prepared.answer).item() == losses[0][5]
 
 
 def test_a_users_own_network_that_returns_another_shape_in_training_is_refused(study, tmp_path, monkeypatch):
