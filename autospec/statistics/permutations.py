@@ -85,8 +85,8 @@ class Comparison:
 
 def compare(
     labels: Any,
-    first: str,
-    second: str,
+    first: Any,
+    second: Any,
     *,
     subjects: Any = None,
     strata: Mapping[str, Any] | None = None,
@@ -102,8 +102,8 @@ def compare(
     ----------
     labels : array-like, shape (samples,)
         Label of each sample; None and NaN belong to no group.
-    first, second : str
-        The groups that are compared.
+    first, second
+        The labels of the groups that are compared.
     subjects : array-like, shape (samples,), optional
         Subject of each sample; by default each sample is a subject.
     strata : mapping of str to array-like, optional
@@ -117,6 +117,7 @@ def compare(
         If a group does not exist or is too small, the columns differ in length, a subject has two labels or two
         strata, a stratum is missing, or no other labelling is possible.
     """
+    first, second = str(first), str(second)
     column_of_labels = np.asarray(labels, dtype=object)
     count = len(column_of_labels)
     named = [None if absent else str(label) for label, absent in _with_absent(column_of_labels)]
@@ -397,7 +398,7 @@ def remaining_imbalance(balance: pd.DataFrame) -> str:
         return ""
     name, observed = worst.iloc[0]["confounder"], worst.iloc[0]["observed"]
     return (
-        f"the groups differ in '{name}' by {observed:.2f} standard deviations and the drawn labellings do not: the "
+        f"the groups differ in '{name}' by {observed:.2f} standard deviations and the drawn labellings less or not at all: the "
         f"model of the label does not describe the confounder, so {NO_P}; match the groups, or use strata."
     )
 
@@ -542,7 +543,8 @@ def balance_of(in_first: np.ndarray, confounders: pd.DataFrame, in_second: np.nd
         ``confounder``, each itself and its squared distance from its mean; ``observed`` difference (first minus second
         group) in units of the observed groups' pooled standard deviation; ``low``, ``median`` and ``high`` of the drawn
         labellings (the middle 95 %); and ``imbalanced``: the observed difference is larger than 0.25 and outside of
-        that middle.
+        that middle, or each group has one value of its own, so that nothing can be told apart from the confounder; the
+        unit is the standard deviation of all then.
     """
     plain = confounders.to_numpy(dtype=np.float64)
     values = np.column_stack([plain, np.square(plain - plain.mean(0))])
@@ -552,9 +554,12 @@ def balance_of(in_first: np.ndarray, confounders: pd.DataFrame, in_second: np.nd
     groups = [values[in_first[0]], values[second[0]]]
     squares = sum(np.square(group - group.mean(0)).sum(0) for group in groups)
     pooled = np.sqrt(squares / (sum(map(len, groups)) - 2))
-    scale = np.where(pooled > 0, pooled, values.std(0))
+    rounding = 1e-9 * np.abs(values).max(0)
+    spread = values.std(0)
+    scale = np.select([pooled > rounding, spread > rounding], [pooled, spread], np.inf)
     differences = (weights @ values) / scale
     observed = differences[0]
+    separated = (pooled <= rounding) & (observed != 0)
     low, median, high = np.quantile(differences[1:], [(1 - MIDDLE) / 2, 0.5, (1 + MIDDLE) / 2], axis=0)
     return pd.DataFrame(
         {
@@ -563,7 +568,7 @@ def balance_of(in_first: np.ndarray, confounders: pd.DataFrame, in_second: np.nd
             "low": low,
             "median": median,
             "high": high,
-            "imbalanced": (np.abs(observed) > IMBALANCE) & ((observed < low) | (observed > high)),
+            "imbalanced": (np.abs(observed) > IMBALANCE) & ((observed < low) | (observed > high) | separated),
         }
     )
 

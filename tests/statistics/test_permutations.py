@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -263,6 +264,19 @@ def test_where_the_model_does_not_describe_the_confounder_no_p_is_given():
     assert labellings.balance.set_index("confounder")["imbalanced"].to_dict() == {"age": False, "age squared": True}
     known = draw_conditional_labellings(comparison, {"age": age, "distance": np.square(age - 40)}, 100, seed=0)
     assert not known.balance.set_index("confounder").loc["age squared", "imbalanced"]
+
+
+def test_a_confounder_that_is_the_label_leaves_nothing_to_tell():
+    labels = ["a", "b"] * 15
+    labellings = draw_conditional_labellings(compare(labels, "a", "b"), {"scanner": np.array([0, 1] * 15)}, 99, seed=0)
+    assert re.search(r"differ in 'scanner' by -2\.00 .*no p", labellings.refused)
+    balance = labellings.balance.set_index("confounder")
+    assert balance["imbalanced"].to_dict() == {"scanner": True, "scanner squared": False}
+    assert np.isfinite(balance[["observed", "low", "median", "high"]]).all(axis=None)
+
+
+def test_labels_that_are_numbers_are_named_as_they_are():
+    assert compare([0, 1] * 6, 0, 1).name == compare(["0", "1"] * 6, "0", "1").name == "0 - 1"
 
 
 @pytest.mark.parametrize(
