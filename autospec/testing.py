@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,10 @@ def check(
         raise WatchError(
             "check() compares gradients with the definition: name 'gradient' among statistics=, or leave it out."
         )
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+        raise WatchError(f"steps={steps!r} is not a whole number of at least 1.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise WatchError("check() needs a parameter that learns, and all of the model's are frozen.")
     loss = loss or _generic_loss
     found = Check()
     with kept_apart(model) as copied, generators_kept(list(model.parameters())), torch.enable_grad():
@@ -170,6 +175,9 @@ def check(
             if name not in tree["layers"].children:
                 continue
             values = tree[f"layers/{name}/gradient"].isel(step=0)
+            if not bool(torch.isfinite(share).all()):
+                found.not_compared[name] = "its gradient is not finite"
+                continue
             exact = torch.linalg.svdvals(share.double().cpu()).numpy()
             values = values.isel(index=(values["index"] <= len(exact)).values)
             recorded = values.sel(group=group).dropna("index")

@@ -138,8 +138,12 @@ def test_singular_values_are_compared_by_their_number(wanted):
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"statistics": ["activation"]}, "name 'gradient' among statistics="), ({"store": "x.zarr"}, "leave out store=")],
-    ids=["no gradients", "a store"],
+    [
+        ({"statistics": ["activation"]}, "name 'gradient' among statistics="),
+        ({"store": "x.zarr"}, "leave out store="),
+        ({"steps": 0}, "steps=0 is not a whole number of at least 1"),
+    ],
+    ids=["no gradients", "a store", "no step"],
 )
 def test_options_that_leave_nothing_to_compare_are_refused(options, says):
     with pytest.raises(WatchError, match=says):
@@ -150,6 +154,18 @@ def test_a_frozen_layer_is_said_to_be_frozen():
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
     model[0].requires_grad_(False)
     assert check(model, torch.randn(N, 6), LABELS, quiet=True).not_compared == {"0.weight": "it is frozen"}
+
+
+def test_a_model_that_learns_nothing_is_refused():
+    with pytest.raises(WatchError, match="all of the model's are frozen"):
+        check(nn.Linear(6, 4).requires_grad_(False), torch.randn(N, 6), LABELS, quiet=True)
+
+
+@pytest.mark.filterwarnings("ignore:the .* of 'weight' holds values that are not finite")
+def test_a_gradient_that_is_not_finite_is_not_compared():
+    found = check(nn.Linear(6, 4), torch.full((N, 6), torch.nan), LABELS, quiet=True)
+    assert found.not_compared == {"weight": "its gradient is not finite"}
+    assert not found.passed
 
 
 def test_a_layer_that_cannot_be_compared_does_not_keep_others_from_it():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -53,7 +55,7 @@ def rank_bound(
     Raises
     ------
     WatchError
-        If there is no such matrix, or the space does not fit the convolution.
+        If there is no such matrix, a number is not a whole one of at least 1, or the space does not fit the convolution.
 
     Notes
     -----
@@ -64,7 +66,12 @@ def rank_bound(
     if rule is None or parameter not in rule.parameters(module):
         raise WatchError(f"{type(module).__name__} has no matrix '{parameter}' that can be watched.")
     matrix = module.get_parameter(parameter)
-    sizes = (positions,) if isinstance(positions, int) else tuple(positions)
+    sizes = tuple(positions) if isinstance(positions, Iterable) else (positions,)
+    for name, numbers in (("samples", (samples,)), ("positions", sizes)):
+        if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in numbers):
+            raise WatchError(
+                f"{name}={numbers[0] if len(numbers) == 1 else numbers!r}: give whole numbers of at least 1."
+            )
     blocks = 1
     if isinstance(module, CONVOLUTIONS + TRANSPOSED):
         blocks = module.groups

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from .errors import WatchError
@@ -45,9 +45,16 @@ def make_schedule(every: int = 1, steps: Iterable[int] | Schedule | None = None)
     if callable(steps):
         chosen = steps
         return lambda step: bool(chosen(step))
-    listed = frozenset(int(step) for step in steps)
-    if not listed or min(listed) < 0:
-        raise WatchError("steps= needs at least one step, none of them negative; the first step is 0.")
+    given: Any = steps
+    if hasattr(given, "tolist"):  # an array
+        given = given.tolist()
+    numbers = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
+    if not numbers or not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        raise WatchError(
+            f"steps={steps!r:.60}: give the numbers of the steps to record, at least one, whole and not negative (of a mask "
+            "numpy.flatnonzero(mask)), or a function of the step's number."
+        )
+    listed = frozenset(map(int, numbers))
     return lambda step: step in listed
 
 
@@ -80,9 +87,11 @@ class Budget:
     ) -> None:
         if every != 1 or steps is not None:
             raise WatchError("budget= chooses the steps: do not give every= or steps= as well.")
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not fraction > 0:
+        given: Any = fraction
+        number = float(given) if isinstance(given, Real) and not isinstance(given, bool) else math.nan
+        if not number > 0:
             raise WatchError(f"budget={fraction!r} is not a positive fraction of the training's time, such as 0.1.")
-        self.fraction = float(fraction)
+        self.fraction = number
         self._agree = agree
         self.every: int | None = None
         self._first = 0  # step with which the calibration begins

@@ -126,6 +126,8 @@ class Watcher:
         self._audit = Audit(audit)
         self._sink: Sink | None = None
         self._crossed = tuple(crossed)
+        self._everything = layers is None
+        self._matrices: set[str] = set()
         self._layers = [WatchedLayer(found) for found in find_parameters(self._model, layers, unknown)]
         given = self._checked_rows(rows)
         wanted = _checked_singular_values(singular_values)
@@ -150,7 +152,7 @@ class Watcher:
             raise WatchError(
                 f"attributes= holds {sorted(taken)}, which the record's own attributes are called: choose other names."
             )
-        self._quiet = quiet
+        self._quiet, self._angles = quiet, int(angles)
         self._recorded = 0
         self._count = 0
         self._valid_by_batch = False
@@ -181,6 +183,7 @@ class Watcher:
         _watched_models.add(self._model)
         self._active = True
         self._entered = time.perf_counter()
+        self._matrices = _matrices(self._model)
         try:
             if self._processes is not None:
                 self._processes.require_same(self.groups)
@@ -197,6 +200,13 @@ class Watcher:
     ) -> None:
         seen = self._capture.forwards
         self._detach()
+        added = _matrices(self._model) - self._matrices
+        if kind is None and added and self._everything:
+            warnings.warn(
+                f"{sorted(added)} came to the model within the block and were not recorded: add layers before it, or leave it and "
+                "make another watcher for the larger model.",
+                stacklevel=2,
+            )
         if kind is None and seen and not self._count:
             warnings.warn(
                 "nothing was recorded, because watcher.step() was never called: call it after loss.backward().",
@@ -380,6 +390,11 @@ class Watcher:
             "layers": [[layer.name, *layer.shape] for layer in self._layers],
             "statistics": sorted(self._statistics),
             "singular_values": list(wanted) if isinstance(wanted, tuple) else wanted,
+            "options": {
+                "activation": "unfolded" if self._capture.unfolded else "channels",
+                "per_position": "space" if self._capture.spatial else self._capture.per_position,
+                "angles": self._angles,
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -388,11 +403,11 @@ class Watcher:
         Raises
         ------
         WatchError
-            If the watcher that made it had other groups, layers or statistics.
+            If the watcher that made it had other groups, layers, statistics or options that these depend on.
         """
         made = state["made"]
         for what, value in self._made().items():
-            if value != made[what]:
+            if value != made.get(what, value):
                 raise WatchError(
                     f"the state was saved by a watcher with other {what.replace('_', ' ')} ({made[what]} instead of {value}): "
                     "make the watcher as that one was, or begin a new record."
@@ -551,6 +566,11 @@ def _inner(model: nn.Module) -> nn.Module:
             wrapped = wrapped._orig_mod
         else:
             return wrapped
+
+
+def _matrices(model: nn.Module) -> set[str]:
+    """Names of all parameters that are matrices."""
+    return {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
 
 
 def _check_choices(

@@ -138,6 +138,10 @@ MISTAKES = {
     "every and steps": (model, LABELS, {"every": 2, "steps": [1]}, ["every=", "steps=", "not both"]),
     "no steps": (model, LABELS, {"steps": []}, ["steps=", "at least one"]),
     "a negative step": (model, LABELS, {"steps": [-1]}, ["negative"]),
+    "a mask of steps": (model, LABELS, {"steps": np.arange(4) % 2 == 0}, ["steps=", "numpy.flatnonzero(mask)"]),
+    "half a step": (model, LABELS, {"steps": [1.5]}, ["steps=[1.5]", "whole"]),
+    "steps in words": (model, LABELS, {"steps": "037"}, ["steps='037'", "function"]),
+    "one step": (model, LABELS, {"steps": 5}, ["steps=5", "at least one"]),
     "an unknown statistic": (model, LABELS, {"statistics": ["weights"]}, ["weights", "'gradient'"]),
     "statistics as one string": (model, LABELS, {"statistics": "gradient"}, ["'gradient'", "list"]),
     "no statistic": (model, LABELS, {"statistics": []}, ["one or more"]),
@@ -354,6 +358,23 @@ def test_labels_of_another_length_than_the_batch_are_refused():
         watcher.set_groups(LABELS[:-1])
         with pytest.raises(WatchError, match=r"5 labels.*\(6, 4\)"):
             network(torch.randn(N, 4))
+
+
+@pytest.mark.parametrize("layers", [None, ["0.weight"]])
+def test_a_layer_added_inside_the_block_is_told_of_at_its_end_where_all_are_watched(layers):
+    network = model()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with autospec.watch(network, LABELS, quiet=True, layers=layers) as watcher:
+            steps_of(network, watcher, torch.randn(N, 4))
+            network.append(nn.Linear(network[-1].out_features, 2))
+            steps_of(network, watcher, torch.randn(N, 4))
+    new = [str(each.message) for each in said]
+    assert len(new) == (layers is None)
+    assert all(
+        f"['{len(network) - 1}.weight'] came to the model within the block and were not recorded" in text
+        for text in new
+    )
 
 
 RENEWED = {

@@ -91,8 +91,11 @@ def test_the_matrix_itself_is_a_bound():
         (nn.Linear(3, 3), "bias", {}, "no matrix 'bias'"),
         (nn.Conv2d(1, 1, 3), "weight", {"positions": 5}, "give the 2 sizes"),
         (nn.Conv1d(1, 1, 5), "weight", {"positions": 3}, "does not fit"),
+        (nn.Linear(3, 3), "weight", {"samples": -1}, "samples=-1: give whole numbers of at least 1"),
+        (nn.Linear(3, 3), "weight", {"samples": 2.5}, "samples=2.5"),
+        (nn.Linear(3, 3), "weight", {"positions": 0}, "positions=0"),
     ],
 )
 def test_what_has_no_bound_is_refused(module, parameter, given, message):
     with pytest.raises(WatchError, match=message):
-        rank_bound(module, parameter, samples=1, **given)
+        rank_bound(module, parameter, **{"samples": 1, **given})
