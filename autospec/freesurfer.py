@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def find_subjects_dir(folder: str) -> str:
     return next((str(place) for place in places if place.is_dir()), "")
 
 
-def subjects_of(paths: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+def subjects_of(paths: list[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """Say who has volumes, from names of files and the ids in tables.
 
     Parameters
@@ -92,21 +93,30 @@ def subjects_of(paths: list[str]) -> tuple[dict[str, str], dict[str, str]]:
 
     Returns
     -------
-    places : dict of str to str
-        The subject's folder, or the table, by id.
+    places : dict of str to tuple of str
+        The subject's folder, or every table that has a row of it, by id.
     problems : dict of str to str
         Why a subject's volumes cannot be used, by id.
     """
     found = [_ids_of(path) for path in paths]
-    places: dict[str, str] = {}
+    places: dict[str, tuple[str, ...]] = {}
     problems: dict[str, str] = {}
     for path, by_id in zip(paths, found, strict=True):
         for name, (place, problem) in by_id.items():
-            places.setdefault(name, place)
+            places[name] = (*places.get(name, ()), place)
             lacking = [other for other, there in zip(paths, found, strict=True) if name not in there]
             if problem or lacking:
                 problems.setdefault(name, problem or f"has a row in {path}, but none in {listed(lacking)}")
     return places, problems
+
+
+def files_of(places: Iterable[str]) -> list[str]:
+    """Files that volumes are read from: of a subject's folder the three stats files, otherwise the table itself."""
+    return [
+        file
+        for place in places
+        for file in ([place] if Path(place).is_file() else [f"{place}/stats/{stats}.stats" for stats in STATS])
+    ]
 
 
 def read_volumes(paths: list[str]) -> Volumes:

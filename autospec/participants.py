@@ -28,7 +28,7 @@ from autospec.config import (
     TimeseriesDataset,
 )
 from autospec.errors import UserError
-from autospec.freesurfer import STATS
+from autospec.freesurfer import files_of
 from autospec.paths import EXTENSIONS, result
 
 # Layouts of time courses that were computed before.
@@ -210,7 +210,7 @@ def simulated_files(config: Config) -> list[str]:
     cohort = simulated_candidates(simulation_settings(config), everybody)
     files = [str(root / name) for name in ("participants.tsv", "truth/truth.json")]
     for each in cohort.participants:
-        files += functional_files(each) + _stats(each.freesurfer)
+        files += functional_files(each) + files_of(each.freesurfer)
     return files
 
 
@@ -353,22 +353,16 @@ def cohort_files(config: Config, cohort: Cohort) -> list[str]:
         read = functional_files(each)
         if config.needs_networks:  # their content is known to the participants' own jobs
             read = [scan.confounds for scan in each.scans if scan.confounds]
-        files += read + _stats(each.freesurfer)
+        files += read
+    files += volume_files(cohort)
     if isinstance(config.cohort, SimulatedCohort):
         files.append(simulated_description())
     return [file for file in dict.fromkeys(files) if file]
 
 
-def _stats(place: str) -> list[str]:
-    """Files of somebody's volumes: three of FreeSurfer's, or the table that holds them."""
-    if not place or re.search(r"\.(tsv|csv|txt|dat)(\.gz)?$", place) or Path(place).is_file():
-        return [place] if place else []
-    return [f"{place}/stats/{name}.stats" for name in STATS]
-
-
 def volume_files(cohort: Cohort) -> list[str]:
     """Files that a data set of volumes is made from."""
-    return list(dict.fromkeys(file for each in cohort.structural for file in _stats(each.freesurfer)))
+    return files_of(dict.fromkeys(place for each in cohort.structural for place in each.freesurfer))
 
 
 def tables() -> list[str]:

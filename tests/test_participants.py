@@ -4,17 +4,19 @@ import json
 
 import nibabel
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
 from autospec import participants, specs
 from autospec.check import check_analysis
 from autospec.cohort.simulated import simulate_cohort
+from autospec.cohort.tables import write_cohort
 from autospec.config import parse_config
 from autospec.errors import UserError
 from autospec.ica.derivative import read_table, subject_files
 from autospec.networks.precomputed import build_precomputed
-from tests.cohort.trees import AFFINE, SHAPE, fmriprep, image
+from tests.cohort.trees import AFFINE, SHAPE, fmriprep, image, write
 from tests.cohort.trees import participants as write_people
 
 
@@ -57,6 +59,36 @@ def test_what_the_simulation_leaves_may_be_replaced(tmp_path):
     (tmp_path / "work/notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds no simulated cohort"):
         simulate_cohort(settings, str(tmp_path / "work"))
+
+
+def test_every_table_of_volumes_is_an_input_and_in_the_digest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fmriprep(tmp_path / "data", ["1", "2"])
+    write_people(tmp_path / "data/participants.tsv", [("1", "HC", "M", "20"), ("2", "SZ", "F", "30")])
+    tables = {
+        name: write(tmp_path / name, f"id\t{region}\n1\t7000\n2\t7100\n")
+        for name, region in (("aseg.tsv", "Left-Thalamus"), ("lh.tsv", "lh_insula_volume"), ("rh", "rh_insula_volume"))
+    }
+    config = parse_config(
+        {
+            "cohort": {"kind": "folder", "folder": "data", "freesurfer": list(tables)},
+            "ica": {"template": "stand-in"},
+            "datasets": {"v": {"kind": "freesurfer"}},
+        }
+    )
+
+    def digests():
+        cohort = participants.read_cohort(config)
+        assert participants.volume_files(cohort) == list(tables)
+        assert set(tables) < set(participants.cohort_files(config, cohort))
+        write_cohort(cohort, participants.cohort_settings(config), None, str(tmp_path / "out"))
+        rows = pd.read_csv(tmp_path / "out/participants.tsv", sep="\t")
+        assert rows["freesurfer"].tolist() == [";".join(tables)] * 2
+        return rows["structural_digest"].tolist()
+
+    before = digests()
+    tables["rh"].write_text(tables["rh"].read_text().replace("7100", "7200"))
+    assert set(before).isdisjoint(digests())
 
 
 def subject_spec(config, name="sim0001"):

@@ -42,8 +42,8 @@ class Participant:
     person: Person
     scans: tuple[Scan, ...]
     """Functional runs; none where only the structural half knows the participant."""
-    freesurfer: str
-    """Folder of FreeSurfer's results, or the table that holds them; empty where only the functional half knows the participant."""
+    freesurfer: tuple[str, ...]
+    """Folder of FreeSurfer's results, or the tables that hold them; none where only the functional half knows the participant."""
     done: Done = field(default_factory=Done)
     phenotype: dict[str, str] = field(default_factory=dict)
 
@@ -131,7 +131,7 @@ def select(
     layout: str,
     kind: Kind,
     subjects: list[Subject],
-    volumes: dict[str, str],
+    volumes: dict[str, tuple[str, ...]],
     problems: dict[str, str],
     settings: CohortSettings,
 ) -> Cohort:
@@ -143,8 +143,8 @@ def select(
         What the cohort is.
     subjects : list of Subject
         Whoever the layout or its table knows.
-    volumes : dict of str to str
-        Place of FreeSurfer's results by id.
+    volumes : dict of str to tuple of str
+        Folder or tables of FreeSurfer's results by id.
     problems : dict of str to str
         Why someone's volumes cannot be used, by id.
     settings : CohortSettings
@@ -167,8 +167,8 @@ def select(
     exclusions: list[Exclusion] = []
     for name in sorted({*by_id, *volumes}, key=natural_key):
         subject = by_id.get(name, Subject(name))
-        place = volumes.get(name, "")
-        found = _decide(subject, place, problems.get(name, ""), bool(volumes), settings)
+        places = volumes.get(name, ())
+        found = _decide(subject, places, problems.get(name, ""), bool(volumes), settings)
         exclusions += found[1]
         if found[0] is not None:
             participants.append(found[0])
@@ -209,7 +209,7 @@ def _require_images_of_their_own(participants: list[Participant]) -> None:
 
 
 def _decide(
-    subject: Subject, place: str, volumes_problem: str, has_structural: bool, settings: CohortSettings
+    subject: Subject, places: tuple[str, ...], volumes_problem: str, has_structural: bool, settings: CohortSettings
 ) -> tuple[Participant | None, list[Exclusion]]:
     """A participant, or None, and what it is left out of."""
     name = subject.id
@@ -230,18 +230,18 @@ def _decide(
         scans = _labelled(name, scans)
     if subject.problem:
         exclusions.append(Exclusion(name, "functional", subject.problem, bad=True))
-    elif not scans and place:
+    elif not scans and places:
         exclusions.append(Exclusion(name, "functional", "there is no functional image of it"))
     if volumes_problem:
         exclusions.append(Exclusion(name, "structural", volumes_problem, bad=True))
-    elif has_structural and not place:
+    elif has_structural and not places:
         exclusions.append(Exclusion(name, "structural", "there are no FreeSurfer volumes of it"))
-    place = "" if volumes_problem else place
-    if not scans and not place:
+    places = () if volumes_problem else places
+    if not scans and not places:
         if not any(each.bad for each in exclusions):
             exclusions = [Exclusion(name, "all", "is in the table of participants, but has no data", bad=True)]
         return None, exclusions
-    return Participant(name, person, scans, place, subject.done, subject.phenotype), exclusions
+    return Participant(name, person, scans, places, subject.done, subject.phenotype), exclusions
 
 
 def _labelled(subject: str, scans: tuple[Scan, ...]) -> tuple[Scan, ...]:

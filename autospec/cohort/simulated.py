@@ -134,10 +134,10 @@ def simulated_candidates(simulation: SimulationSettings, settings: CohortSetting
         done = Done(smoothing_mm=0.0, confounds="none")
         subjects.append(Subject(name, row, (scan,) if there else (), done, table=str(Path(root) / "participants.tsv")))
     structural = bool(settings["freesurfer"])
-    place = {
-        each.id: str(Path(root) / STATS_FOLDER / f"sub-{each.id}") for each in subjects if each.scans and structural
+    places: dict[str, tuple[str, ...]] = {
+        each.id: (str(Path(root) / STATS_FOLDER / f"sub-{each.id}"),) for each in subjects if each.scans and structural
     }
-    return select("bids", "simulated", subjects, place, {}, settings)
+    return select("bids", "simulated", subjects, places, {}, settings)
 
 
 def subject_name(number: int) -> str:

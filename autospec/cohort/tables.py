@@ -31,7 +31,7 @@ from autospec.cohort.record import (
 from autospec.cohort.selection import Cohort, Exclusion, Participant, candidates, functional_files, nobody_is_left
 from autospec.cohort.subjects import MISSING, CohortSettings, Scan
 from autospec.errors import UserError
-from autospec.freesurfer import STATS
+from autospec.freesurfer import files_of
 from autospec.ica.derivative import subject_files
 from autospec.storage import written_whole
 
@@ -58,7 +58,7 @@ DESCRIPTIONS: dict[str, dict[str, Any]] = {
     },
     "bold": {"Description": "Functional images, or the file of time courses computed before, separated by ;"},
     "confounds": {"Description": "Tables of confounds, separated by ;"},
-    "freesurfer": {"Description": "Folder of FreeSurfer's results, or the table that holds them"},
+    "freesurfer": {"Description": "Folder of FreeSurfer's results, or the tables that hold them, separated by ;"},
     "functional_digest": {"Description": "Beginning of the SHA-256 of the functional files"},
     "structural_digest": {"Description": "Beginning of the SHA-256 of FreeSurfer's files"},
 }
@@ -246,9 +246,9 @@ def _row(participant: Participant, used: list[_Used], settings: CohortSettings, 
         "usable_volumes": _number(motion.usable_volumes),
         "bold": ";".join(scan.file for scan in scans),
         "confounds": ";".join(_confounds(scans)),
-        "freesurfer": participant.freesurfer,
+        "freesurfer": ";".join(participant.freesurfer),
         "functional_digest": joined if len(digests) > 1 else "".join(digests),
-        "structural_digest": digest_of(_structural_files(participant.freesurfer)),
+        "structural_digest": digest_of(files_of(participant.freesurfer)),
     }
 
 
@@ -271,12 +271,6 @@ def _scan_row(participant: Participant, used: _Used) -> dict[str, str]:
 
 def _number(value: float | int | None) -> str:
     return "" if value is None else f"{value:.6g}"
-
-
-def _structural_files(place: str) -> list[str]:
-    if not place or not Path(place).is_dir():
-        return [place] if place else []
-    return [str(Path(place) / "stats" / f"{name}.stats") for name in STATS]
 
 
 def _record(

@@ -67,7 +67,7 @@ def test_the_two_halves_may_cover_different_people(mixed):
         "0040006": (False, True),
         "0040008": (True, False),
     }
-    assert cohort.participants[1].freesurfer.endswith("freesurfer/40001")
+    assert cohort.participants[1].freesurfer == (f"{mixed}/derivatives/fmriprep/sourcedata/freesurfer/40001",)
     found = reasons(cohort)
     assert found[("0040004", "all")] == "Disenrolled"
     assert "'Somebody' in the column 'Subject Type' is none of" in found[("0040005", "all")]
