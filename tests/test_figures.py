@@ -298,6 +298,26 @@ def test_a_layer_that_has_none_of_the_singular_values_still_has_axes(tree):
     assert len(axes[1, 1].get_lines()) == 0
 
 
+def test_a_value_without_neighbours_is_a_dot(tree):
+    gradient = tree["layers/z.weight/gradient"]
+    gradient[:, 1, 0] = [1, 0, 1, 1, 0, 1, 1, np.nan, 1, np.nan]
+    ax = draw_spectra(figure(), tree, [1], NAMES)[0, 0]
+    first, *others = ax.get_lines()
+    assert first.get_marker() == "o"
+    assert list(first.get_markevery()) == [0, 8]
+    assert not any(len(line.get_markevery()) for line in others)
+
+
+def test_where_one_step_is_recorded_every_value_is_a_dot_above_the_noise_floor(tree):
+    alone = tree.isel(step=[3])
+    for ax in draw_spectra(figure(), alone, [1], NAMES).flat:
+        assert all(list(line.get_markevery()) == [0] for line in ax.get_lines())
+        assert ax.get_xlim() == (11.5, 12.5)
+        assert [tick for tick in ax.get_xticks() if 11.5 <= tick <= 12.5] == [12]
+        (band,) = [artist for artist in ax.collections if isinstance(artist, PolyCollection)]
+        assert set(band.get_paths()[0].vertices[:, 0]) == {11.5, 12, 12.5}
+
+
 def test_the_legend_names_every_group_with_its_size(tree):
     place = figure()
     legend(place, tree, 180.0, [1, 4])

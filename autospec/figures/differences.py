@@ -162,7 +162,7 @@ def draw_cells(
     axes.pcolormesh(edges(steps), edges(numbers), mesh, cmap=colours, vmin=-limit, vmax=limit, rasterized=True)
     axes.set_ylim(edges(numbers)[-1], edges(numbers)[0])
     axes.set_xlim(edges(steps)[0], edges(steps)[-1])
-    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
 
 

@@ -87,7 +87,7 @@ def draw_positions(figure: Any, tree: xr.DataTree, pair: list[str], layers: list
             )  # fmt: skip
             ax.set_xlim(edges(steps)[0], edges(steps)[-1])
             ax.set_ylim(edges(positions)[-1], edges(positions)[0])
-            ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+            ax.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
             ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         draw_cells(row[2], steps, positions, ratios[layer], limit, GREYS if grey else COLOURS)
         _bar(figure, row[1], scale, "Greys_r" if grey else "cividis")

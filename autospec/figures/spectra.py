@@ -11,7 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox, TransformedBbox
 
+from autospec.figures.differences import edges
 from autospec.figures.layout import name_axes, place_axes
 from autospec.figures.selection import at_chance, rank_limits, recorded_statistics, shown_groups
 from autospec.figures.style import colours, dashes, power_of_ten, sigma
@@ -70,9 +72,10 @@ def draw_trajectories(axes: Axes, tree: xr.DataTree, layer: str, statistic: str,
         for number, k in enumerate(drawn):
             if statistic == "gradient" and position == 0 and k == 1:
                 continue  # drawn as the limit of resolution
-            axes.plot(
+            _draw_line(
+                axes,
                 steps,
-                np.where(values[position, number] > 0, values[position, number], np.nan),
+                values[position, number],
                 color=palette[group],
                 linewidth=max(0.35, 1.1 - 0.2 * number),
                 linestyle=patterns[group],
@@ -83,17 +86,36 @@ def draw_trajectories(axes: Axes, tree: xr.DataTree, layer: str, statistic: str,
     shown = values
     if statistic == "gradient" and 1 in index:
         limit = node[statistic].sel(group=groups[0], index=1).values
-        axes.plot(steps, np.where(limit > 0, limit, np.nan), zorder=1, label="limit of resolution", **LIMIT)
+        _draw_line(axes, steps, limit, zorder=1, label="limit of resolution", **LIMIT)
         shown = np.concatenate([values.reshape(-1, len(steps)), limit[None]])
     axes.set_yscale("log")
-    axes.fill_between(steps, np.full_like(floor, 1e-30), floor, color=FLOOR_COLOUR, linewidth=0, zorder=0)
+    # A single step has as much room as the cells of a comparison have.
+    left, right = (steps[0], steps[-1]) if len(steps) > 1 else edges(steps)
+    around, floors = np.array([left, *steps, right]), np.array([floor[0], *floor, floor[-1]])
+    axes.fill_between(around, np.full_like(floors, 1e-30), floors, color=FLOOR_COLOUR, linewidth=0, zorder=0)
     resolved = shown[np.isfinite(shown) & (shown > floor)]
     if resolved.size:
         axes.set_ylim(resolved.min() / 1.6, resolved.max() * 1.6)
-    axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
-    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.set_xlim(left, right)
+    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
     label_decades(axes)
     _name_lines(axes, values[:, :, -1], drawn)
+
+
+def _draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, linewidth: float, **style: Any) -> None:
+    """Draw values against the step: a line with gaps where there is none, and a dot for a value between two gaps."""
+    positive = np.where(values > 0, values, np.nan)
+    there = np.pad(np.isfinite(positive), 1)
+    alone = there[1:-1] & ~there[:-2] & ~there[2:]
+    dots: dict[str, Any] = {
+        "marker": "o",
+        "markevery": np.flatnonzero(alone),
+        "markersize": 1.5 + linewidth,
+        "markeredgewidth": 0,
+    }
+    (line,) = axes.plot(steps, positive, linewidth=linewidth, **dots, **style)
+    if alone.any():  # at the first or last step half of a dot stands beside the axes
+        line.set_clip_box(TransformedBbox(Bbox([[-1, 0], [2, 1]]), axes.transAxes))
 
 
 def label_decades(axes: Axes) -> None:

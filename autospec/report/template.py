@@ -105,7 +105,7 @@ those of the share of all other samples by at most the largest singular value of
 beyond the rank that the group's samples allow.</li>
 <li>The vertical axis is a singular value, on a logarithmic scale; one row of axes for each layer's weight.
 &sigma;<sub>1</sub> is the largest singular value; where lines crowd, not all of them are labelled. Lines get thinner with the number of the singular value; the
-dashed grey line is the whole batch.</li>
+dashed grey line is the whole batch. A value whose neighbours are zero or were not recorded is a dot.</li>
 <li>Panels that compare two groups colour the ratio of their singular values: one row of cells for each singular
 value, one column for each recorded step. Orange means that the first group's is larger, purple that the second's
 is.</li>
