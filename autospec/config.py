@@ -442,6 +442,25 @@ class Experiment(Settings):
                 raise ValueError(f"two panels would both be called '{panel.name}': give a run another name")
         return self
 
+    @property
+    def compared_pairs(self) -> list[list[str]]:
+        """The pairs of groups that the panels compare, in their order."""
+        pairs = [panel.compare for panel in self.panels if panel.compare is not None]
+        return [pair for number, pair in enumerate(pairs) if pair not in pairs[:number]]
+
+    def figure_name(self, name: str) -> str:
+        """What the figure of the experiment of this name is called: its number, or the experiment's name."""
+        return name if self.figure is None else str(self.figure)
+
+    def supplement_name(self, name: str) -> str | None:
+        """What the page with the comparisons of every run is called: s and the figure's number, or the experiment's name.
+
+        None where no panel compares groups.
+        """
+        if not self.compared_pairs:
+            return None
+        return f"s_{name}" if self.figure is None else f"s{self.figure}"
+
 
 class Statistics(Settings):
     """Tests of groups."""
@@ -567,18 +586,20 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _names_fit(self) -> Config:
-        numbers: dict[int, str] = {}
+        named: dict[str, str] = {}
         for name, experiment in self.experiments.items():
             if experiment.dataset not in self.datasets:
                 raise ValueError(
                     f"experiments.{name}.dataset is '{experiment.dataset}', "
                     f"but the data sets are {_listed(self.datasets)}"
                 )
-            if experiment.figure is not None:
-                if experiment.figure in numbers:
-                    both = f"'{numbers[experiment.figure]}' and '{name}'"
-                    raise ValueError(f"the experiments {both} both are figure {experiment.figure}")
-                numbers[experiment.figure] = name
+            for figure in filter(None, (experiment.figure_name(name), experiment.supplement_name(name))):
+                if figure in named:
+                    raise ValueError(
+                        f"the experiments '{named[figure]}' and '{name}' would both write figure-{figure}: give one of them "
+                        "another name, or another number under figure"
+                    )
+                named[figure] = name
             self._model_fits(name)
             self._layers_fit(name)
             self._panels_fit(name)

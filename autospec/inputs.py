@@ -167,14 +167,12 @@ def figure_settings(config: Config, figure: str) -> dict[str, Any]:
 
 def figures(config: Config) -> dict[str, tuple[str, bool]]:
     """The experiment of each figure's name, and whether it is a supplement; an unknown name is a missing input."""
-    return {
-        **{
-            specs.supplement_name(experiment, name): (name, True)
-            for name, experiment in config.experiments.items()
-            if specs.compared_pairs(experiment)
-        },
-        **{specs.figure_name(experiment, name): (name, False) for name, experiment in config.experiments.items()},
-    }
+    found = {}
+    for name, experiment in config.experiments.items():
+        found[experiment.figure_name(name)] = (name, False)
+        if supplement := experiment.supplement_name(name):
+            found[supplement] = (name, True)
+    return found
 
 
 def every_run(config: Config) -> list[tuple[str, str]]:

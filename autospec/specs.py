@@ -249,12 +249,6 @@ def panels_settings(config: Config, experiment: str) -> dict[str, Any]:
     }
 
 
-def compared_pairs(experiment: Experiment) -> list[list[str]]:
-    """The pairs of groups that an experiment's panels compare, in their order."""
-    pairs = [panel.compare for panel in experiment.panels if panel.compare is not None]
-    return [pair for number, pair in enumerate(pairs) if pair not in pairs[:number]]
-
-
 def described_panel(config: Config, experiment: str, panel: Panel, letter: str | None = None) -> dict[str, Any]:
     """Everything a drawing of the panel says that is not in the data."""
     settings = config.experiments[experiment]
@@ -267,7 +261,7 @@ def described_panel(config: Config, experiment: str, panel: Panel, letter: str |
         "test": panel.test,
         "by_position": panel.by_position,
         # The groups beside which positions are drawn; by default the run's first two.
-        "pair": next(iter(compared_pairs(settings)), None) if panel.by_position else None,
+        "pair": next(iter(settings.compared_pairs), None) if panel.by_position else None,
         "architecture": settings.model,
         "task": run.task,
         "hidden": run.hidden,
@@ -279,16 +273,6 @@ def heading(experiment: Experiment) -> str:
     """What an experiment's page is headed by."""
     number = "" if experiment.figure is None else f"Figure {experiment.figure}.  "
     return f"{number}{experiment.title}"
-
-
-def figure_name(experiment: Experiment, name: str) -> str:
-    """What an experiment's figure is called: its number, or the experiment's name."""
-    return name if experiment.figure is None else str(experiment.figure)
-
-
-def supplement_name(experiment: Experiment, name: str) -> str:
-    """What the page with the comparisons of every run is called: S and the figure's number, or the experiment's name."""
-    return f"s_{name}" if experiment.figure is None else f"s{experiment.figure}"
 
 
 def figure_settings(config: Config, experiment: str) -> dict[str, Any]:
@@ -305,8 +289,7 @@ def figure_settings(config: Config, experiment: str) -> dict[str, Any]:
 def supplement_settings(config: Config, experiment: str) -> dict[str, Any]:
     """Settings of the job that composes the comparisons of every run, by the paper's test as in the paper."""
     settings = config.experiments[experiment]
-    pairs = compared_pairs(settings)
-    panels = [Panel(run=run, compare=pair) for run in settings.runs for pair in pairs]
+    panels = [Panel(run=run, compare=pair) for run in settings.runs for pair in settings.compared_pairs]
     name = "Supplement.  " if settings.figure is None else f"Figure S{settings.figure}.  "
     return {
         "heading": f"{name}{settings.title}: group comparisons of every variant",
@@ -339,9 +322,9 @@ def report_settings(config: Config) -> dict[str, Any]:
         "experiments": [
             {
                 "name": name,
-                "key": figure_name(experiment, name),
+                "key": experiment.figure_name(name),
                 "heading": heading(experiment),
-                "supplement": supplement_name(experiment, name) if compared_pairs(experiment) else None,
+                "supplement": experiment.supplement_name(name),
                 "title": experiment.title,
                 "model": experiment.model,
                 "dataset": experiment.dataset,

@@ -1,6 +1,5 @@
 """The configuration: what is refused, in which words, and what overrides what."""
 
-import copy
 import json
 
 import jsonschema
@@ -235,10 +234,26 @@ def test_a_mistake_is_one_clear_sentence(tmp_path, where, text, said):
         assert part in sentence
 
 
-def test_two_experiments_with_one_figure_number_are_refused():
+@pytest.mark.parametrize(
+    ("number", "name", "its_number", "figure"),
+    [
+        (1, "other", 1, "figure-1"),
+        (1, "s1", None, "figure-s1"),  # the supplement of figure 1
+        (None, "s_small", None, "figure-s_small"),
+    ],
+)
+def test_two_experiments_whose_figures_would_have_one_name_are_refused(number, name, its_number, figure):
     data = yaml.safe_load(SMALL)
-    data["experiments"]["other"] = copy.deepcopy(data["experiments"]["small"])
-    with pytest.raises(UserError, match="'small' and 'other' both are figure 1"):
+    small = data["experiments"]["small"]
+    comparing = [{"run": "net", "compare": ["0", "1"]}]
+    data["experiments"] = {
+        "small": {**small, "figure": number, "panels": comparing},
+        name: {**small, "figure": its_number},
+    }
+    with pytest.raises(UserError, match=f"'small' and '{name}' would both write {figure}:"):
+        parse_config(data)
+    data["experiments"]["small"]["panels"] = small["panels"]  # compares no groups, so it has no supplement
+    if its_number is None:
         parse_config(data)
 
 
