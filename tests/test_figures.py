@@ -586,6 +586,15 @@ def test_pages_have_letters_and_titles_and_the_same_bytes_when_drawn_twice(study
         assert len(once) > 10_000
 
 
+def test_dollar_signs_are_drawn_as_they_are_written(study, tmp_path):
+    settings = {**specs.figure_settings(study.config, "small"), "heading": r"From 5$ to \x and 6$"}
+    settings["panels"] = settings["panels"][:1]
+    build_page(settings, {"coder": str(study.run("coder"))}, {}, [str(tmp_path / "figure-7.png")])
+    with rc_context(STYLE):
+        head = figure().text(0, 0, settings["heading"])
+    assert not head.get_parse_math()
+
+
 def test_rows_fill_pages_from_the_top():
     assert paginate([60.0, 60.0, 60.0, 60.0], 250.0) == [0]
     assert paginate([80.0, 80.0, 80.0, 80.0, 80.0], 250.0) == [0, 3]

@@ -20,7 +20,8 @@ GROUP_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9
 # For runs at chance on held-out data: told apart by dashes too.
 GREYS = ("#444444", "#888888", "#666666", "#AAAAAA", "#555555", "#999999")
 BATCH_COLOUR = "#333333"
-# Text stays text in PDF and SVG; a fixed salt and no date keep the files' bytes reproducible.
+# Text stays text in PDF and SVG, and titles and names are drawn as they are written, dollar signs included; a fixed salt
+# and no date keep the files' bytes reproducible.
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 7,
@@ -41,6 +42,7 @@ STYLE: dict[str, Any] = {
     "ytick.minor.size": 1,
     "ytick.minor.width": 0.3,
     "hatch.linewidth": 0.3,
+    "text.parse_math": False,
     "pdf.fonttype": 42,
     "svg.fonttype": "path",
     "svg.hashsalt": "autospec",

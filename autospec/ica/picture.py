@@ -82,7 +82,8 @@ def write_picture(shown: Shown, path: Path) -> None:
     domains = [shown.networks[place].domain for place in order]
     rows = 1 if shown.match is None else 2
     height = HEAD_INCHES + rows * ROW_INCHES + FOOT_INCHES
-    with rc_context({"font.family": "DejaVu Sans", "font.size": 6, "axes.titlesize": 6.5, "axes.linewidth": 0.5}):
+    style = {"font.family": "DejaVu Sans", "font.size": 6, "axes.titlesize": 6.5, "axes.linewidth": 0.5}
+    with rc_context({**style, "text.parse_math": False}):  # names of networks are drawn as they are written
         figure = Figure(figsize=(WIDTH_INCHES, height))
         FigureCanvasAgg(figure)
         columns = 2 if shown.displacement is None else 3

@@ -76,6 +76,11 @@ def test_what_is_not_known_is_not_drawn(tmp_path, drawn):
     assert len(square.images) == len(spectra.lines) == 1
 
 
+def test_names_of_networks_are_drawn_as_they_are_written(tmp_path):
+    named = [Network(k, rf"$region-\{k}$", "", "") for k in range(1, 5)]
+    write_picture(shown(networks=named), tmp_path / "one.png")
+
+
 def test_a_subjects_picture_is_of_its_own_results(tmp_path, bold, template, monkeypatch):
     pictures = []
 
