@@ -482,15 +482,19 @@ class Statistics(Settings):
     seed: int = Field(default=0, ge=0)
     """Seed of the permutations."""
     within: list[Label] = []
-    """Groupings, such as `site` or `sex`, within whose groups labels are permuted."""
+    """Groupings of participants, such as `site` or `sex`, within whose groups labels are permuted."""
     conditional_on: list[Label] = []
-    """Covariates, such as `age` or `mean_fd`, on which permutations are conditioned."""
+    """Covariates of participants, such as `age` or `mean_fd`, on which permutations are conditioned."""
     minimum_group_size: int = Field(default=5, ge=2)
     """Smaller groups are not tested, but for the paper's test."""
     confounds: bool = True
     """Test high against low motion, site, sex, a matched subsample and shuffled labels beside each diagnosis."""
     keep_null: bool = False
     """Keep the statistics of every permutation, beside the table."""
+
+
+# Settings of tests that name what only participants have.
+OF_PARTICIPANTS = ("within", "conditional_on")
 
 
 class Calibration(Settings):
@@ -617,6 +621,13 @@ class Config(Settings):
                         f"{name}/{run} has no update {max(kept)}, which training.snapshots names: its {training.epochs} "
                         "updates are numbered from 0, so name earlier ones"
                     )
+        of_participants = any(each.dataset in self.cohort_datasets for each in self.experiments.values())
+        for setting in OF_PARTICIPANTS:
+            if (wanted := getattr(self.statistics, setting)) and self.experiments and not of_participants:
+                raise ValueError(
+                    f"statistics.{setting} names {_listed(wanted)}, but no experiment trains on a cohort's data, and digits and "
+                    "sinusoids have no such thing: leave it out"
+                )
         return self
 
     def _model_fits(self, name: str) -> None:
@@ -701,6 +712,12 @@ class Config(Settings):
         """What a run records: the general settings, the experiment's, the run's, in this order."""
         settings = self.experiments[experiment]
         return _overridden(_overridden(self.introspection, settings.introspection), settings.runs[run].introspection)
+
+    def statistics_of(self, experiment: str) -> Statistics:
+        """How groups of an experiment are tested: what is asked of participants falls away for digits and sinusoids."""
+        if self.experiments[experiment].dataset in self.cohort_datasets:
+            return self.statistics
+        return self.statistics.model_copy(update={setting: [] for setting in OF_PARTICIPANTS})
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -154,7 +154,7 @@ def tested(config: Config, experiment: str, run: str) -> bool:
 def permutation_settings(config: Config, experiment: str, run: str) -> dict[str, Any]:
     """Settings of a run's permutation test; the run's own stand with its weights."""
     read = {"alpha", "permutations", "seed", "within", "conditional_on", "minimum_group_size", "confounds", "keep_null"}
-    return {"name": f"{experiment}/{run}", **config.statistics.model_dump(mode="json", include=read)}
+    return {"name": f"{experiment}/{run}", **config.statistics_of(experiment).model_dump(mode="json", include=read)}
 
 
 def refit_part_settings(config: Config, experiment: str, run: str, part: str) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def refit_part_settings(config: Config, experiment: str, run: str, part: str) ->
 
     Refit 0 has the labels as they are.
     """
-    statistics = config.statistics
+    statistics = config.statistics_of(experiment)
     number = int(part.removeprefix("matched-"))
     training = run_settings(config, experiment, run)
     return {

@@ -257,6 +257,20 @@ def test_two_experiments_whose_figures_would_have_one_name_are_refused(number, n
         parse_config(data)
 
 
+@pytest.mark.parametrize(("setting", "wanted"), [("within", "site"), ("conditional_on", "age")])
+def test_tests_that_ask_for_participants_are_refused_where_there_are_none(setting, wanted):
+    data = yaml.safe_load(SMALL)
+    data["statistics"] = {setting: [wanted]}
+    with pytest.raises(
+        UserError, match=f"statistics.{setting} names '{wanted}', but no experiment trains on a cohort's"
+    ):
+        parse_config(data)
+    data["cohort"] = {"kind": "simulated"}
+    data["datasets"]["volumes"] = {"kind": "freesurfer"}
+    data["experiments"]["other"] = {**data["experiments"]["small"], "dataset": "volumes", "figure": 2}
+    parse_config(data)
+
+
 def test_two_panels_whose_files_would_have_one_name_are_refused():
     data = yaml.safe_load(SMALL)
     small = data["experiments"]["small"]

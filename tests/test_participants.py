@@ -177,6 +177,23 @@ def test_groups_that_the_cohort_does_not_have_are_refused_before_any_job(
         participants.read_cohort(config)
 
 
+def test_labels_of_digits_are_permuted_without_what_only_participants_have(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = {"within": ["sex"], "conditional_on": ["age"]}
+    config = parse_config(
+        {
+            "cohort": {"kind": "simulated", "subjects": 12},
+            "datasets": {"v": {"kind": "freesurfer"}, "d": {"kind": "mnist"}},
+            "experiments": {"e": EXPERIMENT, "digits": EXPERIMENT | {"dataset": "d", "panels": [{"run": "ae"}]}},
+            "statistics": asked,
+        }
+    )
+    participants.read_cohort(config)
+    for settings in (specs.permutation_settings, lambda *names: specs.refit_part_settings(*names, "0")):
+        assert asked.items() <= settings(config, "e", "ae").items()
+        assert {"within": [], "conditional_on": []}.items() <= settings(config, "digits", "ae").items()
+
+
 @pytest.mark.parametrize(
     ("task", "said"), [("autoencoder", ""), ("classifier", r"experiments\.e\.runs\.net is a .*'SZ'")]
 )

@@ -254,6 +254,8 @@ def describe(
         )
     if runs[0].settings["task"] == "classifier":
         within += "; a classifier's labels were exchanged within one and the same target"
+    elif not within:
+        within = ", restricted by no grouping or covariate"
     seeds = f", averaged over {len(runs)} trainings from different seeds" if len(runs) > 1 else ""
     steps = runs[0].steps
     comparisons = {}

@@ -252,6 +252,8 @@ def describe(refits: xr.Dataset, table: pd.DataFrame, settings: RefitSettings, s
             f", conditionally on {' and '.join(attributes['conditional_on'])} by a logistic model of the target (Berrett et "
             "al. 2020)"
         )
+    if not within:
+        within = ", restricted by no grouping or covariate,"
     averaged = f", averaged over {seeds} trainings from different seeds" if seeds > 1 else ""
     tested = int(table["p"].notna().sum())
     too_few = null.too_few_labellings(count, tested, settings["alpha"])
