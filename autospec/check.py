@@ -17,13 +17,14 @@ from autospec.cohort.selection import Cohort
 from autospec.cohort.simulated import coarse_brain
 from autospec.cohort.simulation import REPETITION_TIME
 from autospec.cohort.subjects import MISSING
-from autospec.config import Config, FreesurferDataset, MapsDataset, TimeseriesDataset, load_config
+from autospec.config import Config, FreesurferDataset, MapsDataset, SimulatedCohort, TimeseriesDataset, load_config
 from autospec.datasets.maps import coarser_grid
 from autospec.datasets.split import held_out_rows
 from autospec.errors import UserError
+from autospec.freesurfer import read_volumes
 from autospec.ica.cleaning import least_volumes
 from autospec.ica.template import Template, analysis_grid, coverage, fixed_mask, load_template, on_grid
-from autospec.participants import cohort_settings, compared_groups, read_cohort, simulation_settings
+from autospec.participants import cohort_settings, compared_groups, dataset_settings, read_cohort, simulation_settings
 from autospec.specs import tested
 
 MUCH = 0.99
@@ -93,6 +94,8 @@ def check_analysis(folder: str) -> str:
 def _require_data_sets(config: Config, template: Template | None, report: Report) -> None:
     """Refuse data sets that cannot be made: their own jobs would say so only after everybody's networks."""
     for name, dataset in config.datasets.items():
+        if isinstance(dataset, FreesurferDataset) and not isinstance(config.cohort, SimulatedCohort):
+            read_volumes(dataset_settings(config, name)["sources"])
         if isinstance(dataset, TimeseriesDataset) and dataset.length is not None and report.volumes is not None:
             fewest = report.volumes[0]
             if fewest < dataset.length:

@@ -312,10 +312,10 @@ def parse_stats(text: str, column: str, source: str) -> tuple[dict[str, float], 
             elif line.startswith("# Measure"):
                 cells = [cell.strip() for cell in line.removeprefix("# Measure").split(",")]
                 if cells[-1] == "mm^3":
-                    sums[cells[1]] = float(cells[-2])
+                    sums[cells[1]] = _volume(cells[-2], cells[1])
             elif line.strip() and not line.startswith("#"):
                 row = dict(zip(columns, line.split(), strict=True))
-                regions[row["StructName"]] = float(row[column])
+                regions[row["StructName"]] = _volume(row[column], row["StructName"])
     except (ValueError, KeyError, IndexError):
         raise UserError(
             f"{source} is no stats file of FreeSurfer with a column {column}: run recon-all again."
@@ -394,6 +394,19 @@ def _number(cell: str, name: str, path: str) -> float:
     if known(cell) == MISSING:
         return np.nan
     try:
-        return float(cell)
+        return _volume(cell, name)
     except ValueError:
-        raise UserError(f"{path} has '{cell}' in the column {name}: volumes are numbers in mm^3, or n/a.") from None
+        least = "above 0" if _key(name) in INTRACRANIAL else "of at least 0"
+        raise UserError(
+            f"{path} has '{cell}' in the column {name}: volumes there are numbers {least} in mm^3, or n/a where one is missing."
+        ) from None
+
+
+def _volume(text: str, name: str) -> float:
+    """A volume in mm^3; ValueError for what can be none, such as -99, by which tables often mean that it is missing."""
+    volume = float(text)
+    # A structure may be absent, a head is not; Python reads 1_000 as a number.
+    possible = volume > 0 if _key(name) in INTRACRANIAL else volume >= 0
+    if not possible or not np.isfinite(volume) or "_" in text:
+        raise ValueError(text)
+    return volume

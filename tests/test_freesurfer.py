@@ -159,6 +159,10 @@ def test_repeated_columns_must_agree(tmp_path):
         ("Measure:mean\tLeft-Caudate\n1\t80\n", "holds mean, not volumes"),
         ("id,age,height\n1,20,180\n", "no column that is known as a FreeSurfer volume"),
         ("id,Left-Caudate\n1,much\n", "has 'much' in the column Left-Caudate"),
+        ("id,Left-Caudate\n1,-99\n", "has '-99' in the column Left-Caudate: .* of at least 0"),
+        ("id,Left-Caudate\n1,inf\n", "has 'inf' in the column Left-Caudate"),
+        ("id,Left-Caudate\n1,3_500\n", "has '3_500' in the column Left-Caudate"),
+        ("id,Left-Caudate,eTIV\n1,0,0\n", "has '0' in the column eTIV: .* above 0"),
         ("id,Left-Caudate\n1,3500\n1,3600\n", "several rows for 1"),
         ("id,Left-Caudate\n../1/..,3500\n", "cannot name a folder"),
     ],
@@ -211,6 +215,7 @@ def test_an_unfinished_recon_all_is_a_problem_of_its_subject_alone(tmp_path):
         "# ColHeaders StructName Volume_mm3\nCSF much\n",
         "# ColHeaders StructName Volume_mm3\nCSF 1 2\n",
         "# Measure a, b, c, many, mm^3\n# ColHeaders StructName Volume_mm3\nCSF 1\n",
+        "# ColHeaders StructName Volume_mm3\nCSF -1\n",
     ],
 )
 def test_damaged_stats_files_are_refused(text):

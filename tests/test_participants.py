@@ -371,6 +371,21 @@ def test_jobs_on_the_whole_cohort_know_the_layout_whether_it_was_named_or_found(
     assert {each["cohort"]["layout"] for each in found[0]} == {"bids"}
 
 
+def test_check_reads_the_volumes(tmp_path):
+    write_people(tmp_path / "data/participants.tsv", [("1", "HC", "M", "20"), ("2", "SZ", "F", "30")])
+    fmriprep(tmp_path / "data", ["1", "2"])
+    config = {
+        "cohort": {"kind": "folder", "folder": "data", "freesurfer": ["volumes.tsv"]},
+        "datasets": {"v": {"kind": "freesurfer"}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    table = write(tmp_path / "volumes.tsv", "id\tLeft-Caudate\n1\t3500\n2\t3600\n")
+    assert "data sets: v (freesurfer)" in check_analysis(str(tmp_path))
+    table.write_text(table.read_text().replace("3600", "-999"))
+    with pytest.raises(UserError, match=r"volumes\.tsv has '-999' in the column Left-Caudate"):
+        check_analysis(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
