@@ -192,6 +192,7 @@ REGION_OF = {
 }
 REGION_OF |= {f"x{key}": name for key, name in REGION_OF.items() if key[0].isdigit()}
 REGION_OF |= {f"{_key(name)}proper": name for name in SUBCORTICAL if "Thalamus" in name}
+REGION_NAMES = frozenset(REGION_OF.values())
 SUM_KEYS = {
     key + end for key in SUMS for end in ("", "vol", "notvent", "notventsurf", "notventvox", "toetiv", "voltoetiv")
 }
@@ -209,8 +210,9 @@ def is_sum(name: str) -> bool:
 
 
 def _id(text: str, source: str) -> str:
-    """Id of a subject as FreeSurfer's folder is called, ``sub-01_ses-1`` included."""
-    return checked_id(re.sub(r"_ses-[A-Za-z0-9]+$", "", Path(text.strip().rstrip("/")).name), source)
+    """Id of a subject as FreeSurfer's folder is called, ``sub-01_ses-1`` and ``sub-01/stats/aseg.stats`` included."""
+    folder = Path(re.sub(r"/stats/[^/]+\.stats$", "", text.strip()))
+    return checked_id(re.sub(r"_ses-[A-Za-z0-9]+$", "", folder.name), source)
 
 
 def _ids_of(path: str) -> dict[str, tuple[str, str]]:
@@ -332,6 +334,10 @@ def _checked_table(path: str) -> tuple[TextTable, int]:
     measure = re.fullmatch(r"(?:Measure:|[lr]h\.\S+\.)(\w+)", table.columns[place])
     if measure and measure[1].lower() not in ("volume", "volume_mm3", "grayvol"):
         raise UserError(f"{path} holds {measure[1]}, not volumes: make it again with  --meas volume.")
+    if sum(_is_volume(row[place]) for row in table.rows) > len(table.rows) / 2:
+        raise UserError(
+            f"{path} has a row for each region: make it again without  --transpose, with a row for each participant."
+        )
     return table, place
 
 
@@ -368,6 +374,12 @@ def _read_table(path: str, notes: list[str]) -> dict[str, dict[str, float]]:
     }
 
 
+def _is_volume(column: str) -> bool:
+    """Whether a name is known as that of a volume, or of a sum over the whole brain."""
+    name = region_name(column)
+    return is_sum(name) or name in REGION_NAMES or re.fullmatch(r"[lr]h_\w+_volume", column) is not None
+
+
 def _columns(table: TextTable, id_place: int) -> tuple[dict[str, int], list[str]]:
     """Place of each volume in a table, and columns that are none; a wide table may hold ages and thicknesses, too."""
     own = OWN_TABLE.match(table.columns[0]) is not None
@@ -377,8 +389,7 @@ def _columns(table: TextTable, id_place: int) -> tuple[dict[str, int], list[str]
         name = region_name(column)
         if i == id_place or name == "":
             continue
-        known = is_sum(name) or name in REGION_OF.values() or re.fullmatch(r"[lr]h_\w+_volume", column)
-        if not (own or known):
+        if not (own or _is_volume(column)):
             ignored.append(column)
         elif name not in places:
             places[name] = i

@@ -159,6 +159,8 @@ def test_repeated_columns_must_agree(tmp_path):
         ("Measure:mean\tLeft-Caudate\n1\t80\n", "holds mean, not volumes"),
         ("id,age,height\n1,20,180\n", "no column that is known as a FreeSurfer volume"),
         ("id,Left-Caudate\n1,much\n", "has 'much' in the column Left-Caudate"),
+        ("Measure:volume\t1\t2\nLeft-Caudate\t3500\t3600\neTIV\t1500000\t1600000\n", "a row for each region.*without"),
+        ("region,1,2\nlh_G_and_S_frontomargin_volume,3500,3600\n", "a row for each region.*without"),
         ("id,Left-Caudate\n1,-99\n", "has '-99' in the column Left-Caudate: .* of at least 0"),
         ("id,Left-Caudate\n1,inf\n", "has 'inf' in the column Left-Caudate"),
         ("id,Left-Caudate\n1,3_500\n", "has '3_500' in the column Left-Caudate"),
@@ -170,6 +172,12 @@ def test_repeated_columns_must_agree(tmp_path):
 def test_tables_that_are_no_volumes_are_refused(tmp_path, text, said):
     with pytest.raises(UserError, match=said):
         read_volumes([str(write(tmp_path / "table.txt", text))])
+
+
+def test_ids_may_be_paths_of_folders_and_of_stats_files(tmp_path):
+    rows = "".join(f"{name}\t3500\n" for name in ("sub-01", "/data/02/", "sub-03_ses-1", "fs/sub-04/stats/aseg.stats"))
+    table = write(tmp_path / "aseg.tsv", f"Measure:volume\tLeft-Caudate\n{rows}")
+    assert read_volumes([str(table)]).ids == ["01", "02", "03", "04"]
 
 
 def test_tables_that_contradict_each_other_are_refused(tmp_path):
