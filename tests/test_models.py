@@ -435,6 +435,11 @@ class Net(nn.Module):
     def forward(self, x):
         return self.last(self.drop(torch.relu(self.norm(self.first(x)))) + 0 * torch.rand(1))
 
+class Lazy(Net):
+    def __init__(self, shape, hidden):
+        super().__init__(shape, hidden)
+        self.first = nn.LazyLinear(hidden[0])
+
 class Everything(Net):
     def __init__(self, **options):
         super().__init__(options["shape"], options["hidden"], options["classes"])
@@ -487,6 +492,13 @@ def test_a_users_own_network_is_given_what_its_signature_names(analysis):
         "hidden": [4],
         "activation": "relu",
     }
+
+
+def test_lazy_layers_of_a_users_own_network_have_their_weights_before_training(analysis):
+    model = built("mynet:Lazy")
+    assert shapes(model) == {"first.weight": (4, 6), "last.weight": (2, 4)}
+    assert model.training
+    assert model.norm.num_batches_tracked == 0
 
 
 def test_the_trial_leaves_buffers_and_random_numbers_as_they_were(analysis):

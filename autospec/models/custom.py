@@ -50,6 +50,11 @@ def build_custom(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"the model '{path}' has no parameter to train: assign its layers to self in __init__.")
     _require_output(path, model, task, tuple(shape), wanted)
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+        mode = model.training
+        with torch.no_grad():  # lazy layers get their weights from their first call
+            model.eval()(torch.zeros(SAMPLES, *shape))
+        model.train(mode)
     return model
 
 
