@@ -56,6 +56,13 @@ def float64(matrix: Tensor, workspace: Workspace | None = None) -> Tensor:
     return workspace.take(tuple(matrix.shape), torch.float64, matrix.device).copy_(matrix)
 
 
+def _float64_for_now(matrix: Tensor, workspace: Workspace | None) -> Tensor:
+    """The same until the next such call, in memory that stays in the processor's cache."""
+    if workspace is None or matrix.dtype == torch.float64 or matrix.device.type == "mps":
+        return float64(matrix)
+    return workspace.scratch("float64", tuple(matrix.shape), torch.float64, matrix.device).copy_(matrix)
+
+
 def times_own_transpose(matrix: Tensor) -> Tensor:
     """Product of matrices with their own transposes, shape (..., m, m) for (..., m, n).
 
@@ -106,7 +113,7 @@ def smaller_gram(matrix: Tensor, workspace: Workspace | None = None) -> Tensor:
     Tensor
         Shape (..., s, s) with s = min(m, n), float64.
     """
-    wide = float64(matrix, workspace)
+    wide = _float64_for_now(matrix, workspace)
     return times_own_transpose(wide.mT if wide.shape[-2] > wide.shape[-1] else wide)
 
 
@@ -133,7 +140,7 @@ def column_gram(rows: Tensor, workspace: Workspace) -> Tensor:
         return times_own_transpose(float64(rows).mT)
     device = torch.device("cpu") if rows.device.type == "mps" else rows.device
     total = torch.zeros(width, width, dtype=torch.float64, device=device)
-    room = workspace.take((min(count, len(rows)) * positions * width,), torch.float64, device)
+    room = workspace.scratch("float64", (min(count, len(rows)) * positions * width,), torch.float64, device)
     for piece in rows.split(count):
         wide = room[: piece.numel()]
         if image:
@@ -206,8 +213,9 @@ def gram_by_rows(adjoint: Tensor, activation: Tensor, workspace: Workspace) -> T
     Tensor
         Shape (outputs, outputs), float64; symmetric.
     """
-    wide = float64(adjoint, workspace)
-    return wide.mT @ (workspace.memo(activation, smaller_gram, lasting=True) @ wide)
+    of_rows = workspace.memo(activation, smaller_gram, lasting=True)
+    wide = _float64_for_now(adjoint, workspace)
+    return wide.mT @ (of_rows @ wide)
 
 
 def reduced_factor(activation: Tensor, adjoint: Tensor) -> Tensor:
