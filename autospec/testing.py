@@ -48,7 +48,7 @@ class Check:
     reproducible : bool
         Whether two trainings without the watcher are bitwise equal; where they are not, ``unchanged`` says nothing.
     cost : float
-        Time of a watched step over that of a plain one.
+        Time of a watched step over that of a plain one; NaN with a single step, in which rows are traced.
     audit : dict
         The watcher's own audit.
     """
@@ -77,7 +77,8 @@ class Check:
             lines.append(f"training bitwise unchanged: {'yes' if self.unchanged else 'NO'}")
         else:
             lines.append("training bitwise unchanged: cannot be told, two plain trainings differ already")
-        lines.append(f"a watched step takes {self.cost:.2f} times as long as a plain one")
+        if np.isfinite(self.cost):
+            lines.append(f"a watched step takes {self.cost:.2f} times as long as a plain one")
         if self.errors or (self.reproducible and not self.unchanged):
             lines.append("passed" if self.passed else "FAILED")
         else:
@@ -157,7 +158,8 @@ def check(
     with Watcher(watched.model, groups, quiet=True, **options) as watcher:
         watched.run(1, watcher)  # the first step finds the rows and audits
         watched_seconds = watched.run(steps - 1, watcher)
-    found.cost = watched_seconds / max(steps - 1, 1) / (seconds / steps)
+    if steps > 1:
+        found.cost = watched_seconds / (steps - 1) / (seconds / steps)
     found.reproducible = plain.same_as(again)
     found.unchanged = plain.same_as(watched)
     tree = watcher.trajectories

@@ -158,6 +158,9 @@ class TrajectoryStore:
 
     def open(self) -> xr.DataTree:
         """Open what has been written."""
+        if self._written == 0:  # what stands there is somebody else's
+            for path in (self.path, self._folder):
+                self._refuse_what_stands(path)
         return open_trajectories(self._folder if self._folder.exists() else self.path)
 
 

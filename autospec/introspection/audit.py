@@ -18,6 +18,8 @@ from .spectra import float64
 
 # The shares' sum and the gradient that arrived are two float32 sums of the same products in another order.
 GUARD_TOLERANCE = 8.0
+# The shares are compared with the gradient at every so many recorded steps: a model may change while it trains.
+GUARDED_EVERY = 64
 # Part of a gradient in rows that `valid` leaves out from which on the mask may be meant for other rows.
 LEFT_OUT = 0.01
 # Error of a recorded value, in units of the largest, that rounding never is: above what float32 loses where rows cancel, and on
@@ -52,6 +54,11 @@ class Audit:
     def due(self, recorded: int) -> bool:
         """Whether the next record, the one with this number, is audited."""
         return self._missed or (recorded == 0 if self._every is None else recorded % self._every == 0)
+
+    @staticmethod
+    def guard_due(recorded: int) -> bool:
+        """Whether the shares of the next record, the one with this number, are compared with the gradient that arrived."""
+        return recorded % GUARDED_EVERY == 0
 
     @staticmethod
     def chosen(names: Sequence[str], step: int) -> str:

@@ -90,6 +90,7 @@ class Capture:
         self.follows: Callable[[WatchedLayer, Sequence[int], int], bool] | None = None
         self.make_pending: Callable[[tuple[int, int], Workspace], Pending] = Pending
         self.audited: str | None = None
+        self.guard_due = False
         self.differentiated = self.returned = False
         self.forwards = self._depth = 0
         self.rows = dict(rows)
@@ -511,7 +512,7 @@ class Capture:
     @property
     def guarded(self) -> bool:
         """Whether the shares of this step are compared with the gradient that arrived."""
-        return self.audited is not None or self.differentiated
+        return self.audited is not None or self.differentiated or self.guard_due
 
     def _note_what_was_added(self) -> None:
         """Begin to compare shares with gradients in the middle of a step, where these are its own sum."""

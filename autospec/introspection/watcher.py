@@ -437,6 +437,7 @@ class Watcher:
         learned = [name for name in learned if name in reached] or learned
         due = self._capture.recording and self._audit.due(self._recorded) and learned
         self._capture.audited = self._audit.chosen(learned, self._count) if due else None
+        self._capture.guard_due = self._capture.recording and self._audit.guard_due(self._recorded)
 
     def _set_labels(self, labels: Any, valid: Any, rows: Mapping[str, Any] | None) -> None:
         capture = self._capture

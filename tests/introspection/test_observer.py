@@ -782,6 +782,31 @@ def test_the_audit_says_what_was_checked():
     assert audit["probe_passes"] >= 5
 
 
+def test_a_use_outside_the_layer_that_begins_later_is_told_of_within_64_steps():
+    class Changing(nn.Module):
+        tied = False
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 5)
+
+        def forward(self, x):
+            return self.layer(x) + (x @ self.layer.weight if self.tied else 0)
+
+    model, x = Changing(), torch.randn(8, 5)
+    with autospec.watch(model, ["a", "b"] * 4, quiet=True) as watcher:
+        for step in range(65):
+            model.tied = step > 3
+            model.zero_grad()
+            model(x).square().sum().backward()
+            if step == 64:
+                with pytest.warns(UserWarning, match="of the gradient of 'layer.weight' comes from no sample's row"):
+                    watcher.step()
+            else:
+                watcher.step()
+    assert list(watcher.trajectories.attrs["audit"]["outside"]) == ["layer.weight"]
+
+
 @pytest.mark.parametrize(("factor", "said"), [(1.001, 0), (1.1, 1)])
 def test_a_record_that_is_not_that_of_float64_is_said_to_be_wrong_once(factor, said, monkeypatch):
     grams = Shares.grams

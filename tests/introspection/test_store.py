@@ -375,6 +375,8 @@ def test_two_watchers_do_not_write_to_one_store(tmp_path, name):
             two.watcher,
         ):
             two.run(CHUNK)
+        with pytest.raises(UserError, match=r"exists already|has not ended"):
+            _ = two.watcher.trajectories
         one.run(6)
     xr.testing.assert_identical(autospec.open_trajectories(tmp_path / name), in_memory(70))
     late = Loop(store=tmp_path / "y.zarr.zip")
