@@ -36,6 +36,11 @@ def content(panel: dict[str, Any]) -> str:
     return f"{network(panel)}: along positions" if panel["by_position"] else network(panel)
 
 
+def group_words(group: str, samples: int | None) -> str:
+    """Name of a group with the number of samples that it was trained on, where that is known."""
+    return group if samples is None else f"{group} (N = {samples})"
+
+
 def effect_words(row: Any) -> str:
     """Size of an effect with its 95 % interval, from a row of a table of tests, or None."""
     return "–" if row is None else interval_words(row["effect_size"], row["effect_low"], row["effect_high"])

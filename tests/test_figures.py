@@ -25,6 +25,7 @@ from autospec.figures.positions import draw_positions, largest_by_position, tied
 from autospec.figures.selection import shown_groups, shown_layers
 from autospec.figures.spectra import draw_spectra, label_decades, legend
 from autospec.figures.style import BATCH_COLOUR, GROUP_COLOURS, STYLE, colours, dashes
+from autospec.report.words import spectra_caption
 from autospec.statistics.build import paper_tests
 from autospec.statistics.table import tidy
 from tests.study import SETTINGS
@@ -327,6 +328,19 @@ def test_the_legend_names_every_group_with_its_size(tree):
         "below the noise floor", "limit of resolution", "pale: beyond the attainable rank",
     ]  # fmt: skip
     assert widths == "thick to thin: σ₁, σ₄"
+
+
+def test_the_legend_counts_the_samples_of_the_training_where_batches_hold_fewer(tree):
+    def named() -> list[str]:
+        legend(place := figure(), tree, 180.0, [1])
+        return [text.get_text() for text in place.legends[0].get_texts()[:4]]
+
+    tree["group_size"][1:] = [7, 2, 0, 5]
+    assert named() == ["whole batch", "0", "1", "3"]  # an older store does not tell how many there were
+    tree["training"] = xr.Dataset({"loss": ("update", np.linspace(1, 0, 40))})
+    tree.attrs["training_samples"] = {"all": 24, "0": 8, "1": 9, "3": 7}
+    assert named() == ["whole batch (N = 24)", "0 (N = 8)", "1 (N = 9)", "3 (N = 7)"]
+    assert "Groups: 0 (N = 8), 1 (N = 9), 3 (N = 7);" in spectra_caption(tree)
 
 
 @pytest.mark.parametrize("width", [80.0, 120.0, 180.0])

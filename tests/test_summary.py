@@ -57,8 +57,7 @@ def test_values_are_those_of_the_trajectories_and_the_table_of_tests(tree, tests
     assert (row["first_step"], row["last_step"]) == (0, 10)
     assert row["final_loss"] == pytest.approx(float(tree["training/loss"][-1]))
     assert (row["measure"], row["performance"], row["at_chance"]) == ("explained", 0.25, False)
-    sizes = tree["group_size"].isel(step=-1)
-    assert (row["samples_a"], row["samples_b"]) == (int(sizes.sel(group="0")), int(sizes.sel(group="3")))
+    assert (row["samples_a"], row["samples_b"]) == (6, 7)
     values = tests.query(
         "layer == 'encoder.0.weight' and statistic == 'gradient' and group_a == '0' and group_b == '3'"
         " and test == 'paper_student' and step.isna() and not below_floor"
@@ -67,6 +66,21 @@ def test_values_are_those_of_the_trajectories_and_the_table_of_tests(tree, tests
     assert np.isnan(row["permutation_p"])
     assert np.isnan(row["refit_p"])
     assert np.isnan(row["refit_effect"])
+
+
+def test_samples_are_those_of_the_training_whatever_a_batch_holds(tree, tests):
+    def samples():
+        rows = summarise(tree, tests, "student")
+        return [(row["samples_a"], row["samples_b"]) for row in rows if row["layer"] == "encoder.0.weight"]
+
+    trained_on = [(6, 6), (6, 7), (6, 7)]
+    assert samples() == trained_on
+    sizes = tree.attrs.pop("training_samples")  # as in older stores
+    assert samples() == trained_on
+    tree["group_size"][1:] = [5, 2, 0, 3]  # mini-batches
+    assert np.isnan(samples()).all()
+    tree.attrs["training_samples"] = sizes
+    assert samples() == trained_on
 
 
 def test_the_smallest_family_wise_p_is_that_of_the_contrast_in_that_layer_with_its_effect(tree, tests):

@@ -13,10 +13,12 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox, TransformedBbox
 
+from autospec.describe import group_words
 from autospec.figures.differences import edges
 from autospec.figures.layout import name_axes, place_axes
 from autospec.figures.selection import at_chance, rank_limits, recorded_statistics, shown_groups
 from autospec.figures.style import colours, dashes, power_of_ten, sigma
+from autospec.statistics.sizes import training_samples
 
 RIGHT_MM = 5.0
 LEGEND_COLUMN_MM, LEGEND_ROW_MM = 50.0, 3.4
@@ -173,7 +175,7 @@ def _name_lines(axes: Axes, last: np.ndarray, drawn: list[int]) -> None:
 def legend(figure: Any, tree: xr.DataTree, width_mm: float, singular_values: list[int], **where: Any) -> None:
     """Name the groups and every other mark of panels of spectra, in as many columns as fit."""
     groups = shown_groups(tree)
-    sizes = tree["group_size"].sel(group=groups).isel(step=0).values
+    sizes = training_samples(tree)
     handles: list[Any] = [
         Line2D(
             [],
@@ -181,7 +183,7 @@ def legend(figure: Any, tree: xr.DataTree, width_mm: float, singular_values: lis
             color=colours(groups)[group],
             linewidth=1.2,
             linestyle=dashes(groups)[group],
-            label=f"{'whole batch' if i == 0 else group} (N = {sizes[i]})",
+            label=group_words("whole batch" if i == 0 else group, sizes.get(group)),
         )
         for i, group in enumerate(groups)
     ]

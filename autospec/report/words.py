@@ -8,8 +8,9 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from autospec.describe import content, effect_words, performance_words
+from autospec.describe import content, effect_words, group_words, performance_words
 from autospec.figures.differences import of_pair
+from autospec.statistics.sizes import training_samples
 from autospec.statistics.table import NO_P, comparison_name, smallest_p
 
 # Title and caption of each picture of a cohort.
@@ -71,10 +72,8 @@ def page_caption(panels: list[dict[str, Any]]) -> str:
 def spectra_caption(tree: xr.DataTree) -> str:
     """Caption of a panel of spectra."""
     steps = tree["step"].values
-    groups = ", ".join(
-        f"{group} (N = {size})"
-        for group, size in zip(tree["group"].values[1:], tree["group_size"].values[0][1:], strict=True)
-    )
+    sizes = training_samples(tree)
+    groups = ", ".join(group_words(group, sizes.get(group)) for group in map(str, tree["group"].values[1:]))
     loss = tree["training/loss"].values
     words = (
         f"One row for each layer, one column for each statistic; {len(steps)} recorded steps from {steps[0]} to "

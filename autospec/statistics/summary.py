@@ -9,6 +9,7 @@ import pandas as pd
 import xarray as xr
 
 from autospec.paths import result
+from autospec.statistics.sizes import training_samples
 from autospec.statistics.table import read_tests, smallest_p
 from autospec.storage import written_whole
 from autospec.trajectories import open_trajectories
@@ -24,8 +25,8 @@ COLUMNS = {
     "layer": "Name of the parameter.",
     "group_a": "First group.",
     "group_b": "Second group.",
-    "samples_a": "Samples of the first group at the last recorded step.",
-    "samples_b": "Samples of the second group.",
+    "samples_a": "Samples of the first group that the network was trained on.",
+    "samples_b": "The same of the second group.",
     "final_loss": "Loss of the last batch.",
     "measure": "What was measured on held-out samples: accuracy, or the share of variance explained.",
     "performance": "Its value.",
@@ -121,8 +122,7 @@ def summarise(tree: xr.DataTree, tests: pd.DataFrame, variance: str) -> list[dic
         "first_step": int(steps[0]),
         "last_step": int(steps[-1]),
     }
-    group_sizes = tree["group_size"].isel(step=-1).values.tolist()
-    sizes = dict(zip(map(str, tree["group"].values), group_sizes, strict=True))
+    sizes = training_samples(tree)
     pairs = list(tests[["group_a", "group_b"]].drop_duplicates().itertuples(index=False, name=None))
     shares = _shares_of_values(tests, f"paper_{variance}")
     smallest = {test: _smallest(tests, test) for test in ("permutation", "refit")}
@@ -137,8 +137,8 @@ def summarise(tree: xr.DataTree, tests: pd.DataFrame, variance: str) -> list[dic
                     "layer": layer,
                     "group_a": group_a,
                     "group_b": group_b,
-                    "samples_a": sizes[group_a],
-                    "samples_b": sizes[group_b],
+                    "samples_a": sizes.get(group_a, np.nan),
+                    "samples_b": sizes.get(group_b, np.nan),
                     **about,
                     **_both(largest, group_a, group_b),
                     "alignment_last": alignment,

@@ -18,6 +18,7 @@ from autospec.datasets.intracranial import adjust
 from autospec.datasets.labelled import covariates_of, group_labels, open_labelled, subjects_of
 from autospec.datasets.split import held_out_rows
 from autospec.errors import UserError
+from autospec.introspection.groups import Groups
 from autospec.models import build_model
 
 from .device import free_memory, out_of_memory, seed_random_numbers
@@ -105,6 +106,12 @@ class Prepared:
     def answer(self) -> Tensor:
         """What the network should return for them."""
         return self.training.answer
+
+    @property
+    def group_sizes(self) -> dict[str, int]:
+        """Training samples of each group, by the names that `autospec.watch` gives the groups."""
+        groups = Groups(self.groups(), self.crossed)
+        return dict(zip(groups.names, groups.assign(self.groups()).sizes.tolist(), strict=True))
 
     def groups(self, rows: Sequence[int] | None = None) -> list[str | None] | dict[str, list[str | None]]:
         """Labels as `autospec.watch` takes them: bare for one grouping alone; of some training samples, or of all."""

@@ -161,6 +161,7 @@ class _Run:
             "data": prepared.data,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             "dataset": prepared.attributes,
+            "training_samples": prepared.group_sizes,
         }
 
     # ------------------------------------------------------------------ training

@@ -267,6 +267,7 @@ def test_mini_batches_are_those_of_a_plain_loop(study, tmp_path):
     tree = open_trajectories(tmp_path / "x.zarr.zip")
     assert tree.sizes["step"] == 6  # every second of 12
     assert tree["group_size"].sel(group="all").values.tolist() == [6] * 6
+    assert tree.attrs["training_samples"] == {"all": 19, "0": 6, "1": 6, "3": 7}
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

@@ -67,6 +67,7 @@ def test_groupings_become_groups(study, tmp_path, groupings, groups):
     tree = open_trajectories(tmp_path / "x.zarr.zip")
     assert tree["group"].values.tolist() == groups
     sizes = dict(zip(groups, tree["group_size"].values[0].tolist(), strict=True))
+    assert tree.attrs["training_samples"] == sizes
     assert sizes["all"] == 12  # whoever has no label counts there
     for name, size in sizes.items():
         wanted = [part.rpartition("=")[2] for part in name.split(" & ")]
