@@ -1,5 +1,6 @@
 """Figures, by the data that their artists hold."""
 
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib import rc_context
 from matplotlib.collections import PathCollection, PolyCollection, QuadMesh
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from autospec import specs
@@ -321,7 +323,7 @@ def test_where_one_step_is_recorded_every_value_is_a_dot_above_the_noise_floor(t
 
 def test_the_legend_names_every_group_with_its_size(tree):
     place = figure()
-    legend(place, tree, 180.0, [1, 4])
+    legend(place, [tree], 180.0, [1, 4])
     *texts, widths = [text.get_text() for text in place.legends[0].get_texts()]
     assert texts == [
         "whole batch (N = 24)", "0 (N = 8)", "1 (N = 8)", "3 (N = 8)",
@@ -332,7 +334,7 @@ def test_the_legend_names_every_group_with_its_size(tree):
 
 def test_the_legend_counts_the_samples_of_the_training_where_batches_hold_fewer(tree):
     def named() -> list[str]:
-        legend(place := figure(), tree, 180.0, [1])
+        legend(place := figure(), [tree], 180.0, [1])
         return [text.get_text() for text in place.legends[0].get_texts()[:4]]
 
     tree["group_size"][1:] = [7, 2, 0, 5]
@@ -343,13 +345,39 @@ def test_the_legend_counts_the_samples_of_the_training_where_batches_hold_fewer(
     assert "Groups: 0 (N = 8), 1 (N = 9), 3 (N = 7);" in spectra_caption(tree)
 
 
+def test_the_legend_shows_the_lines_that_are_drawn_grey_ones_too(tree):
+    grey = tree.copy()
+    grey.attrs["performance"] = {"held_out": 9, "explained": -0.1, "at_chance": True}
+
+    def looks(lines) -> list[tuple[str, str]]:
+        return [(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines]
+
+    def shown(trees, count) -> list[tuple[str, str]]:
+        legend(place := figure(), trees, 180.0, [1])
+        return looks(place.legends[0].findobj(Line2D)[:count])
+
+    colour, at_chance = (looks(draw_spectra(figure(), each, [1], NAMES)[0, 1].get_lines()) for each in (tree, grey))
+    assert shown([tree], len(GROUPS)) == colour
+    assert shown([grey, grey], len(GROUPS)) == at_chance
+    both = [look for pair in zip(colour[1:], at_chance[1:], strict=True) for look in pair]
+    assert colour[0] == at_chance[0]
+    assert shown([grey, tree], 2 * len(GROUPS) - 1) == [colour[0], *both]
+
+
+def test_eight_groups_at_chance_are_told_apart():
+    names = ["all", *"abcdefgh"]
+    looks = [(str(dashes(names, True)[name]), int(colours(names, True)[name][1:3], 16)) for name in names[1:]]
+    for first, second in combinations(looks, 2):
+        assert first[0] != second[0] or abs(first[1] - second[1]) >= 0x40
+
+
 @pytest.mark.parametrize("width", [80.0, 120.0, 180.0])
 def test_nothing_written_below_or_above_a_panel_is_cut_off(tree, tests, width):
     place = Figure(figsize=(width / 25.4, 5))
     long = {**SPECTRA, "compare": ["0", "3"], "test": "permutation", "task": "classifier", "hidden": [8, 8, 8]}
     tree.attrs["performance"] = {"held_out": 29, "accuracy": 0.5, "chance": 0.55, "at_chance": True}
     with rc_context(STYLE):
-        legend(place, tree, width, [1, 2, 4, 12], loc="center")
+        legend(place, [tree], width, [1, 2, 4, 12], loc="center")
         kinds = [SPECTRA, long, {**SPECTRA, "by_position": True}]
         place.text(0.5, 0.5, key_text(kinds, DRAWING, width), ha="center", fontsize=5.5)
         draw_panel(place, long, tree, tests, DRAWING)

@@ -66,7 +66,6 @@ def build_page(settings: PageSettings, runs: dict[str, str], tests: dict[str, st
 def compose(settings: PageSettings, trees: dict[str, xr.DataTree], tables: dict[str, pd.DataFrame]) -> list[Figure]:
     """Draw the pages; the parts of each are a heading, the panels, and the key."""
     panels = settings["panels"]
-    first = trees[panels[0]["run"]]
     rows = [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]
     counts = [
         max(
@@ -75,7 +74,7 @@ def compose(settings: PageSettings, trees: dict[str, xr.DataTree], tables: dict[
         )
         for row in rows
     ]
-    room = settings["height_mm"] - HEAD_MM - key_height_mm(panels, first, settings, settings["width_mm"])
+    room = settings["height_mm"] - HEAD_MM - key_height_mm(panels, trees, settings, settings["width_mm"])
     starts = paginate([panel_height(count, LEAST_ROW_MM) for count in counts], room)
     pages = []
     for number, (start, stop) in enumerate(zip(starts, [*starts[1:], len(rows)], strict=True), 1):
@@ -119,8 +118,8 @@ def _page(
 ) -> Figure:
     """Draw one page; rows of panels share what room is left, up to the height that a panel of its own has."""
     panels = [panel for row in rows for panel in row]
-    width_mm, first = settings["width_mm"], trees[panels[0]["run"]]
-    key_mm = key_height_mm(panels, first, settings, width_mm)
+    width_mm = settings["width_mm"]
+    key_mm = key_height_mm(panels, trees, settings, width_mm)
     spare = (room - sum(panel_height(count, LEAST_ROW_MM) for count in counts)) / sum(counts)
     axes_mm = LEAST_ROW_MM + min(max(0.0, spare), ROW_HEIGHT_MM - LEAST_ROW_MM)
     heights = [panel_height(count, axes_mm) for count in counts]
@@ -137,5 +136,5 @@ def _page(
         for panel, place in zip(row, beside, strict=False):
             tests = tables.get(panel["run"])
             draw_panel(place, panel, trees[panel["run"]], tests, settings, settings["layers_per_panel"])
-    draw_key(foot, panels, first, settings, width_mm, key_mm)
+    draw_key(foot, panels, trees, settings, width_mm, key_mm)
     return figure

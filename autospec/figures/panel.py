@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -35,6 +36,11 @@ class PanelsSettings(TypedDict):
     singular_values: list[int] | None
     alpha: float | None
     variance: str | None
+
+
+def shows_spectra(panel: dict[str, Any]) -> bool:
+    """Whether a panel shows neither a comparison nor positions."""
+    return panel["compare"] is None and not panel["by_position"]
 
 
 def layers_of(panel: dict[str, Any], tree: xr.DataTree) -> list[str]:
@@ -115,7 +121,7 @@ def key_words(panels: list[dict[str, Any]], settings: Any) -> list[str]:
     """What the marks of some panels mean, apart from the legend of the groups; one text for each kind of panel."""
     compared = {panel["test"] for panel in panels if panel["compare"] is not None}
     texts = []
-    if any(panel["compare"] is None and not panel["by_position"] for panel in panels):
+    if any(map(shows_spectra, panels)):
         texts.append(f"{LIMIT_WORDS[0].upper()}{LIMIT_WORDS[1:]}. {GREY_WORDS}")
     if compared:
         texts.append(difference_key(compared, settings["alpha"], settings["variance"]))
@@ -125,14 +131,20 @@ def key_words(panels: list[dict[str, Any]], settings: Any) -> list[str]:
 
 
 def draw_key(
-    figure: Any, panels: list[dict[str, Any]], tree: xr.DataTree, settings: Any, width_mm: float, height_mm: float
+    figure: Any,
+    panels: list[dict[str, Any]],
+    trees: Mapping[str, xr.DataTree],
+    settings: Any,
+    width_mm: float,
+    height_mm: float,
 ) -> None:
     """Draw the legend of the groups, where spectra are shown, and the meaning of the marks below it."""
     below = 0.0
-    if any(panel["compare"] is None and not panel["by_position"] for panel in panels):
+    shown = [trees[panel["run"]] for panel in panels if shows_spectra(panel)]
+    if shown:
         where: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 1.0), "borderaxespad": 0.1}
-        legend(figure, tree, width_mm, settings["singular_values"] or [], **where)
-        below = legend_height_mm(tree, width_mm)
+        legend(figure, shown, width_mm, settings["singular_values"], **where)
+        below = legend_height_mm(shown[0], width_mm)
     text = key_text(panels, settings, width_mm)
     figure.text(0.5, 1 - (below + 0.8) / height_mm, text, ha="center", va="top", fontsize=KEY_POINTS)
 
@@ -142,11 +154,13 @@ def key_text(panels: list[dict[str, Any]], settings: Any, width_mm: float) -> st
     return "\n".join(wrap(words, width_mm - 6, KEY_POINTS) for words in key_words(panels, settings))
 
 
-def key_height_mm(panels: list[dict[str, Any]], tree: xr.DataTree, settings: Any, width_mm: float) -> float:
+def key_height_mm(
+    panels: list[dict[str, Any]], trees: Mapping[str, xr.DataTree], settings: Any, width_mm: float
+) -> float:
     """Height that the key needs."""
-    spectra = any(panel["compare"] is None and not panel["by_position"] for panel in panels)
+    shown = [trees[panel["run"]] for panel in panels if shows_spectra(panel)]
     lines = key_text(panels, settings, width_mm).count("\n") + 1
-    return 2 + KEY_LINE_MM * lines + (legend_height_mm(tree, width_mm) if spectra else 0)
+    return 2 + KEY_LINE_MM * lines + (legend_height_mm(shown[0], width_mm) if shown else 0)
 
 
 def build_panels(settings: PanelsSettings, runs: dict[str, str], tests: dict[str, str], outputs: list[str]) -> str:
@@ -170,20 +184,20 @@ def build_panels(settings: PanelsSettings, runs: dict[str, str], tests: dict[str
     tables = {run: read_tests(path) for run, path in tests.items()}
     with matplotlib.rc_context(STYLE):
         for panel in settings["panels"]:
-            figure = _on_its_own(panel, trees[panel["run"]], tables.get(panel["run"]), settings)
+            figure = _on_its_own(panel, trees, tables.get(panel["run"]), settings)
             save(figure, [path for path in outputs if Path(path).stem == panel["name"]], settings["dots_per_inch"])
     return f"panels {', '.join(panel['letter'] for panel in settings['panels'])}"
 
 
 def _on_its_own(
-    panel: dict[str, Any], tree: xr.DataTree, tests: pd.DataFrame | None, settings: PanelsSettings
+    panel: dict[str, Any], trees: Mapping[str, xr.DataTree], tests: pd.DataFrame | None, settings: PanelsSettings
 ) -> Figure:
     """Draw a panel with all of its layers, and its key below."""
-    width_mm = settings["width_mm"]
-    key_mm = key_height_mm([panel], tree, settings, width_mm)
+    width_mm, tree = settings["width_mm"], trees[panel["run"]]
+    key_mm = key_height_mm([panel], trees, settings, width_mm)
     body_mm = panel_height(max(1, len(layers_of(panel, tree))), ROW_HEIGHT_MM)
     figure = Figure(figsize=(width_mm * MM, (body_mm + key_mm) * MM))
     body, foot = figure.subfigures(2, 1, height_ratios=[body_mm, key_mm], squeeze=False)[:, 0]
     draw_panel(body, panel, tree, tests, settings, note=data_words(tree.attrs.get("dataset")))
-    draw_key(foot, [panel], tree, settings, width_mm, key_mm)
+    draw_key(foot, [panel], trees, settings, width_mm, key_mm)
     return figure

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
@@ -17,7 +18,7 @@ from autospec.describe import group_words
 from autospec.figures.differences import edges
 from autospec.figures.layout import name_axes, place_axes
 from autospec.figures.selection import at_chance, rank_limits, recorded_statistics, shown_groups
-from autospec.figures.style import colours, dashes, power_of_ten, sigma
+from autospec.figures.style import GREYS, GROUP_COLOURS, colours, dashes, power_of_ten, sigma
 from autospec.statistics.sizes import training_samples
 
 RIGHT_MM = 5.0
@@ -28,7 +29,7 @@ LIMIT_WORDS = (
     "limit of resolution: a group's singular values differ from those of all other samples' share by at most σ₁ of the "
     "whole batch's gradient"
 )
-GREY_WORDS = "A network at chance on held-out data is drawn in grey, its groups solid, dashed, dash-dotted and dotted in this order."
+GREY_WORDS = "A network at chance on held-out data is drawn in grey."
 # Lines beyond the rank that a group's rows allow.
 PALE = 0.25
 
@@ -172,32 +173,36 @@ def _name_lines(axes: Axes, last: np.ndarray, drawn: list[int]) -> None:
         )
 
 
-def legend(figure: Any, tree: xr.DataTree, width_mm: float, singular_values: list[int], **where: Any) -> None:
-    """Name the groups and every other mark of panels of spectra, in as many columns as fit."""
-    groups = shown_groups(tree)
-    sizes = training_samples(tree)
-    handles: list[Any] = [
-        Line2D(
-            [],
-            [],
-            color=colours(groups)[group],
-            linewidth=1.2,
-            linestyle=dashes(groups)[group],
-            label=group_words("whole batch" if i == 0 else group, sizes.get(group)),
-        )
-        for i, group in enumerate(groups)
-    ]
-    handles.append(Patch(color=FLOOR_COLOUR, linewidth=0, label="below the noise floor"))
-    handles.append(Line2D([], [], label="limit of resolution", **LIMIT))
-    handles.append(Line2D([], [], color="#0072B2", alpha=PALE, linewidth=1.2, label="pale: beyond the attainable rank"))
+def legend(figure: Any, trees: list[xr.DataTree], width_mm: float, singular_values: list[int], **where: Any) -> None:
+    """Name the groups and every other mark of panels of spectra, in as many columns as fit.
+
+    A group has the line of the runs that learned something, that of the runs at chance, or both beside each other, as
+    there are such runs among those drawn.
+    """
+    groups, sizes = shown_groups(trees[0]), training_samples(trees[0])
+    kinds = sorted({at_chance(tree) for tree in trees})
+    handles: list[Any] = []
+    labels = []
+    for i, group in enumerate(groups):
+        looks = dict.fromkeys((colours(groups, grey)[group], dashes(groups, grey)[group]) for grey in kinds)
+        lines = tuple(Line2D([], [], color=colour, linewidth=1.2, linestyle=dash) for colour, dash in looks)
+        handles.append(lines if len(lines) > 1 else lines[0])
+        labels.append(group_words("whole batch" if i == 0 else group, sizes.get(group)))
+    pale = (GREYS if all(kinds) else GROUP_COLOURS)[0]
+    marks: dict[str, Any] = {
+        "below the noise floor": Patch(color=FLOOR_COLOUR, linewidth=0),
+        "limit of resolution": Line2D([], [], **LIMIT),
+        "pale: beyond the attainable rank": Line2D([], [], color=pale, alpha=PALE, linewidth=1.2),
+    }
     if singular_values:
-        numbers = ", ".join(map(sigma, singular_values))
-        handles.append(Line2D([], [], linestyle="none", label=f"thick to thin: {numbers}"))
+        marks[f"thick to thin: {', '.join(map(sigma, singular_values))}"] = Line2D([], [], linestyle="none")
     figure.legend(
-        handles=handles,
+        handles=[*handles, *marks.values()],
+        labels=[*labels, *marks],
+        handler_map={tuple: HandlerTuple(ndivide=None)},
         frameon=False,
-        ncols=min(len(handles), _columns(width_mm)),
-        handlelength=1.8,
+        ncols=min(len(handles) + len(marks), _columns(width_mm)),
+        handlelength=1.8 if len(kinds) == 1 else 4.0,
         columnspacing=1.2,
         **where,
     )
