@@ -364,6 +364,22 @@ def test_the_legend_shows_the_lines_that_are_drawn_grey_ones_too(tree):
     assert shown([grey, tree], 2 * len(GROUPS) - 1) == [colour[0], *both]
 
 
+def test_the_legend_names_the_singular_values_that_are_drawn_and_their_widths_are_its_order(tree):
+    asked = [30, 4, 2]  # the second layer has three
+    axes = draw_spectra(figure(), tree, asked, NAMES)
+    wide, thin = (line.get_linewidth() for line in axes[0, 1].get_lines()[:2])
+    assert wide > thin == axes[1, 1].get_lines()[0].get_linewidth()
+
+    def said(**settings) -> str:
+        panel.draw_key(place := figure(), [SPECTRA], {"net": tree}, DRAWING | settings, 180.0, 30.0)
+        return place.legends[0].get_texts()[-1].get_text()
+
+    assert said(singular_values=asked) == "thick to thin: σ₄, σ₂"
+    assert said(singular_values=[30]) == "pale: beyond the attainable rank"
+    tree["layers/z.weight"] = tree["layers/z.weight"].to_dataset().isel(index=slice(3))
+    assert said(singular_values=asked) == "thick to thin: σ₂"
+
+
 def test_eight_groups_at_chance_are_told_apart():
     names = ["all", *"abcdefgh"]
     looks = [(str(dashes(names, True)[name]), int(colours(names, True)[name][1:3], 16)) for name in names[1:]]

@@ -143,10 +143,20 @@ def draw_key(
     shown = [trees[panel["run"]] for panel in panels if shows_spectra(panel)]
     if shown:
         where: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 1.0), "borderaxespad": 0.1}
-        legend(figure, shown, width_mm, settings["singular_values"], **where)
+        legend(figure, shown, width_mm, _drawn_values(panels, trees, settings), **where)
         below = legend_height_mm(shown[0], width_mm)
     text = key_text(panels, settings, width_mm)
     figure.text(0.5, 1 - (below + 0.8) / height_mm, text, ha="center", va="top", fontsize=KEY_POINTS)
+
+
+def _drawn_values(panels: list[dict[str, Any]], trees: Mapping[str, xr.DataTree], settings: Any) -> list[int]:
+    """Those of the singular values asked for that some layer of the panels of spectra has."""
+    there: set[int] = set()
+    for panel in filter(shows_spectra, panels):
+        tree = trees[panel["run"]]
+        for layer in shown_layers(layers_of(panel, tree), settings.get("layers_per_panel")):
+            there.update(tree["layers"][layer]["index"].values.tolist())
+    return [k for k in settings["singular_values"] if k in there]
 
 
 def key_text(panels: list[dict[str, Any]], settings: Any, width_mm: float) -> str:

@@ -80,7 +80,7 @@ def draw_trajectories(axes: Axes, tree: xr.DataTree, layer: str, statistic: str,
                 steps,
                 values[position, number],
                 color=palette[group],
-                linewidth=max(0.35, 1.1 - 0.2 * number),
+                linewidth=max(0.35, 1.1 - 0.2 * singular_values.index(k)),  # the same in layers that have fewer of them
                 linestyle=patterns[group],
                 alpha=PALE if k > limits[position] else None,
                 zorder=1 if position == 0 else 2,
