@@ -365,4 +365,5 @@ def _drawing(config: Config, panels: list[Panel]) -> dict[str, Any]:
         "singular_values": config.figures.singular_values if spectra else None,
         "alpha": config.statistics.alpha if pairs else None,
         "variance": config.statistics.variance if pairs else None,
+        "scale": config.statistics.scale if pairs else None,
     }

@@ -41,7 +41,7 @@ SPECTRA = {
     "letter": "A", "name": "net", "run": "net", "compare": None, "test": "paper", "by_position": False, "pair": None,
     "architecture": "mlp", "task": "autoencoder", "hidden": [6, 4], "activation": "tanh",
 }  # fmt: skip
-DRAWING = {"singular_values": [1, 2], "variance": "student", "alpha": 0.05}
+DRAWING = {"singular_values": [1, 2], "variance": "student", "alpha": 0.05, "scale": "raw"}
 
 
 def figure() -> Figure:
@@ -550,6 +550,8 @@ def test_the_key_says_what_a_test_is_and_under_paper_what_it_is_not():
     assert "takes dependent samples for independent: no test of groups" in paper
     assert "permuted" not in paper
     assert "Welch's" in key_text([pair], {**DRAWING, "variance": "welch"}, 500.0)
+    assert "logarithms" not in paper
+    assert "t-test of the values' logarithms" in key_text([pair], {**DRAWING, "scale": "log"}, 500.0)
     valid = key_text([{**pair, "test": "permutation"}, {**pair, "test": "refit"}], DRAWING, 500.0)
     assert "labels permuted with the weights as they are" in valid
     assert "labels permuted before training" in valid

@@ -240,16 +240,17 @@ def difference_words(rows: pd.DataFrame, test: str) -> str:
     return f"test: {test}, smallest p {found['p_adjusted']:.2g}, effect {effect_words(found)}"
 
 
-def difference_key(tests: set[str], alpha: float, variance: str) -> str:
+def difference_key(tests: set[str], alpha: float, variance: str, scale: str) -> str:
     """What the marks of panels of differences mean."""
     name = {"student": "Student's", "welch": "Welch's"}[variance]
+    of_what = {"raw": "", "log": " of the values' logarithms, else"}[scale]
     parts = [
         "Differences: dotted grey, below the noise floor; hatched, beyond the rank that either group's samples allow."
     ]
     if "paper" in tests:
         parts.append(
             f"Test paper: dots at the right, singular values with p < {alpha:g} over steps; squares above, steps with "
-            f"p < {alpha:g} over singular values; uncorrected. {name} t-test as in the paper, which takes dependent "
+            f"p < {alpha:g} over singular values; uncorrected. {name} t-test{of_what} as in the paper, which takes dependent "
             "samples for independent: no test of groups."
         )
     valid = [test for test in ("permutation", "refit") if test in tests]

@@ -35,6 +35,7 @@ class PageSettings(TypedDict):
     singular_values: list[int] | None
     alpha: float | None
     variance: str | None
+    scale: str | None
 
 
 def build_page(settings: PageSettings, runs: dict[str, str], tests: dict[str, str], outputs: list[str]) -> str:

@@ -36,6 +36,7 @@ class PanelsSettings(TypedDict):
     singular_values: list[int] | None
     alpha: float | None
     variance: str | None
+    scale: str | None
 
 
 def shows_spectra(panel: dict[str, Any]) -> bool:
@@ -124,7 +125,7 @@ def key_words(panels: list[dict[str, Any]], settings: Any) -> list[str]:
     if any(map(shows_spectra, panels)):
         texts.append(f"{LIMIT_WORDS[0].upper()}{LIMIT_WORDS[1:]}. {GREY_WORDS}")
     if compared:
-        texts.append(difference_key(compared, settings["alpha"], settings["variance"]))
+        texts.append(difference_key(compared, settings["alpha"], settings["variance"], settings["scale"]))
     if any(panel["by_position"] for panel in panels):
         texts.append(POSITION_KEY)
     return texts
