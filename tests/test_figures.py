@@ -605,6 +605,33 @@ def test_positions_that_no_layer_has_are_one_sentence(tree):
         draw_panel(figure(), {**SPECTRA, "by_position": True}, tree, None, DRAWING)
 
 
+def test_what_stands_above_the_axes_keeps_clear_of_each_other_however_long_names_are(along, tests):
+    names = {
+        "0": "diagnosis=SCHIZOPHRENIA & sex=M & site=OSLO",
+        "3": "diagnosis=HEALTHY & sex=M & a name of many words",
+    }
+    renamed = along.map_over_datasets(lambda node: node.assign_coords(group=["all", names["0"], "1", names["3"]]))
+    renamed["grouping"] = along["grouping"]
+    renamed.attrs["performance"] = {"held_out": 29, "accuracy": 0.5, "chance": 0.55, "at_chance": True}
+    pair = {**SPECTRA, "compare": list(names.values()), "test": "permutation"}
+    panels = [pair, {**SPECTRA, "by_position": True, "pair": list(names.values())}]
+    table = pd.concat([tests, permuted("permutation")]).replace({"group_a": names, "group_b": names})
+    size = {"width_mm": 180.0, "height_mm": 200.0, "layers_per_panel": 2}
+    settings = {**DRAWING, **size, "heading": "Figure", "panels": panels}
+    with rc_context(STYLE):
+        (sheet,) = compose(settings, {"net": renamed}, {"net": table})
+        alone = [panel._on_its_own(each, {"net": renamed}, table, {**settings, "width_mm": 80.0}) for each in panels]
+        for whole, places in ((sheet, sheet.subfigs[1].subfigs), *((each, each.subfigs[:1]) for each in alone)):
+            whole.draw_without_rendering()
+            for place in places:
+                words = [place.texts[1], *(text for ax in place.axes for text in ax.texts)]
+                boxes = [text.get_window_extent() for text in words]
+                assert len(boxes) >= 5
+                assert not [both for both in combinations(boxes, 2) if both[0].overlaps(both[1])]
+            tops = {round(place.axes[0].get_window_extent().y1) for place in places}
+            assert len(tops) == 1  # beside each other
+
+
 def eight_panels(study) -> dict:
     """Settings of a figure of eight panels of the study's two runs."""
     settings = specs.figure_settings(study.config, "small")

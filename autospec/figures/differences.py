@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from autospec.describe import effect_words
-from autospec.figures.layout import bar_axes, name_axes, place_axes
+from autospec.figures.layout import HEAD_MM, bar_axes, name_axes, place_axes
 from autospec.figures.selection import at_chance, rank_limits, recorded_statistics
 from autospec.statistics.table import smallest_p
 
@@ -103,6 +103,7 @@ def draw_differences(
     test: str,
     variance: str,
     layers: list[str],
+    head_mm: float = HEAD_MM,
 ) -> np.ndarray:
     """Draw one row of axes a layer, one column a statistic.
 
@@ -122,13 +123,15 @@ def draw_differences(
         Which of the paper's t-tests.
     layers : list of str
         Which layers to draw.
+    head_mm : float
+        Height above the axes.
 
     Returns
     -------
     ndarray of Axes, shape (layers, statistics)
     """
     statistics = recorded_statistics(tree)
-    axes = place_axes(figure, len(layers), len(statistics), RIGHT_MM)
+    axes = place_axes(figure, len(layers), len(statistics), RIGHT_MM, head_mm)
     ratios = {
         (layer, statistic): log_ratio(tree, layer, statistic, pair) for layer in layers for statistic in statistics
     }

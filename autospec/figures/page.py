@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import matplotlib
@@ -11,7 +12,15 @@ from matplotlib.figure import Figure
 
 from autospec.describe import data_words
 from autospec.figures.layout import panel_height
-from autospec.figures.panel import ROW_HEIGHT_MM, draw_key, draw_panel, key_height_mm, layers_of
+from autospec.figures.panel import (
+    ROW_HEIGHT_MM,
+    draw_key,
+    draw_panel,
+    heading_words,
+    key_height_mm,
+    layers_of,
+    panel_head_mm,
+)
 from autospec.figures.selection import shown_layers
 from autospec.figures.style import MM, STYLE, save_pages
 from autospec.statistics.table import read_tests
@@ -64,24 +73,44 @@ def build_page(settings: PageSettings, runs: dict[str, str], tests: dict[str, st
     return f"{name}: {len(settings['panels'])} panels on {len(pages)} page{'s' * (len(pages) > 1)}"
 
 
+@dataclass(frozen=True)
+class _Row:
+    """Panels beside each other: how many rows of axes the largest has, and how much room above them all of them need."""
+
+    panels: list[dict[str, Any]]
+    count: int
+    head_mm: float
+
+    def height(self, axes_mm: float) -> float:
+        return panel_height(self.count, axes_mm, self.head_mm)
+
+
 def compose(settings: PageSettings, trees: dict[str, xr.DataTree], tables: dict[str, pd.DataFrame]) -> list[Figure]:
     """Draw the pages; the parts of each are a heading, the panels, and the key."""
     panels = settings["panels"]
-    rows = [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]
-    counts = [
-        max(
-            1,
-            *(len(shown_layers(layers_of(panel, trees[panel["run"]]), settings["layers_per_panel"])) for panel in row),
-        )
-        for row in rows
-    ]
+    rows = [_row(panels[start : start + COLUMNS], settings, trees, tables) for start in range(0, len(panels), COLUMNS)]
     room = settings["height_mm"] - HEAD_MM - key_height_mm(panels, trees, settings, settings["width_mm"])
-    starts = paginate([panel_height(count, LEAST_ROW_MM) for count in counts], room)
+    starts = paginate([row.height(LEAST_ROW_MM) for row in rows], room)
     pages = []
     for number, (start, stop) in enumerate(zip(starts, [*starts[1:], len(rows)], strict=True), 1):
         heading = settings["heading"] + (f"  ({number} of {len(starts)})" if len(starts) > 1 else "")
-        pages.append(_page(heading, rows[start:stop], counts[start:stop], room, settings, trees, tables))
+        pages.append(_page(heading, rows[start:stop], room, settings, trees, tables))
     return pages
+
+
+def _row(
+    panels: list[dict[str, Any]],
+    settings: PageSettings,
+    trees: dict[str, xr.DataTree],
+    tables: dict[str, pd.DataFrame],
+) -> _Row:
+    most, counts, heads = settings["layers_per_panel"], [1], []
+    for panel in panels:
+        tree = trees[panel["run"]]
+        counts.append(len(shown_layers(layers_of(panel, tree), most)))
+        words = heading_words(panel, tree, tables.get(panel["run"]), settings, most)
+        heads.append(panel_head_mm(panel, tree, words, settings["width_mm"] / COLUMNS))
+    return _Row(panels, max(counts), max(heads))
 
 
 def paginate(heights: list[float], room: float) -> list[int]:
@@ -110,20 +139,19 @@ def paginate(heights: list[float], room: float) -> list[int]:
 
 def _page(
     heading: str,
-    rows: list[list[dict[str, Any]]],
-    counts: list[int],
+    rows: list[_Row],
     room: float,
     settings: PageSettings,
     trees: dict[str, xr.DataTree],
     tables: dict[str, pd.DataFrame],
 ) -> Figure:
     """Draw one page; rows of panels share what room is left, up to the height that a panel of its own has."""
-    panels = [panel for row in rows for panel in row]
+    panels = [panel for row in rows for panel in row.panels]
     width_mm = settings["width_mm"]
     key_mm = key_height_mm(panels, trees, settings, width_mm)
-    spare = (room - sum(panel_height(count, LEAST_ROW_MM) for count in counts)) / sum(counts)
+    spare = (room - sum(row.height(LEAST_ROW_MM) for row in rows)) / sum(row.count for row in rows)
     axes_mm = LEAST_ROW_MM + min(max(0.0, spare), ROW_HEIGHT_MM - LEAST_ROW_MM)
-    heights = [panel_height(count, axes_mm) for count in counts]
+    heights = [row.height(axes_mm) for row in rows]
     used = HEAD_MM + sum(heights) + key_mm
     height_mm = max(settings["height_mm"], used)
     figure = Figure(figsize=(width_mm * MM, height_mm * MM))
@@ -134,8 +162,8 @@ def _page(
     head.text(1 - 2 / width_mm, 0.45, "; ".join(filter(None, notes)), fontsize=6.5, ha="right", va="center")
     places = body.subfigures(len(rows), COLUMNS, squeeze=False, height_ratios=heights)
     for row, beside in zip(rows, places, strict=True):
-        for panel, place in zip(row, beside, strict=False):
-            tests = tables.get(panel["run"])
-            draw_panel(place, panel, trees[panel["run"]], tests, settings, settings["layers_per_panel"])
+        for panel, place in zip(row.panels, beside, strict=False):
+            tree, tests = trees[panel["run"]], tables.get(panel["run"])
+            draw_panel(place, panel, tree, tests, settings, settings["layers_per_panel"], head_mm=row.head_mm)
     draw_key(foot, panels, trees, settings, width_mm, key_mm)
     return figure

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from autospec.describe import data_words, network, performance_words
 from autospec.errors import UserError
 from autospec.figures.differences import difference_key, difference_words, draw_differences, of_pair
-from autospec.figures.layout import KEY_LINE_MM, panel_height, wrap, write_heading
-from autospec.figures.positions import POSITION_KEY, draw_positions, tied_layers
+from autospec.figures.layout import HEAD_MM, KEY_LINE_MM, head_height, panel_height, wrap, write_heading
+from autospec.figures.positions import POSITION_KEY, column_names, draw_positions, tied_layers
 from autospec.figures.selection import shown_groups, shown_layers
 from autospec.figures.spectra import GREY_WORDS, LIMIT_WORDS, draw_spectra, legend, legend_height_mm
 from autospec.figures.style import MM, STYLE, save
@@ -49,6 +49,35 @@ def layers_of(panel: dict[str, Any], tree: xr.DataTree) -> list[str]:
     return tied_layers(tree) if panel["by_position"] else list(tree["layers"].children)
 
 
+def heading_words(
+    panel: dict[str, Any],
+    tree: xr.DataTree,
+    tests: pd.DataFrame | None,
+    settings: Any,
+    most_layers: int | None = None,
+    note: str = "",
+) -> str:
+    """What stands below the title of a panel, of which `draw_panel` takes the same."""
+    pair = _pair(panel, tree)
+    words = [performance_words(tree.attrs.get("performance"))]
+    if panel["compare"] is not None:
+        assert tests is not None
+        rows = of_pair(tests, pair, panel["test"], settings["variance"])
+        words = [f"{pair[0]} against {pair[1]}", difference_words(rows, panel["test"]), *words]
+    elif panel["by_position"]:
+        words = [f"positions in time: {pair[0]} against {pair[1]}", *words]
+    everything = layers_of(panel, tree)
+    layers = shown_layers(everything, most_layers)
+    if len(layers) < len(everything):
+        words.append(f"{len(layers)} of {len(everything)} layers")
+    return "; ".join(filter(None, [*words, note]))
+
+
+def panel_head_mm(panel: dict[str, Any], tree: xr.DataTree, words: str, width_mm: float) -> float:
+    """Height above the axes that a panel needs, with these words below its title."""
+    return head_height(words, column_names(_pair(panel, tree), width_mm) if panel["by_position"] else [], width_mm)
+
+
 def draw_panel(
     figure: Any,
     panel: dict[str, Any],
@@ -57,6 +86,7 @@ def draw_panel(
     settings: Any,
     most_layers: int | None = None,
     note: str = "",
+    head_mm: float = HEAD_MM,
 ) -> np.ndarray:
     """Draw a panel: spectra, the differences of two groups, or spectra along positions.
 
@@ -76,6 +106,8 @@ def draw_panel(
         Draw only so many layers, and say so; all of them by default.
     note : str
         What a reader must know of the data; a page says it once, at its top.
+    head_mm : float
+        Height above the axes: as much as `panel_head_mm` says, or as panels beside this one need.
 
     Returns
     -------
@@ -87,22 +119,16 @@ def draw_panel(
         If the run has no such group.
     """
     pair = _pair(panel, tree)
-    everything = layers_of(panel, tree)
-    layers = shown_layers(everything, most_layers)
-    words = [performance_words(tree.attrs.get("performance"))]
+    words = heading_words(panel, tree, tests, settings, most_layers, note)
+    layers = shown_layers(layers_of(panel, tree), most_layers)
     if panel["compare"] is not None:
         assert tests is not None
-        rows = of_pair(tests, pair, panel["test"], settings["variance"])
-        words = [f"{pair[0]} against {pair[1]}", difference_words(rows, panel["test"]), *words]
-        axes = draw_differences(figure, tree, tests, pair, panel["test"], settings["variance"], layers)
+        axes = draw_differences(figure, tree, tests, pair, panel["test"], settings["variance"], layers, head_mm)
     elif panel["by_position"]:
-        words = [f"positions in time: {pair[0]} against {pair[1]}", *words]
-        axes = draw_positions(figure, tree, pair, layers)
+        axes = draw_positions(figure, tree, pair, layers, head_mm)
     else:
-        axes = draw_spectra(figure, tree, settings["singular_values"], layers)
-    if len(layers) < len(everything):
-        words.append(f"{len(layers)} of {len(everything)} layers")
-    write_heading(figure, f"{panel['letter']}   {network(panel)}", "; ".join(filter(None, [*words, note])))
+        axes = draw_spectra(figure, tree, settings["singular_values"], layers, head_mm)
+    write_heading(figure, f"{panel['letter']}   {network(panel)}", words)
     return axes
 
 
@@ -206,9 +232,11 @@ def _on_its_own(
     """Draw a panel with all of its layers, and its key below."""
     width_mm, tree = settings["width_mm"], trees[panel["run"]]
     key_mm = key_height_mm([panel], trees, settings, width_mm)
-    body_mm = panel_height(max(1, len(layers_of(panel, tree))), ROW_HEIGHT_MM)
+    note = data_words(tree.attrs.get("dataset"))
+    head_mm = panel_head_mm(panel, tree, heading_words(panel, tree, tests, settings, note=note), width_mm)
+    body_mm = panel_height(max(1, len(layers_of(panel, tree))), ROW_HEIGHT_MM, head_mm)
     figure = Figure(figsize=(width_mm * MM, (body_mm + key_mm) * MM))
     body, foot = figure.subfigures(2, 1, height_ratios=[body_mm, key_mm], squeeze=False)[:, 0]
-    draw_panel(body, panel, tree, tests, settings, note=data_words(tree.attrs.get("dataset")))
+    draw_panel(body, panel, tree, tests, settings, note=note, head_mm=head_mm)
     draw_key(foot, [panel], trees, settings, width_mm, key_mm)
     return figure

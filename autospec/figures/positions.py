@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from autospec.errors import UserError
 from autospec.figures.differences import COLOURS, GREYS, UNRESOLVED, colour_limit, draw_cells, draw_ratio_bar, edges
-from autospec.figures.layout import name_axes, place_axes, size_of
+from autospec.figures.layout import COLUMN_GAP_MM, HEAD_MM, LEFT_MM, NAME_POINTS, name_axes, place_axes, size_of, wrap
 from autospec.figures.selection import at_chance
 from autospec.figures.spectra import label_decades
 
@@ -39,7 +39,15 @@ def largest_by_position(tree: xr.DataTree, layer: str, group: str) -> np.ndarray
     return np.where(values > floor[:, None], values, np.nan).astype(float).T
 
 
-def draw_positions(figure: Any, tree: xr.DataTree, pair: list[str], layers: list[str]) -> np.ndarray:
+def column_names(pair: list[str], width_mm: float) -> list[str]:
+    """Names of a panel's columns, in lines that keep clear of each other."""
+    between_centres = (width_mm - LEFT_MM - RIGHT_MM - BAR_MM + COLUMN_GAP_MM) / 3
+    return [wrap(name, between_centres - 3, NAME_POINTS) for name in (*pair, "ratio")]
+
+
+def draw_positions(
+    figure: Any, tree: xr.DataTree, pair: list[str], layers: list[str], head_mm: float = HEAD_MM
+) -> np.ndarray:
     """Draw one row of axes a layer; a column for each of two groups, and one for their ratio.
 
     Parameters
@@ -52,6 +60,8 @@ def draw_positions(figure: Any, tree: xr.DataTree, pair: list[str], layers: list
         The two groups.
     layers : list of str
         Which layers to draw.
+    head_mm : float
+        Height above the axes.
 
     Returns
     -------
@@ -67,7 +77,7 @@ def draw_positions(figure: Any, tree: xr.DataTree, pair: list[str], layers: list
             "a panel shows positions, but no layer of the run has weights that are used at several: take the panel out "
             "of the config, or choose a recurrent network or one with tokens."
         )
-    axes = place_axes(figure, len(layers), 3, RIGHT_MM + BAR_MM)
+    axes = place_axes(figure, len(layers), 3, RIGHT_MM + BAR_MM, head_mm)
     for ax in axes[:, 2]:  # makes room for the scale of both groups beside theirs
         box = ax.get_position()
         ax.set_position((box.x0 + BAR_MM / size_of(figure).width, box.y0, box.width, box.height))
@@ -91,7 +101,7 @@ def draw_positions(figure: Any, tree: xr.DataTree, pair: list[str], layers: list
             ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         draw_cells(row[2], steps, positions, ratios[layer], limit, GREYS if grey else COLOURS)
         _bar(figure, row[1], scale, "Greys_r" if grey else "cividis")
-    name_axes(axes, layers, [*pair, "ratio"], "position")
+    name_axes(axes, layers, column_names(pair, size_of(figure).width), "position")
     draw_ratio_bar(figure, axes[0, -1], axes[-1, -1], limit, GREYS if grey else COLOURS, pair)
     return axes
 

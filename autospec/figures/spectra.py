@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox, TransformedBbox
 
 from autospec.describe import group_words
 from autospec.figures.differences import edges
-from autospec.figures.layout import name_axes, place_axes
+from autospec.figures.layout import HEAD_MM, name_axes, place_axes
 from autospec.figures.selection import at_chance, rank_limits, recorded_statistics, shown_groups
 from autospec.figures.style import GREYS, GROUP_COLOURS, colours, dashes, power_of_ten, sigma
 from autospec.statistics.sizes import training_samples
@@ -34,7 +34,9 @@ GREY_WORDS = "A network at chance on held-out data is drawn in grey."
 PALE = 0.25
 
 
-def draw_spectra(figure: Any, tree: xr.DataTree, singular_values: list[int], layers: list[str]) -> np.ndarray:
+def draw_spectra(
+    figure: Any, tree: xr.DataTree, singular_values: list[int], layers: list[str], head_mm: float = HEAD_MM
+) -> np.ndarray:
     """Draw one row of axes a layer, one column a statistic.
 
     Parameters
@@ -47,13 +49,15 @@ def draw_spectra(figure: Any, tree: xr.DataTree, singular_values: list[int], lay
         Which singular values to draw, from 1.
     layers : list of str
         Which layers to draw.
+    head_mm : float
+        Height above the axes.
 
     Returns
     -------
     ndarray of Axes, shape (layers, statistics)
     """
     statistics = recorded_statistics(tree)
-    axes = place_axes(figure, len(layers), len(statistics), RIGHT_MM)
+    axes = place_axes(figure, len(layers), len(statistics), RIGHT_MM, head_mm)
     for row, layer in enumerate(layers):
         for column, statistic in enumerate(statistics):
             draw_trajectories(axes[row, column], tree, layer, statistic, singular_values)
