@@ -97,7 +97,7 @@ def imbalance_after_matching(worst: float) -> str:
 def balance_in_words(
     labels: np.ndarray, pair: tuple[str, str], numbers: Mapping[str, np.ndarray], subjects: Sequence[str]
 ) -> tuple[str, float]:
-    """Standardised differences of the groups in words, and the largest."""
+    """Standardised differences of the groups in words, and the largest; none where a group has one subject, who has no spread."""
     words, worst = [], 0.0
     for name, values in numbers.items():
         known = np.array([each in pair for each in labels]) & np.isfinite(values)
@@ -105,7 +105,7 @@ def balance_in_words(
             continue
         means, unit = by_subject(values, known, subjects)
         in_first = (labels[known] == pair[0])[np.unique(unit, return_index=True)[1]]
-        if in_first.all() or not in_first.any():
+        if min(in_first.sum(), (~in_first).sum()) < 2:
             continue
         difference = float(standardised_difference(means[:, None], in_first)[0])
         words.append(f"{name} {difference:+.2f}")

@@ -18,6 +18,7 @@ from autospec.errors import UserError
 from autospec.introspection.groups import Groups
 from autospec.introspection.sample_shares import sample_shares
 from autospec.statistics import permute
+from autospec.statistics.covariates import balance_in_words
 from autospec.statistics.matching import matched_pairs, standardised_difference
 from autospec.statistics.permutation_test import permutation_test
 from autospec.statistics.permutations import compare, draw_labellings
@@ -409,6 +410,15 @@ def test_a_standardised_difference_is_in_pooled_deviations():
     a, b = np.array([[1.0], [3.0]]), np.array([[5.0], [9.0]])
     values, in_first = np.concatenate([a, b]), np.array([True, True, False, False])
     assert standardised_difference(values, in_first)[0] == pytest.approx((2 - 7) / np.sqrt((1 + 4) / 2))
+
+
+def test_one_subject_alone_has_no_balance():
+    labels = np.array(["HC", "SZ", "SZ", "HC", None], dtype=object)
+    numbers = {"age": np.array([20.0, 30, 40, np.nan, 50]), "mean_fd": np.array([0.1, 0.2, 0.4, 0.3, 0.5])}
+    words, worst = balance_in_words(labels, ("HC", "SZ"), numbers, [*"abcde"])
+    assert words == "mean_fd -1.00"
+    assert worst == pytest.approx(1.0)
+    assert balance_in_words(labels[:2], ("HC", "SZ"), {"age": numbers["age"][:2]}, [*"ab"]) == ("", 0.0)
 
 
 # ---------------------------------------------------------------------- which runs
