@@ -47,12 +47,14 @@ def effect_words(row: Any) -> str:
 
 
 def interval_words(estimate: float | None, low: float | None, high: float | None) -> str:
-    """A number with its interval."""
+    """A number with its interval, or what there is instead of one."""
     if estimate is None or not math.isfinite(estimate):
         return "–"
     ends = [math.nan if end is None else end for end in (low, high)]
     if all(map(math.isinf, ends)):
         return f"{two_digits(estimate)} (too few labellings for an interval)"
+    if any(map(math.isnan, ends)):
+        return f"{two_digits(estimate)} (no interval)"
     return f"{two_digits(estimate)} ({two_digits(ends[0])} to {two_digits(ends[1])})"
 
 

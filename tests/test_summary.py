@@ -136,6 +136,8 @@ def test_the_page_explains_every_column():
         ((3.21, 1.0, 5.55), "3.2 (1 to 5.5)"),
         ((-139.6, -141.2, -99.4), "-140 (-141 to -99)"),
         ((2.0, -np.inf, np.inf), "2 (too few labellings for an interval)"),
+        ((-0.24, None, None), "-0.24 (no interval)"),
+        ((-0.24, np.nan, np.nan), "-0.24 (no interval)"),
         ((None, None, None), "–"),
     ],
 )

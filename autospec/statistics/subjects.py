@@ -16,7 +16,7 @@ REPETITIONS = 200
 WHAT_IT_IS = (
     "95 % intervals of statistics by their standard deviations over subjects who are drawn again with replacement within each "
     "group (cosines on Fisher's z scale), with the networks as they were trained: how much another sample of subjects might "
-    "change them."
+    "change them. There is none where the share of subjects who are drawn together is zero, as that of few may be."
 )
 # A cosine nearer to one than this is rounding.
 LARGEST_COSINE = 1 - 1e-9
@@ -79,7 +79,9 @@ def resampled(shares: SampleShares, comparison: Comparison, times: np.ndarray) -
             largest[row, part] = torch.linalg.matrix_norm(sums, 2).cpu().numpy()
         inner = (a * b).sum((1, 2)) / (torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(b))
         cosine[part] = inner.cpu().numpy()
-    return {"log2_ratio": np.log2((largest[0] / sizes[0]) / (largest[1] / sizes[1])), "cosine": cosine}
+    with np.errstate(divide="ignore", invalid="ignore"):  # a share of zero
+        log2_ratio = np.log2((largest[0] / sizes[0]) / (largest[1] / sizes[1]))
+    return {"log2_ratio": log2_ratio, "cosine": cosine}
 
 
 def interval(values: np.ndarray, cosine: bool) -> dict[str, float | None]:
@@ -91,7 +93,8 @@ def interval(values: np.ndarray, cosine: bool) -> dict[str, float | None]:
     between -1 and 1.
     """
     scaled = np.arctanh(np.clip(values, -LARGEST_COSINE, LARGEST_COSINE)) if cosine else values
-    half = stats.norm.ppf((1 + LEVEL) / 2) * scaled[1:].std(ddof=1)
+    with np.errstate(invalid="ignore"):  # a draw with a share of zero
+        half = stats.norm.ppf((1 + LEVEL) / 2) * scaled[1:].std(ddof=1)
     low, high = scaled[0] - half, scaled[0] + half
     ends = (np.tanh(low), np.tanh(high)) if cosine else (low, high)
     numbers = {"estimate": values[0], "low": ends[0], "high": ends[1]}

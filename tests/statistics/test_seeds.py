@@ -11,6 +11,7 @@ from autospec.statistics.build import build_tests
 from autospec.statistics.permutations import compare
 from autospec.statistics.permute import shares_at
 from autospec.statistics.seeds import WHAT_IT_IS, bootstrap_mean, describe_seeds, mixed_model
+from autospec.statistics.subjects import WHAT_IT_IS as WHAT_INTERVALS_ARE
 from autospec.statistics.subjects import drawn_subjects, interval, population_intervals, resampled
 from autospec.storage import write_packed
 from autospec.training.prepare import prepare
@@ -124,6 +125,13 @@ def test_drawn_subjects_weigh_as_often_as_they_are_drawn(tmp_path):
             half = stats.norm.ppf(0.975) * np.std(scale(found[1:]), ddof=1)
             ends = [each[name]["low"], each[name]["high"]]
             assert ends == pytest.approx([back(scale(found[0]) - half), back(scale(found[0]) + half)])
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_there_is_no_interval_where_a_draw_has_a_share_of_zero(cosine):
+    values = np.array([0.2, 0.1, np.nan if cosine else -np.inf, 0.3])
+    assert interval(values, cosine) == {"estimate": pytest.approx(0.2), "low": None, "high": None}
+    assert "There is none where the share of subjects who are drawn together is zero" in WHAT_INTERVALS_ARE
 
 
 @pytest.mark.parametrize("signal", [0.25, 1.0])
