@@ -76,10 +76,13 @@ def performance_words(performance: dict[str, Any] | None) -> str:
     chance = performance.get("chance")
     inside = [f"chance {chance:.2f}"] if measure == "accuracy" and chance is not None else []
     inside.append(f"N = {performance['held_out']}")
-    words = f"{MEASURES[measure]} {performance[measure]:.2f} ({', '.join(inside)})"
+    value = performance[measure]
+    # Near zero two decimals would not tell what is above chance from what is below.
+    shown = f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.2f}"
+    words = f"{MEASURES[measure]} {shown} ({', '.join(inside)})"
     if not performance.get("at_chance"):
         return f"held-out {words}"
-    all_right = measure == "accuracy" and performance[measure] == 1
+    all_right = measure == "accuracy" and value == 1
     found = "too few held out to tell from chance" if all_right else "at chance on held-out data"
     return f"{found}, hence grey: {words}"
 

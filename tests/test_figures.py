@@ -207,6 +207,12 @@ def test_simulated_data_and_the_stand_in_are_named_by_the_data_sets_own_words(tr
             {"held_out": 9, "explained": -0.1, "chance": 0.0, "at_chance": True},
             "at chance on held-out data, hence grey: variance explained -0.10 (N = 9)",
         ),
+        (
+            {"held_out": 7, "explained": -0.00213, "chance": 0.0, "at_chance": True},
+            "at chance on held-out data, hence grey: variance explained -0.0021 (N = 7)",
+        ),
+        ({"held_out": 7, "explained": 0.0049, "at_chance": False}, "held-out variance explained 0.0049 (N = 7)"),
+        ({"held_out": 7, "accuracy": 0.0, "at_chance": False}, "held-out accuracy 0.00 (N = 7)"),
     ],
 )
 def test_performance_on_held_out_data_in_words(performance, words):
