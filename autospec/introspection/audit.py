@@ -55,8 +55,7 @@ class Audit:
         """Whether the next record, the one with this number, is audited."""
         return self._missed or (recorded == 0 if self._every is None else recorded % self._every == 0)
 
-    @staticmethod
-    def guard_due(recorded: int) -> bool:
+    def guard_due(self, recorded: int) -> bool:
         """Whether the shares of the next record, the one with this number, are compared with the gradient that arrived."""
         return recorded % GUARDED_EVERY == 0
 

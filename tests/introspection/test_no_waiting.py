@@ -2,7 +2,8 @@
 
 Tensors on torch's "meta" device have shapes and no numbers.  They stand for a GPU's here, whose numbers the processor
 can have only by waiting until the GPU has computed them; a copy to the device, which waits too, is noticed by a mode.
-What is allowed to wait is replaced: the probe of the first step, its audit, and the decompositions that are put off.
+What is allowed to wait is replaced: the probe of the first step, its audit, the guard of every 64th, and the
+decompositions that are put off.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ def like_a_gpu(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(capture, "map_rows", traced)
     monkeypatch.setattr(Audit, "due", lambda audit, recorded: False)
+    monkeypatch.setattr(Audit, "guard_due", lambda audit, recorded: False)
     monkeypatch.setattr(Measurement, "finish", finish)
     monkeypatch.setattr(measure, "STEPS_TOGETHER", TOGETHER)
     return finished
