@@ -216,9 +216,12 @@ class Clock:
             clocks = SimpleNamespace(perf_counter=lambda: self.now, process_time=lambda: self.now)
             monkeypatch.setattr(f"autospec.introspection.{module}.time", clocks)
 
-    def train(self, steps, training=1.0, **options):
+    def train(self, steps, training=1.0, state=None, **options):
         chosen = problem()
-        with autospec.watch(chosen.model, LABELS, quiet=True, **options) as watcher:
+        watcher = autospec.watch(chosen.model, LABELS, quiet=True, **options)
+        if state is not None:
+            watcher.load_state_dict(json.loads(json.dumps(state)))
+        with watcher:
             for step in range(steps):
                 chosen.model.zero_grad()
                 chosen.loss().backward()
@@ -287,17 +290,8 @@ def test_watching_that_costs_nothing_records_every_step(monkeypatch):
 
 def test_a_schedule_chosen_by_a_budget_belongs_to_the_checkpoint(monkeypatch):
     clock = Clock(monkeypatch)
-    state = json.loads(json.dumps(clock.train(30, budget=0.1).state_dict()))
-    chosen = problem()
-    watcher = autospec.watch(chosen.model, LABELS, quiet=True, budget=0.1)
-    watcher.load_state_dict(state)
-    with watcher:
-        for _ in range(30):
-            chosen.model.zero_grad()
-            chosen.loss().backward()
-            clock.now += 1000.0
-            watcher.step()
-    tree = watcher.trajectories
+    state = clock.train(30, budget=0.1).state_dict()
+    tree = clock.train(30, training=1000.0, state=state, budget=0.1).trajectories
     assert tree.attrs["schedule"]["every"] == 20
     assert tree.step.values.tolist()[-2:] == [20, 40]
 
@@ -305,17 +299,8 @@ def test_a_schedule_chosen_by_a_budget_belongs_to_the_checkpoint(monkeypatch):
 @pytest.mark.parametrize(("at", "budget"), [*((k, 0.1) for k in range(1, 8)), (4, None), (30, None)])
 def test_a_budget_chooses_after_resuming_at_whatever_step(monkeypatch, at, budget):
     clock = Clock(monkeypatch)
-    state = json.loads(json.dumps(clock.train(at, budget=budget).state_dict()))
-    chosen = problem()
-    watcher = autospec.watch(chosen.model, LABELS, quiet=True, budget=0.1)
-    watcher.load_state_dict(state)
-    with watcher:
-        for _ in range(60):
-            chosen.model.zero_grad()
-            chosen.loss().backward()
-            clock.now += 1.0
-            watcher.step()
-    tree = watcher.trajectories
+    state = clock.train(at, budget=budget).state_dict()
+    tree = clock.train(60, state=state, budget=0.1).trajectories
     assert tree.attrs["schedule"]["every"] == 20
     calibrated = at if budget is None or at < 6 else 0
     assert tree.attrs["schedule"]["calibration_steps"] == [calibrated, calibrated + 4, calibrated + 5]
