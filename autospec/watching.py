@@ -67,7 +67,7 @@ def watch(
         ``"all"`` keeps every value of activations and adjoints too.
     solver : {"exact", "tracked"}
         How activations' and adjoints' leading values are found.  ``"tracked"`` follows them from step to step where
-        that is cheaper than a decomposition, and decomposes where its error bound exceeds 1e-6 of the largest value.
+        that is cheaper than a decomposition, and decomposes where its error bound exceeds 5e-7 of the largest value.
     per_position : bool or "space"
         Record ``gradient_by_position`` too: the spectra of the shares of each time step or token; with ``"space"`` also of
         each position in a convolution's output.

@@ -1,4 +1,4 @@
-"""Spectral introspection of training: hooks, spectra, groups.  Imports torch, numpy and xarray alone."""
+"""Spectral introspection of training: hooks, spectra, groups.  Imports nothing else of autospec."""
 
 from .errors import WatchError
 from .ranks import rank_bound
