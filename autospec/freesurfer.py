@@ -302,7 +302,7 @@ def parse_stats(text: str, column: str, source: str) -> tuple[dict[str, float], 
     Raises
     ------
     UserError
-        If the text is no stats file, or has no such column.
+        If the text is no stats file, has no such column, or a number that no volume can have.
     """
     columns: list[str] = []
     regions: dict[str, float] = {}
@@ -314,10 +314,10 @@ def parse_stats(text: str, column: str, source: str) -> tuple[dict[str, float], 
             elif line.startswith("# Measure"):
                 cells = [cell.strip() for cell in line.removeprefix("# Measure").split(",")]
                 if cells[-1] == "mm^3":
-                    sums[cells[1]] = _volume(cells[-2], cells[1])
+                    sums[cells[1]] = _volume(cells[-2], cells[1], source)
             elif line.strip() and not line.startswith("#"):
                 row = dict(zip(columns, line.split(), strict=True))
-                regions[row["StructName"]] = _volume(row[column], row["StructName"])
+                regions[row["StructName"]] = _volume(row[column], row["StructName"], source)
     except (ValueError, KeyError, IndexError):
         raise UserError(
             f"{source} is no stats file of FreeSurfer with a column {column}: run recon-all again."
@@ -404,20 +404,19 @@ def _columns(table: TextTable, id_place: int) -> tuple[dict[str, int], list[str]
 def _number(cell: str, name: str, path: str) -> float:
     if known(cell) == MISSING:
         return np.nan
+    return _volume(cell, name, path, "in the column", ", or n/a where one is missing")
+
+
+def _volume(text: str, name: str, path: str, where: str = "for", otherwise: str = "") -> float:
+    """A volume in mm^3; refuse what can be none, such as -99, by which tables often mean that it is missing."""
+    intracranial = _key(name) in INTRACRANIAL
     try:
-        return _volume(cell, name)
+        volume = float(text)
     except ValueError:
-        least = "above 0" if _key(name) in INTRACRANIAL else "of at least 0"
-        raise UserError(
-            f"{path} has '{cell}' in the column {name}: volumes there are numbers {least} in mm^3, or n/a where one is missing."
-        ) from None
-
-
-def _volume(text: str, name: str) -> float:
-    """A volume in mm^3; ValueError for what can be none, such as -99, by which tables often mean that it is missing."""
-    volume = float(text)
+        volume = np.nan
     # A structure may be absent, a head is not; Python reads 1_000 as a number.
-    possible = volume > 0 if _key(name) in INTRACRANIAL else volume >= 0
+    possible = volume > 0 if intracranial else volume >= 0
     if not possible or not np.isfinite(volume) or "_" in text:
-        raise ValueError(text)
+        least = "above 0" if intracranial else "of at least 0"
+        raise UserError(f"{path} has '{text}' {where} {name}: volumes are numbers {least} in mm^3{otherwise}.")
     return volume

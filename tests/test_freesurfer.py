@@ -227,7 +227,9 @@ def test_an_unfinished_recon_all_is_a_problem_of_its_subject_alone(tmp_path):
     ],
 )
 def test_damaged_stats_files_are_refused(text):
-    with pytest.raises(UserError, match=r"here (is no stats file|names no region)"):
+    with pytest.raises(
+        UserError, match=r"here (is no stats file|names no region|has '(much|many|-1)' for .*: volumes are numbers)"
+    ):
         parse_stats(text, "Volume_mm3", "here")
 
 
