@@ -23,8 +23,9 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from .arguments import as_array, can_be_nan, content_of, instances_in, of_packing, tensors_in, whole_numbers
-from .copies import copy_model, generators_kept, kept_apart, unchanged, without_short_cuts
+from .copies import copy_model, kept_apart, unchanged, without_short_cuts
 from .errors import WatchError
+from .generators import generators_kept
 from .hooks import Hook
 from .layers import rule_for
 from .lookups import (
@@ -46,6 +47,8 @@ MAX_HYPOTHESES = 64
 MANY_SAMPLES = 12
 # As many others at most a sample is mixed with: one by the order, and one by the order the other way round.
 MIXED_WITH = 2
+# So many samples are followed by themselves, and such a part of the rows that share a statistic has to show it.
+FOLLOWED, SHOWN = 5, 0.4
 
 
 @dataclass(frozen=True, eq=False)
@@ -481,7 +484,7 @@ def _refuse_mixing_in_training(
         half = [draw.permutation(samples) < samples // 2 for _ in range(1 if samples >= MANY_SAMPLES else 3)]
         places = [key for word in half for (key, _), _ in others_reached(word)]
         by_use: dict[tuple[Place, int], list[tuple[int, np.ndarray]]] = {}
-        for sample in draw.permutation(samples)[:3] if places else ():
+        for sample in draw.permutation(samples)[:FOLLOWED] if places else ():
             for use, nan in others_reached(np.arange(samples) == sample):
                 by_use.setdefault(use, []).append((int(sample), nan))
     except Exception:  # not every model can be trained on NaN
@@ -498,8 +501,8 @@ def _refuse_mixing_in_training(
 def _by_statistic(rows: np.ndarray, reached: Sequence[tuple[int, np.ndarray]]) -> bool:
     """Whether samples reach others by a statistic, and not because rows are exchanged or mixed.
 
-    All that share a statistic are reached, itself among them, at the same positions, whichever sample it is; an exchange or a
-    mixture reaches one or two others, or others at each position.
+    All that share a statistic are reached, at the same positions, whichever sample it is; an exchange or a mixture reaches one or
+    two others, or others at each position.  Rows that are replaced afterwards, by a mask say, show nothing.
 
     Parameters
     ----------
@@ -508,21 +511,17 @@ def _by_statistic(rows: np.ndarray, reached: Sequence[tuple[int, np.ndarray]]) -
     reached : sequence of (int, ndarray of bool)
         A sample, and which rows it reaches.
     """
+    others = [np.unique(rows[nan & (rows != sample)]) for sample, nan in reached]
+    if max(map(len, others)) <= MIXED_WITH:
+        return False
     counts = np.bincount(rows)
-    alike = bool((counts == counts[0]).all())
-    of_samples = []
-    for sample, nan in reached:
-        others = np.unique(rows[nan & (rows != sample)])
-        if len(others) <= MIXED_WITH:
-            return False
-        if alike:
-            by_sample = nan[np.argsort(rows, kind="stable")].reshape(-1, counts[0])
-            positions = by_sample[others].any(0)
-            # Some rows may be replaced afterwards, by a mask say: half of them have to show it.
-            if min(by_sample[others][:, positions].mean(), by_sample[sample, positions].mean()) < 0.5:
-                return False
-            of_samples.append(positions)
-    return not of_samples or bool(np.all(of_samples, 0).sum() >= 0.5 * np.any(of_samples, 0).sum())
+    if (counts != counts[0]).any():
+        return True
+    order = np.argsort(rows, kind="stable")
+    of_others = [nan[order].reshape(-1, counts[0])[some] for (_, nan), some in zip(reached, others, strict=True)]
+    positions = np.array([each.any(0) for each in of_others])
+    shown = np.mean([each[:, where].mean() for each, where in zip(of_others, positions, strict=True)])
+    return bool(shown >= SHOWN and positions.all(0).sum() >= SHOWN * positions.any(0).sum())
 
 
 _DETACHED = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
