@@ -16,8 +16,9 @@ from torch.func import functional_call
 
 from autospec.introspection import Watcher
 from autospec.introspection.arguments import of_packing, replaced, tensors_in
-from autospec.introspection.copies import copy_model, generators_kept, kept_apart, without_short_cuts
+from autospec.introspection.copies import copy_model, kept_apart, without_short_cuts
 from autospec.introspection.errors import WatchError
+from autospec.introspection.generators import generators_kept, random_state, restore_random_state, seed_random_numbers
 from autospec.introspection.groups import Groups
 from autospec.introspection.layers import rule_for
 from autospec.introspection.lookups import dims_of_size
@@ -128,7 +129,7 @@ def check(
     Raises
     ------
     WatchError
-        If the model or the groups cannot be watched, or the options leave no gradient to compare.
+        If the model or the groups cannot be watched, learns nothing, or the options leave no step or no gradient to compare.
 
     Examples
     --------
@@ -224,35 +225,37 @@ class _Training:
     def __init__(self, model: nn.Module, batch: Any, loss: Callable[[Any], Tensor]) -> None:
         self.model, self.batch, self.loss = copy_model(model), batch, loss
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
-        self.generator = torch.Generator().manual_seed(SEED).get_state()
+        self.device = next(self.model.parameters()).device
+        with generators_kept(list(self.model.parameters())):
+            seed_random_numbers(SEED)
+            self.random = random_state(self.device)
 
     def run(self, steps: int, watcher: Watcher | None = None) -> float:
         """Train; return the processor time, or on a GPU the wall time, in seconds."""
-        device = next(self.model.parameters()).device
-        clock = time.process_time if device.type == "cpu" else time.perf_counter
-        outside = torch.get_rng_state()
-        torch.set_rng_state(self.generator)
-        begin = clock()
-        for _ in range(steps):
-            self.optimizer.zero_grad()
-            self.loss(_call(self.model, self.batch)).backward()
-            if watcher is not None:
-                watcher.step()
-            self.optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = clock() - begin
-        self.generator = torch.get_rng_state()
-        torch.set_rng_state(outside)
+        clock = time.process_time if self.device.type == "cpu" else time.perf_counter
+        with generators_kept(list(self.model.parameters())):
+            restore_random_state(self.random, self.device)
+            begin = clock()
+            for _ in range(steps):
+                self.optimizer.zero_grad()
+                self.loss(_call(self.model, self.batch)).backward()
+                if watcher is not None:
+                    watcher.step()
+                self.optimizer.step()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds = clock() - begin
+            self.random = random_state(self.device)
         return seconds
 
     def same_as(self, other: _Training) -> bool:
         """Whether weights, buffers, optimizer state and random numbers are bitwise equal."""
         mine, others = ([*tensors_in(each.model.state_dict()), *tensors_in(each._states())] for each in (self, other))
-        return len(mine) == len(others) and all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
+        alike = all(self.random[name] == other.random[name] for name in ("python", "numpy"))
+        return alike and len(mine) == len(others) and all(map(torch.equal, mine, others))
 
     def _states(self) -> list[Any]:
-        return [*self.optimizer.state_dict()["state"].values(), self.generator]
+        return [*self.optimizer.state_dict()["state"].values(), self.random]
 
 
 def _dims_of_samples(model: nn.Module, batch: Any, samples: int, batch_dim: int | None) -> dict[str, list[int | None]]:
@@ -268,7 +271,7 @@ def _dims_of_samples(model: nn.Module, batch: Any, samples: int, batch_dim: int 
                     lambda _, __, output, seen=seen: seen.extend(map(_copied, tensors_in(output)))
                 )
         with generators_kept(list(model.parameters())), torch.enable_grad(), without_short_cuts():
-            torch.manual_seed(seed)
+            seed_random_numbers(seed)
             _call(twin, given)
         return made
 
@@ -339,12 +342,9 @@ def _shares_by_copies(
         else:
             reason = "its outputs do not show along which dimension they have the samples, in the batch's order"
             reasons |= {first_name[id(parameters[key])]: reason for key in own}
-    outside = torch.get_rng_state()
-    torch.manual_seed(SEED)
-    try:
+    with generators_kept(list(twin.parameters())):
+        seed_random_numbers(SEED)
         value = loss(_call(twin, batch))
-    finally:
-        torch.set_rng_state(outside)
     names = [name for name in copies if name not in reasons]
     if not names:
         return {}, reasons
@@ -368,12 +368,13 @@ def _run_twice(module: nn.Module, own: dict[str, Tensor], member: np.ndarray, di
             return forward(module, *args, **kwargs)
         depth[0] += 1
         try:
-            before = torch.get_rng_state()
+            device = next(iter(own.values())).device
+            before = random_state(device)
             output = forward(module, *args, **kwargs)
-            after = torch.get_rng_state()
-            torch.set_rng_state(before)  # the same dropout in both
+            after = random_state(device)
+            restore_random_state(before, device)  # the same dropout in both
             other = functional_call(module, own, args, kwargs)
-            torch.set_rng_state(after)
+            restore_random_state(after, device)
         finally:
             depth[0] -= 1
         return _mixed(output, other, inside, left)

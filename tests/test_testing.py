@@ -1,7 +1,9 @@
 """autospec.testing.check: the proof on a user's own model."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -161,6 +163,24 @@ def test_a_frozen_layer_is_said_to_be_frozen():
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
     model[0].requires_grad_(False)
     assert check(model, torch.randn(N, 6), LABELS, quiet=True).not_compared == {"0.weight": "it is frozen"}
+
+
+def test_models_that_draw_from_pythons_and_numpys_generators_pass():
+    class Drawing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 4)
+
+        def forward(self, x):
+            x = torch.tanh(self.first(x)) * (1 + random.random())
+            return self.second(x) * float(np.random.rand())  # noqa: NPY002
+
+    torch.manual_seed(0)
+    states = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    found = check(Drawing(), torch.randn(N, 6), LABELS, quiet=True)
+    assert found.passed, str(found)
+    assert found.reproducible
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states  # noqa: NPY002
 
 
 def test_a_model_that_learns_nothing_is_refused():

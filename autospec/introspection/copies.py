@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import random
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -232,19 +231,6 @@ def kept_apart(model: nn.Module, evaluated: bool = False) -> Iterator[set[nn.Mod
 def _holds_tensors(module: nn.Module) -> bool:
     """Whether a module has weights or statistics of its own."""
     return any(tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values()))
-
-
-@contextmanager
-def generators_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put every random number generator back as it was, also of the devices of the tensors."""
-    devices = sorted({t.device.index or 0 for t in tensors if t.is_cuda})
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 @contextmanager

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from .arguments import as_array
 from .audit import Audit
 from .capture import Capture
-from .copies import copy_model, generators_kept, kept_apart
+from .copies import copy_model, kept_apart
 from .errors import WatchError
 from .factors import Factors, Product
+from .generators import generators_kept
 from .groups import Assignment, Groups
 from .parameters import find_parameters
 from .pending import Pending, Sorting

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from autospec.datasets.labelled import open_labelled, samples_with, subjects_of
 from autospec.errors import UserError
+from autospec.introspection.generators import restore_random_state
 from autospec.introspection.sample_shares import SampleShares, sample_shares
 from autospec.statistics import confounds as checks
 from autospec.statistics import subjects
@@ -26,7 +27,6 @@ from autospec.statistics.permutations import compare, draw_conditional_labelling
 from autospec.statistics.study import Question, Study, columns_of, exchangeable, grouped, numbers_of
 from autospec.statistics.table import COLUMNS, comparison_name, read_confounds, write_description, write_tests
 from autospec.storage import write_packed
-from autospec.training.device import restore_random_state
 from autospec.training.prepare import Prepared, prepare
 from autospec.training.progress import Progress
 from autospec.training.snapshots import Snapshots, open_snapshots
@@ -252,10 +252,9 @@ def describe(
             f", conditionally on {' and '.join(settings['conditional_on'])} by a logistic model of the label (Berrett et al. "
             "2020)"
         )
+    within = within or ", restricted by no grouping or covariate"
     if runs[0].settings["task"] == "classifier":
         within += "; a classifier's labels were exchanged within one and the same target"
-    elif not within:
-        within = ", restricted by no grouping or covariate"
     seeds = f", averaged over {len(runs)} trainings from different seeds" if len(runs) > 1 else ""
     steps = runs[0].steps
     comparisons = {}

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
 from autospec.errors import UserError
@@ -74,42 +72,6 @@ def deterministic(device: torch.device) -> Iterator[None]:
         memory.fill_uninitialized_memory = fill
         for name in new:
             os.environ.pop(name, None)
-
-
-def seed_random_numbers(seed: int) -> None:
-    """Seed torch, and Python and numpy, from which a network of the user's own may draw."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002, the generator that is everybody's
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """State of the random numbers of torch, on the CPU and on the device, of Python and of numpy; plain, as a file can hold it."""
-    version, words, gauss = random.getstate()
-    name, keys, *others = np.random.get_state()  # noqa: NPY002
-    state: dict[str, Any] = {
-        "cpu": torch.get_rng_state(),
-        "python": [version, list(words), gauss],
-        "numpy": [name, np.asarray(keys).tolist(), *others],
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what `random_state` returned; that of another kind of device is left out."""
-    torch.set_rng_state(state["cpu"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *others = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *others))  # noqa: NPY002
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    if device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
 
 
 def out_of_memory(error: BaseException) -> bool:

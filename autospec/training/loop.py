@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from autospec.errors import UserError
+from autospec.introspection.generators import random_state, restore_random_state, torch_random_state
 
 from .batches import Batches, parts
-from .device import free_memory, out_of_memory, random_state, restore_random_state
+from .device import free_memory, out_of_memory
 from .optimizers import OPTIMIZERS
 from .performance import (
     autoencoder_performance,
@@ -77,6 +78,8 @@ class Trainer:
         self.optimizer = OPTIMIZERS[training["optimizer"]](self.model.parameters(), training["learning_rate"])
         batch = training["batch"]
         self.batches = Batches(len(prepared.training), None if batch == "full" else int(batch), training["seed"])
+        # Networks of ours draw from torch's generator alone.
+        self._random_state = random_state if ":" in prepared.settings["model"] else torch_random_state
         self._half = HALF.get(training["precision"])
         self.scaler = self._scaler(training["precision"])
         self._asked = training["microbatch"]
@@ -286,7 +289,7 @@ class Trainer:
 
     def _state_before(self) -> tuple[dict[str, Any], list[Tensor]]:
         """What a pass changes beside the gradient: random numbers, and buffers."""
-        return random_state(self.device), [buffer.detach().clone() for buffer in self.model.buffers()]
+        return self._random_state(self.device), [buffer.detach().clone() for buffer in self.model.buffers()]
 
     def _restore(self, before: tuple[dict[str, Any], list[Tensor]]) -> None:
         restore_random_state(before[0], self.device)

@@ -18,10 +18,11 @@ from autospec.datasets.intracranial import adjust
 from autospec.datasets.labelled import covariates_of, group_labels, open_labelled, subjects_of
 from autospec.datasets.split import held_out_rows
 from autospec.errors import UserError
+from autospec.introspection.generators import seed_random_numbers
 from autospec.introspection.groups import Groups
 from autospec.models import build_model
 
-from .device import free_memory, out_of_memory, seed_random_numbers
+from .device import free_memory, out_of_memory
 from .settings import RunSettings
 
 
@@ -121,12 +122,12 @@ class Prepared:
         return next(iter(chosen.values())) if len(chosen) == 1 and not self.crossed else dict(chosen)
 
     def with_initial_weights(self) -> Prepared:
-        """Return the same with the network built anew, and torch's random numbers seeded as for the first."""
+        """Return the same with the network built anew, and random numbers seeded as for the first."""
         return replace(self, model=_network(self.settings, self.training.x.shape[1:], self.classes, self.device))
 
 
 def prepare(settings: RunSettings, dataset: str, device: torch.device) -> Prepared:
-    """Read a data set, split it, and build the network; torch's random numbers are seeded for training.
+    """Read a data set, split it, and build the network; torch's, Python's and numpy's random numbers are seeded for training.
 
     Parameters
     ----------

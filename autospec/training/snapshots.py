@@ -248,8 +248,10 @@ def open_snapshots(path: str | os.PathLike[str]) -> Snapshots:
     if not Path(path).exists():
         raise UserError(f"there are no weights at {path}: check the name.")
     content = load(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"{path} holds no weights that autospec train wrote: give such a file.")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path} was written by another version of autospec: train that network again.")
     return Snapshots(
         settings=content["spec"],
         data=content["data"],

@@ -19,11 +19,12 @@ import torch
 
 from autospec.errors import UserError
 from autospec.introspection import Watcher
+from autospec.introspection.generators import random_state
 from autospec.storage import pack
 from autospec.trajectories import TrajectoryStore, add_attributes, add_training_curves
 
 from .checkpoints import Checkpoints, Frequency
-from .device import chosen_device, deterministic, environment, host, out_of_memory, random_state
+from .device import chosen_device, deterministic, environment, host, out_of_memory
 from .loop import Trainer
 from .prepare import Prepared, prepare
 from .progress import Clock, Progress

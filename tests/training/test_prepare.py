@@ -11,9 +11,9 @@ from autospec import open_trajectories, specs
 from autospec.datasets.freesurfer import make_features
 from autospec.datasets.labelled import labelled, open_labelled, write_labelled
 from autospec.errors import UserError
+from autospec.introspection.generators import restore_random_state
 from autospec.training import Frequency, prepare, train_run
 from autospec.training import stage as stage_module
-from autospec.training.device import restore_random_state
 from autospec.training.prepare import groupings_of, standardised
 from autospec.training.snapshots import open_snapshots
 
