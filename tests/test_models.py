@@ -440,6 +440,12 @@ class Lazy(Net):
         super().__init__(shape, hidden)
         self.first = nn.LazyLinear(hidden[0])
 
+class LazyNorm(Lazy):
+    def __init__(self, shape, hidden):
+        super().__init__(shape, hidden)
+        self.norm = nn.LazyBatchNorm1d(affine=False)
+        self.frozen = nn.BatchNorm1d(hidden[0]).eval()
+
 class Everything(Net):
     def __init__(self, **options):
         super().__init__(options["shape"], options["hidden"], options["classes"])
@@ -495,10 +501,14 @@ def test_a_users_own_network_is_given_what_its_signature_names(analysis):
 
 
 def test_lazy_layers_of_a_users_own_network_have_their_weights_before_training(analysis):
-    model = built("mynet:Lazy")
-    assert shapes(model) == {"first.weight": (4, 6), "last.weight": (2, 4)}
-    assert model.training
-    assert model.norm.num_batches_tracked == 0
+    for name in ("Lazy", "LazyNorm"):
+        model = built(f"mynet:{name}")
+        assert shapes(model) == {"first.weight": (4, 6), "last.weight": (2, 4)}
+        assert model.training
+        assert model.norm.training
+        assert model.norm.num_batches_tracked == 0
+        assert model.norm.running_mean.tolist() == [0.0] * 4
+    assert not model.frozen.training
 
 
 def test_the_trial_leaves_buffers_and_random_numbers_as_they_were(analysis):

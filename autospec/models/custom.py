@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from autospec.custom_model import module_file, split_path
 from autospec.errors import UserError
+from autospec.introspection.generators import generators_kept
 
 SAMPLES = 2
 
@@ -50,11 +52,6 @@ def build_custom(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"the model '{path}' has no parameter to train: assign its layers to self in __init__.")
     _require_output(path, model, task, tuple(shape), wanted)
-    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
-        mode = model.training
-        with torch.no_grad():  # lazy layers get their weights from their first call
-            model.eval()(torch.zeros(SAMPLES, *shape))
-        model.train(mode)
     return model
 
 
@@ -116,11 +113,18 @@ def _built(path: str, network: type[nn.Module], offered: dict[str, Any]) -> nn.M
 
 
 def _require_output(path: str, model: nn.Module, task: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    """Run two samples through a copy, so that buffers stay as they are, with random numbers put back afterwards."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        x = torch.randn(SAMPLES, *shape, generator=torch.Generator().manual_seed(0))
+    """Run two samples through a copy, so that buffers stay as they are, with random numbers put back afterwards.
+
+    Lazy layers get their weights before, from a first call of the model itself.
+    """
+    x = torch.randn(SAMPLES, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
         try:
-            output = copy.deepcopy(model).eval()(x)
+            if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+                with _evaluated(model):
+                    model(x)
+            with generators_kept([]):
+                output = copy.deepcopy(model).eval()(x)
         except Exception as error:
             raise UserError(
                 f"the model '{path}' fails with samples of shape {tuple(x.shape)}, the first dimension counting them: "
@@ -132,6 +136,18 @@ def _require_output(path: str, model: nn.Module, task: str, shape: tuple[int, ..
             f"the model '{path}' returns {came} for samples of shape {tuple(x.shape)}, but its task, {task}, needs a "
             f"tensor of shape {wanted}: correct its forward()."
         )
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; each layer keeps its own mode, as a backbone that is never trained."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _said(error: BaseException) -> str:
