@@ -386,11 +386,12 @@ def test_the_legend_names_the_singular_values_that_are_drawn_and_their_widths_ar
     assert said(singular_values=asked) == "thick to thin: σ₂"
 
 
-def test_eight_groups_at_chance_are_told_apart():
-    names = ["all", *"abcdefgh"]
+@pytest.mark.parametrize(("groups", "apart"), [(8, 0x40), (12, 0x11)])
+def test_groups_at_chance_are_told_apart(groups, apart):
+    names = ["all", *"abcdefghijkl"[:groups]]
     looks = [(str(dashes(names, True)[name]), int(colours(names, True)[name][1:3], 16)) for name in names[1:]]
     for first, second in combinations(looks, 2):
-        assert first[0] != second[0] or abs(first[1] - second[1]) >= 0x40
+        assert first[0] != second[0] or abs(first[1] - second[1]) >= apart
 
 
 @pytest.mark.parametrize("width", [80.0, 120.0, 180.0])

@@ -17,8 +17,22 @@ matplotlib.use("agg")
 MM = 1 / 25.4
 # Okabe and Ito's palette, told apart with every common kind of colour vision; yellow, too faint for lines, is left out.
 GROUP_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-# For runs at chance on held-out data: told apart by four kinds of dashes too, each of them with a dark and a pale grey.
-GREYS = ("#444444", "#777777", "#555555", "#999999", "#AAAAAA", "#BBBBBB", "#B0B0B0", "#555555")
+# For runs at chance on held-out data, told apart by four kinds of dashes too: the first four groups are dark, the next pale, the
+# last between them.
+GREYS = (
+    "#444444",
+    "#777777",
+    "#555555",
+    "#999999",
+    "#AAAAAA",
+    "#BBBBBB",
+    "#B0B0B0",
+    "#555555",
+    "#888888",
+    "#333333",
+    "#777777",
+    "#AAAAAA",
+)
 BATCH_COLOUR = "#333333"
 # Text stays text in PDF and SVG, and titles and names are drawn as they are written, dollar signs included; a fixed salt
 # and no date keep the files' bytes reproducible.
