@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
+from .arguments import as_array
 from .errors import WatchError
 
 Schedule = Callable[[int], bool]
@@ -45,17 +48,25 @@ def make_schedule(every: int = 1, steps: Iterable[int] | Schedule | None = None)
     if callable(steps):
         chosen = steps
         return lambda step: bool(chosen(step))
-    given: Any = steps
-    if hasattr(given, "tolist"):  # an array
-        given = given.tolist()
-    numbers = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
-    if not numbers or not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in numbers):
+    numbers = _whole_numbers(steps)
+    if not numbers:
+        shown = " ".join(f"{steps!r:.60}".split())
         raise WatchError(
-            f"steps={steps!r:.60}: give the numbers of the steps to record, at least one, whole and not negative (of a mask "
+            f"steps={shown}: give the numbers of the steps to record, at least one, whole and not negative (of a mask "
             "numpy.flatnonzero(mask)), or a function of the step's number."
         )
-    listed = frozenset(map(int, numbers))
-    return lambda step: step in listed
+    return lambda step: step in numbers
+
+
+def _whole_numbers(given: Any) -> frozenset[int]:
+    """Whole numbers from 0 on, of a list or an array; none where there is anything else among them."""
+    try:
+        array = as_array(given if hasattr(given, "__array__") else list(given))
+    except (TypeError, ValueError):
+        return frozenset()
+    if array.ndim != 1 or array.dtype.kind not in "iuf" or not ((array >= 0) & (array % 1 == 0)).all():
+        return frozenset()
+    return frozenset(array.astype(np.int64).tolist())
 
 
 class Budget:

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch import nn
 
 import autospec
 from autospec.introspection.measure import Measurement
+from autospec.introspection.schedule import make_schedule
 
 from .oracle import Problem, assert_exact, assert_shares, error, factors, members, record, spectrum, svdvals
 
@@ -228,6 +230,25 @@ class Clock:
                 self.now += training(step) if callable(training) else training
                 watcher.step()
         return watcher
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [0, 20, 10],
+        range(0, 21, 10),
+        np.arange(0, 30, 10.0),
+        torch.arange(0, 30, 10),
+        [torch.tensor(0), np.array(10), 20.0],
+        xr.DataArray([0, 10, 20], dims="step"),
+        (step for step in (0, 10, 20)),
+        {0, 10, 20},
+    ],
+    ids=lambda steps: type(steps).__name__,
+)
+def test_steps_may_be_listed_in_every_way_that_numbers_are(steps):
+    schedule = make_schedule(steps=steps)
+    assert [step for step in range(40) if schedule(step)] == [0, 10, 20]
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.25, 3.0])
