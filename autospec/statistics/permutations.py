@@ -397,8 +397,12 @@ def remaining_imbalance(balance: pd.DataFrame) -> str:
     if not len(worst):
         return ""
     name, observed = worst.iloc[0]["confounder"], worst.iloc[0]["observed"]
+    if worst.iloc[0]["separated"]:
+        return (
+            f"each group has one value of '{name}' of its own, so that nothing can be told apart from it, and {NO_P}."
+        )
     return (
-        f"the groups differ in '{name}' by {observed:.2f} standard deviations and the drawn labellings less or not at all: the "
+        f"the groups differ in '{name}' by {observed:.2f} standard deviations and the drawn labellings do not: the "
         f"model of the label does not describe the confounder, so {NO_P}; match the groups, or use strata."
     )
 
@@ -542,9 +546,9 @@ def balance_of(in_first: np.ndarray, confounders: pd.DataFrame, in_second: np.nd
     DataFrame
         ``confounder``, each itself and its squared distance from its mean; ``observed`` difference (first minus second
         group) in units of the observed groups' pooled standard deviation; ``low``, ``median`` and ``high`` of the drawn
-        labellings (the middle 95 %); and ``imbalanced``: the observed difference is larger than 0.25 and outside of
-        that middle, or each group has one value of its own, so that nothing can be told apart from the confounder; the
-        unit is the standard deviation of all then.
+        labellings (the middle 95 %); ``imbalanced``: the observed difference is larger than 0.25 and outside of that middle,
+        or the groups are separated; and ``separated``: each group has one value of its own, so that nothing can be told apart
+        from the confounder (the unit is the standard deviation of all then).
     """
     plain = confounders.to_numpy(dtype=np.float64)
     values = np.column_stack([plain, np.square(plain - plain.mean(0))])
@@ -569,6 +573,7 @@ def balance_of(in_first: np.ndarray, confounders: pd.DataFrame, in_second: np.nd
             "median": median,
             "high": high,
             "imbalanced": (np.abs(observed) > IMBALANCE) & ((observed < low) | (observed > high) | separated),
+            "separated": separated,
         }
     )
 
