@@ -95,6 +95,8 @@ class TrajectoryStore:
 
     def truncate(self, count: int) -> None:
         """Keep the first ``count`` recorded steps, and drop what came after them."""
+        if self._written == 0:  # what has come since is somebody else's
+            self._refuse_what_stands(self._folder)
         self._written = count
         if not self._folder.exists():
             if count:

@@ -96,7 +96,7 @@ def watch(
     store : path-like, optional
         ``x.zarr`` grows and can be read meanwhile; ``x.zarr.zip`` is packed on leaving the block.
     resume : bool
-        Continue a ``.zarr`` store, after ``watcher.load_state_dict``.
+        Continue a ``.zarr`` store, or a ``.zarr.zip`` that is not finished, after ``watcher.load_state_dict``.
 
     Returns
     -------

@@ -199,38 +199,42 @@ class Watcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         seen = self._capture.forwards
-        self._detach()
-        added = _matrices(self._model) - self._matrices
+        try:
+            self._detach()
+            if self._sink is not None:
+                self._flush()
+                self._sink.finish(self._final_attributes(), complete=kind is None)
+        except Exception as unwritten:
+            if kind is None:
+                raise
+            # What ended the loop is what the user has to see.
+            warnings.warn(f"the last records could not be stored: {unwritten}", stacklevel=2)
+        self._seconds["block"] += time.perf_counter() - self._entered
+        if kind is None and seen and not self._count:
+            warnings.warn(
+                "nothing was recorded, because watcher.step() was never called: call it after loss.backward().",
+                stacklevel=2,
+            )
+        added = {
+            name for name in _matrices(self._model) if self._model.get_parameter(name).requires_grad
+        } - self._matrices
         if kind is None and added and self._everything:
             warnings.warn(
                 f"{sorted(added)} came to the model within the block and were not recorded: add layers before it, or leave it and "
                 "make another watcher for the larger model.",
                 stacklevel=2,
             )
-        if kind is None and seen and not self._count:
-            warnings.warn(
-                "nothing was recorded, because watcher.step() was never called: call it after loss.backward().",
-                stacklevel=2,
-            )
-        if self._sink is not None:
-            try:
-                self._flush()
-                self._sink.finish(self._final_attributes(), complete=kind is None)
-            except Exception as unwritten:
-                if kind is None:
-                    raise
-                # What ended the loop is what the user has to see.
-                warnings.warn(f"the last records could not be stored: {unwritten}", stacklevel=2)
-        self._seconds["block"] += time.perf_counter() - self._entered
         if not self._quiet and self._count and kind is None:
             print(self._cost_in_words(), file=sys.stderr)
 
     def _detach(self) -> None:
-        self._finish()
-        self._capture.detach()
-        self._measurement.forget()
-        self._active = False
-        _watched_models.discard(self._model)
+        try:
+            self._finish()
+        finally:
+            self._capture.detach()
+            self._measurement.forget()
+            self._active = False
+            _watched_models.discard(self._model)
 
     # ------------------------------------------------------------------ what the user calls
 
@@ -309,8 +313,6 @@ class Watcher:
             if self._measurement.due or self._capture.audited is not None or calibrating:
                 self._finish()  # a step that is timed bears the whole of its cost
             self._prove(record)
-            if self._sink is not None and len(self._buffer) >= self._sink.steps_per_chunk:
-                self._flush()
         self._capture.clear()
         self._capture.masked = False
         self._notice_missing_labels()
@@ -322,6 +324,11 @@ class Watcher:
             self._budget.took(self._count, time.process_time() if on_cpu else end, self._capture.recording)
         self._count += 1
         self._plan()
+        # Last, so that a step which could not be stored is closed all the same.
+        if self._sink is not None and len(self._buffer) >= self._sink.steps_per_chunk:
+            begin = time.perf_counter()
+            self._flush()
+            self._seconds["watching"] += time.perf_counter() - begin
 
     def _notice_missing_labels(self) -> None:
         """Warn, once, of a recorded step without set_groups() after two that each had one: the old labels stayed."""

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import shutil
+import warnings
 import zipfile
 
 import numpy as np
@@ -386,6 +387,36 @@ def test_two_watchers_do_not_write_to_one_store(tmp_path, name):
     assert autospec.open_trajectories(tmp_path / "y.zarr.zip").sizes["step"] == 3
 
 
+def test_a_state_without_records_deletes_nobody_elses_store(tmp_path):
+    late = Loop(store=tmp_path / "x.zarr")
+    state = late.watcher.state_dict()
+    train(3, store=tmp_path / "x.zarr")
+    with pytest.raises(UserError, match="exists already"):
+        late.watcher.load_state_dict(state)
+    assert autospec.open_trajectories(tmp_path / "x.zarr").sizes["step"] == 3
+
+
+def test_a_step_that_could_not_be_stored_is_not_recorded_twice(tmp_path, monkeypatch):
+    write, calls = zarr.Array.__setitem__, []
+
+    def fill_the_disk(array, *args):
+        calls.append(array.path)
+        if len(calls) == 4:
+            raise OSError("no space left on device")
+        write(array, *args)
+
+    monkeypatch.setattr(zarr.Array, "__setitem__", fill_the_disk)
+    loop = Loop(store=tmp_path / "x.zarr")
+    with loop.watcher:
+        for _ in range(70):
+            loop.optimizer.zero_grad()
+            (loop.model(loop.x) - loop.x).square().mean().backward()
+            with contextlib.suppress(OSError):
+                loop.watcher.step()
+            loop.optimizer.step()
+    xr.testing.assert_identical(autospec.open_trajectories(tmp_path / "x.zarr"), in_memory(70))
+
+
 def test_two_trainings_that_resume_one_store_are_found_out(tmp_path):
     first = Loop(store=tmp_path / "x.zarr")
     with first.watcher:
@@ -401,6 +432,42 @@ def test_two_trainings_that_resume_one_store_are_found_out(tmp_path):
         two.watcher,
     ):
         two.run(5)
+
+
+@pytest.mark.parametrize("store", [{}, {"store": "x.zarr"}], ids=["memory", "store"])
+def test_what_ended_the_loop_is_seen_where_the_last_records_fail_too(tmp_path, monkeypatch, store):
+    monkeypatch.chdir(tmp_path)
+
+    def broken(_):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    loop = Loop(**store)
+
+    def train_and_break():
+        with loop.watcher:
+            loop.run(3)
+            monkeypatch.setattr(type(loop.watcher._measurement), "finish", broken)
+            raise KeyError("the loop's own")
+
+    with (
+        pytest.warns(UserWarning, match="last records could not be stored: CUDA error"),
+        pytest.raises(KeyError, match="the loop's own"),
+    ):
+        train_and_break()
+    monkeypatch.undo()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in loop.model.modules())
+    with autospec.watch(loop.model, LABELS, quiet=True):
+        pass
+
+
+def test_a_warning_as_an_error_on_leaving_the_block_loses_no_record(tmp_path):
+    loop = Loop(store=tmp_path / "x.zarr.zip")
+    with warnings.catch_warnings(), contextlib.suppress(UserWarning):
+        warnings.simplefilter("error")
+        with loop.watcher:
+            loop.run(5)
+            loop.model.append(nn.Linear(5, 5))
+    xr.testing.assert_identical(autospec.open_trajectories(tmp_path / "x.zarr.zip"), in_memory(5))
 
 
 def test_a_store_that_was_deleted_meanwhile_is_missed(tmp_path):
