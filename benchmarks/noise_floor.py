@@ -1,14 +1,16 @@
-"""Calibrates NOISE_CONSTANTS of autospec/introspection/spectra.py.
+"""Calibrates NOISE_CONSTANTS and NOISE_CONSTANTS_OF_HALF of autospec/introspection/spectra.py.
 
 Small networks are trained in float32 and watched.  At chosen steps the same step, from the same weights, is
 computed again in float64, and the spectra are compared.  The largest deviation, in units of
 ``eps * sigma_1 * sqrt(max(m, n, rows))``, is what the constant c of the noise floor must cover.
 
-``python benchmarks/noise_floor.py`` prints one table and the constants that follow from it.
+``python benchmarks/noise_floor.py`` prints one table and the constants that follow from it;
+``--precision bfloat16`` does so for a training under autocast, whose constants are others.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import sys
@@ -25,7 +27,7 @@ from models import chain, digits
 from oracle import exact_spectra
 
 import autospec
-from autospec.introspection.spectra import NOISE_CONSTANTS
+from autospec.introspection.spectra import NOISE_CONSTANTS, NOISE_CONSTANTS_OF_HALF
 
 STATISTICS = ("gradient", "activation", "adjoint")
 COMPARED_STEPS = {200: (0, 3, 10, 30, 100, 300), 2000: (0, 3, 30)}
@@ -44,7 +46,12 @@ Deviation = tuple[float, str]
 
 
 def deviations(
-    widths: Sequence[int], activation: type[nn.Module], task: str, samples: int, compared: Sequence[int]
+    widths: Sequence[int],
+    activation: type[nn.Module],
+    task: str,
+    samples: int,
+    compared: Sequence[int],
+    dtype: torch.dtype,
 ) -> dict[str, list[Deviation]]:
     """Train one network and list each compared step's largest deviation, by statistic."""
     torch.manual_seed(0)
@@ -61,7 +68,9 @@ def deviations(
             if step in compared:
                 exact[step] = exact_of_copy(model, widths, activation, x, target, rows, loss)
             optimizer.zero_grad()
-            loss(model(x), target).backward()
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                output = model(x)
+            loss(output.float(), target).backward()
             watcher.step()
             optimizer.step()
     tree = watcher.trajectories
@@ -78,7 +87,7 @@ def deviations(
                 largest = max(sizes[group], *floor_shape(statistic, shape))
                 kept = min(len(right), recorded.shape[1])
                 error = np.abs(recorded[group, :kept] - right[:kept].numpy()).max()
-                unit = torch.finfo(torch.float32).eps * float(right[0]) * math.sqrt(largest)
+                unit = torch.finfo(dtype).eps * float(right[0]) * math.sqrt(largest)
                 if error / unit > worst[0]:
                     worst = (error / unit, f"{layer}, {'all' if group == 0 else f'digit {group - 1}'}")
         found[statistic].append(worst)
@@ -116,6 +125,9 @@ def rounded_up(value: float) -> float:
 
 def main() -> None:
     """Print the table and the constants."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    dtype = getattr(torch, parser.parse_args().precision)
     print("| task | hidden | activation | samples | " + " | ".join(STATISTICS) + " |")
     print("|---|---|---|---|---|---|---|")
     largest = dict.fromkeys(STATISTICS, 0.0)
@@ -128,7 +140,7 @@ def main() -> None:
     # constant can cover that.
     trainings += [("classifier", "64-16-64", "tanh", 200, MEMORISED_STEPS, False)]
     for task, hidden, activation, samples, compared, calibrates in trainings:
-        found = deviations(WIDTHS[hidden], ACTIVATIONS[activation], task, samples, compared)
+        found = deviations(WIDTHS[hidden], ACTIVATIONS[activation], task, samples, compared, dtype)
         cells = []
         for statistic in STATISTICS:
             units, where, step = max((*found[statistic][i], step) for i, step in enumerate(compared))
@@ -141,7 +153,7 @@ def main() -> None:
     for statistic in STATISTICS:
         print(
             f"- {statistic}: {largest[statistic]:.3g}, so c = {rounded_up(2 * largest[statistic]):g} "
-            f"(spectra.py has {NOISE_CONSTANTS[statistic]:g})"
+            f"(spectra.py has {(NOISE_CONSTANTS if dtype == torch.float32 else NOISE_CONSTANTS_OF_HALF)[statistic]:g})"
         )
 
 

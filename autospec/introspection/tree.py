@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from .spectra import NOISE_CONSTANTS
+from .spectra import NOISE_CONSTANTS, NOISE_CONSTANTS_OF_HALF
 
 DESCRIPTIONS = {
     "gradient": "singular values of the group shares of the weight's gradient",
@@ -151,6 +151,7 @@ def _layer_node(records: Sequence[Record], layout: LayerLayout, groups: int, sta
             {
                 "description": f"level below which a singular value of the {statistic} is rounding",
                 "constant": NOISE_CONSTANTS[statistic],
+                "constant_in_half_precision": NOISE_CONSTANTS_OF_HALF[statistic],
             },
         )
     limit = layout.rank_limit if layout.rank_limit is not None else np.zeros(groups)

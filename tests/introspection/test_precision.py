@@ -108,8 +108,12 @@ def test_under_autocast_the_record_is_near_that_of_single_precision(case):
             for group in TABLE:
                 expected = spectrum(watcher.trajectories, name, statistic, group)
                 assert error(spectrum(tree, name, statistic, group), expected) < 0.05, (name, statistic, group)
-        floors = [t[f"layers/{name}/gradient_noise_floor"].values for t in (tree, watcher.trajectories)]
-        assert (floors[0] > 1e4 * floors[1]).all()
+        for statistic in ("gradient", "activation", "adjoint"):
+            half, single = (t[f"layers/{name}"].to_dataset() for t in (tree, watcher.trajectories))
+            floor = half[f"{statistic}_noise_floor"]
+            assert (floor > 1e3 * single[f"{statistic}_noise_floor"]).all()
+            assert (floor < half[statistic].sel(index=1)).all()  # something is above it
+            assert (abs(half[statistic] - single[statistic]).max("index") < floor).all(), statistic  # and no rounding
 
 
 def test_under_autocast_a_linear_layer_is_exact_for_the_rounded_rows_of_the_step():
