@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .factors import ROUNDING_OF_WALK
 from .pending import Pending
 from .rows import RowMap
 from .spectra import float64
@@ -212,4 +213,4 @@ def sum_of_shares(pending: Pending) -> tuple[Tensor, float]:
     unit = rounding * scale * max(sum(pending.rows.values()), *pending.shape) ** 0.5
     # Near a stationary point rows cancel within each share, too.
     squares = pending.shares.rounding_of_products(list(pending.shares.counts), 0.0)
-    return total, max(unit, (squares or 0.0) ** 0.5)
+    return total, max(unit, (squares or 0.0) ** 0.5, rounding * ROUNDING_OF_WALK * float(pending.walk) ** 0.5)

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from .arguments import as_array, content_of, signature_of, whole_numbers
 from .audit import Audit
 from .errors import WatchError
-from .factors import NARROW, Convolution, Factors, Lookup, Product, shares_by_position, single
+from .factors import NARROW, Convolution, Factors, Lookup, Product, shares_by_position, single, walk
 from .groups import Assignment, Groups
 from .hooks import Hook, may_be_compiled
 from .layers import LayerCall, LookupCall, allow_short_cuts, rule_for
@@ -665,6 +665,8 @@ class Capture:
             adjoint = adjoint if scale is None else adjoint / scale
             self._latest_adjoint = (factors.adjoint, sorting, adjoint)
         factors = factors.with_(activation, adjoint)
+        if self.guarded:
+            pending.walk = pending.walk + walk(factors)
         if isinstance(factors, Convolution) and self.unfolded:
             factors = replace(factors, unfolded=True)
         constant = use.constant is not None and len(layer.inputs) == 1

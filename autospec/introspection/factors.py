@@ -149,6 +149,14 @@ def rounding(left: Tensor, right: Tensor, sums: Tensor | float, times: float | N
     return torch.finfo(left.dtype).eps ** 2 * (ROUNDING_OF_WALK**2 * walk + ROUNDING_OF_SUM**2 * sums)
 
 
+def walk(factors: Factors) -> Tensor:
+    """Square of what a share would be if its terms had no common direction: how far their sum may be rounded is in proportion."""
+    if isinstance(factors, Lookup):
+        return square(factors.adjoint)
+    times = math.prod(factors.kernel[2:]) if isinstance(factors, Convolution) else 1
+    return square(factors.adjoint) * square(factors.activation) * (times / max(factors.rows, 1))
+
+
 @dataclass(frozen=True)
 class Grid:
     """Rows that lie sample by sample, as many of each.

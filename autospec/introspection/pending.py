@@ -796,6 +796,7 @@ class Pending:
         self.dtype: torch.dtype | None = None
         self.exact: dict[bytes, Tensor] = {}
         self.arrived: Tensor | None = None
+        self.walk: Tensor | float = 0.0
         self.unnoted = self.began_empty = False
         self.by_kernel: Tensor | None = None
         self.left_out: Tensor | None = None

@@ -782,6 +782,27 @@ def test_the_audit_says_what_was_checked():
     assert audit["probe_passes"] >= 5
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_guard_knows_how_rows_that_cancel_round_in_large_layers_and_in_micro_batches(parts):
+    """At the solution of a least-squares problem nothing of the gradient is left but rounding."""
+    torch.manual_seed(0)
+    x = torch.randn(4000, 300)
+    y = x @ torch.randn(300, 20) / 17 + 0.3 * torch.randn(4000, 20)
+    layer = nn.Linear(300, 20, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linalg.lstsq(x.double(), y.double()).solution.T)
+    with warnings.catch_warnings(), autospec.watch(layer, quiet=True) as watcher:
+        warnings.simplefilter("error")
+        for some, target in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            (loss_of_squares(layer(some), target) / parts).backward()
+        watcher.step()
+    assert watcher.trajectories.attrs["audit"]["outside"] == {}
+
+
+def loss_of_squares(output, target):
+    return (output - target).square().mean()
+
+
 def test_a_use_outside_the_layer_that_begins_later_is_told_of_within_64_steps():
     class Changing(nn.Module):
         tied = False
