@@ -483,7 +483,9 @@ class Capture:
             if not latest or latest[-1][0] != backward:
                 if any(tensor._version != version for tensor, version in zip(call.inputs, versions, strict=True)):
                     name = next(iter(learned.values())).name
-                    raise WatchError(f"the input of '{name}' was modified in place before the backward pass.")
+                    raise WatchError(
+                        f"the input of '{name}' was modified in place before the backward pass: change a copy of it."
+                    )
                 arrival = Arrival([None] * len(call.outputs), len(learned), computed is None and call.inputs_are_held)
                 latest[:] = [(backward, arrival)]
                 self._calls.append((call, arrival))

@@ -99,7 +99,9 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
     watched = [parameter for key, parameter in found.items() if key not in without_rule]
     for parameter in watched:
         if parameter.parameter.is_complex():
-            raise WatchError(f"'{parameter.name}' is complex; only real parameters can be watched.")
+            raise WatchError(
+                f"'{parameter.name}' is complex, and only real parameters can be watched: leave it out with layers=."
+            )
         if any(getattr(model.get_submodule(place), "scale_grad_by_freq", False) for place, _ in parameter.places):
             raise WatchError(
                 f"'{parameter.name}' is an nn.Embedding with scale_grad_by_freq=True and divides its gradient by counts of the batch, "

@@ -76,7 +76,7 @@ def rank_bound(
     if isinstance(module, CONVOLUTIONS + TRANSPOSED):
         blocks = module.groups
         rows = samples * (math.prod(sizes) if isinstance(module, TRANSPOSED) else _output_positions(module, sizes))
-    elif "weight_hh" in parameter and isinstance(module, nn.RNNBase) and not initial_state:
+    elif "weight_hh" in parameter and isinstance(module, nn.RNNBase | nn.RNNCellBase) and not initial_state:
         rows = samples * max(sizes[0] - 1, 0)
     else:
         rows = samples * math.prod(sizes)

@@ -290,7 +290,7 @@ class Watcher:
             If no gradient has arrived since the last step.
         """
         if not self._active:
-            raise WatchError("step() was called outside the watch() block.")
+            raise WatchError("step() was called outside the watch() block: call it within, after loss.backward().")
         begin = time.perf_counter()
         if self._capture.recording:
             if all(layer.pending is None for layer in self._layers):

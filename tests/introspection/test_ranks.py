@@ -81,6 +81,7 @@ def test_a_bottleneck_without_activation_function_bounds_the_layers_around_it():
 def test_the_matrix_itself_is_a_bound():
     assert rank_bound(nn.Conv3d(2, 5, 3, groups=1), samples=100, positions=(9, 9, 9)) == 5
     assert rank_bound(nn.Embedding(9, 4), samples=100) == 4
+    assert rank_bound(nn.GRUCell(50, 30), "weight_hh", samples=2, positions=3, initial_state=False) == 4
     assert rank_bound(nn.MultiheadAttention(8, 2), "out_proj.weight", samples=1, positions=5) == 5
 
 
