@@ -85,8 +85,13 @@ def test_weights_and_data_that_do_not_belong_together_are_refused(study, tmp_pat
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(UserError, match=r"text\.pt cannot be read"):
         open_snapshots(tmp_path / "text.pt")
-    save({"format": 7}, tmp_path / "seven.pt")
+    save({"model": {}}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="holds no weights that autospec train wrote"):
+        open_snapshots(tmp_path / "other.pt")
+    save({"format": 7}, tmp_path / "seven.pt")
+    with pytest.raises(
+        UserError, match=r"seven\.pt was written by another version of autospec: train that network again"
+    ):
         open_snapshots(tmp_path / "seven.pt")
 
 
