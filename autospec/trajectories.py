@@ -55,10 +55,8 @@ class TrajectoryStore:
         self._folder = self.path.with_name(self.path.name + ".partial") if self._packed else self.path
         if not self.path.parent.is_dir():
             raise UserError(f"{self.path.parent} is not a folder: create it before trajectories are stored in it.")
-        if not resume or self._packed:
-            self._refuse_what_stands(self.path)
-        if not resume:
-            self._refuse_what_stands(self._folder)
+        if not resume or (self._packed and self.path.exists()):
+            self._refuse_what_stands()
         # Steps that the store holds, if it is known to be this one's.
         self._written: int | None = None if self._folder.exists() else 0
 
@@ -80,15 +78,14 @@ class TrajectoryStore:
 
     def _begin(self, tree: xr.DataTree) -> None:
         """Write the first steps beside the store's place and move them there: of several that begin at once, one succeeds."""
-        for path in (self.path, self._folder):
-            self._refuse_what_stands(path)
+        self._refuse_what_stands()
         first = self._folder.with_name(f".{self._folder.name}.{secrets.token_hex(4)}.partial")
         try:
             _write(first, tree, 0)
             try:
                 first.rename(self._folder)
             except OSError:
-                self._refuse_what_stands(self._folder)
+                self._refuse_what_stands()
                 raise
         finally:
             shutil.rmtree(first, ignore_errors=True)
@@ -96,7 +93,7 @@ class TrajectoryStore:
     def truncate(self, count: int) -> None:
         """Keep the first ``count`` recorded steps, and drop what came after them."""
         if self._written == 0:  # what has come since is somebody else's
-            self._refuse_what_stands(self._folder)
+            self._refuse_what_stands()
         self._written = count
         if not self._folder.exists():
             if count:
@@ -133,15 +130,14 @@ class TrajectoryStore:
             pack(self._folder, self.path)
             shutil.rmtree(self._folder)
 
-    def _refuse_what_stands(self, path: Path) -> None:
-        if not path.exists():
-            return
-        if path != self.path:
+    def _refuse_what_stands(self) -> None:
+        if self.path.exists():
+            raise UserError(f"{self.path} exists already: choose another name for the store, or delete it first.")
+        if self._folder.exists():
             raise UserError(
-                f"{path} holds the records of a training that has not ended: continue it with resume=True and "
+                f"{self._folder} holds the records of a training that has not ended: continue it with resume=True and "
                 "watcher.load_state_dict(), choose another name for the store, or delete it first."
             )
-        raise UserError(f"{path} exists already: choose another name for the store, or delete it first.")
 
     def _require_own(self) -> None:
         """Refuse to write where somebody else has written since; a packed store is unpacked to go on with it."""
@@ -161,8 +157,7 @@ class TrajectoryStore:
     def open(self) -> xr.DataTree:
         """Open what has been written."""
         if self._written == 0:  # what stands there is somebody else's
-            for path in (self.path, self._folder):
-                self._refuse_what_stands(path)
+            self._refuse_what_stands()
         return open_trajectories(self._folder if self._folder.exists() else self.path)
 
 
