@@ -18,6 +18,11 @@ _NAME = r"[^\W\d]\w*"
 _PATH = re.compile(rf"({_NAME}(?:\.{_NAME})*):({_NAME})")
 
 
+def is_path(model: str) -> bool:
+    """Whether a model is the path of a user's own network, and not the name of one of ours."""
+    return ":" in model
+
+
 def split_path(path: str) -> tuple[str, str]:
     """Module and class of a path ``package.module:Class``; raises UserError if it has another form."""
     found = _PATH.fullmatch(path)

@@ -25,6 +25,7 @@ from functools import partial
 
 from torch import nn
 
+from autospec.custom_model import is_path
 from autospec.errors import UserError
 
 from .bert import BERTAutoencoder, BERTClassifier
@@ -90,7 +91,7 @@ def build_model(
     UserError
         If there is no such architecture, or it does not take such samples or widths.
     """
-    if ":" in architecture:
+    if is_path(architecture):
         return build_custom(architecture, task, shape, classes, hidden, activation)
     if architecture not in AUTOENCODERS:
         raise UserError(

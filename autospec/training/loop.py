@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autospec.custom_model import is_path
 from autospec.errors import UserError
 from autospec.introspection.generators import random_state, restore_random_state, torch_random_state
 
@@ -79,7 +80,7 @@ class Trainer:
         batch = training["batch"]
         self.batches = Batches(len(prepared.training), None if batch == "full" else int(batch), training["seed"])
         # Networks of ours draw from torch's generator alone.
-        self._random_state = random_state if ":" in prepared.settings["model"] else torch_random_state
+        self._random_state = random_state if is_path(prepared.settings["model"]) else torch_random_state
         self._half = HALF.get(training["precision"])
         self.scaler = self._scaler(training["precision"])
         self._asked = training["microbatch"]

@@ -218,7 +218,7 @@ def write_snapshots(
     updates : mapping of int to state dict
         Weights before some updates.
     random : mapping of int to dict
-        State of random numbers before them, as `device.random_state` returns it, where a network may draw any.
+        State of random numbers before them, as `autospec.introspection.generators.random_state` returns it, where a network may draw any.
     """
     content = {
         "format": FORMAT,

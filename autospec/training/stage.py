@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from autospec.custom_model import is_path
 from autospec.errors import UserError
 from autospec.introspection import Watcher
 from autospec.introspection.generators import random_state
@@ -204,7 +205,7 @@ class _Run:
         """Make one update; return its loss."""
         update = self.done
         if update in self.put_aside:
-            random = random_state(self.prepared.device) if ":" in self.prepared.settings["model"] else None
+            random = random_state(self.prepared.device) if is_path(self.prepared.settings["model"]) else None
             self.checkpoints.put_aside(update, weights_of(self.prepared.model), random)
         if update in self.evaluated and len(self.prepared.held_out):
             with self.clock.measure("evaluation"):
