@@ -127,7 +127,7 @@ class Watcher:
         self._sink: Sink | None = None
         self._crossed = tuple(crossed)
         self._everything = layers is None
-        self._matrices: set[str] = set()
+        self._matrices: dict[str, nn.Parameter] = {}
         self._layers = [WatchedLayer(found) for found in find_parameters(self._model, layers, unknown)]
         given = self._checked_rows(rows)
         wanted = _checked_singular_values(singular_values)
@@ -215,9 +215,8 @@ class Watcher:
                 "nothing was recorded, because watcher.step() was never called: call it after loss.backward().",
                 stacklevel=2,
             )
-        added = {
-            name for name in _matrices(self._model) if self._model.get_parameter(name).requires_grad
-        } - self._matrices
+        there = _matrices(self._model)
+        added = [name for name, parameter in there.items() if parameter.requires_grad and name not in self._matrices]
         if kind is None and added and self._everything:
             warnings.warn(
                 f"{sorted(added)} came to the model within the block and were not recorded: add layers before it, or leave it and "
@@ -576,9 +575,9 @@ def _inner(model: nn.Module) -> nn.Module:
             return wrapped
 
 
-def _matrices(model: nn.Module) -> set[str]:
-    """Names of all parameters that are matrices."""
-    return {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters that are matrices, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.ndim > 1}
 
 
 def _check_choices(
