@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from autospec.provenance import _module
 from tests.conftest import ROOT, run_command
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
@@ -48,6 +49,35 @@ def test_the_architecture_names_every_module():
     for folder in ("introspection", "statistics", "statistics/calibration", "training"):
         for file in (ROOT / "autospec" / folder).glob("*.py"):
             assert file.name == "__init__.py" or f"`{file.name}`" in text, file
+
+
+def test_imports_go_up_the_architectures_list():
+    text = (ROOT / "docs/architecture.md").read_text()
+    rows = re.findall(r"^\| (`autospec/.*?) \|", text.split("## Inside introspection")[0], re.MULTILINE)
+    places = {}
+    for i, row in enumerate(rows):
+        for place in re.findall(r"`(?:autospec/)?([\w/]+)(?:/|\.py)`", row):
+            places["autospec." + place.replace("/", ".")] = i
+
+    def place_of(module):
+        while module not in places and "." in module:
+            module = module.rpartition(".")[0]
+        return module
+
+    each_other = re.compile(r"autospec\.(cohort|ica|freesurfer)\b")
+    imports = [
+        (module, imported)
+        for file in (ROOT / "autospec").rglob("*.py")
+        for module in [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")]
+        for imported in _module(module, ROOT).imports
+        if place_of(module) in places and place_of(imported) in places
+    ]
+    modules = {path.stem for path in (ROOT / "autospec").iterdir() if not path.stem.startswith("__")}
+    assert modules >= {place.split(".")[1] for place in places}
+    assert imports
+    for module, imported in imports:
+        upwards = places[place_of(imported)] <= places[place_of(module)]
+        assert upwards or (each_other.match(module) and each_other.match(imported)), f"{module} imports {imported}"
 
 
 def test_no_page_is_left_with_a_blank_to_fill_in():
