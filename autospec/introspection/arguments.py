@@ -19,6 +19,8 @@ T = TypeVar("T")
 DEEPEST = 3
 # What objects hold as counters and the like, which change without a row moving.
 COUNTERS = (int, float, bytes, type(None))
+# What holds nothing else.
+PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None)})
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -26,19 +28,21 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     return instances_in(value, Tensor)
 
 
-def instances_in(value: Any, kind: type[T], seen: set[int] | None = None) -> Iterator[T]:
+def instances_in(value: Any, kind: type[T] | tuple[type[T], ...], seen: set[int] | None = None) -> Iterator[T]:
     """Everything of a kind in arguments, in containers and objects of any depth.
 
     Parameters
     ----------
     value : object
         The arguments.
-    kind : type
+    kind : type, or tuple of types
         What is looked for.
     seen : set of int, optional
         Identities of objects that have been looked into: they may hold each other.
     """
     seen = set() if seen is None else seen
+    if type(value) in PLAIN:
+        return
     if isinstance(value, kind):
         yield value
     elif isinstance(value, Mapping | list | tuple):

@@ -28,7 +28,7 @@ from .layers import LayerCall, LookupCall, allow_short_cuts, rule_for
 from .lookups import Place
 from .pending import Items, Layout, Pending, Sorting
 from .probe import Reading
-from .rows import RowMap, map_rows, several_processes
+from .rows import RowMap, alike, map_rows, several_processes
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
 from .uses import Arrival, ConstantInput, Forward, SortedInput, Source, Use, WatchedLayer, unused_calls
@@ -788,7 +788,8 @@ class Capture:
         if len(self._sorted_for) != len(given) or any(a is not b for a, b in zip(self._sorted_for, given, strict=True)):
             self._sorted_for, self._sortings, self._sortings_used = given, {}, {}
         cache = self._sortings
-        key = (layout, *use.call.order_key(use.place), use.number, forward.row_map, items, use.call.layout())
+        uses = use.number, forward.calls.get(use.place)
+        key = (layout, *use.call.order_key(use.place), *uses, forward.row_map, items, use.call.layout())
         device = layer.parameter.device
         if key not in cache:
             found = self._items(layer, use, items)
@@ -818,6 +819,11 @@ class Capture:
                 raise WatchError(
                     f"'{layer.name}' was used more often in training than in evaluation mode, so the rows of that use "
                     "are not known: give rows=."
+                )
+            if forward.calls.get(use.place) != len(calls) and not alike(calls):
+                raise WatchError(
+                    f"'{layer.name}' was used less often in training than in evaluation mode, where its uses have their rows in "
+                    "different orders, so which of them this one is is not known: give rows=, or leave it out with layers=."
                 )
             samples = use.call.samples_of_items(use.parameter, calls[use.number])
             known = use.call.positions_of_items(use.parameter, calls[use.number])

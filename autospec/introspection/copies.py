@@ -241,10 +241,15 @@ def unchanged(twin: nn.Module) -> Iterator[None]:
     before = [dict(each) for each in attributes]
     lists = [(item, list(item)) for items in before for item in items.values() if type(item) is list]
     dicts = [(item, dict(item)) for items in before for item in items.values() if type(item) is dict]
-    tensors = {id(t): t for t in tensors_in(before) if not isinstance(t, nn.Parameter) and not t.is_inference()}
+    held = list(instances_in(_kept(twin), (Tensor, torch.Generator, np.random.Generator)))
+    tensors = {
+        id(t): t for t in held if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) and not t.is_inference()
+    }
     values = [(tensor, tensor._version, tensor.clone()) for tensor in tensors.values()]
-    generators = [(each, each.get_state()) for each in instances_in(before, torch.Generator)]
-    of_numpy = [(each.bit_generator, each.bit_generator.state) for each in instances_in(before, np.random.Generator)]
+    generators = [(each, each.get_state()) for each in held if isinstance(each, torch.Generator)]
+    of_numpy = [
+        (each.bit_generator, each.bit_generator.state) for each in held if isinstance(each, np.random.Generator)
+    ]
     try:
         yield
     finally:
@@ -261,6 +266,28 @@ def unchanged(twin: nn.Module) -> Iterator[None]:
             for tensor, version, value in values:
                 if tensor._version != version:
                     tensor.copy_(value)
+
+
+def _kept(model: nn.Module) -> list[Any]:
+    """What the modules of a model hold: buffers, and attributes that are no plain numbers and not torch's."""
+    own = [value for m in model.modules() for name, value in vars(m).items() if name not in OF_TORCH]
+    return [*own, *(buffer for m in model.modules() for buffer in m._buffers.values())]
+
+
+def moves_on(twin: nn.Module, forward: Callable[[], object]) -> bool:
+    """Whether generators or numbers that a model holds are others after a forward pass, which is made."""
+
+    def state() -> list[Any]:
+        generators: Iterator[Any] = instances_in(_kept(twin), (torch.Generator, np.random.Generator))
+        drawn = [
+            g.get_state().tolist() if isinstance(g, torch.Generator) else g.bit_generator.state for g in generators
+        ]
+        numbers = [value for m in twin.modules() for value in vars(m).values() if isinstance(value, int | float)]
+        return [str(drawn), numbers]
+
+    before = state()
+    forward()
+    return state() != before
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from .arguments import as_array, can_be_nan, content_of, instances_in, of_packing, tensors_in, whole_numbers
-from .copies import copy_model, kept_apart, unchanged, without_short_cuts
+from .copies import copy_model, kept_apart, moves_on, unchanged, without_short_cuts
 from .errors import WatchError
 from .generators import generators_kept
 from .hooks import Hook
@@ -237,6 +237,7 @@ def map_rows(
         # With several processes the model may talk to the others, who have no pass to spare at the same time.
         if model.training and samples > 1 and not several_processes():
             _refuse_mixing_in_training(model, probe, samples, found)
+        _refuse_what_moves_on(probe, words, found)
     without_hooks = () if all_hooks else tuple(_modules_with_other_hooks(model))
     return RowMap(found, len(words), probe.reading, by_content, without_hooks, len(accepted) == 1, received)
 
@@ -456,6 +457,24 @@ def _candidate_dims(tensor: Tensor, samples: int, batch_dim: int | None) -> tupl
     return dims_of_size(tensor.shape, samples, batch_dim) or (None,)
 
 
+def _refuse_what_moves_on(probe: Probe, words: np.ndarray, found: Mapping[Place, list[np.ndarray]]) -> None:
+    """Refuse a model whose rows lie in another order at its next pass, by a generator or a counter that it holds.
+
+    Each pass of the probe begins with these as they were before; so the copy makes one without that, and is traced again.
+    """
+    if not moves_on(probe.twin, lambda: probe.twin(*probe.args, **probe.kwargs)):
+        return
+    try:
+        same = _same(found, probe.rows(words))
+    except WatchError:
+        same = False
+    if not same:
+        raise WatchError(
+            "The model gives rows to samples in another order at each pass, by random numbers or a counter that it holds: do so "
+            "before it is called, with labels in the new order; or leave the layers that receive such rows out with layers=."
+        )
+
+
 def _refuse_mixing_in_training(
     model: nn.Module, probe: Probe, samples: int, found: Mapping[Place, list[np.ndarray]]
 ) -> None:
@@ -471,9 +490,12 @@ def _refuse_mixing_in_training(
     def others_reached(word: np.ndarray) -> Iterator[tuple[tuple[Place, int], np.ndarray]]:
         """Uses of which rows of samples that are not marked turn NaN, and which rows do."""
         seen = probe.reached(word)
-        for key, calls in found.items():
-            if len(seen.get(key, ())) == len(calls):
-                for call, (rows, marks) in enumerate(zip(calls, seen[key], strict=True)):
+        for key, of_calls in found.items():
+            now = seen.get(key, ())
+            # Of calls that are more or fewer than in evaluation mode only what is the same for all is known.
+            calls = [of_calls[0]] * len(now) if len(now) != len(of_calls) and alike(of_calls) else of_calls
+            if len(now) == len(calls):
+                for call, (rows, marks) in enumerate(zip(calls, now, strict=True)):
                     nan = marks.reshape(-1)
                     if len(nan) == len(rows) and not nan.all() and nan[~word[rows]].any():
                         yield (key, call), nan
@@ -489,7 +511,10 @@ def _refuse_mixing_in_training(
                 by_use.setdefault(use, []).append((int(sample), nan))
     except Exception:  # not every model can be trained on NaN
         return
-    if places and not (by_use and all(_by_statistic(found[key][call], seen) for (key, call), seen in by_use.items())):
+    if places and not (
+        by_use
+        and all(_by_statistic(found[key][min(call, len(found[key]) - 1)], seen) for (key, call), seen in by_use.items())
+    ):
         name = places[0][0] or places[0][1]
         raise WatchError(
             f"In training mode rows of the input of '{name}' depend on other samples than in evaluation mode: the model shuffles or "
@@ -592,6 +617,11 @@ def _refuse_functional_uses(
             f"the model uses '{name}' outside its layer, in {function}(): such a use cannot be watched. "
             "Call the layer instead, or leave it out with layers=."
         )
+
+
+def alike(calls: Sequence[np.ndarray]) -> bool:
+    """Whether the rows of several calls lie in one order."""
+    return all(np.array_equal(call, calls[0]) for call in calls)
 
 
 def _same(first: Mapping[Place, list[np.ndarray]], second: Mapping[Place, list[np.ndarray]]) -> bool:
