@@ -347,7 +347,7 @@ class Introspection(Settings):
     statistics: list[Statistic] = Field(default=["gradient", "activation", "adjoint"], min_length=1)
     """Which spectra, and comparisons of groups, to record."""
     layers: list[Label] | None = Field(default=None, min_length=1)
-    """Parameter names or patterns to watch; every matrix by default."""
+    """Parameter names or patterns to watch, with ``!`` before it what to leave out; every matrix by default."""
     singular_values: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
     """How many leading singular values to keep; as many as the layer's matrix has by default."""
     solver: Literal["exact", "tracked"] = "exact"
@@ -649,7 +649,7 @@ class Config(Settings):
         for run, settings in experiment.runs.items() if experiment.model in MODELS else ():
             there = weight_names(experiment.model, settings.task, len(settings.hidden))
             for wanted in self.introspection_of(name, run).layers or ():
-                if not fnmatch.filter(there, wanted):
+                if not fnmatch.filter(there, wanted.removeprefix("!")):
                     raise ValueError(
                         f"introspection.layers names '{wanted}', but the weights of {name}/{run} are {_listed(there)}: "
                         "correct it, or set layers under introspection of that experiment or run"

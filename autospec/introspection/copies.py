@@ -237,7 +237,8 @@ def _holds_tensors(module: nn.Module) -> bool:
 def unchanged(twin: nn.Module) -> Iterator[None]:
     """Put back what a forward pass leaves in a model: a recurrent layer's last state for the next batch, or generators."""
     own = ("_buffers", "_modules", "_parameters")
-    attributes = [each for m in twin.modules() for each in (vars(m), *(vars(m)[name] for name in own))]
+    modules = [m for m in twin.modules() if not isinstance(m, torch.jit.ScriptModule)]  # they hold theirs elsewhere
+    attributes = [each for m in modules for each in (vars(m), *(vars(m)[name] for name in own))]
     before = [dict(each) for each in attributes]
     lists = [(item, list(item)) for items in before for item in items.values() if type(item) is list]
     dicts = [(item, dict(item)) for items in before for item in items.values() if type(item) is dict]
@@ -299,3 +300,14 @@ def without_short_cuts() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def without_validation() -> Iterator[None]:
+    """Keep torch.distributions from refusing parameters that are NaN."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)

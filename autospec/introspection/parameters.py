@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import WatchError
-from .layers import NO_MATRIX, rule_for
+from .layers import FAMILIES, NO_MATRIX, forward_replaced, rule_for
 
 
 class WatchedParameter:
@@ -43,7 +44,7 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
     model : nn.Module
         The model.
     selected : sequence of str, optional
-        Names or patterns; every matrix by default.
+        Names or patterns; with ``!`` before it what is left out.  Every matrix by default.
     unknown : {"refuse", "skip"}
         What to do with matrices that have no rule.
 
@@ -61,10 +62,12 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
         if isinstance(module, NO_MATRIX):
             continue
         if isinstance(module, torch.jit.ScriptModule):
-            raise WatchError(
-                f"{f'{module_name!r}' if module_name else 'the model'} is TorchScript, whose layers cannot be watched: watch the "
-                "model that it was made of."
-            )
+            if unknown == "refuse" and any(map(_may_be_a_matrix, module.parameters())):
+                raise WatchError(
+                    f"{f'{module_name!r}' if module_name else 'the model'} is TorchScript, whose layers cannot be watched: watch "
+                    "the model that it was made of, or leave it out with unknown='skip'."
+                )
+            continue
         rule = rule_for(module)
         known = () if rule is None else rule.parameters(module)
         # A weight that is computed from others, as by weight_norm, is no parameter; those others are unknown.
@@ -76,11 +79,12 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
                 raise WatchError(
                     f"{type(module).__name__} '{module_name}' has no weights yet: call the model once before watch()."
                 )
-            if not parameter.numel() or (key not in known and not _may_be_a_matrix(parameter)):
+            learns = key in known or parameter.requires_grad  # sines of positions in a parameter do not
+            if not parameter.numel() or not learns or (key not in known and not _may_be_a_matrix(parameter)):
                 continue
             name = f"{module_name}.{key}" if module_name else key
             if key not in known:
-                without_rule.setdefault(id(parameter), []).append(f"'{name}' ({type(module).__name__})")
+                without_rule.setdefault(id(parameter), []).append(f"'{name}' ({_kind(module)})")
             if id(parameter) not in found:
                 found[id(parameter)] = WatchedParameter(name, parameter)
             elif name not in (found[id(parameter)].name, *found[id(parameter)].also):
@@ -108,9 +112,10 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
                 "so it has no group shares: leave it out with layers=."
             )
     if not watched:
+        there = "a model needs at least one layer with a weight matrix."
         raise WatchError(
             f"{type(model).__name__} has no matrix parameter that can be watched: "
-            "a model needs at least one layer with a weight matrix."
+            + (f"there is no rule for {', '.join(refused)}." if refused else there)
         )
     return watched
 
@@ -120,18 +125,37 @@ def _is_parameter(module: nn.Module, key: str) -> bool:
     return own in module.get_submodule(path)._parameters
 
 
+def _kind(module: nn.Module) -> str:
+    """Class of a layer without a rule, and why there is none where the name does not tell."""
+    kind: Any = type(module)
+    family = next((each for each in kind.__mro__ if each in FAMILIES), None)
+    if family is None:  # there are other classes of the name Linear
+        same_name = getattr(nn, kind.__name__, kind) is not kind
+        return f"{kind.__module__}.{kind.__name__}" if same_name else kind.__name__
+    same = all(
+        getattr(kind, key) is getattr(family, key) for key in ("forward", "_conv_forward") if hasattr(family, key)
+    )
+    own = "" if same and not forward_replaced(module) else " with a forward pass of its own"
+    return f"{kind.__name__}, an nn.{family.__name__}{own}" if kind is not family else f"{kind.__name__}{own}"
+
+
 def _may_be_a_matrix(parameter: nn.Parameter) -> bool:
-    """Whether an unknown layer's parameter has at least two dimensions that are not of size 1, unlike a bias or a token."""
-    return sum(size > 1 for size in parameter.shape) >= 2
+    """Whether an unknown layer's parameter has more than one row and one column, unlike a bias, a token, or one of positions."""
+    return parameter.ndim > 1 and parameter.shape[0] > 1 and parameter[0].numel() > 1
 
 
 def _selected(found: dict[int, WatchedParameter], selected: Sequence[str]) -> dict[int, WatchedParameter]:
-    names = [name for parameter in found.values() for name in (parameter.name, *parameter.also)]
+    chosen: dict[str, set[int]] = {}
     for pattern in selected:
-        if not fnmatch.filter(names, pattern):
-            raise WatchError(f"layers= names '{pattern}', but the model has no such matrix parameter.")
-    return {
-        key: parameter
-        for key, parameter in found.items()
-        if any(fnmatch.filter((parameter.name, *parameter.also), pattern) for pattern in selected)
-    }
+        wanted = pattern.removeprefix("!")
+        chosen[pattern] = {
+            key
+            for key, parameter in found.items()
+            if any(name == wanted or fnmatch.fnmatch(name, wanted) for name in (parameter.name, *parameter.also))
+        }
+        if not chosen[pattern]:
+            raise WatchError(f"layers= names '{wanted}', but the model has no such matrix parameter.")
+    left_out = set().union(*(keys for pattern, keys in chosen.items() if pattern.startswith("!")))
+    named = [keys for pattern, keys in chosen.items() if not pattern.startswith("!")]
+    kept = set().union(*named) if named else set(found)
+    return {key: parameter for key, parameter in found.items() if key in kept - left_out}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .arguments import can_be_nan, instances_in, replaced, tensors_in
-from .copies import unchanged
+from .copies import unchanged, without_validation
 from .errors import WatchError
 from .layers import LayerCall, rule_for
 from .layers.call import hold_nan
@@ -158,7 +158,7 @@ class Probe:
         looked_up = lookups_marked(self.twin, self.reading.lookups, len(word), word, self.origins)
         self.shapes.clear()
         seeing = _nan_rows(self.twin, self.watched, self.shapes)
-        with unchanged(self.twin), looked_up, seeing as seen, _begun(self.twin, begun):
+        with unchanged(self.twin), without_validation(), looked_up, seeing as seen, _begun(self.twin, begun):
             returned = self.twin(*replaced(self.args, marked), **replaced(self.kwargs, marked))
         seen[RETURNED] = [
             (hold_nan(each, each.ndim - 1) if each.ndim > 1 else each.isnan()).cpu().numpy()
@@ -185,7 +185,7 @@ class Probe:
                     continue
                 raise WatchError(
                     f"How many rows '{key[0] or key[1]}' receives depends on the numbers in the batch, as where samples are sent to "
-                    "experts: leave it out with layers=."
+                    "experts, or is drawn at random: leave it out with layers=."
                 )
             found[key] = []
             for call, marks in enumerate(passes[0][key]):

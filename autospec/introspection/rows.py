@@ -565,7 +565,7 @@ class _FunctionalUses(TorchFunctionMode):
         self.sources = {key: key for key in self.names}
         self.derived: list[Tensor] = []
         self.own: list[set[int]] = []
-        self.found: tuple[str, str] | None = None
+        self.found: dict[str, str] = {}
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -574,12 +574,14 @@ class _FunctionalUses(TorchFunctionMode):
         tensors = list(tensors_in((args, kwargs or {})))
         own = self.own[-1] if self.own else ()
         watched = [t for t in tensors if id(t) in self.names and self.sources[id(t)] not in own]
-        if not watched:
+        if (
+            not watched or not torch.is_grad_enabled()
+        ):  # without gradients, as the target of a moving average, it is data
             return result
         name = self.names[id(watched[0])]
         others = [t for t in tensors if id(t) not in self.names and not isinstance(t, nn.Parameter) and t.ndim]
-        if others and self.found is None:
-            self.found = (name, getattr(func, "__name__", str(func)))
+        if others:
+            self.found.setdefault(name, getattr(func, "__name__", str(func)))
         elif not others and func not in _DETACHED:
             for tensor in tensors_in(result):
                 if tensor.ndim:  # a number, such as a penalty, is no weight any more
@@ -612,10 +614,12 @@ def _refuse_functional_uses(
         for handle in handles:
             handle.remove()
     if mode.found:
-        name, function = mode.found
+        first, *others = (f"'{name}' outside its layer, in {function}()" for name, function in mode.found.items())
+        uses = ", and ".join([first, *(each.replace(" outside its layer", "") for each in others)])
+        left_out = ", ".join(f"'!{name}'" for name in mode.found)
         raise WatchError(
-            f"the model uses '{name}' outside its layer, in {function}(): such a use cannot be watched. "
-            "Call the layer instead, or leave it out with layers=."
+            f"the model uses {uses}: such a use cannot be watched. Call the layer instead, detach the weight where nothing is "
+            f"learned of it, or leave it out with layers=[{left_out}]."
         )
 
 

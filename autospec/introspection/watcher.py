@@ -126,7 +126,7 @@ class Watcher:
         self._audit = Audit(audit)
         self._sink: Sink | None = None
         self._crossed = tuple(crossed)
-        self._everything = layers is None
+        self._everything, self._skips_unknown = layers is None, unknown == "skip"
         self._matrices: dict[str, nn.Parameter] = {}
         self._layers = [WatchedLayer(found) for found in find_parameters(self._model, layers, unknown)]
         given = self._checked_rows(rows)
@@ -183,7 +183,12 @@ class Watcher:
         _watched_models.add(self._model)
         self._active = True
         self._entered = time.perf_counter()
-        self._matrices = _matrices(self._model)
+        known = {name for layer in self._layers for name in (layer.name, *layer.also)}
+        there = _matrices(self._model)
+        # What has no rule and is frozen is not refused; that it learns later is told of.
+        self._matrices = {
+            name: each for name, each in there.items() if name in known or each.requires_grad or self._skips_unknown
+        }
         try:
             if self._processes is not None:
                 self._processes.require_same(self.groups)
@@ -219,8 +224,8 @@ class Watcher:
         added = [name for name, parameter in there.items() if parameter.requires_grad and name not in self._matrices]
         if kind is None and added and self._everything:
             warnings.warn(
-                f"{sorted(added)} came to the model within the block and were not recorded: add layers before it, or leave it and "
-                "make another watcher for the larger model.",
+                f"{sorted(added)} came to the model, or began to learn, within the block and were not recorded: add layers before it, "
+                "or leave it and make another watcher.",
                 stacklevel=2,
             )
         if not self._quiet and self._count and kind is None:

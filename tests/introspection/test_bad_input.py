@@ -36,6 +36,23 @@ class OwnForward(nn.Linear):
         return super().forward(x) * 2
 
 
+def replaced_forward():
+    layer = nn.Linear(4, 3)
+    layer.forward = lambda x: 2 * nn.functional.linear(x, layer.weight)
+    return layer
+
+
+class Linear(nn.Module):
+    """As torch_geometric and timm have one."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
 class OwnConvolution(nn.Conv1d):
     def _conv_forward(self, x, weight, bias):
         return super()._conv_forward(x, weight - weight.mean(), bias)
@@ -110,21 +127,41 @@ MISTAKES = {
         lambda: OwnConvolution(4, 3, 1),
         LABELS,
         {},
-        ["'weight' (OwnConvolution)"],
+        ["'weight' (OwnConvolution, an nn.Conv1d with a forward pass of its own)"],
     ),
-    "a Linear with its own forward pass": (lambda: OwnForward(4, 3), LABELS, {}, ["'weight' (OwnForward)"]),
+    "a Linear with its own forward pass": (
+        lambda: OwnForward(4, 3),
+        LABELS,
+        {},
+        ["'weight' (OwnForward, an nn.Linear with a forward pass of its own)"],
+    ),
+    "a Linear whose forward pass was replaced": (
+        replaced_forward,
+        LABELS,
+        {},
+        ["'weight' (Linear with a forward pass of its own)"],
+    ),
+    "a class that is called Linear, too": (lambda: Linear(4, 3), LABELS, {}, [f"'weight' ({__name__}.Linear)"]),
+    "a class that is called Linear, too, skipped": (
+        lambda: Linear(4, 3),
+        LABELS,
+        {"unknown": "skip"},
+        ["no matrix parameter that can be watched", f"no rule for 'weight' ({__name__}.Linear)"],
+    ),
+    "everything left out": (model, LABELS, {"layers": ["!*"]}, ["no matrix parameter that can be watched"]),
+    "a pattern without a match left out": (model, LABELS, {"layers": ["!5.*"]}, ["'5.*'", "no such matrix"]),
     "matrices of the model's own": (OwnMatrices, LABELS, {}, ["'first' (OwnMatrices)", "'second' (OwnMatrices)"]),
     "an LSTM with its own forward pass": (
         lambda: OwnLSTM(4, 3),
         LABELS,
         {},
-        ["'weight_ih_l0'", "'weight_hh_l0' (OwnLSTM)"],
+        ["'weight_ih_l0'", "'weight_hh_l0' (OwnLSTM, an nn.LSTM with"],
     ),
     "attention with its own forward pass": (
         lambda: OwnAttention(4, 2),
         LABELS,
         {},
-        ["'in_proj_weight' (OwnAttention)"],
+        ["'in_proj_weight' (OwnAttention, an nn.MultiheadAttention with"],
     ),
     "a bag of embeddings": (lambda: nn.EmbeddingBag(4, 3), LABELS, {}, ["'weight' (EmbeddingBag)"]),
     "a complex parameter": (lambda: nn.Linear(4, 3, dtype=torch.complex64), LABELS, {}, ["'weight' is complex"]),
@@ -372,7 +409,8 @@ def test_a_layer_added_inside_the_block_is_told_of_at_its_end_where_all_are_watc
     new = [str(each.message) for each in said]
     assert len(new) == (layers is None)
     assert all(
-        f"['{len(network) - 1}.weight'] came to the model within the block and were not recorded" in text
+        f"['{len(network) - 1}.weight'] came to the model, or began to learn, within the block and were not recorded"
+        in text
         for text in new
     )
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 
 import numpy as np
@@ -393,6 +394,37 @@ def test_a_use_without_a_gradient_is_no_functional_use(detached):
     tree = record(problem)
     assert tree.attrs["audit"]["outside"] == {}
     assert_exact(tree, problem, members(LABELS, N))
+
+
+def test_a_use_while_gradients_are_off_is_no_functional_use():
+    def without(x, w):
+        with torch.no_grad():
+            moved = x @ (2 * w).T
+        return x + moved
+
+    problem = Problem(Functional(without), torch.randn(N, 6), mean_square, LABELS)
+    tree = record(problem)
+    assert tree.attrs["audit"]["outside"] == {}
+    assert_exact(tree, problem, members(LABELS, N))
+
+
+def test_all_weights_used_outside_their_layers_are_named_with_a_way_out_that_works():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.third(torch.tanh(F.linear(x @ self.first.weight.T, self.second.weight)))
+
+    problem = Problem(Both(), torch.randn(N, 6), mean_square, LABELS)
+    with pytest.raises(WatchError) as refusal:
+        record(problem)
+    assert "'first.weight' outside its layer, in matmul(), and 'second.weight', in linear()" in str(refusal.value)
+    (left_out,) = re.findall(r"layers=(\[.*\])", str(refusal.value))
+    assert left_out == "['!first.weight', '!second.weight']"
+    tree = record(problem, layers=["!first.weight", "!second.weight"])
+    assert list(tree["layers"].children) == ["third.weight"]
 
 
 @pytest.mark.parametrize("derived", [lambda w: w, lambda w: 2 * w], ids=["as it is", "scaled"])

@@ -182,6 +182,69 @@ def test_layers_without_a_rule_are_skipped_on_request_and_the_linear_layer_is_ex
         assert_exact(tree, chosen, members(LABELS, N))
 
 
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (["!0.*"], ["2.weight", "4.weight"]),
+        (["2.*", "!*.bias*", "4.weight"], None),
+        (["*", "!2.weight", "!4.*"], ["0.weight"]),
+    ],
+)
+def test_layers_are_left_out_by_name(layers, expected):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    chosen = Problem(model, torch.randn(N, 8), loss_of, LABELS)
+    if expected is None:
+        with pytest.raises(autospec.introspection.WatchError, match=r"'\*\.bias\*', but the model has no such matrix"):
+            record(chosen, layers=layers)
+        return
+    assert list(record(chosen, layers=layers)["layers"].children) == expected
+
+
+def test_a_name_with_brackets_is_a_name():
+    model = nn.Sequential()
+    for name, layer in {"first": nn.Linear(8, 6), "tanh": nn.Tanh(), "sex[m]": nn.Linear(6, 4)}.items():
+        model.add_module(name, layer)
+    tree = record(Problem(model, torch.randn(N, 8), loss_of, LABELS), layers=["sex[m].weight"])
+    assert list(tree["layers"].children) == ["sex[m].weight"]
+
+
+def begin_to_learn(chosen):
+    with autospec.watch(chosen.model, LABELS, quiet=True) as watcher:
+        chosen.model.positions.requires_grad_()
+        chosen.loss().backward()
+        watcher.step()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_positions_that_do_not_learn_or_are_one_row_are_no_unknown_matrices(frozen):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            shape = (3, 8) if frozen else (1, 3, 8)
+            self.positions, self.layer = nn.Parameter(torch.randn(shape), not frozen), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.layer(x + self.positions).mean(1)
+
+    model = Positions()
+    chosen = Problem(model, torch.randn(N, 3, 8), loss_of, LABELS)
+    tree = record(chosen)
+    assert list(tree["layers"].children) == ["layer.weight"]
+    assert_exact(tree, chosen, members(LABELS, N))
+    if not frozen:
+        return
+    with pytest.warns(UserWarning, match=r"\['positions'\] came to the model, or began to learn, within the block"):
+        begin_to_learn(chosen)
+
+
+def test_torchscript_without_matrices_does_not_matter():
+    model = nn.Sequential(nn.Linear(8, 6), torch.jit.script(nn.Tanh()), nn.Linear(6, 4))
+    chosen = Problem(model, torch.randn(N, 8), loss_of, LABELS)
+    plain = Problem(nn.Sequential(model[0], nn.Tanh(), model[2]), chosen.x, loss_of, LABELS)
+    assert_exact(record(chosen), plain, members(LABELS, N))
+
+
 def test_a_weight_shared_with_a_layer_without_a_rule_is_left_out_on_request_and_else_refused():
     class Tied(nn.Module):
         def __init__(self):

@@ -436,3 +436,104 @@ def test_rows_that_reach_other_samples_are_refused():
         with pytest.raises(WatchError, match="'state' belong to no sample"):
             model(series([T] * N))
         watcher.discard()
+
+
+class TwoOrders(nn.Module):
+    """One layer that sees the rows sample by sample and time step by time step; in training the first call may be missing."""
+
+    def __init__(self, skips, order="time"):
+        super().__init__()
+        self.layer, self.skips, self.order = nn.Linear(4, 3), skips, order
+
+    def forward(self, x):
+        count, steps, _ = x.shape
+        first = 0
+        if self.skips == "gradient":
+            with torch.set_grad_enabled(not self.training):
+                first = self.layer(x.flatten(0, 1)).view(count, steps, -1).mean(1)
+        elif not (self.training and self.skips == "call"):
+            first = self.layer(x.flatten(0, 1)).view(count, steps, -1).mean(1)
+        if self.order == "time":
+            return first + self.layer(x.transpose(0, 1).flatten(0, 1)).view(steps, count, -1).tanh().mean(0)
+        return first + self.layer(x.flatten(0, 1)).view(count, steps, -1).tanh().mean(1)
+
+
+@pytest.mark.parametrize("skips", ["call", "gradient"])
+def test_a_use_that_is_missing_in_training_is_not_taken_for_another(skips):
+    x = series([T] * N)
+    model = TwoOrders(skips)
+    with autospec.watch(model, LABELS, quiet=True), pytest.raises(WatchError, match="less often in training"):
+        model(x).square().sum().backward()
+    assert_shares_of_own_loss(TwoOrders(skips, order="sample"), [(x,)])
+    assert_shares_of_own_loss(TwoOrders("nothing"), [(x,)])
+
+
+def test_a_use_that_is_missing_from_some_step_on_is_not_taken_for_another():
+    model, x = TwoOrders("nothing"), series([T] * N)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        model(x).square().sum().backward()
+        watcher.step()
+        model.skips = "call"
+        with pytest.raises(WatchError, match="less often in training"):
+            model(x).square().sum().backward()
+
+
+class Drawn(nn.Module):
+    """Other samples in an order that the model draws, or counts, for itself; or noise, which moves no row."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.kind, self.count = nn.Linear(4, 3), kind, 0
+        self.torchs = torch.Generator().manual_seed(0)
+        self.numpys = np.random.default_rng(0)
+
+    def forward(self, x):
+        self.count += 1
+        if self.kind == "noise":
+            return self.layer(x + torch.randn(x.shape, generator=self.torchs)).tanh()
+        order = {
+            "torch": lambda: torch.randperm(len(x), generator=self.torchs),
+            "numpy": lambda: torch.from_numpy(self.numpys.permutation(len(x))),
+            "counter": lambda: torch.arange(len(x)).roll(self.count),
+        }[self.kind]()
+        return self.layer(x).tanh() * self.layer(x[order])
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "counter"])
+def test_an_order_that_is_another_at_each_pass_is_refused(kind):
+    model = Drawn(kind)
+    with autospec.watch(model, list("abababab"), quiet=True), pytest.raises(WatchError, match="another order at each"):
+        model(torch.randn(8, 4))
+
+
+def test_what_a_model_draws_for_itself_is_as_without_a_watcher_and_may_be_noise():
+    plain, watched = (Drawn("noise") for _ in range(2))
+    watched.load_state_dict(plain.state_dict())
+    x = torch.randn(8, 4)
+    with autospec.watch(watched, list("abababab"), quiet=True) as watcher:
+        for _ in range(2):
+            outputs = [model(x) for model in (plain, watched)]
+            outputs[1].square().sum().backward()
+            watcher.step()
+            assert torch.equal(*outputs)
+    assert watched.count == plain.count == 2
+    assert watcher.trajectories.sizes["step"] == 2
+
+
+def test_distributions_that_refuse_nan_do_not_keep_rows_from_being_traced():
+    class Variational(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(2, 4)
+
+        def forward(self, x):
+            mean, log_variance = self.encoder(x).chunk(2, 1)
+            code = torch.distributions.Normal(mean, log_variance.exp())
+            kept = code.mean + 0.1 * code.stddev
+            return torch.cat(
+                [self.decoder(kept), torch.distributions.kl_divergence(code, torch.distributions.Normal(0, 1))], 1
+            )
+
+    before = torch.distributions.Distribution._validate_args
+    assert_shares_of_own_loss(Variational(), [(torch.randn(N, 4),)])
+    assert torch.distributions.Distribution._validate_args is before

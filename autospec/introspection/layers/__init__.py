@@ -8,17 +8,28 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .attention import AttentionRule, allow_short_cuts
 from .call import LayerCall, OnCall
-from .convolution import ConvolutionRule
+from .convolution import CONVOLUTIONS, TRANSPOSED, ConvolutionRule
 from .embedding import EmbeddingRule, LookupCall
 from .linear import LinearRule
-from .recurrent import CellRule, RecurrentRule
+from .recurrent import CELLS, RECURRENT, CellRule, RecurrentRule
 
-__all__ = ["NO_MATRIX", "LayerCall", "LayerRule", "LookupCall", "OnCall", "allow_short_cuts", "rule_for"]
+__all__ = [
+    "FAMILIES",
+    "NO_MATRIX",
+    "LayerCall",
+    "LayerRule",
+    "LookupCall",
+    "OnCall",
+    "allow_short_cuts",
+    "forward_replaced",
+    "rule_for",
+]
 
 
 class LayerRule(Protocol):
@@ -50,6 +61,24 @@ RULES: tuple[LayerRule, ...] = (
 NO_MATRIX = (nn.LayerNorm, nn.RMSNorm)
 
 
+# Classes of torch's that have a rule.
+FAMILIES = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding, nn.MultiheadAttention, *RECURRENT, *CELLS)
+
+
+def forward_replaced(module: nn.Module) -> bool:
+    """Whether a module itself has another forward pass than its class.
+
+    Accelerate's hooks wrap the class's own, and so does torch.compile.
+    """
+    forward = vars(module).get("forward")
+    if forward is None or "_hf_hook" in vars(module) or isinstance(module, torch.jit.ScriptModule):
+        return False
+    wrapped = getattr(forward, "_torchdynamo_orig_callable", forward)
+    return getattr(wrapped, "__func__", None) is not type(module).forward
+
+
 def rule_for(module: nn.Module) -> LayerRule | None:
     """Return the rule that holds for a module, or None."""
+    if forward_replaced(module):
+        return None
     return next((rule for rule in RULES if rule.matches(module)), None)

@@ -22,6 +22,7 @@ from .call import LayerCall, OnCall, hold_nan
 # Deviation of the layer's output, computed again, that only another dropout mask explains.
 SAME_OUTPUT = 1e-3
 CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
 CELLS: dict[Any, str] = {nn.RNNCell: "", nn.GRUCell: "GRU", nn.LSTMCell: "LSTM"}
 
 
@@ -334,8 +335,7 @@ class RecurrentRule:
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module computes the forward pass of one of torch's recurrent layers."""
-        families = (nn.RNN, nn.GRU, nn.LSTM)
-        return any(isinstance(module, family) and type(module).forward is family.forward for family in families)
+        return any(isinstance(module, family) and type(module).forward is family.forward for family in RECURRENT)
 
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
         """Every weight matrix of every layer and direction."""
