@@ -347,7 +347,7 @@ class Introspection(Settings):
     statistics: list[Statistic] = Field(default=["gradient", "activation", "adjoint"], min_length=1)
     """Which spectra, and comparisons of groups, to record."""
     layers: list[Label] | None = Field(default=None, min_length=1)
-    """Parameter names or patterns to watch, with ``!`` before it what to leave out; every matrix by default."""
+    """Parameter names or patterns to watch, or with ! before them to leave out; every matrix by default."""
     singular_values: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
     """How many leading singular values to keep; as many as the layer's matrix has by default."""
     solver: Literal["exact", "tracked"] = "exact"

@@ -61,7 +61,7 @@ def watch(
         Keep the time for watching below this fraction of the training's: the first steps are timed, then every k-th step
         is recorded, and k is noted in the attribute ``schedule``.
     layers : sequence of str, optional
-        Parameter names or patterns (``"encoder.*"``); all matrices by default.
+        Parameter names or patterns (``"encoder.*"``), with ``!`` before it what to leave out; all matrices by default.
     singular_values : int, sequence of int, "all" or None
         How many leading values to keep, or which (from 1).  None keeps min(matrix), the paper's cut;
         ``"all"`` keeps every value of activations and adjoints too.
