@@ -386,6 +386,11 @@ class Convolution(Factors):
                 squares.append(rounding(some_rows, some_image, square(products), times))
         return squares
 
+    def as_product(self) -> Product:
+        """The same for a single group with one row for each item and position, one item after the other."""
+        rows = self.activation if self.transposed else self.adjoint
+        return Product(self.patches().flatten(0, 1), rows.flatten(2).movedim(2, 1).flatten(0, 1).contiguous())
+
     def activation_rows(self) -> Tensor:
         """Channels at each position, shape (items, inputs, positions), or patches (items x positions, inputs)."""
         if self.unfolded and not self.transposed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,6 +22,7 @@ from .factors import (
     ROUNDING_OF_WALK,
     SHORTEST,
     TERMS,
+    Convolution,
     Factors,
     Grid,
     Lookup,
@@ -267,6 +268,7 @@ class Shares:
     def add(self, factors: Factors, sorting: Sorting, backward: int = -1) -> None:
         """Add the items of one use in one backward pass, sorted by cell; they may not be modified afterwards."""
         self._walks = None
+        factors, sorting = self._by_rows(factors, sorting)
         counts = self.counts
         for key, count in zip(sorting.keys, sorting.counts, strict=True):
             counts[key] = counts.get(key, 0) + factors.rows_of(count)
@@ -325,6 +327,15 @@ class Shares:
                 matrix.copy_(share)
             else:
                 matrix += share
+
+    def _by_rows(self, factors: Factors, sorting: Sorting) -> tuple[Factors, Sorting]:
+        """A convolution as a product of patches where these are few: the deep layers of a network have many channels, few positions."""
+        if not isinstance(factors, Convolution) or self.formed or factors.groups > 1:
+            return factors, sorting
+        counts = [factors.rows_of(count) for count in sorting.counts]
+        if max(counts) >= FEW_ROWS * min(self.shape):
+            return factors, sorting
+        return factors.as_product(), replace(sorting, counts=counts, _tables={})
 
     def _add_by_sample(self, factors: Product, sorting: Sorting, grid: Grid) -> None:
         """Add the products of each sample's rows, which lie where they came and are not needed afterwards."""
@@ -385,6 +396,8 @@ class Shares:
         products = [pair for pairs in self.products.values() for pair in pairs]
         alone = not self.formed and not self.lookups and len(products) == len(self.products)
         if not products or not alone or gradient.is_cuda or gradient.dtype != products[0][0].dtype:
+            return
+        if sum(self.counts.values()) < FEW_ROWS * min(self.shape):  # the whole batch's rows are few, too
             return
         matrix = gradient.reshape(self.shape)
         self.batch = (smaller_gram(matrix, self.workspace), matrix @ irregular(self.shape[1], matrix.dtype))

@@ -7,10 +7,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from autospec.introspection import capture
-from autospec.introspection.pending import Sorting
+from autospec.introspection.pending import Shares, Sorting
 
 from .families import CONVOLUTIONS, LABELS, Calls, N, convolution, normal, problem, weighted
-from .oracle import assert_exact, assert_shares, captures, error, members, record, share_by_copies, spectrum, svdvals
+from .oracle import (
+    Problem,
+    assert_exact,
+    assert_shares,
+    captures,
+    error,
+    members,
+    record,
+    share_by_copies,
+    spectrum,
+    svdvals,
+)
 
 TABLE = members(LABELS, N)
 
@@ -229,3 +240,44 @@ def test_a_transposed_convolution_may_be_called_with_the_size_of_its_output(dime
     layer = family(4, 6, 3, stride=2, padding=1, groups=groups)
     made = problem(Calls(layer, lambda layer, x: layer(x, output_size=sizes)), normal(N, 4, *[5, 4, 4][:dimensions]))
     assert_shares({2e-5: record(made)}, made, TABLE)
+
+
+WIDE = {
+    "one position": lambda: (nn.Conv3d(24, 64, 3, padding=1), (1, 1, 1)),
+    "padded, strided": lambda: (nn.Conv2d(24, 64, 3, stride=2, padding=1), (3, 2)),
+    "dilated, reflected": lambda: (nn.Conv1d(24, 64, 3, dilation=2, padding=2, padding_mode="reflect"), (4,)),
+    "asymmetric": lambda: (nn.Conv2d(24, 64, (2, 3), padding="same"), (1, 2)),
+    "transposed": lambda: (nn.ConvTranspose2d(64, 24, 3, stride=2, padding=1, output_padding=1), (2, 1)),
+    "grouped": lambda: (nn.Conv2d(64, 64, 3, padding=1, groups=2), (1, 1)),
+    "of one": lambda: (nn.Conv1d(64, 64, 1), (2,)),
+}
+
+
+@pytest.mark.parametrize("case", WIDE)
+def test_a_convolution_of_few_positions_and_many_channels_is_a_product_of_its_patches(case, monkeypatch):
+    torch.manual_seed(0)
+    layer, positions = WIDE[case]()
+    model = nn.Sequential(nn.Conv1d(3, layer.in_channels, 1), nn.Tanh(), nn.Unflatten(2, positions), layer, nn.Tanh())
+    made = Problem(model, torch.randn(8, 3, int(np.prod(positions))), weighted, list("abbabbab"))
+    formed = []
+    original = Shares._form
+    monkeypatch.setattr(Shares, "_form", lambda shares: formed.append(shares.shape) or original(shares))
+    tree = record(made)
+    assert_exact(tree, made, members(made.labels, 8))
+    assert (tuple(layer.weight.flatten(1).shape) in formed) == (case == "grouped")
+
+
+def test_a_convolution_of_few_positions_counts_each_of_its_uses():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer = nn.Conv1d(3, 64, 1), nn.Conv1d(64, 64, 3, padding=1)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.layer(torch.tanh(self.first(x)))))
+
+    torch.manual_seed(0)
+    made = Problem(Twice(), torch.randn(8, 3, 2), weighted, list("abbabbab"))
+    assert_exact(record(made), made, members(made.labels, 8))
+    long = Problem(made.model, torch.randn(8, 3, 5), weighted, made.labels)  # the second use is no longer of few rows
+    assert_exact(record(long), long, members(made.labels, 8))
