@@ -248,3 +248,100 @@ def test_a_forward_pass_may_use_gradients():
             return self.second(states)
 
     assert check(Looking(), torch.randn(6, 5), ["a", "b"] * 3, quiet=True).passed
+
+
+class Windows(nn.Module):
+    """Rows of several windows of each sample, one after the other, as encoders of fMRI have them."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.encoder, self.how = nn.Linear(5, 3), how
+
+    def forward(self, x):
+        if self.how == "sample by sample":
+            return self.encoder(x.flatten(0, 1)).view(N, -1, 3).tanh().mean(1)
+        if self.how == "window by window":
+            return self.encoder(x.transpose(0, 1).flatten(0, 1)).view(-1, N, 3).tanh().mean(0)
+        return self.encoder(torch.cat([x[:, 0], x[:, 1]])).tanh()
+
+
+@pytest.mark.parametrize("how", ["sample by sample", "window by window", "two views"])
+def test_rows_of_several_windows_of_each_sample_are_compared(how):
+    found = check(Windows(how), torch.randn(N, 4, 5), LABELS, loss=lambda y: (y**3).sum(), quiet=True)
+    assert found.passed, str(found)
+    assert found.not_compared == {}
+
+
+def test_rows_that_are_given_are_used_where_the_outputs_do_not_show_them():
+    class Graphs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.node, self.head = nn.Linear(5, 4), nn.Linear(4, 2)
+
+        def forward(self, nodes, graph):
+            hidden = torch.tanh(self.node(nodes))
+            return self.head(hidden.new_zeros(N, 4).index_add(0, graph, hidden))
+
+    graph = torch.arange(N).repeat_interleave(torch.arange(N) % 3 + 2)
+    given = torch.randn(len(graph), 5), graph
+    rows = {"node.weight": graph.tolist(), "head.weight": range(N)}
+    found = check(Graphs(), given, LABELS, rows=rows, quiet=True)
+    assert found.passed, str(found)
+    assert found.not_compared == {}
+
+
+def test_weights_that_the_model_changes_before_it_uses_them_are_compared():
+    class LargestNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.layer.weight.renorm_(2, 0, 0.25)
+            return self.layer(x).tanh()
+
+    found = check(LargestNorm(), torch.randn(N, 5), LABELS, quiet=True)
+    assert found.passed, str(found)
+
+
+def test_samples_that_the_model_exchanges_are_not_taken_for_others():
+    class Negatives(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(5, 3), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.layer(x) * self.layer(x.roll(1, 0)) + self.head(x)
+
+    found = check(Negatives(), torch.randn(N, 5), LABELS, quiet=True)
+    assert found.passed, str(found)
+    assert list(found.not_compared) == ["layer.weight"]
+    assert str(found).endswith("passed, for 1 of 2 matrices")
+
+
+def test_a_gradient_that_cancels_to_rounding_is_not_called_wrong():
+    """An instance norm undoes the scale of a convolution of one channel: the residual branches of DynUNet and UNETR."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(1, 4, 1, bias=False), nn.InstanceNorm3d(4), nn.LeakyReLU(), nn.Conv3d(4, 2, 3))
+    nn.init.ones_(model[0].weight)
+    found = check(model, torch.randn(8, 1, 16, 16, 16), list("abbabbab"), loss=lambda y: y.square().mean(), quiet=True)
+    assert found.passed, str(found)
+    assert found.not_compared["0.weight"].startswith("its gradient nearly cancels")
+    assert {name for name, _ in found.errors} == {"3.weight"}
+
+
+def test_a_layer_of_training_alone_is_said_to_be_one():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head, self.extra = nn.Linear(5, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+        def forward(self, x):
+            hidden = self.layer(x).tanh()
+            return (self.head(hidden), self.extra(hidden)) if self.training else self.head(hidden)
+
+    found = check(Auxiliary(), torch.randn(N, 5), LABELS, rows={"extra.weight": range(N)}, quiet=True)
+    assert found.passed
+    assert list(found.not_compared) == ["extra.weight"]
+    assert "not called in evaluation mode" in found.not_compared["extra.weight"]
