@@ -816,9 +816,18 @@ class Capture:
         else:
             calls = forward.row_map.samples.get(use.place, [])
             if use.number >= len(calls):
+                known_of = forward.row_map.samples
+                more = {place for place, count in forward.calls.items() if count > len(known_of.get(place, ()))}
+                names = [
+                    each.name
+                    for each in self.layers
+                    if more.intersection(each.places) and each.name not in forward.rows
+                ]
+                was, example = ("was", "that use") if len(names) == 1 else ("were", "these uses")
                 raise WatchError(
-                    f"'{layer.name}' was used more often in training than in evaluation mode, so the rows of that use "
-                    "are not known: give rows=."
+                    f"{', '.join(map(repr, names))} {was} used more often in training than in evaluation mode, so the rows of "
+                    f"{example} are not known: give rows=, such as rows={{{names[0]!r}: range({len(forward.assignment.cells)})}} "
+                    f"for a row of each sample, or leave out with layers={[f'!{name}' for name in names]}."
                 )
             if forward.calls.get(use.place) != len(calls) and not alike(calls):
                 raise WatchError(

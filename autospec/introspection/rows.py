@@ -214,8 +214,16 @@ def map_rows(
             if accepted:
                 break
     if not accepted:
+        tables = [
+            place for place, lookup in lookups.items() if place in watched and any(a.shared for a in likely(lookup))
+        ]
+        others = set(watched) - set(tables)
+        if tables and others and _can_be_mapped(model, args, kwargs, samples, others, batch_dim, all_hooks, known):
+            raise _cannot_be_spread(tables[0])
         ways = "batch_dim= or rows=" if batch_dim is None else "rows="
-        raise WatchError(f"{reason} Say where the samples are with {ways}.")
+        if "layers=" in reason:
+            raise WatchError(reason)
+        raise WatchError(f"{reason} Say where the samples are with {ways}, or leave the layer out with layers=.")
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
         accepted = [each for each in accepted if each[0].reading == known] or accepted
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
@@ -240,6 +248,15 @@ def map_rows(
         _refuse_what_moves_on(probe, words, found)
     without_hooks = () if all_hooks else tuple(_modules_with_other_hooks(model))
     return RowMap(found, len(words), probe.reading, by_content, without_hooks, len(accepted) == 1, received)
+
+
+def _can_be_mapped(*args: Any) -> bool:
+    """Whether rows can be found by `map_rows` with these arguments."""
+    try:
+        map_rows(*args)
+    except WatchError:
+        return False
+    return True
 
 
 def _twin(model: nn.Module, all_hooks: bool = False) -> nn.Module:

@@ -537,3 +537,69 @@ def test_distributions_that_refuse_nan_do_not_keep_rows_from_being_traced():
     before = torch.distributions.Distribution._validate_args
     assert_shares_of_own_loss(Variational(), [(torch.randn(N, 4),)])
     assert torch.distributions.Distribution._validate_args is before
+
+
+class Positions(nn.Module):
+    """A table of positions that is added in the commonest form, in which it cannot be spread over the samples, or in another."""
+
+    def __init__(self, spread):
+        super().__init__()
+        self.layer, self.table, self.head = nn.Linear(4, 3), nn.Embedding(T, 3), nn.Linear(3, 2)
+        self.spread = spread
+
+    def forward(self, x):
+        positions = torch.arange(T)
+        added = self.table(positions.unsqueeze(0)) if self.spread else self.table(positions).unsqueeze(0)
+        return self.head(torch.tanh(self.layer(x) + added).mean(1))
+
+
+def test_a_table_that_cannot_be_spread_is_named_with_a_form_that_can():
+    x, model = series([T] * N), Positions(spread=False)
+    with autospec.watch(model, LABELS, quiet=True), pytest.raises(WatchError) as refusal:
+        model(x)
+    said = str(refusal.value)
+    assert said.startswith("The table 'table' is shared by all samples")
+    assert "torch.arange(positions).unsqueeze(0)" in said
+    assert said.endswith("leave it out with layers=.")
+    assert_shares_of_own_loss(Positions(spread=True), [(x,)])
+
+
+class Auxiliary(nn.Module):
+    """Two layers are used in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.layer(x))
+        return torch.cat([hidden, self.second(torch.tanh(self.first(hidden)))], 1) if self.training else hidden
+
+
+def test_all_layers_of_training_alone_are_named_with_ways_out_that_work():
+    x, model = torch.randn(N, 4), Auxiliary()
+    with autospec.watch(model, LABELS, quiet=True), pytest.raises(WatchError) as refusal:
+        model(x).square().sum().backward()
+    assert "'first.weight', 'second.weight' were used more often in training" in str(refusal.value)
+    assert "rows={'first.weight': range(5)}" in str(refusal.value)
+    assert "layers=['!first.weight', '!second.weight']" in str(refusal.value)
+    assert_shares_of_own_loss(model, [(x,)], rows={"first.weight": range(N), "second.weight": range(N)})
+    with autospec.watch(model, LABELS, layers=["!first.weight", "!second.weight"], quiet=True) as watcher:
+        model(x).square().sum().backward()
+        watcher.step()
+    assert list(watcher.trajectories["layers"].children) == ["layer.weight"]
+
+
+def test_rows_sent_to_experts_are_refused_with_a_way_out_alone():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.expert = nn.Linear(4, 2), nn.Linear(4, 3)
+
+        def forward(self, x):
+            sent = self.gate(x).argmax(1).nonzero()[:, 0]
+            return x.new_zeros(len(x), 3).index_add(0, sent, self.expert(x[sent]))
+
+    model = Experts()
+    with autospec.watch(model, LABELS, quiet=True), pytest.raises(WatchError, match=r"experts.*layers=.$"):
+        model(torch.randn(N, 4))
