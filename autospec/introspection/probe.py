@@ -158,7 +158,7 @@ class Probe:
         looked_up = lookups_marked(self.twin, self.reading.lookups, len(word), word, self.origins)
         self.shapes.clear()
         seeing = _nan_rows(self.twin, self.watched, self.shapes)
-        with unchanged(self.twin), without_validation(), looked_up, seeing as seen, _begun(self.twin, begun):
+        with unchanged(self.twin), without_validation(), looked_up, seeing as seen, _begun(self.twin, begun, seen):
             returned = self.twin(*replaced(self.args, marked), **replaced(self.kwargs, marked))
         seen[RETURNED] = [
             (hold_nan(each, each.ndim - 1) if each.ndim > 1 else each.isnan()).cpu().numpy()
@@ -261,23 +261,33 @@ def _in_order(shape: tuple[int, ...], samples: int) -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def _begun(twin: nn.Module, begun: tuple[Place, int, np.ndarray] | None) -> Iterator[None]:
-    """Make rows of the output of one use of a module NaN."""
+def _begun(
+    twin: nn.Module, begun: tuple[Place, int, np.ndarray] | None, seen: Mapping[Place, list[np.ndarray]]
+) -> Iterator[None]:
+    """Make rows of the output of one use of a module NaN; uses are counted by what `_nan_rows` has seen."""
     if begun is None:
         yield
         return
-    (name, _), number, mask = begun
-    calls = itertools.count()
+    place, number, mask = begun
+    before = 0
+    module = twin.get_submodule(place[0])
+    if isinstance(module, nn.MultiheadAttention) and module.batch_first and mask.ndim == 2:
+        mask = mask.T  # its rule sees time first
 
-    def hook(_: nn.Module, __: Any, output: Any) -> Tensor | None:
-        if not torch.is_grad_enabled() or next(calls) != number:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        nonlocal before
+        first, before = before, len(seen.get(place, ()))
+        if not first <= number < before:
             return None
-        if not isinstance(output, Tensor) or output.shape[: mask.ndim] != mask.shape:
-            raise WatchError("only rows of a single output can be made NaN.")
-        rest = [1] * (output.ndim - mask.ndim)
-        return output.masked_fill(torch.from_numpy(mask).to(output.device).view(*mask.shape, *rest), math.nan)
+        # An attention returns its weights, too.
+        rows, *others = output if isinstance(output, tuple) else (output,)
+        if not isinstance(rows, Tensor) or rows.shape[: mask.ndim] != mask.shape:
+            raise WatchError("only rows of an output can be made NaN.")
+        rest = [1] * (rows.ndim - mask.ndim)
+        rows = rows.masked_fill(torch.from_numpy(mask).to(rows.device).view(*mask.shape, *rest), math.nan)
+        return (rows, *others) if isinstance(output, tuple) else rows
 
-    handle = twin.get_submodule(name).register_forward_hook(hook)
+    handle = module.register_forward_hook(hook)
     try:
         yield
     finally:

@@ -333,3 +333,36 @@ def test_a_bert_from_hugging_face_is_watched_like_any_other_model():
         return list(model.parameters())
 
     assert all(torch.equal(a, b) for a, b in zip(train(False), train(True), strict=True))
+
+
+class Pooled(nn.Module):
+    """Attention pooling: learned queries, the same for all samples, as in a Perceiver."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, 2, 8))
+        self.attention, self.batch_first = nn.MultiheadAttention(8, 2, batch_first=batch_first), batch_first
+
+    def forward(self, x):
+        queries = self.queries.expand(len(x), -1, -1)
+        if self.batch_first:
+            return self.attention(queries, x, x)[0]
+        return self.attention(queries.transpose(0, 1), x.transpose(0, 1), x.transpose(0, 1))[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("tokens", [2, 5])
+def test_learned_queries_belong_to_the_sample_whose_output_they_make(tokens, batch_first):
+    torch.manual_seed(0)
+    model, labels = Pooled(batch_first), list("abbaba")
+    x = torch.randn(6, tokens, 8)
+    with autospec.watch(model, labels, unknown="skip", quiet=True) as watcher:
+        model(x).pow(3).sum().backward()
+        watcher.step()
+    for group in "ab":
+        model.zero_grad()
+        model(x)[[label == group for label in labels]].pow(3).sum().backward()
+        for name in ("in_proj_weight", "out_proj.weight"):
+            exact = torch.linalg.svdvals(model.attention.get_parameter(name).grad.double()).numpy()
+            found = watcher.trajectories[f"layers/attention.{name}/gradient"].sel(group=group).values[0]
+            assert np.abs(found - exact[: len(found)]).max() < 1e-5 * exact[0], (group, name)
