@@ -27,6 +27,8 @@ from .layers import LayerCall, rule_for
 from .layers.call import hold_nan
 from .lookups import Along, Origin, Place, lookups_in, lookups_marked, origins_of
 
+# Characters of another error that a sentence quotes.
+LONGEST_QUOTED = 160
 # Stands for what the model returns, among places.
 RETURNED: Place = ("", "")
 
@@ -174,9 +176,10 @@ class Probe:
             try:
                 passes.append(self.reached(word))
             except Exception as error:
+                said = f"{type(error).__name__}: {error}".splitlines()[0][:LONGEST_QUOTED]
                 raise WatchError(
-                    f"the model failed on a batch in which some samples are NaN ({type(error).__name__}: {error}), "
-                    "so the rows of its layers could not be traced to samples."
+                    f"the model failed on a batch in which some samples are NaN ({said}), so the rows of its layers could not be "
+                    "traced to samples: give rows= for every watched layer, or let it accept NaN."
                 ) from error
         found: dict[Place, list[np.ndarray]] = {}
         for key in dict.fromkeys(itertools.chain(*passes)):

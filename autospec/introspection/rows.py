@@ -173,6 +173,11 @@ def map_rows(
             notes = ["" if t.layout == torch.strided else ", not dense" for t in every]
             shapes = ", ".join(f"{tuple(t.shape)}{note}" for t, note in zip(every, notes, strict=True)) or "no tensor"
             where = "of size" if batch_dim is None else f"{batch_dim} of size"
+            if any(dims_of_size(t.shape, samples, batch_dim) for t in every if t.layout == torch.strided):
+                raise WatchError(
+                    f"the model's inputs hold the {samples} samples in whole numbers alone (inputs: {shapes}), which are traced through "
+                    "nn.Embedding alone: give the model dense floating-point input, or rows= for every watched layer."
+                )
             raise WatchError(
                 f"groups has {samples} labels, but no input of the model has a dimension {where} {samples} "
                 f"(inputs: {shapes}): give one label for each sample of the batch, in the batch's order, with set_groups() where "
@@ -221,7 +226,7 @@ def map_rows(
         if tables and others and _can_be_mapped(model, args, kwargs, samples, others, batch_dim, all_hooks, known):
             raise _cannot_be_spread(tables[0])
         ways = "batch_dim= or rows=" if batch_dim is None else "rows="
-        if "layers=" in reason:
+        if "layers=" in reason or "rows=" in reason:
             raise WatchError(reason)
         raise WatchError(f"{reason} Say where the samples are with {ways}, or leave the layer out with layers=.")
     if any(not _same(found, accepted[0][1]) for _, found in accepted):

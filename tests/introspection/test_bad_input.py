@@ -259,7 +259,8 @@ def test_integer_inputs_are_refused_with_the_way_out():
             return self.inner(x.float())
 
     with pytest.raises(
-        WatchError, match=r"Whole numbers are traced through nn\.Embedding alone.*floating-point input, or rows="
+        WatchError,
+        match=r"hold the 6 samples in whole numbers alone.*nn\.Embedding alone.*floating-point input, or rows=",
     ):
         one_step(Counts(), LABELS, torch.ones(N, 4, dtype=torch.int64))
 

@@ -603,3 +603,25 @@ def test_rows_sent_to_experts_are_refused_with_a_way_out_alone():
     model = Experts()
     with autospec.watch(model, LABELS, quiet=True), pytest.raises(WatchError, match=r"experts.*layers=.$"):
         model(torch.randn(N, 4))
+
+
+def test_a_model_that_does_not_accept_nan_is_refused_with_a_short_sentence_and_a_way_out_that_works():
+    class Strict(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            if bool(x.isnan().any()):
+                raise ValueError(f"no NaN, please, as in {x.tolist()}\nor elsewhere")
+            return self.second(torch.tanh(self.first(x)))
+
+    x, model = torch.randn(N, 4), Strict()
+    with autospec.watch(model, LABELS, quiet=True), pytest.raises(WatchError) as refusal:
+        model(x)
+    said = str(refusal.value)
+    assert "(ValueError: no NaN, please" in said
+    assert said.endswith("give rows= for every watched layer, or let it accept NaN.")
+    assert len(said) < 400
+    assert "\n" not in said
+    assert_shares_of_own_loss(model, [(x,)], rows={"first.weight": range(N), "second.weight": range(N)})
