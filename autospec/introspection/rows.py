@@ -247,10 +247,10 @@ def map_rows(
     ):
         copied.update(probe.twin.modules())
         by_content = _by_content(probe, words, found)
+        _refuse_what_moves_on(probe, words, found)
         # With several processes the model may talk to the others, who have no pass to spare at the same time.
         if model.training and samples > 1 and not several_processes():
             _refuse_mixing_in_training(model, probe, samples, found)
-        _refuse_what_moves_on(probe, words, found)
     without_hooks = () if all_hooks else tuple(_modules_with_other_hooks(model))
     return RowMap(found, len(words), probe.reading, by_content, without_hooks, len(accepted) == 1, received)
 

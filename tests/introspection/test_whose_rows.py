@@ -520,6 +520,25 @@ def test_what_a_model_draws_for_itself_is_as_without_a_watcher_and_may_be_noise(
     assert watcher.trajectories.sizes["step"] == 2
 
 
+def test_a_counter_beside_a_statistic_of_the_batch_moves_no_row():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.count = nn.Linear(4, 3), nn.Linear(3, 2), 0
+
+        def forward(self, x):
+            self.count += 1
+            hidden = torch.tanh(self.first(x))
+            return self.second(hidden - hidden.mean(0) if self.training else hidden)
+
+    model = Counting()
+    with autospec.watch(model, list("abababab"), quiet=True) as watcher:
+        model(torch.randn(8, 4)).square().sum().backward()
+        watcher.step()
+    assert model.count == 1
+    assert list(watcher.trajectories["layers"].children) == ["first.weight", "second.weight"]
+
+
 def test_distributions_that_refuse_nan_do_not_keep_rows_from_being_traced():
     class Variational(nn.Module):
         def __init__(self):
