@@ -314,6 +314,8 @@ def test_a_mapping_may_be_merged_into_several_and_overridden(tmp_path):
     )
     assert read_yaml(file)["e"] == {"k": 2, "m": 0}
     assert read_yaml(file)["f"] == {"k": 3, "m": 0}
+    file.write_text("first: &first {kind: 1}\nsecond: &second {kind: 2, more: 3}\nboth: {<<: [*first, *second]}\n")
+    assert read_yaml(file)["both"] == {"kind": 1, "more": 3}
 
 
 def test_a_config_that_is_not_there_is_one_sentence(tmp_path):
