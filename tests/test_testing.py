@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autospec
 from autospec.introspection import WatchError
+from autospec.introspection.pending import Shares
 from autospec.testing import check
 
 LABELS = list("aabbbc") * 4
@@ -327,7 +328,7 @@ def test_a_gradient_that_cancels_to_rounding_is_not_called_wrong():
     nn.init.ones_(model[0].weight)
     found = check(model, torch.randn(8, 1, 16, 16, 16), list("abbabbab"), loss=lambda y: y.square().mean(), quiet=True)
     assert found.passed, str(found)
-    assert found.not_compared["0.weight"].startswith("its gradient nearly cancels")
+    assert found.not_compared["0.weight"].startswith("its gradient cancels")
     assert {name for name, _ in found.errors} == {"3.weight"}
 
 
@@ -345,3 +346,29 @@ def test_a_layer_of_training_alone_is_said_to_be_one():
     assert found.passed
     assert list(found.not_compared) == ["extra.weight"]
     assert "not called in evaluation mode" in found.not_compared["extra.weight"]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_batches_of_one_and_two_samples_are_compared(samples):
+    found = check(nn.Linear(5, 3), torch.randn(samples, 5), list("ab")[:samples], quiet=True)
+    assert found.passed, str(found)
+    assert found.not_compared == {}
+
+
+def test_layers_that_begin_with_zeros_are_compared():
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2 * N))
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    found = check(model, torch.randn(N, 5), LABELS, loss=lambda y: (y - 1).square().mean(), quiet=True)
+    assert found.passed, str(found)
+    assert found.not_compared == {"0.weight": "its gradient is zero"}
+    assert str(found).endswith("passed")
+
+
+def test_a_wrong_record_is_not_excused_in_half_precision(monkeypatch):
+    grams = Shares.grams
+    monkeypatch.setattr(Shares, "grams", lambda *args: [(some, 1.5 * gram) for some, gram in grams(*args)])
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).bfloat16()
+    found = check(model, torch.randn(N, 5).bfloat16(), LABELS, quiet=True)
+    assert not found.passed
+    assert str(found).endswith("FAILED")

@@ -116,7 +116,7 @@ class Audit:
             "left_out",
             name,
             fraction,
-            f"rows that valid= leaves out hold {100 * fraction:.3g} % of the gradient of '{name}', and the groups' shares do not "
+            f"rows that valid= leaves out hold {_percent(fraction)} of the gradient of '{name}', and the groups' shares do not "
             "contain them: either the loss depends on these positions, or the layer's rows lie in another order than the "
             "columns of valid=, as where a series is turned round; leave the layer out with layers=, or valid= away.",
             stacklevel=6,
@@ -132,7 +132,7 @@ class Audit:
             "outside",
             name,
             fraction,
-            f"{100 * fraction:.3g} % of the gradient of '{name}' comes from no sample's row, and the groups' shares do not contain "
+            f"{_percent(fraction)} of the gradient of '{name}' comes from no sample's row, and the groups' shares do not contain "
             "it: a penalty on weights or on gradients is such a part, but a use of the weight outside its layer should be "
             "replaced by a call of the layer, or the weight left out with layers=.",
             stacklevel=stacklevel + 1,
@@ -196,6 +196,11 @@ class Audit:
                 "(said once).",
                 stacklevel=stacklevel,
             )
+
+
+def _percent(fraction: float) -> str:
+    """A part in words: 104 %, 2.5 %, 0.069 %."""
+    return f"{100 * fraction:.0f} %" if fraction >= 0.1 else f"{100 * fraction:.2g} %"
 
 
 def cancels(pending: Pending) -> bool:

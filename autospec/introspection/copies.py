@@ -278,17 +278,27 @@ def _kept(model: nn.Module) -> list[Any]:
 def moves_on(twin: nn.Module, forward: Callable[[], object]) -> bool:
     """Whether generators or numbers that a model holds are others after a forward pass, which is made."""
 
-    def state() -> list[Any]:
-        generators: Iterator[Any] = instances_in(_kept(twin), (torch.Generator, np.random.Generator))
+    def state() -> str:
+        kept = _kept(twin)
+        generators: Iterator[Any] = instances_in(kept, (torch.Generator, np.random.Generator))
         drawn = [
             g.get_state().tolist() if isinstance(g, torch.Generator) else g.bit_generator.state for g in generators
         ]
-        numbers = [value for m in twin.modules() for value in vars(m).values() if isinstance(value, int | float)]
-        return [str(drawn), numbers]
+        return str([drawn, *map(_numbers, kept)])
 
     before = state()
     forward()
     return state() != before
+
+
+def _numbers(value: Any) -> Any:
+    """Single numbers in an attribute, in lists and dicts too, and in tensors of whole numbers."""
+    if isinstance(value, Mapping | list | tuple):
+        return [_numbers(item) for item in (value.values() if isinstance(value, Mapping) else value)]
+    if isinstance(value, Tensor):
+        single = value.layout == torch.strided and value.numel() == 1 and not value.is_floating_point()
+        return value.item() if single else None
+    return value if isinstance(value, int | float | np.number) else None
 
 
 @contextmanager

@@ -48,6 +48,8 @@ CANCELLED_BY_ROWS = 1e-9
 ROUNDING_OF_IMAGE = 8.0
 # Below this many rows, as a fraction of the matrix's smaller side, the factors are kept instead of the share.
 FEW_ROWS = 0.75
+# Convolutions with a smaller side are formed all the same, which takes fewer calls.
+FEWEST_CHANNELS = 48
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,7 @@ class Shares:
     def add(self, factors: Factors, sorting: Sorting, backward: int = -1) -> None:
         """Add the items of one use in one backward pass, sorted by cell; they may not be modified afterwards."""
         self._walks = None
+        large = max(factors.activation.nbytes, factors.adjoint.nbytes) > LARGEST_KEPT
         factors, sorting = self._by_rows(factors, sorting)
         counts = self.counts
         for key, count in zip(sorting.keys, sorting.counts, strict=True):
@@ -277,7 +280,6 @@ class Shares:
             self._add_by_sample(factors, sorting, sorting.grid)
             return
         if self.held is not None:
-            large = max(factors.activation.nbytes, factors.adjoint.nbytes) > LARGEST_KEPT
             # Over several backward passes holding everything would cost what micro-batches are to save.
             one_pass = not self.held or backward == self._backward
             self.held = [*self.held, (factors, sorting)] if one_pass and not large else None
@@ -330,7 +332,12 @@ class Shares:
 
     def _by_rows(self, factors: Factors, sorting: Sorting) -> tuple[Factors, Sorting]:
         """A convolution as a product of patches where these are few: the deep layers of a network have many channels, few positions."""
-        if not isinstance(factors, Convolution) or self.formed or factors.groups > 1:
+        if (
+            not isinstance(factors, Convolution)
+            or self.formed
+            or factors.groups > 1
+            or min(self.shape) < FEWEST_CHANNELS
+        ):
             return factors, sorting
         counts = [factors.rows_of(count) for count in sorting.counts]
         if max(counts) >= FEW_ROWS * min(self.shape):
@@ -899,7 +906,8 @@ class Pending:
         """What is kept until the step is closed must not change with the user's tensors."""
         if sorting.order is not None or sorting.grid is not None:
             return factors
-        few = factors.rows < max(factors.activation.shape[1:2] + factors.adjoint.shape[1:2] + self.shape)
+        widths = factors.activation.shape[1:2] + factors.adjoint.shape[1:2] + self.shape
+        few = max(map(factors.rows_of, sorting.counts)) < max(widths)
         if isinstance(factors, Lookup) or few or ((constant or followed) and isinstance(factors, Product)):
             activation = factors.activation if constant else factors.activation.clone()
             return factors.with_(activation, factors.adjoint.clone())

@@ -276,6 +276,8 @@ def _begun(
     module = twin.get_submodule(place[0])
     if isinstance(module, nn.MultiheadAttention) and module.batch_first and mask.ndim == 2:
         mask = mask.T  # its rule sees time first
+    if isinstance(module, nn.RNNBase) and not module.batch_first:
+        mask = mask[None]  # its rule sees sequences
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         nonlocal before
@@ -284,7 +286,9 @@ def _begun(
             return None
         # An attention returns its weights, too.
         rows, *others = output if isinstance(output, tuple) else (output,)
-        if not isinstance(rows, Tensor) or rows.shape[: mask.ndim] != mask.shape:
+        if not isinstance(rows, Tensor) or any(
+            size not in (1, there) for size, there in zip(mask.shape, rows.shape, strict=False)
+        ):
             raise WatchError("only rows of an output can be made NaN.")
         rest = [1] * (rows.ndim - mask.ndim)
         rows = rows.masked_fill(torch.from_numpy(mask).to(rows.device).view(*mask.shape, *rest), math.nan)

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from .arguments import as_array, can_be_nan, content_of, instances_in, of_packing, tensors_in, whole_numbers
+from .arguments import as_array, can_be_nan, content_of, instances_in, of_packing, replaced, tensors_in, whole_numbers
 from .copies import copy_model, kept_apart, moves_on, unchanged, without_short_cuts
 from .errors import WatchError
 from .generators import generators_kept
@@ -128,6 +128,8 @@ def map_rows(
         If no input has a dimension of that size, or the rows cannot be told apart, or more than one reading
         of the inputs is possible.
     """
+    own = {id(t): _copied(t) for t in tensors_in((args, kwargs)) if t.layout == torch.strided}
+    args, kwargs = replaced(args, own), replaced(kwargs, own)  # the model may change its input in place
     inputs = [t for t in tensors_in((args, kwargs)) if can_be_nan(t)]
     packed = {
         id(each.data): each for each in instances_in((args, kwargs), PackedSequence) if sequences_in(each) == samples
@@ -226,7 +228,7 @@ def map_rows(
         if tables and others and _can_be_mapped(model, args, kwargs, samples, others, batch_dim, all_hooks, known):
             raise _cannot_be_spread(tables[0])
         ways = "batch_dim= or rows=" if batch_dim is None else "rows="
-        if "layers=" in reason or "rows=" in reason:
+        if reason.endswith(("layers=.", "accept NaN.")):
             raise WatchError(reason)
         raise WatchError(f"{reason} Say where the samples are with {ways}, or leave the layer out with layers=.")
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
@@ -253,6 +255,14 @@ def map_rows(
             _refuse_mixing_in_training(model, probe, samples, found)
     without_hooks = () if all_hooks else tuple(_modules_with_other_hooks(model))
     return RowMap(found, len(words), probe.reading, by_content, without_hooks, len(accepted) == 1, received)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A tensor of its own with the same numbers, with a gradient where that has one."""
+    copied = tensor.detach().clone()
+    if not tensor.requires_grad:
+        return copied
+    return copied.requires_grad_() if tensor.is_leaf else copied.requires_grad_().clone()
 
 
 def _can_be_mapped(*args: Any) -> bool:
@@ -487,9 +497,15 @@ def _refuse_what_moves_on(probe: Probe, words: np.ndarray, found: Mapping[Place,
     if not moves_on(probe.twin, lambda: probe.twin(*probe.args, **probe.kwargs)):
         return
     try:
-        same = _same(found, probe.rows(words))
+        now = probe.rows(words)
     except WatchError:
         same = False
+    else:
+        # A use more or less is no other order where the rows of all lie in one.
+        same = found.keys() == now.keys() and all(
+            all(map(np.array_equal, calls, now[key])) if len(calls) == len(now[key]) else alike([*calls, *now[key]])
+            for key, calls in found.items()
+        )
     if not same:
         raise WatchError(
             "The model gives rows to samples in another order at each pass, by random numbers or a counter that it holds: do so "

@@ -126,7 +126,8 @@ class Watcher:
         self._audit = Audit(audit)
         self._sink: Sink | None = None
         self._crossed = tuple(crossed)
-        self._everything, self._skips_unknown = layers is None, unknown == "skip"
+        self._everything = all(name.startswith("!") for name in layers or ())
+        self._skips_unknown = unknown == "skip"
         self._matrices: dict[str, nn.Parameter] = {}
         self._layers = [WatchedLayer(found) for found in find_parameters(self._model, layers, unknown)]
         given = self._checked_rows(rows)

@@ -1,6 +1,8 @@
 """A mistake gives one sentence that says what, where and what to do."""
 
 import copy
+import functools
+import types
 import warnings
 
 import numpy as np
@@ -540,3 +542,17 @@ def test_a_batch_for_which_set_groups_was_forgotten_is_noticed_once(labelled):
         assert caught[0].filename == __file__
     else:
         assert said == []
+
+
+WRAPPERS = {
+    "torch.compile": lambda layer: torch.compile(layer.forward, backend="eager"),
+    "functools.wraps": lambda layer: functools.wraps(layer.forward)(lambda *args: type(layer).forward(layer, *args)),
+    "a method": lambda layer: types.MethodType(type(layer).forward, layer),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPERS)
+def test_a_forward_pass_that_is_wrapped_is_the_layers_own(how):
+    network = model()
+    network[0].forward = WRAPPERS[how](network[0])
+    one_step(network, LABELS, quiet=True)

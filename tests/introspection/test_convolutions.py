@@ -1,5 +1,7 @@
 """Convolutions: patches as the true left factor, and the share of each position in space."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -281,3 +283,20 @@ def test_a_convolution_of_few_positions_counts_each_of_its_uses():
     assert_exact(record(made), made, members(made.labels, 8))
     long = Problem(made.model, torch.randn(8, 3, 5), weighted, made.labels)  # the second use is no longer of few rows
     assert_exact(record(long), long, members(made.labels, 8))
+
+
+def test_patches_that_cancel_are_summed_in_float64_where_they_take_more_than_the_images():
+    torch.manual_seed(0)
+    pairs, channels = 20, 512
+    layer = nn.Conv2d(channels, channels, 3, padding=1)
+    some, weights = torch.randn(pairs, 1, channels, 2, 2), torch.randn(pairs, 1, channels, 2, 2)
+    x = torch.cat([some, some, 1e-4 * torch.randn(pairs, 3, channels, 2, 2)], 1).flatten(0, 1)
+    sign = torch.tensor([1, -1 - 1e-4, 1, 1, 1]).view(1, 5, 1, 1, 1)
+    weights = (weights * sign).flatten(0, 1)  # in every five the first two cancel but for a ten-thousandth
+    labels = list("abbab") * pairs
+    made = Problem(layer, x, lambda output: (output * weights.to(output.dtype)).sum(), labels)
+    tree = record(made, statistics=["gradient"], singular_values=4)
+    exact = copy.deepcopy(layer).double()
+    made.loss_of_output(exact(x.double())).backward()
+    expected = svdvals(exact.weight.grad.flatten(1))
+    assert error(spectrum(tree, "weight", "gradient"), expected[:4]) < 1e-6

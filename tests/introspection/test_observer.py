@@ -141,6 +141,33 @@ def test_training_is_bitwise_unchanged(optimizer, options):
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.parametrize("change", ["sum", "dropout"])
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_model_that_changes_its_input_in_place_gets_it_as_it_is(change, counts):
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.count = nn.Linear(7, 4), 0
+
+        def forward(self, x):
+            self.count += counts
+            x = x.add_(1.0) if change == "sum" else F.dropout(x, 0.5, self.training, inplace=True)
+            return self.layer(x).tanh()
+
+    gradients, inputs = [], []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model, x = InPlace(), batch()
+        with autospec.watch(model, LABELS, quiet=True) if watched else contextlib.nullcontext() as watcher:
+            model(x).square().sum().backward()
+            if watcher is not None:
+                watcher.step()
+        gradients.append(model.layer.weight.grad)
+        inputs.append(x)
+    assert torch.equal(*gradients)
+    assert torch.equal(*inputs)
+
+
 def test_a_plain_run_with_another_seed_differs_so_the_comparison_can_fail():
     plain = train(lambda model: no_watch(), OPTIMIZERS["Adam"])
     disturbed = train(lambda model: torch.rand(1) is None or no_watch(), OPTIMIZERS["Adam"])

@@ -486,23 +486,38 @@ class Drawn(nn.Module):
         self.layer, self.kind, self.count = nn.Linear(4, 3), kind, 0
         self.torchs = torch.Generator().manual_seed(0)
         self.numpys = np.random.default_rng(0)
+        self.register_buffer("counted", torch.tensor(0))
+        self.notes, self.scalar = {"passes": [0]}, np.int64(0)
 
     def forward(self, x):
-        self.count += 1
+        if self.kind == "counter":
+            self.count += 1
+        if self.kind == "buffer":
+            self.counted += 1
+        if self.kind == "list in a dict":
+            self.notes["passes"][0] += 1
+        if self.kind == "scalar of numpy":
+            self.scalar = self.scalar + 1
         if self.kind == "noise":
             return self.layer(x + torch.randn(x.shape, generator=self.torchs)).tanh()
         order = {
             "torch": lambda: torch.randperm(len(x), generator=self.torchs),
             "numpy": lambda: torch.from_numpy(self.numpys.permutation(len(x))),
             "counter": lambda: torch.arange(len(x)).roll(self.count),
+            "buffer": lambda: torch.arange(len(x)).roll(int(self.counted)),
+            "list in a dict": lambda: torch.arange(len(x)).roll(self.notes["passes"][0]),
+            "scalar of numpy": lambda: torch.arange(len(x)).roll(int(self.scalar)),
         }[self.kind]()
         return self.layer(x).tanh() * self.layer(x[order])
 
 
-@pytest.mark.parametrize("kind", ["torch", "numpy", "counter"])
+@pytest.mark.parametrize("kind", ["torch", "numpy", "counter", "buffer", "list in a dict", "scalar of numpy"])
 def test_an_order_that_is_another_at_each_pass_is_refused(kind):
     model = Drawn(kind)
-    with autospec.watch(model, list("abababab"), quiet=True), pytest.raises(WatchError, match="another order at each"):
+    with (
+        autospec.watch(model, list("abababab"), quiet=True),
+        pytest.raises(WatchError, match=r"another order at each|mix several samples"),
+    ):
         model(torch.randn(8, 4))
 
 
@@ -516,8 +531,83 @@ def test_what_a_model_draws_for_itself_is_as_without_a_watcher_and_may_be_noise(
             outputs[1].square().sum().backward()
             watcher.step()
             assert torch.equal(*outputs)
-    assert watched.count == plain.count == 2
     assert watcher.trajectories.sizes["step"] == 2
+
+
+class Depth(nn.Module):
+    """Layers that are called another number of times at another pass, or in training, all with one order of rows."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.layer, self.head = nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+        self.kind, self.count, self.begun = kind, 0, False
+
+    def forward(self, x):
+        self.count += 1
+        hidden = torch.tanh(self.first(x))
+        if self.kind == "initialised by data" and not self.begun:
+            self.begun = True
+            self.layer(hidden)
+        for i in range(min(self.count, 3) if self.kind == "growing" else 2):
+            if not (self.kind == "dropped" and self.training and i == self.count % 2):
+                hidden = hidden + torch.tanh(self.layer(hidden))
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("kind", ["initialised by data", "growing", "dropped"])
+def test_another_number_of_uses_is_no_other_order(kind):
+    model, x = Depth(kind), torch.randn(8, 4)
+    recorded = 0
+    with autospec.watch(model, list("abababab"), quiet=True) as watcher:
+        for step in range(3):
+            state = model.count, model.begun
+            model.zero_grad()
+            model(x).square().sum().backward()
+            watcher.step()
+            after = model.count, model.begun
+            for group in "ab":
+                model.count, model.begun = state
+                model.zero_grad()
+                model(x)[[label == group for label in "abababab"]].square().sum().backward()
+                own = torch.linalg.svdvals(model.layer.weight.grad.double()).numpy()
+                found = watcher.trajectories["layers/layer.weight/gradient"].sel(group=group).values[step]
+                assert np.abs(found - own).max() < 1e-5 * own[0]
+                recorded += 1
+            model.count, model.begun = after
+    assert recorded == 6
+
+
+def test_samples_mixed_in_training_are_seen_where_a_layer_is_used_less_often_then():
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            if self.training:
+                return torch.tanh(self.layer(x + x.roll(1, 0)))
+            return torch.tanh(self.layer(torch.tanh(self.layer(x))))
+
+    model, said = Skips(), "In training mode rows of the input of 'layer' depend on other samples"
+    with autospec.watch(model, list("abababab"), quiet=True), pytest.raises(WatchError, match=said):
+        model(torch.randn(8, 4))
+
+
+@pytest.mark.parametrize("positions", [6, 5], ids=["as many tokens as samples", "fewer"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_tokens_of_a_recurrent_layer_belong_to_the_sample_whose_outputs_they_make(positions, batch_first):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("tokens", torch.randn(1, positions, 3))
+            self.rnn, self.head = nn.GRU(3, 4, batch_first=batch_first), nn.Linear(4, 2)
+
+        def forward(self, x):
+            tokens = self.tokens.expand(len(x), -1, -1)
+            made = self.rnn(tokens)[0] if batch_first else self.rnn(tokens.transpose(0, 1))[0].transpose(0, 1)
+            return self.head(made * x).flatten(1)
+
+    assert_shares_of_own_loss(Tokens(), [(torch.randn(6, positions, 4),)], labels=list("aabbab"))
 
 
 def test_a_counter_beside_a_statistic_of_the_batch_moves_no_row():

@@ -6,6 +6,7 @@ forward pass as a `LayerCall`.  The watcher does the rest.
 
 from __future__ import annotations
 
+import inspect
 from typing import Protocol
 
 import torch
@@ -68,13 +69,13 @@ FAMILIES = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding, nn.MultiheadAtt
 def forward_replaced(module: nn.Module) -> bool:
     """Whether a module itself has another forward pass than its class.
 
-    Accelerate's hooks wrap the class's own, and so does torch.compile.
+    What wraps the class's own and says so (functools.wraps), as torch.compile, accelerate and timers do, is thought to change nothing.
     """
     forward = vars(module).get("forward")
-    if forward is None or "_hf_hook" in vars(module) or isinstance(module, torch.jit.ScriptModule):
+    if forward is None or isinstance(module, torch.jit.ScriptModule):
         return False
-    wrapped = getattr(forward, "_torchdynamo_orig_callable", forward)
-    return getattr(wrapped, "__func__", None) is not type(module).forward
+    wrapped = inspect.unwrap(forward)
+    return getattr(wrapped, "__func__", wrapped) is not type(module).forward
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
