@@ -418,12 +418,11 @@ class Convolution(Factors):
         for axis, (size, stride, dilation, count) in enumerate(
             zip(space, self.stride, self.dilation, positions, strict=True), start=2
         ):
-            starts = torch.arange(count, device=image.device) * stride
-            offsets = torch.arange(size, device=image.device) * dilation
-            wanted = starts[:, None] + offsets
-            short = int(wanted.max()) + 1 - image.shape[axis]
+            short = (count - 1) * stride + (size - 1) * dilation + 1 - image.shape[axis]
             if short > 0:  # an output padding lengthens a transposed convolution
                 image = F.pad(image, [0, 0] * (image.ndim - 1 - axis) + [0, short])
+            starts = torch.arange(count, device=image.device) * stride
+            wanted = starts[:, None] + torch.arange(size, device=image.device) * dilation
             # (…, positions, …) and the kernel's offsets at the end
             image = image.index_select(axis, wanted.flatten()).unflatten(axis, wanted.shape).movedim(axis + 1, -1)
         dimensions = len(space)

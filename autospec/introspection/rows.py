@@ -612,15 +612,14 @@ class _FunctionalUses(TorchFunctionMode):
         tensors = list(tensors_in((args, kwargs or {})))
         own = self.own[-1] if self.own else ()
         watched = [t for t in tensors if id(t) in self.names and self.sources[id(t)] not in own]
-        if (
-            not watched or not torch.is_grad_enabled()
-        ):  # without gradients, as the target of a moving average, it is data
+        # Without gradients, as for the target of a moving average, a weight is data.
+        if not watched or not torch.is_grad_enabled():
             return result
         name = self.names[id(watched[0])]
         others = [t for t in tensors if id(t) not in self.names and not isinstance(t, nn.Parameter) and t.ndim]
         if others:
             self.found.setdefault(name, getattr(func, "__name__", str(func)))
-        elif not others and func not in _DETACHED:
+        elif func not in _DETACHED:
             for tensor in tensors_in(result):
                 if tensor.ndim:  # a number, such as a penalty, is no weight any more
                     self.names[id(tensor)], self.sources[id(tensor)] = name, self.sources[id(watched[0])]

@@ -85,6 +85,10 @@ MODELS = {
     "a wide layer": (lambda: nn.Linear(600, 600), (N, 20, 600)),
     "1D CNN": (lambda: nn.Sequential(nn.Conv1d(6, 5, 3, padding=1), nn.ReLU(), nn.Conv1d(5, 3, 3, stride=2)), SERIES),
     "3D CNN": (lambda: nn.Sequential(nn.Conv3d(1, 4, 3), nn.ConvTranspose3d(4, 2, 3)), (N, 1, 5, 6, 5)),
+    "convolutions of few rows": (
+        lambda: nn.Sequential(nn.Conv2d(60, 70, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(70, 60, 3, stride=2)),
+        (N, 60, 2, 1),
+    ),
     "RNN": (lambda: Reader(nn.RNN(7, 4, batch_first=True)), SERIES),
     "GRU": (lambda: Reader(nn.GRU(7, 4, 2, batch_first=True, bidirectional=True)), SERIES),
     "LSTM": (lambda: Reader(nn.LSTM(7, 4, batch_first=True)), SERIES),
