@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from autospec.introspection import Watcher
 from autospec.introspection.arguments import as_array, of_packing, replaced, tensors_in
+from autospec.introspection.audit import LONG_SUM
 from autospec.introspection.copies import copy_model, kept_apart, without_short_cuts
 from autospec.introspection.errors import WatchError
 from autospec.introspection.generators import generators_kept, random_state, restore_random_state, seed_random_numbers
@@ -32,8 +33,6 @@ SEED = 0
 TOLERANCE = 2e-5
 # Largest deviation, relative to the largest value, of the outputs of samples that have another place in the batch.
 MOVED = 1e-4
-# Deviation that is rounding where a gradient cancels, in units of float32's times the factors' norms (measured: 0.14).
-ROUNDING = 0.4
 # Why layers are not compared that have nothing to compare.
 FROZEN, ZERO = "it is frozen", "its gradient is zero"
 
@@ -196,7 +195,7 @@ def check(
             scale = max(exact[0], 1e-3 * float(values.sel(group="all")[0]))
             if len(recorded) and scale > 0:
                 deviation = np.abs(recorded.values.astype(np.float64) - exact[recorded["index"].values - 1]).max()
-                if TOLERANCE * scale < deviation <= ROUNDING * _rounding_of_factors(tree[f"layers/{name}"], group):
+                if TOLERANCE * scale < deviation <= LONG_SUM * _rounding_of_factors(tree[f"layers/{name}"], group):
                     found.not_compared[name] = "its gradient cancels, so that what is left of it is rounding"
                 else:
                     found.errors[name, group] = float(deviation / scale)

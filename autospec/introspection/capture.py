@@ -295,10 +295,7 @@ class Capture:
         """Which matrices were used more often than when rows were traced, and how often."""
         if forward.row_map is None:
             return set()
-        known = forward.row_map.samples
-        more = {
-            each for each in forward.calls.items() if each[1] > len(known.get(each[0], ()))
-        } - self._in_training_alone
+        more = forward.called_more() - self._in_training_alone
         traced = self._traced() if more else ()
         return {(place, count) for place, count in more if place in traced}
 
@@ -816,17 +813,16 @@ class Capture:
         else:
             calls = forward.row_map.samples.get(use.place, [])
             if use.number >= len(calls):
-                known_of = forward.row_map.samples
-                more = {place for place, count in forward.calls.items() if count > len(known_of.get(place, ()))}
+                more = {place for place, _ in forward.called_more()}
                 names = [
                     each.name
                     for each in self.layers
                     if more.intersection(each.places) and each.name not in forward.rows
                 ]
-                was, example = ("was", "that use") if len(names) == 1 else ("were", "these uses")
+                was, uses = ("was", "that use") if len(names) == 1 else ("were", "these uses")
                 raise WatchError(
                     f"{', '.join(map(repr, names))} {was} used more often in training than in evaluation mode, so the rows of "
-                    f"{example} are not known: give rows=, such as rows={{{names[0]!r}: range({len(forward.assignment.cells)})}} "
+                    f"{uses} are not known: give rows=, such as rows={{{names[0]!r}: range({len(forward.assignment.cells)})}} "
                     f"for a row of each sample, or leave out with layers={[f'!{name}' for name in names]}."
                 )
             if forward.calls.get(use.place) != len(calls) and not alike(calls):

@@ -270,7 +270,7 @@ def unchanged(twin: nn.Module) -> Iterator[None]:
 
 
 def _kept(model: nn.Module) -> list[Any]:
-    """What the modules of a model hold: buffers, and attributes that are no plain numbers and not torch's."""
+    """What the modules of a model hold: attributes that are not torch's, and buffers."""
     own = [value for m in model.modules() for name, value in vars(m).items() if name not in OF_TORCH]
     return [*own, *(buffer for m in model.modules() for buffer in m._buffers.values())]
 

@@ -1,5 +1,9 @@
-"""The one exception that watching raises for a user's mistake."""
+"""The exceptions that watching raises for a user's mistake."""
 
 
 class WatchError(ValueError):
     """A model, a batch or labels that cannot be watched; the message says what, where and what to do."""
+
+
+class UntracedRows(WatchError):
+    """Rows whose samples tracing does not tell; the message says which, and who catches it what to do."""

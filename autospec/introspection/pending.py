@@ -270,8 +270,7 @@ class Shares:
     def add(self, factors: Factors, sorting: Sorting, backward: int = -1) -> None:
         """Add the items of one use in one backward pass, sorted by cell; they may not be modified afterwards."""
         self._walks = None
-        large = max(factors.activation.nbytes, factors.adjoint.nbytes) > LARGEST_KEPT
-        factors, sorting = self._by_rows(factors, sorting)
+        given, (factors, sorting) = factors, self._by_rows(factors, sorting)
         counts = self.counts
         for key, count in zip(sorting.keys, sorting.counts, strict=True):
             counts[key] = counts.get(key, 0) + factors.rows_of(count)
@@ -280,6 +279,7 @@ class Shares:
             self._add_by_sample(factors, sorting, sorting.grid)
             return
         if self.held is not None:
+            large = max(given.activation.nbytes, given.adjoint.nbytes) > LARGEST_KEPT
             # Over several backward passes holding everything would cost what micro-batches are to save.
             one_pass = not self.held or backward == self._backward
             self.held = [*self.held, (factors, sorting)] if one_pass and not large else None

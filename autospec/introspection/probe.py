@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .arguments import can_be_nan, instances_in, replaced, tensors_in
 from .copies import unchanged, without_validation
-from .errors import WatchError
+from .errors import UntracedRows, WatchError
 from .layers import LayerCall, rule_for
 from .layers.call import hold_nan
 from .lookups import Along, Origin, Place, lookups_in, lookups_marked, origins_of
@@ -196,7 +196,7 @@ class Probe:
                 decoded = decode(patterns.reshape(len(words), -1), words).reshape(marks.shape)
                 found[key].append(_filled(decoded, patterns, words))
                 if key != RETURNED and (found[key][-1] == -2).any():
-                    raise WatchError(f"Rows of the input of '{key[0] or key[1]}' mix several samples.")
+                    raise UntracedRows(f"Rows of the input of '{key[0] or key[1]}' mix several samples.")
         unknown = [(key, call) for key, calls in found.items() for call, of in enumerate(calls) if (of == -1).any()]
         for key, call in unknown:
             if key != RETURNED:
@@ -224,7 +224,7 @@ class Probe:
             )
             if fits and reached[expected[unknown]].all():
                 return expected
-        raise WatchError(
+        raise UntracedRows(
             f"Rows of the input of '{place[0] or place[1]}' belong to no sample: NaN of none reaches them, as where "
             "they are made of whole numbers or of weights alone, or NaN is replaced, and what they reach does not tell either."
         )

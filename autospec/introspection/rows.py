@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .arguments import as_array, can_be_nan, content_of, instances_in, of_packing, replaced, tensors_in, whole_numbers
 from .copies import copy_model, kept_apart, moves_on, unchanged, without_short_cuts
-from .errors import WatchError
+from .errors import UntracedRows, WatchError
 from .generators import generators_kept
 from .hooks import Hook
 from .layers import rule_for
@@ -143,7 +143,7 @@ def map_rows(
             choices[position] = (*choices[position], None)
     words = code_words(samples)
     accepted: list[tuple[Probe, dict[Place, list[np.ndarray]]]] = []
-    reason = ""
+    refusal: WatchError | None = None
     with (
         generators_kept(inputs),
         torch.enable_grad(),
@@ -217,7 +217,7 @@ def map_rows(
                 except WatchError as error:
                     spread = [place for place, along in alongs.items() if along.shared and along.marked]
                     failed = error.__cause__ is not None and bool(spread)
-                    reason = reason or str(_cannot_be_spread(spread[0]) if failed else error)
+                    refusal = refusal or (_cannot_be_spread(spread[0]) if failed else error)
             if accepted:
                 break
     if not accepted:
@@ -227,10 +227,10 @@ def map_rows(
         others = set(watched) - set(tables)
         if tables and others and _can_be_mapped(model, args, kwargs, samples, others, batch_dim, all_hooks, known):
             raise _cannot_be_spread(tables[0])
+        if refusal is not None and not isinstance(refusal, UntracedRows):
+            raise refusal
         ways = "batch_dim= or rows=" if batch_dim is None else "rows="
-        if reason.endswith(("layers=.", "accept NaN.")):
-            raise WatchError(reason)
-        raise WatchError(f"{reason} Say where the samples are with {ways}, or leave the layer out with layers=.")
+        raise WatchError(f"{refusal or ''} Say where the samples are with {ways}, or leave the layer out with layers=.")
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
         accepted = [each for each in accepted if each[0].reading == known] or accepted
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
@@ -525,8 +525,8 @@ def _refuse_mixing_in_training(
     for name, module in probe.twin.named_modules():
         module.training = training.get(name, True) and not isinstance(module, _BatchNorm)
 
-    def others_reached(word: np.ndarray) -> Iterator[tuple[tuple[Place, int], np.ndarray]]:
-        """Uses of which rows of samples that are not marked turn NaN, and which rows do."""
+    def others_reached(word: np.ndarray) -> Iterator[tuple[tuple[Place, int], np.ndarray, np.ndarray]]:
+        """Uses of which rows of samples that are not marked turn NaN, the sample of each row, and which rows do."""
         seen = probe.reached(word)
         for key, of_calls in found.items():
             now = seen.get(key, ())
@@ -536,23 +536,20 @@ def _refuse_mixing_in_training(
                 for call, (rows, marks) in enumerate(zip(calls, now, strict=True)):
                     nan = marks.reshape(-1)
                     if len(nan) == len(rows) and not nan.all() and nan[~word[rows]].any():
-                        yield (key, call), nan
+                        yield (key, call), rows, nan
 
     draw = np.random.default_rng(0)
     try:
         # A random order leaves half of the samples among themselves once in (samples over half of them) times.
         half = [draw.permutation(samples) < samples // 2 for _ in range(1 if samples >= MANY_SAMPLES else 3)]
-        places = [key for word in half for (key, _), _ in others_reached(word)]
-        by_use: dict[tuple[Place, int], list[tuple[int, np.ndarray]]] = {}
+        places = [key for word in half for (key, _), *_ in others_reached(word)]
+        by_use: dict[tuple[Place, int], tuple[np.ndarray, list[tuple[int, np.ndarray]]]] = {}
         for sample in draw.permutation(samples)[:FOLLOWED] if places else ():
-            for use, nan in others_reached(np.arange(samples) == sample):
-                by_use.setdefault(use, []).append((int(sample), nan))
+            for use, rows, nan in others_reached(np.arange(samples) == sample):
+                by_use.setdefault(use, (rows, []))[1].append((int(sample), nan))
     except Exception:  # not every model can be trained on NaN
         return
-    if places and not (
-        by_use
-        and all(_by_statistic(found[key][min(call, len(found[key]) - 1)], seen) for (key, call), seen in by_use.items())
-    ):
+    if places and not (by_use and all(_by_statistic(*each) for each in by_use.values())):
         name = places[0][0] or places[0][1]
         raise WatchError(
             f"In training mode rows of the input of '{name}' depend on other samples than in evaluation mode: the model shuffles or "
@@ -651,11 +648,11 @@ def _refuse_functional_uses(
         for handle in handles:
             handle.remove()
     if mode.found:
-        first, *others = (f"'{name}' outside its layer, in {function}()" for name, function in mode.found.items())
-        uses = ", and ".join([first, *(each.replace(" outside its layer", "") for each in others)])
+        (name, function), *others = mode.found.items()
+        also = "".join(f", and '{other}', in {of_other}()" for other, of_other in others)
         left_out = ", ".join(f"'!{name}'" for name in mode.found)
         raise WatchError(
-            f"the model uses {uses}: such a use cannot be watched. Call the layer instead, detach the weight where nothing is "
+            f"the model uses '{name}' outside its layer, in {function}(){also}: such a use cannot be watched. Call the layer instead, detach the weight where nothing is "
             f"learned of it, or leave it out with layers=[{left_out}]."
         )
 

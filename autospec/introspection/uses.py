@@ -95,6 +95,11 @@ class Forward:
         self.calls[place] = number + 1
         return number
 
+    def called_more(self) -> set[tuple[Place, int]]:
+        """Which parameters were used more often than when rows were traced, and how often."""
+        known = self.row_map.samples if self.row_map is not None else {}
+        return {(place, count) for place, count in self.calls.items() if count > len(known.get(place, ()))}
+
 
 @dataclass
 class Arrival:

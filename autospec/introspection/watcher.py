@@ -128,7 +128,7 @@ class Watcher:
         self._crossed = tuple(crossed)
         self._everything = all(name.startswith("!") for name in layers or ())
         self._skips_unknown = unknown == "skip"
-        self._matrices: dict[str, nn.Parameter] = {}
+        self._matrices: set[str] = set()
         self._layers = [WatchedLayer(found) for found in find_parameters(self._model, layers, unknown)]
         given = self._checked_rows(rows)
         wanted = _checked_singular_values(singular_values)
@@ -185,10 +185,11 @@ class Watcher:
         self._active = True
         self._entered = time.perf_counter()
         known = {name for layer in self._layers for name in (layer.name, *layer.also)}
-        there = _matrices(self._model)
         # What has no rule and is frozen is not refused; that it learns later is told of.
         self._matrices = {
-            name: each for name, each in there.items() if name in known or each.requires_grad or self._skips_unknown
+            name
+            for name, each in _matrices(self._model).items()
+            if name in known or each.requires_grad or self._skips_unknown
         }
         try:
             if self._processes is not None:
