@@ -293,8 +293,6 @@ class Capture:
 
     def _called_more(self, forward: Forward) -> set[tuple[Place, int]]:
         """Which matrices were used more often than when rows were traced, and how often."""
-        if forward.row_map is None:
-            return set()
         more = forward.called_more() - self._in_training_alone
         traced = self._traced() if more else ()
         return {(place, count) for place, count in more if place in traced}

@@ -652,8 +652,8 @@ def _refuse_functional_uses(
         also = "".join(f", and '{other}', in {of_other}()" for other, of_other in others)
         left_out = ", ".join(f"'!{name}'" for name in mode.found)
         raise WatchError(
-            f"the model uses '{name}' outside its layer, in {function}(){also}: such a use cannot be watched. Call the layer instead, detach the weight where nothing is "
-            f"learned of it, or leave it out with layers=[{left_out}]."
+            f"the model uses '{name}' outside its layer, in {function}(){also}: such a use cannot be watched. Call the layer "
+            f"instead, detach the weight where nothing is learned of it, or leave it out with layers=[{left_out}]."
         )
 
 

@@ -97,7 +97,9 @@ class Forward:
 
     def called_more(self) -> set[tuple[Place, int]]:
         """Which parameters were used more often than when rows were traced, and how often."""
-        known = self.row_map.samples if self.row_map is not None else {}
+        if self.row_map is None:
+            return set()
+        known = self.row_map.samples
         return {(place, count) for place, count in self.calls.items() if count > len(known.get(place, ()))}
 
 
