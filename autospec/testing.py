@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from autospec.introspection import Watcher
 from autospec.introspection.arguments import as_array, of_packing, replaced, tensors_in
@@ -23,7 +24,7 @@ from autospec.introspection.copies import copy_model, kept_apart, without_short_
 from autospec.introspection.errors import WatchError
 from autospec.introspection.generators import generators_kept, random_state, restore_random_state, seed_random_numbers
 from autospec.introspection.groups import Groups
-from autospec.introspection.layers import rule_for
+from autospec.introspection.layers import layers_noted, rule_for, weights_by_layer
 from autospec.introspection.lookups import dims_of_size
 
 STEPS = 3
@@ -176,15 +177,14 @@ def check(
     names = watcher.groups
     samples = _batch_size(batch) if assignment is None else len(assignment.cells)
     rows = {name: torch.from_numpy(as_array(of)).long() for name, of in (options.get("rows") or {}).items()}
-    owners = _owners(model, batch, samples, options.get("batch_dim"), rows)
+    watched = list(tree["layers"].children)
+    owners = _owners(model, batch, samples, options.get("batch_dim"), rows, watched)
     for number, group in enumerate(names):
         everyone = np.ones(samples, dtype=bool)
         member = everyone if assignment is None else assignment.members[assignment.cells][:, number]
-        shares, reasons = _shares_by_copies(model, batch, loss, member, owners)
+        shares, reasons = _shares_by_copies(model, batch, loss, member, owners, watched)
         found.not_compared |= reasons
         for name, share in shares.items():
-            if name not in tree["layers"].children:
-                continue
             values = tree[f"layers/{name}/gradient"].isel(step=0)
             if not bool(torch.isfinite(share).all()):
                 found.not_compared[name] = "its gradient is not finite"
@@ -279,10 +279,79 @@ class _Training:
         return [*self.optimizer.state_dict()["state"].values(), self.random]
 
 
+class _Copies(TorchFunctionMode):
+    """Looks on at what a model itself does with weights and data, outside of the layers.
+
+    Parameters
+    ----------
+    copies : mapping of Parameter to (str, Tensor)
+        For each weight its name and a copy of it.
+    on_use : callable
+        Takes the name, what a function returned, and a function that does the same with the copy; returns what shall stand in.
+    """
+
+    def __init__(
+        self,
+        copies: Mapping[nn.Parameter, tuple[str, Tensor]],
+        on_use: Callable[[str, Any, Callable[[], Any]], Any],
+    ) -> None:
+        super().__init__()
+        self.copies, self.on_use = copies, on_use
+        self.within: list[Collection[int]] = []
+        # What is made of which weight, and the same of its copy; identities are only unique while objects live.
+        self._made: dict[int, tuple[Tensor, Tensor, nn.Parameter]] = {
+            id(weight): (weight, copied, weight) for weight, (_, copied) in copies.items()
+        }
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = list(tensors_in((args, kwargs)))
+        own = self.within[-1] if self.within else ()
+        used = [t for t in given if id(t) in self._made and id(self._made[id(t)][2]) not in own]
+        if not used or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        weight = self._made[id(used[0])][2]
+        name, copied = self.copies[weight]
+        before = random_state(weight.device)
+        result = func(*args, **kwargs)
+
+        def again() -> Any:
+            _follow(copied, weight)
+            after = random_state(weight.device)
+            restore_random_state(before, weight.device)
+            others = {id(t): self._made[id(t)][1] for t in used}
+            other = func(*replaced(args, others), **replaced(kwargs, others))
+            restore_random_state(after, weight.device)
+            return other
+
+        if any(id(t) not in self._made and not isinstance(t, nn.Parameter) and t.ndim for t in given):
+            return self.on_use(name, result, again)
+        for made, other in zip(tensors_in(result), tensors_in(again()), strict=True):
+            if made.ndim:  # a number, such as a penalty, is no weight any more
+                self._made.setdefault(id(made), (made, other, weight))
+        return result
+
+
+def _follow(copied: Tensor, weight: Tensor) -> None:
+    """Change a copy as the model has changed the weight in place, as for a largest norm."""
+    if not torch.equal(copied, weight):
+        copied.detach().copy_(weight.detach())
+
+
 def _owners(
-    model: nn.Module, batch: Any, samples: int, batch_dim: int | None, rows: Mapping[str, Tensor]
+    model: nn.Module,
+    batch: Any,
+    samples: int,
+    batch_dim: int | None,
+    rows: Mapping[str, Tensor],
+    watched: Sequence[str],
 ) -> dict[str, list[Tensor | None]]:
-    """Sample of each entry of each output of each layer, call by call, to be broadcast; None where that cannot be told."""
+    """Sample of each entry of each output of each layer, call by call, to be broadcast; None where that cannot be told.
+
+    By the layers' names, and, of what is done with a weight outside of its layer, by the weight's.
+    """
 
     def outputs(given: Any, seed: int) -> dict[str, list[Tensor]]:
         twin = copy_model(model).eval()
@@ -293,7 +362,15 @@ def _owners(
                 module.register_forward_hook(
                     lambda _, __, output, seen=seen: seen.extend(map(_copied, tensors_in(output)))
                 )
-        with generators_kept(list(model.parameters())), torch.enable_grad(), without_short_cuts():
+
+        def on_use(name: str, result: Any, _: Any) -> Any:
+            made.setdefault(name, []).extend(map(_copied, tensors_in(result)))
+            return result
+
+        weights = {twin.get_parameter(name): name for name in watched}
+        mode = _Copies({weight: (name, weight) for weight, name in weights.items()}, on_use)
+        layers_noted(weights_by_layer(twin), lambda: mode.within)
+        with generators_kept(list(model.parameters())), torch.enable_grad(), without_short_cuts(), mode:
             seed_random_numbers(seed)
             _call(twin, given)
         return made
@@ -304,8 +381,10 @@ def _owners(
     moved = outputs(_in_order(batch, order, batch_dim), SEED)
     found: dict[str, list[Tensor | None]] = {}
     for name, of_module in plain.items():
-        measured = [_owner(*each, order) for each in zip(of_module, again[name], moved[name], strict=False)]
-        given = next((of for parameter, of in rows.items() if parameter.rpartition(".")[0] == name), None)
+        measured = [
+            _owner(*each, order) for each in zip(of_module, again.get(name, ()), moved.get(name, ()), strict=False)
+        ]
+        given = next((of for each, of in rows.items() if name in (each, each.rpartition(".")[0])), None)
         found[name] = [
             _owner_of_rows(output, given) if owner is None and given is not None else owner
             for output, owner in zip(of_module, measured, strict=False)
@@ -374,46 +453,55 @@ def _shares_by_copies(
     loss: Callable[[Any], Tensor],
     member: np.ndarray,
     owners: Mapping[str, Sequence[Tensor | None]],
+    watched: Sequence[str],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """dL/dW_c, where the samples of a group use their own copy W_c of each weight."""
     twin = copy_model(model)
-    copies: dict[str, tuple[str, Tensor]] = {}
+    weights = {name: twin.get_parameter(name) for name in watched}
+    copies = {name: each.detach().clone().requires_grad_() for name, each in weights.items() if each.requires_grad}
+    names = {id(weights[name]): name for name in copies}
     reasons: dict[str, str] = {}
-    first_name: dict[int, str] = {}
+    unknown = "its outputs do not show where they have the samples, in the batch's order"
+    inside = torch.from_numpy(member)
+    # With activation checkpointing calls are made again.
+    of_uses = {
+        name: itertools.cycle(owner for owner in owners.get(name, ()) if owner is not None)
+        for name in copies
+        if all(owner is not None for owner in owners.get(name, (None,)))
+    }
+
+    def on_use(name: str, result: Any, again: Callable[[], Any]) -> Any:
+        if name not in of_uses:
+            reasons[name] = unknown
+            return result
+        return _mixed(result, again(), inside, of_uses[name])
+
+    mode = _Copies({weights[name]: (name, copied) for name, copied in copies.items()}, on_use)
+    layers_noted(weights_by_layer(twin), lambda: mode.within)
     for name, module in list(twin.named_modules()):
         rule = rule_for(module)
         if rule is None:
             continue
-        own = {}
         parameters = dict(module.named_parameters(remove_duplicate=False))
-        for key in rule.parameters(module):
-            if (
-                key not in parameters or not parameters[key].requires_grad
-            ):  # a weight that is computed from others, or frozen
-                continue
-            parameter = parameters[key]
-            qualified = first_name.setdefault(id(parameter), f"{name}.{key}" if name else key)
-            if qualified not in copies:
-                copies[qualified] = (qualified, parameter.detach().clone().requires_grad_())
-            own[key] = copies[qualified][1]
+        held = {key: names.get(id(parameters[key])) for key in rule.parameters(module) if key in parameters}
+        own = {key: copies[each] for key, each in held.items() if each is not None}
         if not own or not owners[name]:  # a layer that is not called by itself, as within an attention
             continue
         known = [owner for owner in owners[name] if owner is not None]
         if len(known) == len(owners[name]):
             _run_twice(module, own, member, known)
         else:
-            reason = "its outputs do not show where they have the samples, in the batch's order"
-            reasons |= {first_name[id(parameters[key])]: reason for key in own}
-    with generators_kept(list(twin.parameters())):
+            reasons |= {each: unknown for each in held.values() if each is not None}
+    with generators_kept(list(twin.parameters())), mode:
         seed_random_numbers(SEED)
         value = loss(_call(twin, batch))
-    names = [name for name in copies if name not in reasons]
-    if not names:
+    compared = [name for name in copies if name not in reasons]
+    if not compared:
         return {}, reasons
-    gradients = torch.autograd.grad(value, [copies[name][1] for name in names], allow_unused=True)
+    gradients = torch.autograd.grad(value, [copies[name] for name in compared], allow_unused=True)
     shares = {
         name: (gradient.to_dense() if gradient.is_sparse else gradient).reshape(gradient.shape[0], -1)
-        for name, gradient in zip(names, gradients, strict=True)
+        for name, gradient in zip(compared, gradients, strict=True)
         if gradient is not None
     }
     return shares, reasons
@@ -431,9 +519,8 @@ def _run_twice(module: nn.Module, own: dict[str, Tensor], member: np.ndarray, ow
         depth[0] += 1
         try:
             device = next(iter(own.values())).device
-            for key, copied in own.items():  # the model may have changed them in place, as for a largest norm
-                if not torch.equal(copied, module.get_parameter(key)):
-                    copied.detach().copy_(module.get_parameter(key).detach())
+            for key, copied in own.items():
+                _follow(copied, module.get_parameter(key))
             before = random_state(device)
             output = forward(module, *args, **kwargs)
             after = random_state(device)

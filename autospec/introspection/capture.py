@@ -20,15 +20,25 @@ from torch.utils.hooks import RemovableHandle
 
 from .arguments import as_array, content_of, signature_of, whole_numbers
 from .audit import Audit
+from .copies import partly_compiled
 from .errors import WatchError
 from .factors import NARROW, Convolution, Factors, Lookup, Product, shares_by_position, single, walk
 from .groups import Assignment, Groups
 from .hooks import Hook, may_be_compiled
-from .layers import LayerCall, LookupCall, allow_short_cuts, rule_for
+from .layers import (
+    FunctionalUses,
+    LayerCall,
+    LookupCall,
+    OnCall,
+    allow_short_cuts,
+    layers_noted,
+    rule_for,
+    weights_by_layer,
+)
 from .lookups import Place
 from .pending import Items, Layout, Pending, Sorting
 from .probe import Reading
-from .rows import RowMap, alike, map_rows, several_processes
+from .rows import RowMap, alike, map_rows, refused_uses, several_processes
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
 from .uses import Arrival, ConstantInput, Forward, SortedInput, Source, Use, WatchedLayer, unused_calls
@@ -108,6 +118,12 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         self._owners: dict[Place, tuple[WatchedLayer, nn.Module, str, torch.device]] = {}
         self._children: dict[str, tuple[nn.Module, str, nn.Module]] = {}
+        self._reports: dict[Place, OnCall] = {}
+        self._functional: FunctionalUses | None = None
+        self._used_functionally: set[Place] | None = None
+        self._noted: set[nn.Module] = set()
+        self._noted_of: frozenset[int] = frozenset()
+        self._refused: dict[Place, str] = {}
         self._calls: list[tuple[LayerCall, Arrival]] = []
         self._loss_scale = LossScale()
         self.workspace = Workspace()
@@ -140,10 +156,11 @@ class Capture:
                 path = above
         for module_name in dict.fromkeys(name for name, _ in by_place):
             module = modules[module_name]
-            rule = rule_for(module)
-            assert rule is not None
             wanted = {key: by_place[module_name, key] for name, key in by_place if name == module_name}
-            self._handles += rule.attach(module, self._on_call(module_name, wanted))
+            on_call = self._on_call(module_name, wanted)
+            self._reports |= {(module_name, key): on_call for key in wanted}
+            if (rule := rule_for(module)) is not None:
+                self._handles += rule.attach(module, on_call)
         self._handles.append(self.model.register_forward_pre_hook(Hook(self._forward_begins), with_kwargs=True))
         self._handles.append(
             self.model.register_forward_hook(Hook(self._forward_ends), with_kwargs=True, always_call=True)
@@ -155,7 +172,9 @@ class Capture:
         self._loss_scale.stop()
         for handle in (*self._handles, *self._observers):
             handle.remove()
-        self._handles, self._observers, self._owners, self._children = [], [], {}, {}
+        self._look_away()
+        self._handles, self._observers, self._owners, self._children, self._reports = [], [], {}, {}, {}
+        self._noted, self._noted_of = set(), frozenset()
         for layer in self.layers:
             for handle in layer.handles:
                 handle.remove()
@@ -189,6 +208,7 @@ class Capture:
         if self._depth > 1 and _running_calls(model) > 1:
             return  # a model that calls itself: what it does there belongs to the call from outside
         self._depth = 1  # after an interruption torch calls no hook, so the end of that call was not seen
+        self._look_away()
         self.forwards += 1
         if _backward_pass() < 0:
             self._drop_what_was_not_added()
@@ -212,6 +232,49 @@ class Capture:
                 raise
             # A validation pass may have another batch; it matters only if a gradient comes back from it.
             self._forward = Forward(self.assignment, None, error=error)
+        self._look_on(self._forward.row_map)
+
+    def _look_on(self, row_map: RowMap | None) -> None:
+        """Watch what the model itself multiplies with data, until the forward pass ends."""
+        # Without groups no copy has shown what the model does with its weights: the first pass does, if the next is as that.
+        first = self.assignment is None and self._used_functionally is None and not partly_compiled(self.model)
+        self._used_functionally = self._used_functionally or set()
+        if row_map is not None:
+            self._used_functionally |= row_map.functional
+        places = set(self._used_functionally)
+        places |= {min(layer.places) for layer in self.layers if layer.functional or first}
+        weights = {self._owners[place][0].parameter: place for place in sorted(places, reverse=True)}
+        if not weights:
+            return
+        used = self._used_functionally
+
+        def on_call(place: Place, call: LayerCall, _: Tensor) -> Tensor | None:
+            used.add(place)
+            return self._reports[place](call)
+
+        self._functional = FunctionalUses(
+            weights, on_call, self._refused.setdefault if self.assignment is None else None
+        )
+        self._note_layers(self._functional, frozenset(map(id, weights)))
+        self._functional.__enter__()
+
+    def _note_layers(self, mode: FunctionalUses, weights: frozenset[int]) -> None:
+        """Have the layers of some weights, whose own uses are reported by their rules, tell when they run."""
+        if weights <= self._noted_of:
+            return
+        self._noted_of |= weights
+        layers = weights_by_layer(self.model, weights)
+        new = {layer: own for layer, own in layers.items() if layer not in self._noted}
+        self._noted |= set(new)
+        self._handles += layers_noted(new, lambda: [] if self._functional is None else self._functional.within)
+        if self.model in new:  # its call has begun
+            mode.within.append(new[self.model])
+
+    def _look_away(self) -> None:
+        self._refused.clear()
+        if self._functional is not None:
+            self._functional.leave()
+            self._functional = None
 
     def _drop_what_was_not_added(self) -> None:
         """Let go of what backward passes left that have ended without adding to a weight's gradient."""
@@ -266,6 +329,10 @@ class Capture:
         if self._depth:
             return
         forward, self._forward = self._forward, None
+        refused = dict(self._refused)
+        self._look_away()
+        if refused and output is not None:
+            raise refused_uses(refused)
         self._spread = {}
         for handle in self._observers:
             handle.remove()
@@ -397,7 +464,7 @@ class Capture:
         numbers = whole_numbers(args, kwargs) if chosen else []
         return tuple((i, content_of(as_array(numbers[i]))) for i in chosen)
 
-    def _on_call(self, module_name: str, wanted: Mapping[str, WatchedLayer]) -> Callable[[LayerCall], Tensor | None]:
+    def _on_call(self, module_name: str, wanted: Mapping[str, WatchedLayer]) -> OnCall:
         def on_call(call: LayerCall) -> Tensor | None:
             off = self._paused or not self._active or not self.recording
             if off or not torch.is_grad_enabled() or _transformed():
@@ -672,6 +739,8 @@ class Capture:
         statistics = [] if again else self.factor_statistics
         pending.add(factors, sorting, shares, statistics, constant, follows, use.backward, counted=not again)
         layer.note_widths(pending.widths())
+        transposed = isinstance(factors, Product | Convolution) and factors.transposed
+        layer.inputs_first = transposed and layer.inputs_first is not False
         layer.true_factor = not isinstance(factors, Convolution) or (
             factors.unfolded and factors.groups == 1 and not factors.transposed
         )

@@ -214,7 +214,7 @@ def kept_apart(model: nn.Module, evaluated: bool = False) -> Iterator[set[nn.Mod
 
     handles = [module.register_forward_pre_hook(Hook(own_begins), prepend=True) for module in names]
     # A hook for all modules has compiled parts compiled for it alone.
-    if not any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
+    if not partly_compiled(model):
         handles.append(register_module_forward_pre_hook(Hook(any_begins)))
     try:
         yield copied
@@ -226,6 +226,11 @@ def kept_apart(model: nn.Module, evaluated: bool = False) -> Iterator[set[nn.Mod
                 module.training = training
                 for buffer, value in buffers:
                     buffer.copy_(value)
+
+
+def partly_compiled(model: nn.Module) -> bool:
+    """Whether a model, or a part of it, is compiled when it is called."""
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
 
 
 def _holds_tensors(module: nn.Module) -> bool:

@@ -74,6 +74,10 @@ class Factors(ABC):
         """The same for all the items."""
         return self.rows_of(len(self.activation))
 
+    def as_stored(self) -> Factors:
+        """The same use, whose share is formed as the parameter is stored."""
+        return self
+
     @abstractmethod
     def share(self) -> Tensor:
         """The items' share of the gradient as a matrix, as torch stores the parameter."""
@@ -201,12 +205,21 @@ class Product(Factors):
     outputs : (int, int) or None
         First output and number of outputs of the whole parameter, where only a part of it was used, such as the part
         of an attention's packed weight that makes the queries.
+    transposed : bool
+        Whether the parameter has its inputs first, ``x @ p``; ``outputs`` counts its inputs then, which are its rows.
     """
 
     outputs: tuple[int, int] | None = None
+    transposed: bool = False
+
+    def as_stored(self) -> Product:
+        """The same use as a product whose outputs come first in the parameter: transposed, the factors change places."""
+        return Product(self.adjoint, self.activation, self.outputs) if self.transposed else self
 
     def share(self) -> Tensor:
-        r"""Compute :math:`\Delta^\top A` (paper, Eq. 1), shape (outputs, inputs)."""
+        r"""Compute :math:`\Delta^\top A` (paper, Eq. 1), or, transposed, :math:`A^\top \Delta`, shape of the parameter."""
+        if self.transposed:
+            return self.as_stored().share()
         product = self.adjoint.T @ self.activation
         if self.outputs is None:
             return product
@@ -255,12 +268,19 @@ class Product(Factors):
         squares = np.bincount(cells.numpy(), (walks + whole * sums) * times[which.reshape(-1)], len(total))
         return squares * torch.finfo(self.adjoint.dtype).eps ** 2
 
+    def activation_rows(self) -> Tensor:
+        """The activation, with zeros for inputs that were not used."""
+        return self._whole(self.activation) if self.transposed else self.activation
+
     def adjoint_rows(self) -> Tensor:
         """The adjoint, with zeros for outputs that were not used."""
+        return self.adjoint if self.transposed else self._whole(self.adjoint)
+
+    def _whole(self, rows: Tensor) -> Tensor:
         if self.outputs is None:
-            return self.adjoint
+            return rows
         first, total = self.outputs
-        return F.pad(self.adjoint, (first, total - first - self.adjoint.shape[1]))
+        return F.pad(rows, (first, total - first - rows.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -482,6 +502,7 @@ def shares_by_position(factors: Factors, table: Tensor) -> Tensor:
     """
     if isinstance(factors, Convolution):
         return factors.shares_by_position()
+    factors = factors.as_stored()
     assert isinstance(factors, Product)
     rows = []
     for side in (factors.adjoint_rows(), factors.activation_rows()):

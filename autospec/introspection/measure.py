@@ -424,9 +424,13 @@ class Measurement:
                 record.contrasts[self._pair(a, b), layer.name, "cosine"] = np.asarray(float(cosine), np.float32)
         if "angles" in self.statistics:
             # Subspaces as large as the whole space have no angle between them.
-            count = min(self.directions, layer.shape[0], max(layer.shape[1] - 1, 1))
+            outputs, inputs = layer.shape[::-1] if layer.inputs_first else layer.shape
+            count = min(self.directions, outputs, max(inputs - 1, 1))
             dtype = pending.dtype or torch.float32
-            bases = {group: leading_directions(matrix, count, dtype) for group, matrix in matrices.items()}
+            bases = {
+                group: leading_directions(matrix.mT if layer.inputs_first else matrix, count, dtype)
+                for group, matrix in matrices.items()
+            }
             for a, b in pairs:
                 angles = np.full(len(index), np.nan, dtype=np.float32)
                 found = principal_angles(bases[a], bases[b]).cpu().numpy()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .errors import WatchError
 from .layers import FAMILIES, NO_MATRIX, forward_replaced, rule_for
@@ -26,6 +27,8 @@ class WatchedParameter:
         Module and parameter name of every module that holds it.
     shape : (int, int)
         Shape of ``p.reshape(p.shape[0], -1)``.
+    functional : bool
+        Whether a module holds it that has no rule, so that it is seen where the model multiplies it with data.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
@@ -33,6 +36,7 @@ class WatchedParameter:
         self.parameter = parameter
         self.also: list[str] = []
         self.places: list[tuple[str, str]] = []
+        self.functional = False
         self.shape: tuple[int, int] = (parameter.shape[0], parameter[0].numel())
 
 
@@ -46,17 +50,18 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
     selected : sequence of str, optional
         Names or patterns; with ``!`` before it what is left out.  Every matrix by default.
     unknown : {"refuse", "skip"}
-        What to do with matrices that have no rule.
+        Whether to leave out matrices of layers that have no rule.
 
     Raises
     ------
     WatchError
-        If a matrix without a rule is not to be skipped, a name fits nothing, or nothing remains.
+        If a matrix is computed from others and is not to be skipped, a name fits nothing, or nothing remains.
     """
     if isinstance(selected, str):
         raise WatchError(f"layers={selected!r}: give a list of parameter names.")
     found: dict[int, WatchedParameter] = {}
     without_rule: dict[int, list[str]] = {}
+    computed: dict[int, str] = {}
     visited: set[nn.Module] = set()
     for module_name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, NO_MATRIX):
@@ -85,22 +90,26 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
             name = f"{module_name}.{key}" if module_name else key
             if key not in known:
                 without_rule.setdefault(id(parameter), []).append(f"'{name}' ({_kind(module)})")
+            if isinstance(module, ParametrizationList):
+                computed.setdefault(id(parameter), name)
             if id(parameter) not in found:
                 found[id(parameter)] = WatchedParameter(name, parameter)
             elif name not in (found[id(parameter)].name, *found[id(parameter)].also):
                 found[id(parameter)].also.append(name)
+            found[id(parameter)].functional |= key not in known
             if module not in visited:  # what stands in several places has several names, but is hooked once
                 found[id(parameter)].places.append((module_name, key))
         visited.add(module)
     if selected is not None:
         found = _selected(found, selected)
     refused = [name for key in found for name in without_rule.get(key, [])]
-    if refused and unknown == "refuse":
+    computed_from = [name for key, name in computed.items() if key in found]
+    if computed_from and unknown == "refuse":
         raise WatchError(
-            f"there is no rule for {', '.join(refused)}: select other layers with layers=, or leave what is "
-            "unknown out with unknown='skip'."
+            f"weights are computed from {', '.join(map(repr, computed_from))}, which can be watched in no layer: select other layers "
+            "with layers=, or leave what is unknown out with unknown='skip'."
         )
-    watched = [parameter for key, parameter in found.items() if key not in without_rule]
+    watched = [parameter for key, parameter in found.items() if unknown == "refuse" or key not in without_rule]
     for parameter in watched:
         if parameter.parameter.is_complex():
             raise WatchError(

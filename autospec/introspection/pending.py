@@ -270,7 +270,7 @@ class Shares:
     def add(self, factors: Factors, sorting: Sorting, backward: int = -1) -> None:
         """Add the items of one use in one backward pass, sorted by cell; they may not be modified afterwards."""
         self._walks = None
-        given, (factors, sorting) = factors, self._by_rows(factors, sorting)
+        given, (factors, sorting) = factors, self._by_rows(factors.as_stored(), sorting)
         counts = self.counts
         for key, count in zip(sorting.keys, sorting.counts, strict=True):
             counts[key] = counts.get(key, 0) + factors.rows_of(count)
@@ -873,7 +873,8 @@ class Pending:
         """
         factors = self._kept(factors, sorting, constant, follows is not None)
         if shares:
-            self.shares.constant = constant
+            # Of a product that is transposed the activation is the other factor of the share.
+            self.shares.constant = constant and not (isinstance(factors, Product) and factors.transposed)
             self.shares.add(factors, sorting, backward)
         for key, count in zip(sorting.keys, sorting.counts, strict=True):
             self.rows[key] = self.rows.get(key, 0) + factors.rows_of(count) * counted

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.hooks import RemovableHandle
 
 from .arguments import can_be_nan, instances_in, replaced, tensors_in
 from .copies import unchanged, without_validation
 from .errors import UntracedRows, WatchError
-from .layers import LayerCall, rule_for
+from .layers import FunctionalUses, LayerCall, layers_noted, rule_for, weights_by_layer
 from .layers.call import hold_nan
 from .lookups import Along, Origin, Place, lookups_in, lookups_marked, origins_of
 
@@ -107,6 +108,8 @@ class Probe:
         Where these hold the samples.
     watched : collection of (str, str)
         Module and parameter names of the matrices that are watched.
+    functional : collection of (str, str)
+        Those that the model itself multiplies with data.
     origins : mapping of (str, str) to list of Origin
         From which entries of the inputs the indices of lookups come, where these are followed.
     as_given : set of (str, str)
@@ -121,6 +124,7 @@ class Probe:
     inputs: Sequence[Tensor]
     reading: Reading
     watched: Collection[Place]
+    functional: Collection[Place]
     origins: Mapping[Place, list[Origin]]
     as_given: set[Place]
     shapes: dict[Place, list[tuple[int, ...]]] = field(default_factory=dict)
@@ -159,7 +163,7 @@ class Probe:
                 data.index_fill_(dim, chosen, complex(math.nan, math.nan) if data.is_complex() else math.nan)
         looked_up = lookups_marked(self.twin, self.reading.lookups, len(word), word, self.origins)
         self.shapes.clear()
-        seeing = _nan_rows(self.twin, self.watched, self.shapes)
+        seeing = _nan_rows(self.twin, self.watched, self.functional, self.shapes, begun)
         with unchanged(self.twin), without_validation(), looked_up, seeing as seen, _begun(self.twin, begun, seen):
             returned = self.twin(*replaced(self.args, marked), **replaced(self.kwargs, marked))
         seen[RETURNED] = [
@@ -267,22 +271,27 @@ def _in_order(shape: tuple[int, ...], samples: int) -> Iterator[np.ndarray]:
 def _begun(
     twin: nn.Module, begun: tuple[Place, int, np.ndarray] | None, seen: Mapping[Place, list[np.ndarray]]
 ) -> Iterator[None]:
-    """Make rows of the output of one use of a module NaN; uses are counted by what `_nan_rows` has seen."""
+    """Make rows of the output of one use of a layer NaN; uses are counted by what `_nan_rows` has seen."""
     if begun is None:
         yield
         return
     place, number, mask = begun
-    before = 0
+    first = 0
     module = twin.get_submodule(place[0])
+    if rule_for(module) is None:
+        yield
+        return
     if isinstance(module, nn.MultiheadAttention) and module.batch_first and mask.ndim == 2:
         mask = mask.T  # its rule sees time first
     if isinstance(module, nn.RNNBase) and not module.batch_first:
         mask = mask[None]  # its rule sees sequences
 
+    def count(*_: Any) -> None:
+        nonlocal first
+        first = len(seen.get(place, ()))
+
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        nonlocal before
-        first, before = before, len(seen.get(place, ()))
-        if not first <= number < before:
+        if not first <= number < len(seen.get(place, ())):
             return None
         # An attention returns its weights, too.
         rows, *others = output if isinstance(output, tuple) else (output,)
@@ -294,11 +303,12 @@ def _begun(
         rows = rows.masked_fill(torch.from_numpy(mask).to(rows.device).view(*mask.shape, *rest), math.nan)
         return (rows, *others) if isinstance(output, tuple) else rows
 
-    handle = module.register_forward_hook(hook)
+    handles = [module.register_forward_pre_hook(count), module.register_forward_hook(hook)]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _filled(samples: np.ndarray, patterns: np.ndarray, words: np.ndarray) -> np.ndarray:
@@ -333,11 +343,38 @@ def _filled(samples: np.ndarray, patterns: np.ndarray, words: np.ndarray) -> np.
 
 @contextmanager
 def _nan_rows(
-    twin: nn.Module, watched: Collection[Place], shapes: dict[Place, list[tuple[int, ...]]]
+    twin: nn.Module,
+    watched: Collection[Place],
+    functional: Collection[Place],
+    shapes: dict[Place, list[tuple[int, ...]]],
+    begun: tuple[Place, int, np.ndarray] | None,
 ) -> Iterator[dict[Place, list[np.ndarray]]]:
-    """Collect, for each use of each watched parameter, which entries of its batch hold a NaN, and its input's shape."""
+    """Collect, for each use of each watched parameter, which entries of its batch hold a NaN, and its input's shape.
+
+    Where NaN is to begin in a use that is no layer's, it begins here.
+    """
     seen: dict[Place, list[np.ndarray]] = {}
-    handles = []
+    handles: list[RemovableHandle] = []
+
+    def note(place: Place, call: LayerCall, parameter: str) -> None:
+        seen.setdefault(place, []).append(call.marks(parameter).cpu().numpy())
+        shapes.setdefault(place, []).append(tuple(call.inputs[0].shape))
+
+    def on_use(place: Place, call: LayerCall, output: Tensor) -> Tensor | None:
+        note(place, call, place[1])
+        if begun is None or begun[:2] != (place, len(seen[place]) - 1):
+            return None
+        output = output.detach().clone()
+        entries = call.entries(place[1], output)
+        if entries.untyped_storage().data_ptr() != output.untyped_storage().data_ptr():
+            raise WatchError("only what is a view of an output can be made NaN.")
+        entries[torch.from_numpy(begun[2]).to(output.device)] = math.nan
+        return output
+
+    weights = {twin.get_submodule(name).get_parameter(key): (name, key) for name, key in functional}
+    mode = FunctionalUses(weights, on_use) if weights else None
+    if mode is not None:
+        handles += layers_noted(weights_by_layer(twin, set(map(id, weights))), lambda: mode.within)
     for name, module in twin.named_modules():
         rule = rule_for(module)
         if rule is None:
@@ -348,12 +385,12 @@ def _nan_rows(
                 return
             for parameter in call.parameters:
                 if (name, parameter) in watched:
-                    seen.setdefault((name, parameter), []).append(call.marks(parameter).cpu().numpy())
-                    shapes.setdefault((name, parameter), []).append(tuple(call.inputs[0].shape))
+                    note((name, parameter), call, parameter)
 
         handles += rule.attach(module, on_call)
     try:
-        yield seen
+        with mode or nullcontext():
+            yield seen
     finally:
         for handle in handles:
             handle.remove()

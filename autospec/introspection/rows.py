@@ -20,14 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import TorchFunctionMode
 
 from .arguments import as_array, can_be_nan, content_of, instances_in, of_packing, replaced, tensors_in, whole_numbers
 from .copies import copy_model, kept_apart, moves_on, unchanged, without_short_cuts
 from .errors import UntracedRows, WatchError
 from .generators import generators_kept
 from .hooks import Hook
-from .layers import rule_for
+from .layers import FunctionalUses, layers_noted, weights_by_layer
 from .lookups import (
     Along,
     Indices,
@@ -73,6 +72,8 @@ class RowMap:
         Whether no other reading of the inputs is possible.
     shapes : dict of (str, str) to list of tuple of int
         Shape of what each use in ``samples`` received.
+    functional : frozenset of (str, str)
+        Weights that the model itself multiplies with data, outside of their layer or without one.
     """
 
     samples: dict[Place, list[np.ndarray]]
@@ -82,6 +83,7 @@ class RowMap:
     without_hooks: tuple[str, ...] = ()
     certain: bool = False
     shapes: Mapping[Place, list[tuple[int, ...]]] = field(default_factory=dict)
+    functional: frozenset[Place] = frozenset()
 
     @property
     def shared(self) -> dict[Place, Along]:
@@ -150,7 +152,7 @@ def map_rows(
         without_short_cuts(),
         kept_apart(model, evaluated=True) as copied,
     ):
-        twin, lookups, all_hooks = _running_twin(model, copied, args, kwargs, watched, all_hooks)
+        twin, lookups, functional, all_hooks = _running_twin(model, copied, args, kwargs, watched, all_hooks)
         as_given = {place for place, lookup in lookups.items() if lookup.given}
         origins = origins_of(twin, args, kwargs, samples, [place for place in lookups if place not in as_given])
         for place, calls in origins.items():
@@ -209,7 +211,7 @@ def map_rows(
                     continue
                 if batch_dim is not None and accepted:
                     break
-                probe = Probe(twin, args, kwargs, inputs, Reading(dims, alongs), watched, origins, as_given)
+                probe = Probe(twin, args, kwargs, inputs, Reading(dims, alongs), watched, functional, origins, as_given)
                 try:
                     found = probe.rows(words)
                     _same_result(model, twin, args, kwargs, probe.reading, samples)
@@ -254,7 +256,8 @@ def map_rows(
         if model.training and samples > 1 and not several_processes():
             _refuse_mixing_in_training(model, probe, samples, found)
     without_hooks = () if all_hooks else tuple(_modules_with_other_hooks(model))
-    return RowMap(found, len(words), probe.reading, by_content, without_hooks, len(accepted) == 1, received)
+    certain = len(accepted) == 1
+    return RowMap(found, len(words), probe.reading, by_content, without_hooks, certain, received, functional)
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -302,8 +305,8 @@ def _running_twin(
     kwargs: dict[str, Any],
     watched: Collection[Place],
     all_hooks: bool,
-) -> tuple[nn.Module, dict[Place, Indices], bool]:
-    """A copy that runs, what it looks up in tables, and whether it has all hooks.
+) -> tuple[nn.Module, dict[Place, Indices], frozenset[Place], bool]:
+    """A copy that runs, what it looks up in tables, which weights it multiplies with data itself, and whether it has all hooks.
 
     Gradients are enabled, so that what a model does without them can be told apart, but the copy's weights need none, which
     spares the graph.  If that fails, as where a model asks for a gradient in its forward pass, or lacks a hook that brings its
@@ -315,8 +318,9 @@ def _running_twin(
         if not learns:
             twin.requires_grad_(False)
         try:
-            passed = functools.partial(_refuse_functional_uses, twin, args, kwargs, watched)
-            return twin, lookups_in(twin, args, kwargs, passed), hooks
+            functional: set[Place] = set()
+            passed = functools.partial(_functional_uses, twin, args, kwargs, watched, functional)
+            return twin, lookups_in(twin, args, kwargs, passed), frozenset(functional), hooks
         except WatchError:
             raise
         except Exception:
@@ -584,77 +588,42 @@ def _by_statistic(rows: np.ndarray, reached: Sequence[tuple[int, np.ndarray]]) -
     return bool(shown >= SHOWN and positions.all(0).sum() >= SHOWN * positions.any(0).sum())
 
 
-_DETACHED = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
-
-
-class _FunctionalUses(TorchFunctionMode):
-    """Notices a watched matrix, or what is made of it, that meets data outside its layer: ``x @ (2 * layer.weight)``.
-
-    Within a layer its own parameters may meet data, those of another, as a decoder's that is the encoder's transposed, may not.
-    """
-
-    def __init__(self, twin: nn.Module, watched: Collection[Place]) -> None:
-        super().__init__()
-        modules = dict(twin.named_modules())
-        self.names = {id(modules[name].get_parameter(key)): f"{name}.{key}" if name else key for name, key in watched}
-        self.sources = {key: key for key in self.names}
-        self.derived: list[Tensor] = []
-        self.own: list[set[int]] = []
-        self.found: dict[str, str] = {}
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tensors = list(tensors_in((args, kwargs or {})))
-        own = self.own[-1] if self.own else ()
-        watched = [t for t in tensors if id(t) in self.names and self.sources[id(t)] not in own]
-        # Without gradients, as for the target of a moving average, a weight is data.
-        if not watched or not torch.is_grad_enabled():
-            return result
-        name = self.names[id(watched[0])]
-        others = [t for t in tensors if id(t) not in self.names and not isinstance(t, nn.Parameter) and t.ndim]
-        if others:
-            self.found.setdefault(name, getattr(func, "__name__", str(func)))
-        elif func not in _DETACHED:
-            for tensor in tensors_in(result):
-                if tensor.ndim:  # a number, such as a penalty, is no weight any more
-                    self.names[id(tensor)], self.sources[id(tensor)] = name, self.sources[id(watched[0])]
-                    self.derived.append(tensor)  # an identity is only unique while its object lives
-        return result
-
-
-def _refuse_functional_uses(
-    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Collection[Place]
+def _functional_uses(
+    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Collection[Place], found: set[Place]
 ) -> None:
-    mode = _FunctionalUses(twin, watched)
+    """Make a forward pass, and note which weights the model itself multiplies with data; refuse what else it does with both.
 
-    def leave(*_: Any) -> None:
-        mode.own.pop()
+    Within a layer that has a rule its own weights may meet data, those of another, as a decoder's that is the encoder's transposed,
+    may do so in what can be watched.
+    """
+    modules = dict(twin.named_modules())
+    weights = {modules[name].get_parameter(key): (name, key) for name, key in sorted(watched, reverse=True)}
+    refused: dict[Place, str] = {}
 
-    handles = []
-    for module in twin.modules():
-        rule = rule_for(module)
-        if rule is None:
-            continue
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        own = {id(parameters[key]) for key in rule.parameters(module) if key in parameters}
-        handles.append(module.register_forward_pre_hook(lambda *_, own=own: mode.own.append(own)))
-        handles.append(module.register_forward_hook(leave, always_call=True))
+    def on_call(place: Place, *_: Any) -> None:
+        found.add(place)
+
+    mode = FunctionalUses(weights, on_call, refused.setdefault)
+    handles = layers_noted(weights_by_layer(twin), lambda: mode.within)
     try:
         with unchanged(twin), mode:
             twin(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    if mode.found:
-        (name, function), *others = mode.found.items()
-        also = "".join(f", and '{other}', in {of_other}()" for other, of_other in others)
-        left_out = ", ".join(f"'!{name}'" for name in mode.found)
-        raise WatchError(
-            f"the model uses '{name}' outside its layer, in {function}(){also}: such a use cannot be watched. Call the layer "
-            f"instead, detach the weight where nothing is learned of it, or leave it out with layers=[{left_out}]."
-        )
+    if refused:
+        raise refused_uses(refused)
+
+
+def refused_uses(refused: Mapping[Place, str]) -> WatchError:
+    """What is said of weights that meet data in functions in which they cannot be watched."""
+    names = {f"{name}.{key}" if name else key: of for (name, key), of in refused.items()}
+    uses = ", and ".join(f"'{name}' in {of}()" for name, of in names.items())
+    return WatchError(
+        f"the model uses {uses}, where it cannot be watched: outside of torch's layers only products and convolutions of data with "
+        "a weight as it is can be. Call a layer instead, detach the weight where nothing is learned of it, or leave it out with "
+        f"layers={[f'!{name}' for name in names]}."
+    )
 
 
 def alike(calls: Sequence[np.ndarray]) -> bool:

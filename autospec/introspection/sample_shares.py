@@ -384,6 +384,7 @@ class _Gathered(Pending):
     ) -> None:
         """Add one use of the parameter: rows of products as they are, other shares as matrices."""
         numbers = [_sample_number(key) for key in sorting.keys]
+        factors = factors.as_stored()
         if isinstance(factors, Product):
             self.products.append((factors, np.repeat(numbers, sorting.counts)))
             return

@@ -134,7 +134,7 @@ class WatchedLayer(WatchedParameter):
 
     def __init__(self, found: WatchedParameter) -> None:
         super().__init__(found.name, found.parameter)
-        self.also, self.places = found.also, found.places
+        self.also, self.places, self.functional = found.also, found.places, found.functional
         self.uses: list[Use] = []
         self.pending: Pending | None = None
         self.handles: list[RemovableHandle] = []
@@ -143,6 +143,7 @@ class WatchedLayer(WatchedParameter):
         self.sorted_input: tuple[ConstantInput, Sorting, Tensor] | None = None
         self.rank_limit: np.ndarray | None = None
         self.true_factor = True
+        self.inputs_first: bool | None = None
         self.call_position = self.position = 0
         self.has_positions = False
         self.refusal: tuple[int, WatchError] | None = None

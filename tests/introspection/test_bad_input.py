@@ -24,6 +24,24 @@ def model():
     return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4))
 
 
+class WithItself(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x, x)
+
+
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.EmbeddingBag(4, 3)
+
+    def forward(self, x):
+        return self.inner(torch.arange(4), per_sample_weights=None, offsets=torch.tensor([0, 2])) + x[:, :3].mean()
+
+
 class Nothing(nn.Module):
     def __init__(self):
         super().__init__()
@@ -65,18 +83,14 @@ class OwnLSTM(nn.LSTM):
         return super().forward(x)[0] * 2
 
 
-class OwnAttention(nn.MultiheadAttention):
-    def forward(self, x):
-        return super().forward(x, x, x)[0] * 2
-
-
 class OwnMatrices(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.second = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(2, 3, 3))
+        self.table = nn.Parameter(torch.ones(N, 4))
 
     def forward(self, x):
-        return x @ self.first @ self.second
+        return (x + self.table) @ self.first @ self.second
 
 
 def one_step(network, labels, x=None, **options):
@@ -99,10 +113,10 @@ MISTAKES = {
     "crossing an unknown grouping": (model, {"x": LABELS}, {"crossed": [("x", "z")]}, ["'z'", "no such grouping"]),
     "no matrix": (Nothing, LABELS, {}, ["Nothing", "no matrix parameter"]),
     "a bilinear form": (
-        lambda: nn.Sequential(nn.Bilinear(4, 4, 3)),
+        lambda: WithItself(nn.Bilinear(4, 4, 3)),
         LABELS,
         {},
-        ["'0.weight' (Bilinear)", "no rule", "layers=", "unknown='skip'"],
+        ["'inner.weight' in bilinear()", "products and convolutions", "layers=['!inner.weight']"],
     ),
     "only a bilinear form, skipped": (
         lambda: nn.Sequential(nn.Bilinear(4, 4, 3)),
@@ -126,24 +140,23 @@ MISTAKES = {
         ["cosine", "'a - b - c'", "rename"],
     ),
     "a convolution with its own product": (
-        lambda: OwnConvolution(4, 3, 1),
+        lambda: OwnConvolution(N, 3, 1),
         LABELS,
         {},
-        ["'weight' (OwnConvolution, an nn.Conv1d with a forward pass of its own)"],
+        ["'weight' in conv1d()", "a weight as it is", "layers=['!weight']"],
     ),
-    "a Linear with its own forward pass": (
+    "a Linear with its own forward pass, skipped": (
         lambda: OwnForward(4, 3),
         LABELS,
-        {},
-        ["'weight' (OwnForward, an nn.Linear with a forward pass of its own)"],
+        {"unknown": "skip"},
+        ["no rule for 'weight' (OwnForward, an nn.Linear with a forward pass of its own)"],
     ),
-    "a Linear whose forward pass was replaced": (
+    "a Linear whose forward pass was replaced, skipped": (
         replaced_forward,
         LABELS,
-        {},
-        ["'weight' (Linear with a forward pass of its own)"],
+        {"unknown": "skip"},
+        ["no rule for 'weight' (Linear with a forward pass of its own)"],
     ),
-    "a class that is called Linear, too": (lambda: Linear(4, 3), LABELS, {}, [f"'weight' ({__name__}.Linear)"]),
     "a class that is called Linear, too, skipped": (
         lambda: Linear(4, 3),
         LABELS,
@@ -152,20 +165,25 @@ MISTAKES = {
     ),
     "everything left out": (model, LABELS, {"layers": ["!*"]}, ["no matrix parameter that can be watched"]),
     "a pattern without a match left out": (model, LABELS, {"layers": ["!5.*"]}, ["'5.*'", "no such matrix"]),
-    "matrices of the model's own": (OwnMatrices, LABELS, {}, ["'first' (OwnMatrices)", "'second' (OwnMatrices)"]),
+    "matrices of the model's own": (
+        OwnMatrices,
+        LABELS,
+        {},
+        ["'table' in add()", "'second' in matmul()", "layers=['!table', '!second']"],
+    ),
+    "matrices of the model's own, without groups": (
+        OwnMatrices,
+        None,
+        {},
+        ["'table' in add()", "'second' in matmul()"],
+    ),
     "an LSTM with its own forward pass": (
         lambda: OwnLSTM(4, 3),
         LABELS,
         {},
-        ["'weight_ih_l0'", "'weight_hh_l0' (OwnLSTM, an nn.LSTM with"],
+        ["'weight_ih_l0' in lstm()", "'weight_hh_l0' in lstm()"],
     ),
-    "attention with its own forward pass": (
-        lambda: OwnAttention(4, 2),
-        LABELS,
-        {},
-        ["'in_proj_weight' (OwnAttention, an nn.MultiheadAttention with"],
-    ),
-    "a bag of embeddings": (lambda: nn.EmbeddingBag(4, 3), LABELS, {}, ["'weight' (EmbeddingBag)"]),
+    "a bag of embeddings": (Bag, LABELS, {}, ["'inner.weight' in embedding_bag()"]),
     "a complex parameter": (lambda: nn.Linear(4, 3, dtype=torch.complex64), LABELS, {}, ["'weight' is complex"]),
     "a pattern without a match": (model, LABELS, {"layers": ["0.*", "5.*"]}, ["'5.*'", "no such matrix"]),
     "a bias selected": (model, LABELS, {"layers": ["0.bias"]}, ["'0.bias'", "no such matrix"]),
@@ -218,13 +236,13 @@ MISTAKES = {
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))),
         LABELS,
         {},
-        ["no rule", "'0.parametrizations.weight.original1'", "unknown='skip'"],
+        ["computed from '0.parametrizations.weight.original1'", "layers=", "unknown='skip'"],
     ),
     "a weight of two parts, by hooks": (
         lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 3))),
         LABELS,
         {},
-        ["no rule", "'0.weight_v'", "unknown='skip'"],
+        ["'0.weight_v' in linear()", "a weight as it is", "layers=['!0.weight_v']"],
     ),
     "a layer without a shape yet": (lambda: nn.Sequential(nn.LazyLinear(3)), LABELS, {}, ["LazyLinear '0'", "once"]),
     "a batch_dim that is no number": (model, LABELS, {"batch_dim": "first"}, ["batch_dim='first'"]),

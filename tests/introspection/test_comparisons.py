@@ -20,7 +20,8 @@ CROSSED = {"diagnosis": ["SZ", "HC", "SZ", "BP"] * 3, "sex": ["F", "F", "M"] * 4
 COMPARED = ["Linear", "Linear, tied", "1-D network", "Embedding, tied to the output", "LSTM, bidirectional", "Encoder"]
 
 
-def right_directions(share, count):
+def input_directions(share, count):
+    """Leading directions of inputs, which a share (outputs, inputs) has."""
     return torch.linalg.svd(share, full_matrices=False)[2][:count].mT.numpy()
 
 
@@ -43,10 +44,12 @@ def test_contrast_cosine_and_angles_are_those_of_the_shares(case):
             assert node.cosine.dims == ("step",)
             cosine = float((first * second).sum() / (first.norm() * second.norm()))
             assert float(node.cosine[0]) == pytest.approx(cosine, abs=1e-6)
+            if isinstance(made.model.get_submodule(layer.rpartition(".")[0]), nn.ConvTranspose1d):
+                first, second = first.mT, second.mT  # its weight has the inputs first
             count = min(3, first.shape[0], first.shape[1] - 1)
             angles = node.angles.values[0]
             assert np.isnan(angles[count:]).all()
-            bases = [right_directions(share, count) for share in (first, second)]
+            bases = [input_directions(share, count) for share in (first, second)]
             np.testing.assert_allclose(angles[:count], scipy.linalg.subspace_angles(*bases)[::-1], atol=1e-5)
             floor = float(node.gradient_noise_floor[0])
             assert 0 < floor < expected[0]
@@ -114,7 +117,7 @@ def test_angles_of_any_shares_are_those_of_scipy(shape, count, seed):
     tree = prescribed(a, d, ["a", "b"] * 10, torch.float64, angles=count)
     inputs, outputs = shape
     count = min(count, outputs, max(inputs - 1, 1))  # the whole space would have no angle to itself
-    bases = [right_directions(d[i::2].double().T @ a[i::2].double(), count) for i in (0, 1)]
+    bases = [input_directions(d[i::2].double().T @ a[i::2].double(), count) for i in (0, 1)]
     found = tree["contrasts/a - b/weight"].angles.values[0]
     np.testing.assert_allclose(found[:count], scipy.linalg.subspace_angles(*bases)[::-1], atol=1e-6)
     assert np.isnan(found[count:]).all()

@@ -7,6 +7,7 @@ forward pass as a `LayerCall`.  The watcher does the rest.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from typing import Protocol
 
 import torch
@@ -17,19 +18,23 @@ from .attention import AttentionRule, allow_short_cuts
 from .call import LayerCall, OnCall
 from .convolution import CONVOLUTIONS, TRANSPOSED, ConvolutionRule
 from .embedding import EmbeddingRule, LookupCall
+from .functional import FunctionalUses, layers_noted
 from .linear import LinearRule
 from .recurrent import CELLS, RECURRENT, CellRule, RecurrentRule
 
 __all__ = [
     "FAMILIES",
     "NO_MATRIX",
+    "FunctionalUses",
     "LayerCall",
     "LayerRule",
     "LookupCall",
     "OnCall",
     "allow_short_cuts",
     "forward_replaced",
+    "layers_noted",
     "rule_for",
+    "weights_by_layer",
 ]
 
 
@@ -83,3 +88,24 @@ def rule_for(module: nn.Module) -> LayerRule | None:
     if forward_replaced(module):
         return None
     return next((rule for rule in RULES if rule.matches(module)), None)
+
+
+def weights_by_layer(model: nn.Module, some: Collection[int] | None = None) -> dict[nn.Module, set[int]]:
+    """Layers that have a rule, with the identities of their matrices.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    some : collection of int, optional
+        Identities of matrices, of which a layer must hold one; every layer by default.
+    """
+    found: dict[nn.Module, set[int]] = {}
+    for module in model.modules():
+        rule = rule_for(module)
+        if rule is not None:
+            parameters = dict(module.named_parameters(remove_duplicate=False))
+            own = {id(parameters[key]) for key in rule.parameters(module) if key in parameters}
+            if some is None or not own.isdisjoint(some):
+                found[module] = own
+    return found

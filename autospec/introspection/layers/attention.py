@@ -26,7 +26,7 @@ WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", 
 
 
 @functools.cache
-def _looked_through() -> Callable[..., Any]:
+def looked_through() -> Callable[..., Any]:
     """Torch's attention function, which under a mode goes on with its own body instead of asking the mode again."""
     function = F.multi_head_attention_forward
     names = {**function.__globals__, "has_torch_function": lambda _: False}
@@ -49,7 +49,7 @@ class _Products(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             with self:
-                return _looked_through()(*args, **kwargs)
+                return looked_through()(*args, **kwargs)
         output = func(*args, **kwargs)
         if func is F.linear:
             activation = args[0] if args else kwargs["input"]

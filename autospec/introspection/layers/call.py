@@ -39,6 +39,10 @@ class LayerCall(ABC):
     def marks(self, parameter: str) -> Tensor:
         """Whether each entry of the batch holds a NaN, in the dimensions in which they lie: how entries are traced to samples."""
 
+    def entries(self, parameter: str, output: Tensor) -> Tensor:
+        """A view of the output whose first dimensions are those of `marks`."""
+        return output
+
     @abstractmethod
     def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Factors:
         """Activation and adjoint, given the derivatives at the outputs (None: not used by the loss)."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -17,55 +18,105 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """How a kernel moves over its input; attributes as of `Convolution`."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool
+    margins: tuple[tuple[int, ...], str] | None = None
+
+    @classmethod
+    def of_module(cls, module: Any) -> Self:
+        """Of one of torch's layers."""
+        padding, margins = module.padding, None
+        if module.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            margins = (tuple(module._reversed_padding_repeated_twice), mode)
+            padding = (0,) * len(module.kernel_size)
+        transposed = isinstance(module, TRANSPOSED)
+        return cls(
+            tuple(module.weight.shape), module.stride, padding, module.dilation, module.groups, transposed, margins
+        )
+
+    @classmethod
+    def of_function(
+        cls, kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int, transposed: bool
+    ) -> Self:
+        """Of the arguments of one of torch's functions: numbers, or one for each dimension; padding may be a word."""
+
+        def each(value: Any) -> tuple[int, ...]:
+            value = tuple(value) if isinstance(value, Iterable) else (value,)
+            return value * (len(kernel) - 2) if len(value) == 1 else value
+
+        margins = None
+        if isinstance(padding, str):
+            beyond = [
+                by * (size - 1) * (padding == "same") for size, by in zip(kernel[2:], each(dilation), strict=True)
+            ]
+            sides = [(total // 2, total - total // 2) for total in reversed(beyond)]
+            padding, margins = 0, (tuple(margin for side in sides for margin in side), "constant")
+        return cls(kernel, each(stride), each(padding), each(dilation), groups, transposed, margins)
+
+
 class ConvolutionCall(LayerCall):
-    """One forward pass through a convolution."""
+    """One convolution.
 
-    parameters = ("weight",)
+    Parameters
+    ----------
+    geometry : Geometry
+        How the kernel moves.
+    activation, output : Tensor
+        What it moves over, and what comes of that.
+    parameter : str
+        Name of the kernel in its module.
+    """
 
-    def __init__(self, module: Any, activation: Tensor, output: Tensor) -> None:
-        self.module = module
+    def __init__(self, geometry: Geometry, activation: Tensor, output: Tensor, parameter: str = "weight") -> None:
+        self.geometry, self.parameters = geometry, (parameter,)
         self.inputs, self.outputs = (activation,), (output,)
-        self.dimensions = len(module.kernel_size)
 
     def _batched(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor.ndim == self.dimensions + 2 else tensor.unsqueeze(0)
+        return tensor if tensor.ndim == len(self.geometry.kernel) else tensor.unsqueeze(0)
 
     def marks(self, parameter: str) -> Tensor:
         """Whether each entry of the batch holds a NaN."""
         return hold_nan(self._batched(self.inputs[0]), 1)
 
+    def entries(self, parameter: str, output: Tensor) -> Tensor:
+        """The entries of the batch."""
+        return self._batched(output)
+
     def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Convolution:
         """The input and the derivative at the output."""
-        module, adjoint = self.module, adjoints[0]
+        geometry, adjoint = self.geometry, adjoints[0]
         assert adjoint is not None
-        activation = self._batched(self.inputs[0]).to(adjoint.dtype)
-        padding, margins = module.padding, None
-        if module.padding_mode != "zeros" or isinstance(padding, str):
-            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            margins = (tuple(module._reversed_padding_repeated_twice), mode)
-            padding = (0,) * self.dimensions
-        adjoint, transposed = self._batched(adjoint), isinstance(module, TRANSPOSED)
+        activation, adjoint = self._batched(self.inputs[0]).to(adjoint.dtype), self._batched(adjoint)
         return Convolution(
             activation,
             adjoint,
-            tuple(module.weight.shape),
-            module.stride,
-            padding,
-            module.dilation,
-            module.groups,
-            transposed,
-            self._output_padding(activation, adjoint) if transposed else module.output_padding,
-            margins,
+            geometry.kernel,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.groups,
+            geometry.transposed,
+            self._output_padding(activation, adjoint) if geometry.transposed else (0,) * len(geometry.stride),
+            geometry.margins,
         )
 
     def _output_padding(self, activation: Tensor, adjoint: Tensor) -> tuple[int, ...]:
         """Of a transposed convolution, as this call had it: with ``output_size=`` the module's own does not hold."""
-        module = self.module
-        sizes = (activation.shape[2:], adjoint.shape[2:], module.kernel_size)
+        geometry = self.geometry
+        sizes = (activation.shape[2:], adjoint.shape[2:], geometry.kernel[2:])
         return tuple(
             there - ((size - 1) * stride - 2 * padding + dilation * (length - 1) + 1)
             for size, there, length, stride, padding, dilation in zip(
-                *sizes, module.stride, module.padding, module.dilation, strict=True
+                *sizes, geometry.stride, geometry.padding, geometry.dilation, strict=True
             )
         )
 
@@ -90,6 +141,7 @@ class ConvolutionRule:
         """Report the input and the output of each forward pass."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            on_call(ConvolutionCall(module, args[0] if args else kwargs["input"], output))
+            activation = args[0] if args else kwargs["input"]
+            on_call(ConvolutionCall(Geometry.of_module(module), activation, output))
 
         return [module.register_forward_hook(Hook(hook), with_kwargs=True, prepend=True)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -15,29 +16,61 @@ from .call import LayerCall, OnCall, hold_nan
 
 
 class LinearCall(LayerCall):
-    """One product of rows with a weight, or with some of its rows."""
+    """One product of rows with a weight, or with some of its rows.
+
+    Parameters
+    ----------
+    parameter : str
+        Name of the weight in its module.
+    activation : Tensor
+        Shape (..., inputs).
+    output : Tensor
+        Shape (..., outputs), or what ``turned`` brings into it.
+    outputs : (int, int), optional
+        First row and number of rows of the whole parameter, where only some of them were used.
+    transposed : bool
+        Whether the parameter has its inputs first, as in ``x @ weight``.
+    turned : callable, optional
+        Brings the output into the shape (..., outputs).
+    """
 
     def __init__(
-        self, parameter: str, activation: Tensor, output: Tensor, outputs: tuple[int, int] | None = None
+        self,
+        parameter: str,
+        activation: Tensor,
+        output: Tensor,
+        outputs: tuple[int, int] | None = None,
+        transposed: bool = False,
+        turned: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.parameters = (parameter,)
+        self.inputs, self.outputs = (activation,), (output,)
+        self.part, self.transposed, self.turned = outputs, transposed, turned
+        self._lies: tuple[torch.Size, tuple[int, ...], int] | None = None
         # With more than two dimensions the output is a view of the product's; an operation in place on the view would
         # leave a hook on it behind, but not one on the product.
         base = output._base
-        whole = base is not None and base.grad_fn is not None and base.numel() == output.numel()
-        self.inputs, self.outputs = (activation,), (base if base is not None and whole else output,)
-        self.part = outputs
+        if base is not None and base.grad_fn is not None and base.numel() == output.numel() and base.is_contiguous():
+            self.outputs = (base,)
+            self._lies = output.shape, output.stride(), int(output.storage_offset() - base.storage_offset())
 
     def marks(self, parameter: str) -> Tensor:
         """Whether each row holds a NaN."""
         return hold_nan(self.inputs[0], self.inputs[0].ndim - 1)
 
+    def entries(self, parameter: str, output: Tensor) -> Tensor:
+        """Rows of the output."""
+        return output if self.turned is None else self.turned(output)
+
     def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Product:
         """Rows of the input and of the derivative at the output."""
         activation, adjoint = self.inputs[0], adjoints[0]
         assert adjoint is not None
+        adjoint = adjoint if self._lies is None else adjoint.contiguous().as_strided(*self._lies)
+        adjoint = self.entries(parameter, adjoint)
         adjoint = adjoint.reshape(-1, adjoint.shape[-1])
-        return Product(activation.reshape(-1, activation.shape[-1]).to(adjoint.dtype), adjoint, self.part)
+        activation = activation.reshape(-1, activation.shape[-1]).to(adjoint.dtype)
+        return Product(activation, adjoint, self.part, self.transposed)
 
 
 class LinearRule:
