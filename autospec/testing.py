@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
 from autospec.introspection import Watcher
 from autospec.introspection.arguments import as_array, of_packing, replaced, tensors_in
@@ -25,6 +24,7 @@ from autospec.introspection.errors import WatchError
 from autospec.introspection.generators import generators_kept, random_state, restore_random_state, seed_random_numbers
 from autospec.introspection.groups import Groups
 from autospec.introspection.layers import layers_noted, rule_for, weights_by_layer
+from autospec.introspection.layers.functional import FollowedWeights
 from autospec.introspection.lookups import dims_of_size
 
 STEPS = 3
@@ -279,59 +279,65 @@ class _Training:
         return [*self.optimizer.state_dict()["state"].values(), self.random]
 
 
-class _Copies(TorchFunctionMode):
+class _Copies(FollowedWeights):
     """Looks on at what a model itself does with weights and data, outside of the layers.
 
     Parameters
     ----------
     copies : mapping of Parameter to (str, Tensor)
         For each weight its name and a copy of it.
+    constants : iterable of Tensor
+        What is no data, such as the model's buffers.
     on_use : callable
-        Takes the name, what a function returned, and a function that does the same with the copy; returns what shall stand in.
+        Takes the names, what a function returned, and a function that does the same with the copies; returns what shall stand in.
     """
 
     def __init__(
         self,
         copies: Mapping[nn.Parameter, tuple[str, Tensor]],
-        on_use: Callable[[str, Any, Callable[[], Any]], Any],
+        constants: Iterable[Tensor],
+        on_use: Callable[[Sequence[str], Any, Callable[[], Any]], Any],
     ) -> None:
-        super().__init__()
+        super().__init__(copies, constants)
         self.copies, self.on_use = copies, on_use
-        self.within: list[Collection[int]] = []
-        # What is made of which weight, and the same of its copy; identities are only unique while objects live.
-        self._made: dict[int, tuple[Tensor, Tensor, nn.Parameter]] = {
-            id(weight): (weight, copied, weight) for weight, (_, copied) in copies.items()
-        }
 
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    def carry_out(
+        self,
+        func: Callable,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        weights: Sequence[nn.Parameter],
+        with_data: bool,
     ) -> Any:
-        kwargs = kwargs or {}
-        given = list(tensors_in((args, kwargs)))
-        own = self.within[-1] if self.within else ()
-        used = [t for t in given if id(t) in self._made and id(self._made[id(t)][2]) not in own]
-        if not used or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        weight = self._made[id(used[0])][2]
-        name, copied = self.copies[weight]
-        before = random_state(weight.device)
+        device = weights[0].device
+        before = random_state(device)
         result = func(*args, **kwargs)
+        if not with_data:
+            self.note(func, args, kwargs, result)
+            return result
 
         def again() -> Any:
-            _follow(copied, weight)
-            after = random_state(weight.device)
-            restore_random_state(before, weight.device)
-            others = {id(t): self._made[id(t)][1] for t in used}
-            other = func(*replaced(args, others), **replaced(kwargs, others))
-            restore_random_state(after, weight.device)
+            after = random_state(device)
+            restore_random_state(before, device)
+            for weight in weights:
+                _follow(self.copies[weight][1], weight)
+            other = self._of_copies(func, args, kwargs)
+            restore_random_state(after, device)
             return other
 
-        if any(id(t) not in self._made and not isinstance(t, nn.Parameter) and t.ndim for t in given):
-            return self.on_use(name, result, again)
-        for made, other in zip(tensors_in(result), tensors_in(again()), strict=True):
-            if made.ndim:  # a number, such as a penalty, is no weight any more
-                self._made.setdefault(id(made), (made, other, weight))
-        return result
+        return self.on_use([self.copies[weight][0] for weight in weights], result, again)
+
+    def _of_copies(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function would return if what it is given were made of the copies."""
+        others = {}
+        for tensor in tensors_in((args, kwargs)):
+            made = self.made.get(id(tensor))
+            if made is not None and made.by is None:
+                others[id(tensor)] = self.copies[made.weights[0]][1]
+            elif made is not None and made.by is not None:
+                results = tensors_in(self._of_copies(*made.by[:3]))
+                others[id(tensor)] = list(results)[made.by[3]]
+        return func(*replaced(args, others), **replaced(kwargs, others))
 
 
 def _follow(copied: Tensor, weight: Tensor) -> None:
@@ -363,12 +369,13 @@ def _owners(
                     lambda _, __, output, seen=seen: seen.extend(map(_copied, tensors_in(output)))
                 )
 
-        def on_use(name: str, result: Any, _: Any) -> Any:
-            made.setdefault(name, []).extend(map(_copied, tensors_in(result)))
+        def on_use(names: Sequence[str], result: Any, _: Any) -> Any:
+            for name in names:
+                made.setdefault(name, []).extend(map(_copied, tensors_in(result)))
             return result
 
         weights = {twin.get_parameter(name): name for name in watched}
-        mode = _Copies({weight: (name, weight) for weight, name in weights.items()}, on_use)
+        mode = _Copies({weight: (name, weight) for weight, name in weights.items()}, twin.buffers(), on_use)
         layers_noted(weights_by_layer(twin), lambda: mode.within)
         with generators_kept(list(model.parameters())), torch.enable_grad(), without_short_cuts(), mode:
             seed_random_numbers(seed)
@@ -470,13 +477,14 @@ def _shares_by_copies(
         if all(owner is not None for owner in owners.get(name, (None,)))
     }
 
-    def on_use(name: str, result: Any, again: Callable[[], Any]) -> Any:
-        if name not in of_uses:
-            reasons[name] = unknown
-            return result
-        return _mixed(result, again(), inside, of_uses[name])
+    def on_use(names: Sequence[str], result: Any, again: Callable[[], Any]) -> Any:
+        known = [name for name in names if name in of_uses]
+        reasons.update(dict.fromkeys(set(names) - set(known), unknown))
+        for name in known[1:]:  # all have the same
+            next(of_uses[name])
+        return _mixed(result, again(), inside, of_uses[known[0]]) if known else result
 
-    mode = _Copies({weights[name]: (name, copied) for name, copied in copies.items()}, on_use)
+    mode = _Copies({weights[name]: (name, copied) for name, copied in copies.items()}, twin.buffers(), on_use)
     layers_noted(weights_by_layer(twin), lambda: mode.within)
     for name, module in list(twin.named_modules()):
         rule = rule_for(module)

@@ -22,7 +22,7 @@ from .arguments import as_array, content_of, signature_of, whole_numbers
 from .audit import Audit
 from .copies import partly_compiled
 from .errors import WatchError
-from .factors import NARROW, Convolution, Factors, Lookup, Product, shares_by_position, single, walk
+from .factors import NARROW, Computed, Convolution, Factors, Lookup, Product, shares_by_position, single, walk
 from .groups import Assignment, Groups
 from .hooks import Hook, may_be_compiled
 from .layers import (
@@ -252,9 +252,8 @@ class Capture:
             used.add(place)
             return self._reports[place](call)
 
-        self._functional = FunctionalUses(
-            weights, on_call, self._refused.setdefault if self.assignment is None else None
-        )
+        on_other = self._refused.setdefault if self.assignment is None else None
+        self._functional = FunctionalUses(weights, self.model.buffers(), on_call, on_other)
         self._note_layers(self._functional, frozenset(map(id, weights)))
         self._functional.__enter__()
 
@@ -687,6 +686,11 @@ class Capture:
     ) -> bool:
         """Add one use of the parameter; False where it has no items, as an expert to which no sample was sent."""
         factors = use.call.factors(use.parameter, use.arrival.adjoints, self.workspace)
+        if isinstance(factors, Convolution) and self.unfolded:
+            factors = replace(factors, unfolded=True)
+        if use.call.computed is not None:
+            none = factors.adjoint.new_empty(0)
+            factors = Computed(factors.activation, factors.adjoint, factors.with_(none, none), use.call.computed)
         if not len(factors.adjoint):
             return False
         pending.dtype = _coarsest(pending.dtype, use.dtype, use.call.outputs[0].dtype, factors.adjoint.dtype)
@@ -731,8 +735,6 @@ class Capture:
         factors = factors.with_(activation, adjoint)
         if self.guarded:
             pending.walk = pending.walk + walk(factors)
-        if isinstance(factors, Convolution) and self.unfolded:
-            factors = replace(factors, unfolded=True)
         constant = use.constant is not None and len(layer.inputs) == 1
         shares = self.shares or self.guarded
         follows = None if self.follows is None else functools.partial(self.follows, layer)
@@ -741,13 +743,15 @@ class Capture:
         layer.note_widths(pending.widths())
         transposed = isinstance(factors, Product | Convolution) and factors.transposed
         layer.inputs_first = transposed and layer.inputs_first is not False
-        layer.true_factor = not isinstance(factors, Convolution) or (
-            factors.unfolded and factors.groups == 1 and not factors.transposed
+        layer.computed = layer.computed or isinstance(factors, Computed)
+        layer.true_factor = isinstance(factors, Product | Lookup) or (
+            isinstance(factors, Convolution) and factors.unfolded and factors.groups == 1 and not factors.transposed
         )
-        if self.per_position and (isinstance(factors, Product) or (self.spatial and isinstance(factors, Convolution))):
+        used = factors.of_weight if isinstance(factors, Computed) else factors
+        if self.per_position and (isinstance(used, Product) or (self.spatial and isinstance(used, Convolution))):
             # A convolution's items are whole images, whose positions the factors know.
-            layer.has_positions = layer.has_positions or isinstance(factors, Convolution) or use.call.inputs[0].ndim > 2
-            part = factors.outputs if isinstance(factors, Product) else None
+            layer.has_positions = layer.has_positions or isinstance(used, Convolution) or use.call.inputs[0].ndim > 2
+            part = used.outputs if isinstance(used, Product) else None
             if part is not None and part[0]:  # keys and values of an attention have the queries' positions
                 last = pending.add_by_position(factors, sorting, layer.call_position, shares_by_position)
                 layer.position = max(layer.position, last)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .spectra import float64
+from .spectra import float64, irregular
 from .workspace import Workspace
 
 # Numbers in the patches that are multiplied at a time: about what a core's cache holds; and positions, whose products are
@@ -157,6 +157,10 @@ def walk(factors: Factors) -> Tensor:
     """Square of what a share would be if its terms had no common direction: how far their sum may be rounded is in proportion."""
     if isinstance(factors, Lookup):
         return square(factors.adjoint)
+    if isinstance(factors, Computed):
+        share = factors.of_weight.share()
+        some = irregular(share.numel(), share.dtype).to(share.device).view_as(share)
+        return walk(factors.of_weight) * square(factors.pulled_back(some)) / square(some)
     times = math.prod(factors.kernel[2:]) if isinstance(factors, Convolution) else 1
     return square(factors.adjoint) * square(factors.activation) * (times / max(factors.rows, 1))
 
@@ -490,16 +494,55 @@ class Lookup(Factors):
         return F.one_hot(self.activation, self.size).to(self.adjoint.dtype)
 
 
+@dataclass(frozen=True)
+class Computed(Factors):
+    """A use of a weight that was computed of the parameter.
+
+    Attributes
+    ----------
+    use : Factors
+        The same use of the weight itself, of whatever items.
+    pulled_back : callable
+        Gives the parameter's share from that of the weight, in which it is linear.
+    """
+
+    use: Factors
+    pulled_back: Callable[[Tensor], Tensor]
+
+    @property
+    def of_weight(self) -> Factors:
+        """The use of the weight, of these items."""
+        return self.use.with_(self.activation, self.adjoint)
+
+    def rows_of(self, items: int) -> int:
+        """The same as of the weight, though the parameter's share may have a higher rank."""
+        return self.of_weight.rows_of(items)
+
+    def share(self) -> Tensor:
+        """Carry the weight's share back."""
+        return self.pulled_back(self.of_weight.share())
+
+    def activation_rows(self) -> Tensor:
+        """As of the weight."""
+        return self.of_weight.activation_rows()
+
+    def adjoint_rows(self) -> Tensor:
+        """As of the weight."""
+        return self.of_weight.adjoint_rows()
+
+
 def shares_by_position(factors: Factors, table: Tensor) -> Tensor:
     """Shares of each position along the tying dimension, shape (positions, *shape of the matrix).
 
     Parameters
     ----------
-    factors : Product or Convolution
+    factors : Product, Convolution or Computed
         Rows of one cell; for a convolution each position in space.
     table : Tensor of int, shape (positions, most rows)
         Rows at each position; -1 where there are fewer.
     """
+    if isinstance(factors, Computed):
+        return torch.stack(list(map(factors.pulled_back, shares_by_position(factors.of_weight, table))))
     if isinstance(factors, Convolution):
         return factors.shares_by_position()
     factors = factors.as_stored()

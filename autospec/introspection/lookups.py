@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from .arguments import as_array, of_packing, replaced, tensors_in
 from .copies import unchanged
 from .layers import rule_for
-
-Place = tuple[str, str]
-"""A module's name and the parameter's name in it."""
+from .layers.call import Place
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,8 @@ class Measurement:
                 continue
             cells_of = self._cells_of(tuple(pending.rows))
             rows = np.array([sum(pending.rows[key] for key in cells) for cells in cells_of])
-            limit = np.minimum(min(layer.shape), rows)
+            # What a weight is computed by may raise the rank of a parameter's share.
+            limit = np.minimum(min(layer.shape), np.where(layer.computed, min(layer.shape) * (rows > 0), rows))
             layer.rank_limit = limit if layer.rank_limit is None else np.maximum(layer.rank_limit, limit)
             record.rows[layer.name] = rows
             opened.dtypes[layer.name] = pending.dtype or torch.float32

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from .errors import WatchError
 from .layers import FAMILIES, NO_MATRIX, forward_replaced, rule_for
@@ -55,13 +54,12 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
     Raises
     ------
     WatchError
-        If a matrix is computed from others and is not to be skipped, a name fits nothing, or nothing remains.
+        If a name fits nothing, or nothing remains.
     """
     if isinstance(selected, str):
         raise WatchError(f"layers={selected!r}: give a list of parameter names.")
     found: dict[int, WatchedParameter] = {}
     without_rule: dict[int, list[str]] = {}
-    computed: dict[int, str] = {}
     visited: set[nn.Module] = set()
     for module_name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, NO_MATRIX):
@@ -75,7 +73,7 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
             continue
         rule = rule_for(module)
         known = () if rule is None else rule.parameters(module)
-        # A weight that is computed from others, as by weight_norm, is no parameter; those others are unknown.
+        # A weight that is computed from others, as by weight_norm, is no parameter; those others are no layer's.
         known = tuple(key for key in known if _is_parameter(module, key))
         own = [key for key, _ in module.named_parameters(recurse=False)]
         for key in dict.fromkeys((*own, *known)):
@@ -90,8 +88,6 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
             name = f"{module_name}.{key}" if module_name else key
             if key not in known:
                 without_rule.setdefault(id(parameter), []).append(f"'{name}' ({_kind(module)})")
-            if isinstance(module, ParametrizationList):
-                computed.setdefault(id(parameter), name)
             if id(parameter) not in found:
                 found[id(parameter)] = WatchedParameter(name, parameter)
             elif name not in (found[id(parameter)].name, *found[id(parameter)].also):
@@ -103,12 +99,6 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
     if selected is not None:
         found = _selected(found, selected)
     refused = [name for key in found for name in without_rule.get(key, [])]
-    computed_from = [name for key, name in computed.items() if key in found]
-    if computed_from and unknown == "refuse":
-        raise WatchError(
-            f"weights are computed from {', '.join(map(repr, computed_from))}, which can be watched in no layer: select other layers "
-            "with layers=, or leave what is unknown out with unknown='skip'."
-        )
     watched = [parameter for key, parameter in found.items() if unknown == "refuse" or key not in without_rule]
     for parameter in watched:
         if parameter.parameter.is_complex():

@@ -372,7 +372,7 @@ def _nan_rows(
         return output
 
     weights = {twin.get_submodule(name).get_parameter(key): (name, key) for name, key in functional}
-    mode = FunctionalUses(weights, on_use) if weights else None
+    mode = FunctionalUses(weights, twin.buffers(), on_use) if weights else None
     if mode is not None:
         handles += layers_noted(weights_by_layer(twin, set(map(id, weights))), lambda: mode.within)
     for name, module in twin.named_modules():

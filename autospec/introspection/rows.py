@@ -603,7 +603,7 @@ def _functional_uses(
     def on_call(place: Place, *_: Any) -> None:
         found.add(place)
 
-    mode = FunctionalUses(weights, on_call, refused.setdefault)
+    mode = FunctionalUses(weights, twin.buffers(), on_call, refused.setdefault)
     handles = layers_noted(weights_by_layer(twin), lambda: mode.within)
     try:
         with unchanged(twin), mode:
@@ -621,7 +621,7 @@ def refused_uses(refused: Mapping[Place, str]) -> WatchError:
     uses = ", and ".join(f"'{name}' in {of}()" for name, of in names.items())
     return WatchError(
         f"the model uses {uses}, where it cannot be watched: outside of torch's layers only products and convolutions of data with "
-        "a weight as it is can be. Call a layer instead, detach the weight where nothing is learned of it, or leave it out with "
+        "a weight, or with what is computed of weights and buffers alone, can be. Call a layer instead, detach the weight where nothing is learned of it, or leave it out with "
         f"layers={[f'!{name}' for name in names]}."
     )
 

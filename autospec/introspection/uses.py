@@ -142,7 +142,7 @@ class WatchedLayer(WatchedParameter):
         self.inputs: list[ConstantInput | None] = []
         self.sorted_input: tuple[ConstantInput, Sorting, Tensor] | None = None
         self.rank_limit: np.ndarray | None = None
-        self.true_factor = True
+        self.true_factor, self.computed = True, False
         self.inputs_first: bool | None = None
         self.call_position = self.position = 0
         self.has_positions = False

@@ -75,7 +75,12 @@ class Linear(nn.Module):
 
 class OwnConvolution(nn.Conv1d):
     def _conv_forward(self, x, weight, bias):
-        return super()._conv_forward(x, weight - weight.mean(), bias)
+        return super()._conv_forward(x, weight, bias) + weight[:, :1, 0]
+
+
+class Dropped(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, nn.functional.dropout(self.weight), self.bias)
 
 
 class OwnLSTM(nn.LSTM):
@@ -143,7 +148,7 @@ MISTAKES = {
         lambda: OwnConvolution(N, 3, 1),
         LABELS,
         {},
-        ["'weight' in conv1d()", "a weight as it is", "layers=['!weight']"],
+        ["'weight' in add()", "what is computed of weights and buffers", "layers=['!weight']"],
     ),
     "a Linear with its own forward pass, skipped": (
         lambda: OwnForward(4, 3),
@@ -232,17 +237,17 @@ MISTAKES = {
     "valid in three dimensions": (model, LABELS, {"valid": np.ones((N, 2, 4))}, ["(6, 2, 4)"]),
     "valid for positions that no layer has": (model, LABELS, {"valid": np.ones((N, 3))}, ["3 positions", "no watched"]),
     "nothing valid": (model, LABELS, {"valid": np.zeros((N, 1))}, ["valid=", "no row"]),
-    "a weight of two parts": (
+    "a weight of two parts, skipped": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))),
         LABELS,
-        {},
-        ["computed from '0.parametrizations.weight.original1'", "layers=", "unknown='skip'"],
+        {"unknown": "skip"},
+        ["no rule for '0.parametrizations.weight.original1' (ParametrizationList)"],
     ),
-    "a weight of two parts, by hooks": (
-        lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 3))),
+    "a weight that is drawn anew": (
+        lambda: Dropped(4, 3),
         LABELS,
         {},
-        ["'0.weight_v' in linear()", "a weight as it is", "layers=['!0.weight_v']"],
+        ["draws parts of 'weight' at random", "layers=['!weight']"],
     ),
     "a layer without a shape yet": (lambda: nn.Sequential(nn.LazyLinear(3)), LABELS, {}, ["LazyLinear '0'", "once"]),
     "a batch_dim that is no number": (model, LABELS, {"batch_dim": "first"}, ["batch_dim='first'"]),

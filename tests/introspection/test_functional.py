@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import autospec
 from autospec.introspection import WatchError
+from autospec.introspection.copies import copy_model
 from autospec.introspection.layers import functional
 from autospec.introspection.sample_shares import sample_shares
 
@@ -86,7 +88,7 @@ def loss_by_sample(output):
 
 def assert_definition(tree, model, x, labels=LABELS):
     """Where samples meet in no layer, a group's share is the gradient of its part of the loss, here in float64."""
-    twin = copy.deepcopy(model).double()
+    twin = copy_model(model).double()
     for group, member in members(labels, len(x)).items():
         inside = torch.from_numpy(member)
         names, weights = zip(*((name, twin.get_parameter(name)) for name in tree["layers"].children), strict=True)
@@ -311,6 +313,129 @@ def test_check_sees_what_is_recorded_wrongly(monkeypatch):
     assert not found.passed
 
 
+class LargestNorm(nn.Module):
+    """As braindecode's constraint."""
+
+    def forward(self, weight):
+        return weight.renorm(2, 0, 0.7)
+
+
+def parametrized(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", LargestNorm())
+    return layer
+
+
+class Combined(nn.Module):
+    """Two convolutions in time and in space whose kernels are multiplied first, as in ShallowFBCSPNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.space = nn.Conv2d(1, 4, (5, 1), bias=False), nn.Conv2d(4, 3, (1, 6), bias=False)
+
+    def forward(self, x):
+        kernel = self.space.weight.squeeze(2).permute(0, 2, 1) @ self.time.weight.view(4, 5)
+        return F.conv2d(x.unsqueeze(1), kernel.permute(0, 2, 1).unsqueeze(1))
+
+
+class Masked(nn.Module):
+    """Experts in one tensor, a mask in a buffer, columns of a weight, and a weight that is used twice, as it is and scaled."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.twice = nn.Parameter(torch.randn(2, 6, 4) / 2), nn.Parameter(torch.randn(4, 4) / 2)
+        self.scale = nn.Parameter(torch.rand(4, 1))
+        self.register_buffer("mask", (torch.arange(16).reshape(4, 4) % 3 > 0).float())
+
+    def forward(self, x):
+        first = torch.tanh(x @ self.experts[0] + F.linear(x[..., :3], self.experts[1, :3].T))
+        second = torch.tanh(F.linear(first, self.twice * self.mask))
+        return F.linear(second, self.scale * F.softmax(self.twice, 1)) + second[..., :2] @ self.twice[:, :2].T
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", 0.3)
+    return layer
+
+
+def between(layer):
+    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), layer)
+
+
+COMPUTED = {
+    "largest norm": lambda: between(parametrized(nn.Linear(6, 5))),
+    "largest norm of a kernel": lambda: between(parametrized(nn.Conv1d(T, 5, 3, padding=1))),
+    "weight norm": lambda: between(nn.utils.parametrizations.weight_norm(nn.Conv1d(T, 5, 3))),
+    "weight norm by hooks": lambda: between(nn.utils.weight_norm(nn.Linear(6, 5))),
+    "spectral norm": lambda: between(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5))),
+    "spectral norm by hooks": lambda: between(nn.utils.spectral_norm(nn.Conv1d(T, 5, 3))),
+    "orthogonal": lambda: between(nn.utils.parametrizations.orthogonal(nn.Linear(6, 5))),
+    "pruned": lambda: between(pruned(nn.Linear(6, 5))),
+    "combined kernels": lambda: nn.Sequential(nn.ZeroPad2d((0, 0, 0, 3)), Combined()),
+    "masks, columns and parts": Masked,
+    "minus its mean": lambda: between(Own(lambda x, w, b: F.linear(x, w - w.mean(1, keepdim=True)), 5, 6)),
+    "divided by its norm": lambda: between(Own(lambda x, w, b: x @ (w / w.norm()), 6, 5)),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_weights_that_are_computed_of_others(name):
+    torch.manual_seed(0)
+    model, x = COMPUTED[name](), torch.randn(N, T, 6)
+    other = copy_model(model)
+    tree = record(Problem(model, x, loss_of, LABELS))
+    large = [name for name, p in model.named_parameters() if p.ndim > 1 and p.shape[0] > 1 and p[0].numel() > 1]
+    assert list(tree["layers"].children) == large
+    assert tree.attrs["audit"]["outside"] == {}
+    loss_of(other(x)).backward()
+    for mine, plain in zip(model.parameters(), other.parameters(), strict=True):
+        assert (mine.grad is None and plain.grad is None) or torch.equal(mine.grad, plain.grad)
+    # Spectral norms move on at each pass in training.
+    fixed = other.eval() if "spectral" in name else model
+    tree = record(Problem(fixed, x, loss_of, LABELS))
+    assert_definition(tree, fixed, x)
+    assert autospec.testing.check(fixed, x, LABELS, quiet=True).passed
+
+
+def test_the_rows_of_a_weight_that_is_computed_are_those_of_its_layer():
+    torch.manual_seed(0)
+    computed, plain, x = between(parametrized(nn.Linear(6, 5))), between(nn.Linear(6, 5)), torch.randn(N, T, 6)
+    with torch.no_grad():
+        plain[0].load_state_dict(computed[0].state_dict())
+        plain[2].weight.copy_(computed[2].weight)
+        plain[2].bias.copy_(computed[2].bias)
+    first, second = (record(Problem(each, x, loss_of, LABELS)) for each in (computed, plain))
+    name = "2.parametrizations.weight.original"
+    for statistic in ("activation", "adjoint"):
+        found, wanted = first[f"layers/{name}/{statistic}"], second[f"layers/2.weight/{statistic}"]
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+    assert "alignment" not in first[f"layers/{name}"] or first[f"layers/{name}/alignment"].isnull().all()
+    assert (first[f"layers/{name}/rank_limit"] == 5).all()
+
+
+def test_positions_of_a_weight_that_is_computed_add_up():
+    torch.manual_seed(0)
+    model, x = between(parametrized(nn.Linear(6, 5))), torch.randn(N, T, 6)
+    tree = record(Problem(model, x, loss_of, LABELS), per_position=True, layers=["2.*"])
+    by_position = tree["layers/2.parametrizations.weight.original/gradient_by_position"]
+    twin = copy.deepcopy(model).double()
+    weights = torch.linspace(0.5, 1.5, N * T * 5, dtype=torch.float64).reshape(N, T, 5)
+    for position in range(T):
+        part = (weights * (twin(x.double()) - 0.3).square())[:, position].sum()
+        (share,) = torch.autograd.grad(part, twin[2].parametrizations.weight.original)
+        assert error(by_position.sel(group="all").values[0, position].astype(float), svdvals(share)) < 1e-6
+
+
+def test_shares_of_samples_of_a_weight_that_is_computed():
+    torch.manual_seed(0)
+    model, x = COMPUTED["masks, columns and parts"](), torch.randn(N, T, 6)
+    shares = sample_shares(model, lambda twin: loss_of(twin(x)), N)
+    for name, found in shares.items():
+        for sample, share in enumerate(found.weighted_sums(torch.eye(N, dtype=torch.float64))):
+            twin = copy.deepcopy(model).double()
+            (expected,) = torch.autograd.grad(loss_by_sample(twin(x.double()))[sample], twin.get_parameter(name))
+            torch.testing.assert_close(share, expected.reshape(len(expected), -1), rtol=1e-4, atol=1e-5)
+
+
 def test_an_embedding_that_is_the_output_layer_too_by_a_product():
     class Language(nn.Module):
         def __init__(self):
@@ -464,6 +589,23 @@ def test_rows_may_be_given():
     torch.manual_seed(0)
     model, x = Mixed(), torch.randn(N, 6)
     tree = record(Problem(model, x, loss_of, LABELS), rows={"weight": np.arange(N)})
+    assert_definition(tree, model, x)
+
+
+def test_a_buffer_that_the_batch_is_written_into_is_data():
+    class Static(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 5) / 2)
+            self.register_buffer("room", torch.zeros(N, 6))
+
+        def forward(self, x):
+            self.room.copy_(x)
+            return self.room @ self.weight
+
+    torch.manual_seed(0)
+    model, x = Static(), torch.randn(N, 6)
+    tree = record(Problem(model, x, loss_of, LABELS))
     assert_definition(tree, model, x)
 
 

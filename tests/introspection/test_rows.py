@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
 
 import autospec
 from autospec.introspection import WatchError
@@ -322,13 +321,11 @@ class Functional(nn.Module):
 
 FUNCTIONAL_USES = {
     "masked": lambda x, w: x @ (w * torch.eye(6)),
-    "scaled": lambda x, w: x @ (w * 2),
-    "normalised": lambda x, w: F.linear(x, w / w.norm(dim=1, keepdim=True)),
-    "in parts": lambda x, w: x @ torch.cat(w.exp().chunk(2)).relu(),
+    "of the batch": lambda x, w: x @ (w * x.mean(0)),
     "by its index": lambda x, w: x + (2 * w)[torch.arange(N) % 6],
-    "columns": lambda x, w: F.linear(x[:, :3], w[:, :3]),
     "added": lambda x, w: x + w[0],
     "a product times a number": lambda x, w: torch.addmm(x, x, w, alpha=2),
+    "of each sample": lambda x, w: torch.einsum("nf,ng->n", x, x @ w) + torch.einsum("f,nf->n", w[0], x),
 }
 
 
@@ -376,12 +373,12 @@ def test_all_weights_used_outside_their_layers_are_named_with_a_way_out_that_wor
             self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
 
         def forward(self, x):
-            return self.third(torch.tanh(F.linear(x @ self.first.weight.exp(), 2 * self.second.weight)))
+            return self.third(torch.tanh(torch.cdist(x * self.first.weight[0], self.second.weight)))
 
     problem = Problem(Both(), torch.randn(N, 6), mean_square, LABELS)
     with pytest.raises(WatchError) as refusal:
         record(problem)
-    assert "'first.weight' in matmul(), and 'second.weight' in linear()" in str(refusal.value)
+    assert "'first.weight' in mul(), and 'second.weight' in cdist()" in str(refusal.value)
     (left_out,) = re.findall(r"layers=(\[.*\])", str(refusal.value))
     assert left_out == "['!first.weight', '!second.weight']"
     tree = record(problem, layers=["!first.weight", "!second.weight"])
@@ -389,8 +386,8 @@ def test_all_weights_used_outside_their_layers_are_named_with_a_way_out_that_wor
 
 
 def test_without_groups_a_use_that_cannot_be_watched_is_refused_by_name():
-    problem = Problem(Functional(lambda x, w: x @ (2 * w)), torch.randn(N, 6), mean_square, None)
-    with pytest.raises(WatchError, match=r"'first\.weight' in matmul\(\).*layers=\['!first\.weight'\]"):
+    problem = Problem(Functional(lambda x, w: x * w[0]), torch.randn(N, 6), mean_square, None)
+    with pytest.raises(WatchError, match=r"'first\.weight' in mul\(\).*layers=\['!first\.weight'\]"):
         record(problem)
 
 

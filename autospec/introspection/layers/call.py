@@ -14,6 +14,9 @@ from torch import Tensor
 from ..factors import Factors
 from ..workspace import Workspace
 
+Place = tuple[str, str]
+"""A module's name and the parameter's name in it."""
+
 
 class LayerCall(ABC):
     """One forward pass through a layer.
@@ -33,6 +36,8 @@ class LayerCall(ABC):
     parameters: tuple[str, ...]
     reads_outputs: ClassVar[bool] = False
     """Whether `factors` reads the outputs' values."""
+    computed: Callable[[Tensor], Tensor] | None = None
+    """Where the weight was computed of the parameter: the parameter's share from that of the weight."""
     _originals: tuple[weakref.ref[Tensor], ...] = ()
 
     @abstractmethod

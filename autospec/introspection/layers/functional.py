@@ -1,14 +1,16 @@
-"""Weights that a model itself multiplies with data: ``x @ self.weight``, ``F.linear(x, self.layer.weight)``.
+"""Weights that a model itself multiplies with data: ``x @ self.weight``, ``F.linear(x, mask * self.layer.weight)``.
 
-Who writes a layer, or gives one of torch's another forward pass, calls torch's functions with its weight.  While the model runs,
-a TorchFunctionMode looks on at these calls and reports each as a rule reports a layer's.
+Who writes a layer, or gives one of torch's another forward pass or another weight, calls torch's functions with it.  While the
+model runs, a TorchFunctionMode looks on at these calls and reports each as a rule reports a layer's.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +19,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-from ..arguments import tensors_in
+from ..arguments import replaced, tensors_in
+from ..errors import WatchError
+from ..generators import restore_random_state, torch_random_state
 from ..hooks import Hook, outside_graphs
+from ..spectra import float64
 from .attention import looked_through
-from .call import LayerCall
+from .call import LayerCall, Place
 from .convolution import ConvolutionCall, Geometry
 from .linear import LinearCall
 
@@ -32,82 +37,100 @@ TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 # What autograd does not follow.
 DETACHED = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 ASSIGNED = (Tensor.data.__set__,)  # type: ignore[attr-defined]
+# Largest deviation of a weight that is computed again in float64, in units of its largest number.
+COMPUTED_AGAIN = 1e-3
 
-Report = Callable[[str, nn.Parameter, Tensor], LayerCall | None]
-"""Makes what a rule would report, of the parameter's name in its module, the parameter, and what the function returned."""
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What is computed of weights alone: by which function, of what, and as which of its results."""
+
+    tensor: Tensor
+    weights: tuple[nn.Parameter, ...]
+    by: tuple[Callable, tuple[Any, ...], dict[str, Any], int] | None = None
 
 
-class FunctionalUses(TorchFunctionMode):
-    """Reports products and convolutions with some weights, and what else is done with one of them and data.
+class FollowedWeights(TorchFunctionMode):
+    """Follows weights through a forward pass, and what is computed of them, until they meet data.
 
     Parameters
     ----------
-    weights : mapping of Parameter to (str, str)
-        The matrices, and for each the module's name and its own in that module under which its uses are reported.
-    on_call : callable
-        Takes these names, what a rule would report, and what the function returned; may return what shall stand in for it.
-    on_other : callable, optional
-        Takes these names and the name of a function in which the weight, or what is made of it, meets data in another way.
+    weights : iterable of Parameter
+        The weights.
+    constants : iterable of Tensor
+        What is no data, such as the model's buffers.
 
     Attributes
     ----------
+    made : dict of int to Made
+        What is made of the weights, by its identity.
     within : list of collections of int
         For each layer that is running, whose rule reports its uses, the identities of its weights.
     """
 
-    def __init__(
-        self,
-        weights: Mapping[nn.Parameter, tuple[str, str]],
-        on_call: Callable[[tuple[str, str], LayerCall, Tensor], Tensor | None],
-        on_other: Callable[[tuple[str, str], str], object] | None = None,
-    ) -> None:
+    def __init__(self, weights: Iterable[nn.Parameter], constants: Iterable[Tensor]) -> None:
         super().__init__()
-        self.weights, self.on_call, self.on_other = weights, on_call, on_other
-        # What is made of which weight; an identity is only unique while its object lives.
-        self._made: dict[int, tuple[Tensor, nn.Parameter]] = {id(weight): (weight, weight) for weight in weights}
+        # An identity is only unique while its object lives.
+        self.made = {id(weight): Made(weight, (weight,)) for weight in weights}
+        self._constants = {id(tensor): tensor for tensor in constants}
         self.within: list[Collection[int]] = []
+
+    @abstractmethod
+    def carry_out(
+        self,
+        func: Callable,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        weights: Sequence[nn.Parameter],
+        with_data: bool,
+    ) -> Any:
+        """Call a function with what is made of weights, and maybe with data; return what shall be its result."""
 
     @outside_graphs
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        own = self.within[-1] if self.within else ()
-        given = list(tensors_in((args, kwargs)))
-        used = [self._made[id(t)][1] for t in given if id(t) in self._made and id(self._made[id(t)][1]) not in own]
-        # Without gradients, as for the target of a moving average, a weight is data.
-        if not used or not torch.is_grad_enabled() or func in ASSIGNED:
+        if func in ASSIGNED:
             return func(*args, **kwargs)
+        given = list(tensors_in((args, kwargs)))
+        # Without gradients, as for the target of a moving average, a weight is data; so is a number that is made of weights, such as
+        # a penalty, but what is computed of both is made of weights again.
+        weights = self._weights([t for t in given if t.ndim]) if torch.is_grad_enabled() else []
+        if not weights:
+            result = func(*args, **kwargs)
+            if given and all(map(self.holds, given)):
+                self.note(func, args, kwargs, result)
+            elif isinstance(result, Tensor):
+                self._constants.pop(id(result), None)  # data were written into a buffer
+            return result
         if func is F.multi_head_attention_forward:
             with self:
                 return looked_through()(*args, **kwargs)
-        result = func(*args, **kwargs)
-        call = self._reported(func, args, kwargs, result)
-        if call is not None:
-            replacement = self.on_call(*call, result)
-            return result if replacement is None else replacement
-        if any(id(t) not in self._made and not isinstance(t, nn.Parameter) and t.ndim for t in given):
-            if self.on_other is not None:
-                for weight in used:
-                    self.on_other(self.weights[weight], getattr(func, "__name__", str(func)))
-        elif func not in DETACHED:
-            for tensor in tensors_in(result):
-                if tensor.ndim:  # a number, such as a penalty, is no weight any more
-                    self._made.setdefault(id(tensor), (tensor, used[0]))
-        return result
+        return self.carry_out(func, args, kwargs, weights, any(map(self._is_data, given)))
 
-    def _reported(
-        self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> tuple[tuple[str, str], LayerCall] | None:
-        """What a rule would report, if the call is a product or a convolution of data with a weight."""
-        for data, weight, report in _readings(func, args, kwargs) if isinstance(result, Tensor) else ():
-            strided = isinstance(data, Tensor) and isinstance(weight, Tensor) and data.layout == torch.strided
-            if strided and id(weight) in self._made and id(data) not in self._made:
-                parameter = self._made[id(weight)][1]
-                place = self.weights[parameter]
-                call = report(place[1], parameter, result)
-                return None if call is None else (place, call)
-        return None
+    def _weights(self, tensors: Iterable[Tensor]) -> list[nn.Parameter]:
+        """Of which weights tensors are made, but for those of the layer that is running."""
+        own = self.within[-1] if self.within else ()
+        found = {w: w for t in tensors if id(t) in self.made for w in self.made[id(t)].weights if id(w) not in own}
+        return list(found)
+
+    def _is_data(self, tensor: Tensor) -> bool:
+        known = id(tensor) in self.made or id(tensor) in self._constants or isinstance(tensor, nn.Parameter)
+        return not known and tensor.ndim > 0
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is made of weights or constants."""
+        return id(tensor) in self.made or id(tensor) in self._constants
+
+    def note(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Note what a function has made of weights, or of constants, as weights are where autograd does not follow."""
+        weights = tuple(self._weights(tensors_in((args, kwargs))))
+        if not weights or func in DETACHED or not torch.is_grad_enabled():
+            self._constants |= {id(t): t for t in tensors_in(result) if id(t) not in self.made}
+            return
+        for number, tensor in enumerate(tensors_in(result)):
+            self.made.setdefault(id(tensor), Made(tensor, weights, (func, args, kwargs, number)))
 
     def leave(self) -> None:
         """Look on no longer, also where an interruption has kept modes that were entered later from being left."""
@@ -119,6 +142,128 @@ class FunctionalUses(TorchFunctionMode):
             above.append(mode)
         for mode in reversed(above):
             _push_mode(mode)
+
+
+class FunctionalUses(FollowedWeights):
+    """Reports products and convolutions of data with some weights, or with what is computed of them.
+
+    Parameters
+    ----------
+    weights : mapping of Parameter to (str, str)
+        The matrices, and the place under which uses of each are reported.
+    constants : iterable of Tensor
+        What is no data, such as the model's buffers.
+    on_call : callable
+        Takes the place, what a rule would report, and what the function returned; may return what shall stand in for it.
+    on_other : callable, optional
+        Takes the place of a weight that meets data in another way, and the name of the function.  With it weights that are computed
+        again, of which the shares are made, are compared with those that the model computed.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[nn.Parameter, Place],
+        constants: Iterable[Tensor],
+        on_call: Callable[[Place, LayerCall, Tensor], Tensor | None],
+        on_other: Callable[[Place, str], object] | None = None,
+    ) -> None:
+        super().__init__(weights, constants)
+        self.places, self.on_call, self.on_other = weights, on_call, on_other
+
+    def carry_out(
+        self,
+        func: Callable,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        weights: Sequence[nn.Parameter],
+        with_data: bool,
+    ) -> Any:
+        """Call the function, and report it."""
+        result = func(*args, **kwargs)
+        calls = list(self._reported(func, args, kwargs, result))
+        for place, call in calls:
+            replacement = self.on_call(place, call, result)
+            result = result if replacement is None else replacement
+        if calls:
+            return result
+        if not with_data:
+            self.note(func, args, kwargs, result)
+        elif self.on_other is not None:
+            for weight in weights:
+                self.on_other(self.places[weight], getattr(func, "__name__", str(func)))
+        return result
+
+    def _reported(
+        self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> Iterator[tuple[Place, LayerCall]]:
+        """What a rule would report for each weight, if the call is a product or a convolution of data with one tensor made of weights."""
+        for reading in _readings(func, args, kwargs) if isinstance(result, Tensor) else ():
+            data, weight = reading.data, reading.weight
+            if not (isinstance(data, Tensor) and isinstance(weight, Tensor)) or data.layout != torch.strided:
+                continue
+            if id(weight) not in self.made or self.holds(data):
+                continue
+            made = self.made[id(weight)]
+            lies = reading.lies(made.weights[0]) if len(made.weights) == 1 else None
+            if lies is not None:
+                place = self.places[made.weights[0]]
+                call = reading.report(place[1], reading.form(weight).shape, *lies, result)
+                yield from [] if call is None else [(place, call)]
+                return
+            formed, leaves = self._computed_again(reading)
+            for parameter, leaf in leaves.items():
+                place = self.places[parameter]
+                call = reading.report(place[1], formed.shape, None, False, result)
+                if call is not None:
+                    call.computed = functools.partial(_pulled_back, formed, leaf)
+                    yield place, call
+            return
+
+    def _computed_again(self, reading: Reading) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+        """A weight as it enters a product, computed again in float64 of leaves of a graph of its own; no leaves if that fails."""
+        weight = reading.weight
+        made = self.made[id(weight)]
+        leaves = {w: float64(w.detach()).clone().requires_grad_() for w in made.weights}
+        again: dict[int, Tensor] = {}
+
+        def computed(tensor: Tensor) -> Tensor:
+            if id(tensor) not in again:
+                known = self.made.get(id(tensor))
+                if known is None:
+                    wide = tensor.is_floating_point()
+                    again[id(tensor)] = float64(tensor.detach()).clone() if wide else tensor.detach().clone()
+                elif known.by is None:
+                    again[id(tensor)] = leaves[known.weights[0]]
+                else:
+                    func, args, kwargs, number = known.by
+                    others = {id(t): computed(t) for t in tensors_in((args, kwargs))}
+                    results = tensors_in(func(*replaced(args, others), **replaced(kwargs, others)))
+                    again[id(tensor)] = list(results)[number]
+            return again[id(tensor)]
+
+        before = torch_random_state(weight.device)
+        with torch.autocast(weight.device.type, enabled=False):
+            formed = reading.form(computed(weight))
+        after = torch_random_state(weight.device)
+        if not all(torch.equal(before[name], after[name]) for name in before):
+            restore_random_state(before, weight.device)
+            names = [".".join(filter(None, self.places[w])) for w in made.weights]
+            raise WatchError(
+                f"the model draws parts of {', '.join(map(repr, names))} at random before it multiplies with it, so its shares "
+                f"cannot be told: leave it out with layers={[f'!{name}' for name in names]}."
+            )
+        if self.on_other is not None:
+            seen = float64(reading.form(weight.detach()))
+            if not (formed.detach() - seen).abs().max() <= COMPUTED_AGAIN * seen.abs().max():
+                return formed, {}
+        return formed, leaves
+
+
+def _pulled_back(formed: Tensor, leaf: Tensor, share: Tensor) -> Tensor:
+    """Share of a parameter, of which a weight was computed, from that of the weight: as a matrix, shape of the parameter."""
+    outside = share.reshape(formed.shape).to(formed)
+    (gradient,) = torch.autograd.grad(formed, leaf, outside, retain_graph=True, allow_unused=True)
+    return (torch.zeros_like(leaf) if gradient is None else gradient).reshape(len(leaf), -1).to(share)
 
 
 def layers_noted(
@@ -151,92 +296,126 @@ def layers_noted(
 # ---------------------------------------------------------------------- what torch's functions do
 
 
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A way to read a call as one of data with a weight.
+
+    Attributes
+    ----------
+    data, weight : Tensor
+        The two.
+    form : callable
+        Brings the weight into the form in which it is used: a matrix (outputs, inputs), or a kernel.
+    lies : callable
+        Takes a parameter; returns which rows of it that form has, None for all, and whether it has them transposed; or None, where it
+        is no such part of the parameter.
+    report : callable
+        Makes what a rule would report, of the parameter's name, the shape of the form, the two of ``lies``, and what was returned.
+    """
+
+    data: Any
+    weight: Any
+    form: Callable[[Tensor], Tensor]
+    lies: Callable[[nn.Parameter], tuple[tuple[int, int] | None, bool] | None]
+    report: Callable[[str, torch.Size, tuple[int, int] | None, bool, Tensor], LayerCall | None]
+
+
 def _named(names: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by name."""
     return {**dict(zip(names.split(), args, strict=False)), **kwargs}
 
 
-def _readings(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, Any, Report]]:
-    """Ways to read a call as one of data with a weight: both, and what makes a report of it."""
+def _readings(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Reading]:
     if func in CONVOLUTION or func in TRANSPOSED:
         names = "input weight bias stride padding dilation groups"
         if func in TRANSPOSED:
             names = "input weight bias stride padding output_padding groups dilation"
-        given = _named(names, args, kwargs)
-        yield given["input"], given["weight"], functools.partial(_convolution, func in TRANSPOSED, given)
+        yield _convolution(func in TRANSPOSED, _named(names, args, kwargs))
     elif func in LINEAR:
         given = _named("input weight" if func is F.linear else "input other", args, kwargs)
-        rows, weight = given["input"], given["weight"] if func is F.linear else given["other"]
-        yield rows, weight, lambda *seen: _product(rows, weight, None, *seen)
+        yield _product(given["input"], given["weight"] if func is F.linear else given["other"])
     elif func in MATMUL or func in ADDMM:
         given = _named("input mat2" if func in MATMUL else "bias input mat2", args, kwargs)
         left, right = given.get("input", given.get("mat1")), given.get("mat2", given.get("other"))
         if kwargs.get("alpha", 1) != 1 or not (isinstance(left, Tensor) and isinstance(right, Tensor)):
             return
-        yield left, right, lambda *seen: _product(left, right.mT, None, *seen) if right.ndim > 1 else None
-        if right.ndim == 1:
-            yield right, left, lambda *seen: _product(right, left, None, *seen)
+        if right.ndim > 1:
+            yield _product(left, right, _turned)
+            yield _product(right.mT, left, turned=_turned, data=right)
         else:
-            yield right, left, lambda *seen: _product(right.mT, left, _turned, *seen)
+            yield _product(right, left)
     elif func is torch.einsum:
         yield from _readings_of_einsum(args)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _turned(tensor: Tensor) -> Tensor:
     return tensor.mT
 
 
-def _convolution(
-    transposed: bool, given: Mapping[str, Any], name: str, parameter: nn.Parameter, result: Tensor
-) -> ConvolutionCall | None:
+def _convolution(transposed: bool, given: Mapping[str, Any]) -> Reading:
     weight = given["weight"]
-    # Another shape of the kernel is the same matrix, if its rows are.
-    same = weight.data_ptr() == parameter.data_ptr() and weight.shape[:1].numel() == len(parameter)
-    if not same or weight.numel() != parameter.numel() or not (weight.is_contiguous() and parameter.is_contiguous()):
-        return None
-    geometry = Geometry.of_function(
-        tuple(weight.shape),
-        given.get("stride", 1),
-        given.get("padding", 0),
-        given.get("dilation", 1),
-        given.get("groups", 1),
-        transposed,
-    )
-    return ConvolutionCall(geometry, given["input"], result, name)
+
+    def lies(parameter: nn.Parameter) -> tuple[None, bool] | None:
+        # Another shape of the kernel is the same matrix, if its rows are.
+        same = weight.data_ptr() == parameter.data_ptr() and len(weight) == len(parameter)
+        whole = weight.numel() == parameter.numel() and weight.is_contiguous() and parameter.is_contiguous()
+        return (None, False) if same and whole else None
+
+    def report(name: str, shape: torch.Size, _: Any, __: bool, result: Tensor) -> ConvolutionCall:
+        stride, padding, dilation = given.get("stride", 1), given.get("padding", 0), given.get("dilation", 1)
+        geometry = Geometry.of_function(tuple(shape), stride, padding, dilation, given.get("groups", 1), transposed)
+        return ConvolutionCall(geometry, given["input"], result, name)
+
+    return Reading(given["input"], weight, _as_it_is, lies, report)
 
 
 def _product(
-    rows: Tensor,
-    weight: Tensor,
-    turned: Callable[[Tensor], Tensor] | None,
-    name: str,
-    parameter: nn.Parameter,
-    result: Tensor,
-) -> LinearCall | None:
-    """Report ``rows @ weight.T``; turned, the result has the shape (..., outputs)."""
-    weight = weight.detach()
-    while weight.ndim > 2 and (len(weight) == 1 or weight.stride(0) == 0):  # spread over a batch
-        weight = weight[0]
-    if weight.ndim != 2:
+    rows: Any,
+    weight: Any,
+    form: Callable[[Tensor], Tensor] = _as_it_is,
+    turned: Callable[[Tensor], Tensor] | None = None,
+    data: Any = None,
+) -> Reading:
+    """``rows @ form(weight).T``; turned, the result has the shape (..., outputs).  The rows may be a view of the data."""
+
+    def matrix(tensor: Tensor) -> Tensor:
+        tensor = form(tensor)
+        while tensor.ndim > 2 and (len(tensor) == 1 or tensor.stride(0) == 0):  # spread over a batch
+            tensor = tensor[0]
+        return tensor
+
+    def lies(parameter: nn.Parameter) -> tuple[tuple[int, int] | None, bool] | None:
+        return _rows_of(parameter.detach().reshape(len(parameter), -1), matrix(weight.detach()))
+
+    def report(
+        name: str, shape: torch.Size, part: tuple[int, int] | None, transposed: bool, result: Tensor
+    ) -> LinearCall | None:
+        made = result if turned is None else turned(result)
+        fits = len(shape) == 2 and made.shape == (*rows.shape[:-1], shape[0])
+        return LinearCall(name, rows, result, part, transposed, turned) if fits else None
+
+    return Reading(rows if data is None else data, weight, matrix, lies, report)
+
+
+def _rows_of(whole: Tensor, matrix: Tensor) -> tuple[tuple[int, int] | None, bool] | None:
+    """Which rows of a matrix another one is, or, transposed, its transpose is, by where they lie."""
+    if matrix.ndim != 2 or matrix.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
         return None
-    shape = (result if turned is None else turned(result)).shape
-    whole = parameter.detach().reshape(len(parameter), -1)
-    if (
-        shape != (*rows.shape[:-1], len(weight))
-        or weight.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()
-    ):
-        return None
-    for transposed, seen in ((False, weight), (True, weight.T)):
+    for transposed, seen in ((False, matrix), (True, matrix.T)):
         strides = zip(seen.shape, seen.stride(), whole.stride(), strict=True)
-        first, between = divmod(int(seen.storage_offset() - whole.storage_offset()), max(whole.stride(0), 1))
         lies = all(mine == its for size, mine, its in strides if size > 1) and seen.shape[1] == whole.shape[1]
+        offset = int(seen.storage_offset() - whole.storage_offset())
+        first, between = divmod(offset, max(whole.stride(0), 1))
         if lies and not between and 0 <= first <= len(whole) - len(seen):
-            part = None if len(seen) == len(whole) else (first, len(whole))
-            return LinearCall(name, rows, result, part, transposed, turned)
+            return None if len(seen) == len(whole) else (first, len(whole)), transposed
     return None
 
 
-def _readings_of_einsum(args: Sequence[Any]) -> Iterator[tuple[Any, Any, Report]]:
+def _readings_of_einsum(args: Sequence[Any]) -> Iterator[Reading]:
     """``torch.einsum("...i,io->...o", x, weight)`` and the like: what is summed over are inputs, what is left of a weight outputs."""
     equation, *operands = args
     operands = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
@@ -251,24 +430,22 @@ def _readings_of_einsum(args: Sequence[Any]) -> Iterator[tuple[Any, Any, Report]
         rows = [each for each in made if each not in outputs]
         once = all(len(set(term)) == len(term) for term in (seen, letters, made))
         if once and inputs and outputs and len(letters) == weight.ndim and sorted(seen) == sorted(rows + inputs):
-            yield data, weight, functools.partial(_summed, data, weight, seen, letters, made, rows, inputs, outputs)
+            yield _product(
+                _permuted(data, [seen.index(each) for each in rows + inputs], len(rows)),
+                weight,
+                functools.partial(
+                    _as_matrix, order=[letters.index(each) for each in outputs + inputs], first=len(outputs)
+                ),
+                functools.partial(_permuted, order=[made.index(each) for each in rows + outputs], first=len(rows)),
+                data,
+            )
 
 
-def _summed(
-    data: Tensor,
-    weight: Tensor,
-    seen: str,
-    letters: str,
-    made: str,
-    rows: list[str],
-    inputs: list[str],
-    outputs: list[str],
-    *of_parameter: Any,
-) -> LinearCall | None:
-    matrix = weight.detach().permute([letters.index(each) for each in outputs + inputs])
-    sizes = (math.prod(matrix.shape[: len(outputs)]), math.prod(matrix.shape[len(outputs) :]))
-    order = [made.index(each) for each in rows + outputs]
-    activation = data.permute([seen.index(each) for each in rows + inputs]).flatten(len(rows))
-    return _product(
-        activation, matrix.reshape(sizes), lambda result: result.permute(order).flatten(len(rows)), *of_parameter
-    )
+def _permuted(tensor: Tensor, order: list[int], first: int) -> Tensor:
+    """Dimensions in an order, and those after the first ones as one."""
+    return tensor.permute(order).flatten(first)
+
+
+def _as_matrix(tensor: Tensor, order: list[int], first: int) -> Tensor:
+    tensor = tensor.permute(order)
+    return tensor.reshape(math.prod(tensor.shape[:first]), -1)
