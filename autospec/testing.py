@@ -309,12 +309,22 @@ class _Copies(FollowedWeights):
         weights: Sequence[nn.Parameter],
         with_data: bool,
     ) -> Any:
-        device = weights[0].device
-        before = random_state(device)
-        result = func(*args, **kwargs)
         if not with_data:
+            result = func(*args, **kwargs)
             self.note(func, args, kwargs, result)
             return result
+        if func.__name__.endswith("_") and isinstance(args[0], Tensor):  # in place: twice of the same
+            changed, args = args[0], (args[0].clone(), *args[1:])
+            return changed.copy_(self._met(func, args, kwargs, weights))
+        return self._met(func, args, kwargs, weights)
+
+    def _met(
+        self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], weights: Sequence[nn.Parameter]
+    ) -> Any:
+        device = weights[0].device
+        before = random_state(device)
+        first = tuple(a.clone() if i == 0 and func.__name__.endswith("_") else a for i, a in enumerate(args))
+        result = func(*first, **kwargs)
 
         def again() -> Any:
             after = random_state(device)

@@ -704,8 +704,7 @@ class Capture:
         self.masked = self.masked or sorting.masked
         if sorting.left_out is not None and self.guarded:
             out = sorting.left_out
-            left = factors.with_(factors.activation[out], float64(single(factors.adjoint[out])))
-            left = left if isinstance(left, Lookup) else left.with_(float64(single(left.activation)), left.adjoint)
+            left = factors.with_(factors.activation[out], factors.adjoint[out]).converted(single).in_float64()
             share = left.share() if scale is None else left.share() / scale
             pending.arrived = -share if pending.arrived is None else pending.arrived - share
             pending.left_out = share if pending.left_out is None else pending.left_out + share

@@ -57,7 +57,11 @@ class Factors(ABC):
 
     def in_float64(self) -> Self:
         """The same use, whose share is then summed in float64."""
-        return self.with_(float64(self.activation), float64(self.adjoint))
+        return self.converted(float64)
+
+    def converted(self, convert: Callable[[Tensor], Tensor]) -> Self:
+        """The same use with floating-point numbers of another type."""
+        return self.with_(convert(self.activation), convert(self.adjoint))
 
     def split(self, counts: Sequence[int]) -> list[Self]:
         """Cut into runs of items."""
@@ -480,9 +484,9 @@ class Lookup(Factors):
 
     size: int
 
-    def in_float64(self) -> Self:
-        """The same with adjoints in float64; indices stay whole numbers."""
-        adjoint = float64(self.adjoint)
+    def converted(self, convert: Callable[[Tensor], Tensor]) -> Self:
+        """The same with adjoints of another type; indices stay whole numbers."""
+        adjoint = convert(self.adjoint)
         return self.with_(self.activation.to(adjoint.device), adjoint)
 
     def share(self) -> Tensor:
@@ -513,6 +517,11 @@ class Computed(Factors):
     def of_weight(self) -> Factors:
         """The use of the weight, of these items."""
         return self.use.with_(self.activation, self.adjoint)
+
+    def converted(self, convert: Callable[[Tensor], Tensor]) -> Self:
+        """The same with numbers of another type."""
+        use = self.of_weight.converted(convert)
+        return self.with_(use.activation, use.adjoint)
 
     def rows_of(self, items: int) -> int:
         """The same as of the weight, though the parameter's share may have a higher rank."""

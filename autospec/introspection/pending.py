@@ -22,6 +22,7 @@ from .factors import (
     ROUNDING_OF_WALK,
     SHORTEST,
     TERMS,
+    Computed,
     Convolution,
     Factors,
     Grid,
@@ -324,7 +325,7 @@ class Shares:
                 continue
             self._form()
             matrix, first = self._place(key, part.adjoint)
-            share = part.with_(part.activation.to(matrix.dtype), part.adjoint.to(matrix.dtype)).share()
+            share = part.converted(functools.partial(Tensor.to, dtype=matrix.dtype)).share()
             if first:
                 matrix.copy_(share)
             else:
@@ -881,11 +882,12 @@ class Pending:
         statistics = [statistic for statistic in statistics if statistic not in self._given_up]
         parts = factors.split(sorting.counts) if statistics else []
         for statistic in statistics:
-            if statistic == "activation" and isinstance(factors, Lookup):
-                self.note_width(statistic, factors.size)
-                indices = self.indices.setdefault(factors.size, {})
+            used = factors.of_weight if isinstance(factors, Computed) else factors
+            if statistic == "activation" and isinstance(used, Lookup):
+                self.note_width(statistic, used.size)
+                indices = self.indices.setdefault(used.size, {})
                 for key, part in zip(sorting.keys, parts, strict=True):
-                    indices.setdefault(key, IndexStack(factors.size)).add(part.activation)
+                    indices.setdefault(key, IndexStack(used.size)).add(part.activation)
                 continue
             rows = [part.activation_rows() if statistic == "activation" else part.adjoint_rows() for part in parts]
             width = rows[0].shape[1]

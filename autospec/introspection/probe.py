@@ -108,8 +108,8 @@ class Probe:
         Where these hold the samples.
     watched : collection of (str, str)
         Module and parameter names of the matrices that are watched.
-    functional : collection of (str, str)
-        Those that the model itself multiplies with data.
+    functional, spread : collection of (str, str)
+        Those that the model uses itself; and those of them that it spreads over data, elementwise.
     origins : mapping of (str, str) to list of Origin
         From which entries of the inputs the indices of lookups come, where these are followed.
     as_given : set of (str, str)
@@ -125,6 +125,7 @@ class Probe:
     reading: Reading
     watched: Collection[Place]
     functional: Collection[Place]
+    spread: Collection[Place]
     origins: Mapping[Place, list[Origin]]
     as_given: set[Place]
     shapes: dict[Place, list[tuple[int, ...]]] = field(default_factory=dict)

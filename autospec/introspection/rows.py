@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from .copies import copy_model, kept_apart, moves_on, unchanged, without_short_c
 from .errors import UntracedRows, WatchError
 from .generators import generators_kept
 from .hooks import Hook
-from .layers import FunctionalUses, layers_noted, weights_by_layer
+from .layers import FunctionalUses, LayerCall, SpreadCall, layers_noted, weights_by_layer
 from .lookups import (
     Along,
     Indices,
@@ -152,7 +152,7 @@ def map_rows(
         without_short_cuts(),
         kept_apart(model, evaluated=True) as copied,
     ):
-        twin, lookups, functional, all_hooks = _running_twin(model, copied, args, kwargs, watched, all_hooks)
+        twin, lookups, used, all_hooks = _running_twin(model, copied, args, kwargs, watched, all_hooks)
         as_given = {place for place, lookup in lookups.items() if lookup.given}
         origins = origins_of(twin, args, kwargs, samples, [place for place in lookups if place not in as_given])
         for place, calls in origins.items():
@@ -211,10 +211,10 @@ def map_rows(
                     continue
                 if batch_dim is not None and accepted:
                     break
-                probe = Probe(twin, args, kwargs, inputs, Reading(dims, alongs), watched, functional, origins, as_given)
+                probe = Probe(twin, args, kwargs, inputs, Reading(dims, alongs), watched, *used, origins, as_given)
                 try:
                     found = probe.rows(words)
-                    _same_result(model, twin, args, kwargs, probe.reading, samples)
+                    _same_result(model, probe, samples)
                     accepted.append((probe, found))
                 except WatchError as error:
                     spread = [place for place, along in alongs.items() if along.shared and along.marked]
@@ -257,7 +257,7 @@ def map_rows(
             _refuse_mixing_in_training(model, probe, samples, found)
     without_hooks = () if all_hooks else tuple(_modules_with_other_hooks(model))
     certain = len(accepted) == 1
-    return RowMap(found, len(words), probe.reading, by_content, without_hooks, certain, received, functional)
+    return RowMap(found, len(words), probe.reading, by_content, without_hooks, certain, received, used[0])
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -305,8 +305,8 @@ def _running_twin(
     kwargs: dict[str, Any],
     watched: Collection[Place],
     all_hooks: bool,
-) -> tuple[nn.Module, dict[Place, Indices], frozenset[Place], bool]:
-    """A copy that runs, what it looks up in tables, which weights it multiplies with data itself, and whether it has all hooks.
+) -> tuple[nn.Module, dict[Place, Indices], tuple[frozenset[Place], frozenset[Place]], bool]:
+    """A copy that runs, what it looks up in tables, which weights it uses itself, which of these elementwise, and whether it has all hooks.
 
     Gradients are enabled, so that what a model does without them can be told apart, but the copy's weights need none, which
     spares the graph.  If that fails, as where a model asks for a gradient in its forward pass, or lacks a hook that brings its
@@ -318,9 +318,11 @@ def _running_twin(
         if not learns:
             twin.requires_grad_(False)
         try:
-            functional: set[Place] = set()
-            passed = functools.partial(_functional_uses, twin, args, kwargs, watched, functional)
-            return twin, lookups_in(twin, args, kwargs, passed), frozenset(functional), hooks
+            used: dict[Place, bool] = {}
+            lookups = lookups_in(
+                twin, args, kwargs, functools.partial(_functional_uses, twin, args, kwargs, watched, used)
+            )
+            return twin, lookups, (frozenset(used), frozenset(place for place, spread in used.items() if spread)), hooks
         except WatchError:
             raise
         except Exception:
@@ -420,23 +422,24 @@ def _by_content(probe: Probe, words: np.ndarray, found: Mapping[Place, list[np.n
     return tuple(sorted({*go_by, *(itertools.compress(range(len(numbers)), same) if samples > 1 else ())}))
 
 
-def _same_result(
-    model: nn.Module, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reading: Reading, samples: int
-) -> None:
-    """Refuse a reading in which spreading a shared lookup changes what the model computes, draws at random, or learns.
+def _same_result(model: nn.Module, probe: Probe, samples: int) -> None:
+    """Refuse a reading in which spreading a shared lookup, or a table, changes what the model computes, draws at random, or learns.
 
     What is spread before it meets the samples' own values is computed once a sample, and the sum over samples that autograd
     then forms is another one, to rounding.
     """
+    twin, args, kwargs, reading = probe.twin, probe.args, probe.kwargs, probe.reading
     shared = [place for place, along in reading.lookups.items() if along.shared]
-    if not shared:
+    if not shared and not probe.spread:
         return
-    refusal = _cannot_be_spread(shared[0])
+    refusal = _cannot_be_spread(shared[0]) if shared else _would_round_otherwise(next(iter(probe.spread)))
     placed = [*twin.parameters(), *tensors_in((args, kwargs))]
 
     def result(spread: bool) -> list[Tensor]:
         marked = lookups_marked(twin, reading.lookups if spread else {}, samples, None, {})
-        with generators_kept(placed), unchanged(twin), marked, _learning_as(twin, model) as weights:
+        tables = {twin.get_submodule(name).get_parameter(key): (name, key) for name, key in probe.spread if spread}
+        mode = FunctionalUses(tables, twin.buffers(), lambda *_: None) if tables else nullcontext()
+        with generators_kept(placed), unchanged(twin), marked, mode, _learning_as(twin, model) as weights:
             made = list(tensors_in(twin(*args, **kwargs)))
             after = torch.get_rng_state()
             learned = [each for each in made if each.requires_grad and each.is_floating_point()]
@@ -486,6 +489,14 @@ def _cannot_be_spread(place: Place) -> WatchError:
         f"The table '{place[0]}' is shared by all samples in a way that cannot be followed to each of them: index it "
         "with torch.arange(positions).unsqueeze(0) and add what it gives to the samples' values, before anything else is computed of "
         "it, or leave it out with layers=."
+    )
+
+
+def _would_round_otherwise(place: Place) -> WatchError:
+    name = ".".join(filter(None, place))
+    return WatchError(
+        f"'{name}' meets data in a way in which its gradient would be rounded otherwise if each sample's part of it were kept: leave "
+        f"it out with layers=['!{name}']."
     )
 
 
@@ -589,9 +600,9 @@ def _by_statistic(rows: np.ndarray, reached: Sequence[tuple[int, np.ndarray]]) -
 
 
 def _functional_uses(
-    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Collection[Place], found: set[Place]
+    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Collection[Place], used: dict[Place, bool]
 ) -> None:
-    """Make a forward pass, and note which weights the model itself multiplies with data; refuse what else it does with both.
+    """Make a forward pass, and note which weights the model itself uses, and whether elementwise; refuse what cannot be watched.
 
     Within a layer that has a rule its own weights may meet data, those of another, as a decoder's that is the encoder's transposed,
     may do so in what can be watched.
@@ -600,8 +611,8 @@ def _functional_uses(
     weights = {modules[name].get_parameter(key): (name, key) for name, key in sorted(watched, reverse=True)}
     refused: dict[Place, str] = {}
 
-    def on_call(place: Place, *_: Any) -> None:
-        found.add(place)
+    def on_call(place: Place, call: LayerCall, _: Tensor) -> None:
+        used[place] = used.get(place, False) or isinstance(call, SpreadCall)
 
     mode = FunctionalUses(weights, twin.buffers(), on_call, refused.setdefault)
     handles = layers_noted(weights_by_layer(twin), lambda: mode.within)
@@ -620,8 +631,8 @@ def refused_uses(refused: Mapping[Place, str]) -> WatchError:
     names = {f"{name}.{key}" if name else key: of for (name, key), of in refused.items()}
     uses = ", and ".join(f"'{name}' in {of}()" for name, of in names.items())
     return WatchError(
-        f"the model uses {uses}, where it cannot be watched: outside of torch's layers only products and convolutions of data with "
-        "a weight, or with what is computed of weights and buffers alone, can be. Call a layer instead, detach the weight where nothing is learned of it, or leave it out with "
+        f"the model uses {uses}, where it cannot be watched: outside of torch's layers only products, convolutions and sums of data "
+        "with a weight, or with what is computed of weights and buffers alone, can be. Call a layer instead, detach the weight where nothing is learned of it, or leave it out with "
         f"layers={[f'!{name}' for name in names]}."
     )
 

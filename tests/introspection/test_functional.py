@@ -305,7 +305,7 @@ def test_check_proves_it_and_the_training_is_unchanged(name):
 
 def test_check_sees_what_is_recorded_wrongly(monkeypatch):
     report = functional._product
-    monkeypatch.setattr(functional, "_product", lambda rows, *others: report(rows + 1, *others))
+    monkeypatch.setattr(functional, "_product", lambda rows, *others, **more: report(rows + 1, *others, **more))
     torch.manual_seed(0)
     model = nn.Sequential(Own(lambda x, w, b: x @ w + b, INPUTS, OUTPUTS))
     with pytest.warns(UserWarning, match="comes from no sample's row"):
@@ -621,8 +621,89 @@ def test_a_mean_teachers_weights_are_not_the_models():
     np.testing.assert_array_equal(tree["layers/0.weight/gradient"], plain["layers/0.weight/gradient"])
 
 
+class Positions(nn.Module):
+    """A transformer block by hand: learned positions, used twice, biases of the attention scores, and a gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.positions, self.gate = nn.Parameter(torch.randn(T, 6)), nn.Parameter(torch.randn(T, 6))
+        self.scores = nn.Parameter(torch.randn(2, T, T))
+
+    def forward(self, x):
+        hidden = torch.tanh(self.inner(x + self.positions)) * torch.sigmoid(self.gate)
+        heads = hidden.unflatten(2, (2, 3)).transpose(1, 2)
+        attended = (heads @ heads.mT + self.scores.masked_fill(torch.eye(T).bool(), 0.5)).softmax(-1) @ heads
+        attended = attended.transpose(1, 2).flatten(2)
+        attended += self.positions[: x.shape[1]].unsqueeze(0)
+        return self.out(torch.where(torch.arange(6) > 2, attended, -self.positions))
+
+
+class TimeFirstPositions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positions, self.out = nn.Parameter(torch.randn(T, 6)), nn.Linear(6, 6)
+
+    def forward(self, x):
+        series = torch.sub(x.transpose(0, 1), self.positions.unsqueeze(1), alpha=2)
+        return self.out(series).transpose(0, 1)
+
+
+class Kept(nn.Module):
+    """Positions that are put beside the data, not added, after a mask that is made anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.out = nn.Parameter(torch.randn(T, 6)), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.out(torch.tanh(x * (self.positions * torch.ones(T, 1)))) / (self.positions.exp() + 1)
+
+
+ELEMENTWISE = {"a block": Positions, "time first": TimeFirstPositions, "computed": Kept}
+
+
+@pytest.mark.parametrize("groups", [LABELS, None], ids=["groups", "no groups"])
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_tables_that_all_samples_meet_elementwise(name, groups):
+    torch.manual_seed(0)
+    model, x = ELEMENTWISE[name](), torch.randn(N, T, 6)
+    other = copy.deepcopy(model)
+    tree = record(Problem(model, x, loss_of, groups))
+    assert list(tree["layers"].children) == [n for n, p in model.named_parameters() if p.ndim > 1]
+    assert_definition(tree, model, x, groups)
+    assert tree.attrs["audit"]["outside"] == {}
+    loss_of(other(x)).backward()
+    for mine, plain in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine.grad, plain.grad)
+    assert autospec.testing.check(model, x, groups, quiet=True).passed
+
+
+def test_positions_as_a_parameter_are_those_of_an_embedding():
+    class Added(nn.Module):
+        def __init__(self, embedding):
+            super().__init__()
+            self.positions = nn.Embedding(T, 6) if embedding else nn.Parameter(torch.randn(T, 6))
+            self.out = nn.Linear(6, 3)
+
+        def forward(self, x):
+            looked_up = isinstance(self.positions, nn.Embedding)
+            return self.out(torch.tanh(x + (self.positions(torch.arange(T)) if looked_up else self.positions)))
+
+    torch.manual_seed(0)
+    table, parameter, x = Added(True), Added(False), torch.randn(N, T, 6)
+    parameter.out.load_state_dict(table.out.state_dict())
+    parameter.positions.data.copy_(table.positions.weight)
+    expected, tree = (record(Problem(each, x, loss_of, LABELS)) for each in (table, parameter))
+    for statistic in STATISTICS:
+        found, wanted = tree[f"layers/positions/{statistic}"], expected[f"layers/positions.weight/{statistic}"]
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+
+
 def test_a_weight_that_is_used_in_no_way_that_can_be_watched_is_refused_at_the_first_pass():
     torch.manual_seed(0)
-    model = Own(lambda x, w, b: (x.unsqueeze(-1) * w).sum(-2) + b, INPUTS, OUTPUTS)
-    with pytest.raises(WatchError, match=r"uses 'weight' in \w+\(\), where it cannot be watched.*layers=\['!weight'\]"):
+    model = Own(lambda x, w, b: torch.cdist(x, w), OUTPUTS, INPUTS)
+    with pytest.raises(
+        WatchError, match=r"uses 'weight' in cdist\(\), where it cannot be watched.*layers=\['!weight'\]"
+    ):
         record(Problem(model, torch.randn(N, INPUTS), loss_of, LABELS))

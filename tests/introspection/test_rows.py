@@ -320,19 +320,19 @@ class Functional(nn.Module):
 
 
 FUNCTIONAL_USES = {
-    "masked": lambda x, w: x @ (w * torch.eye(6)),
-    "of the batch": lambda x, w: x @ (w * x.mean(0)),
-    "by its index": lambda x, w: x + (2 * w)[torch.arange(N) % 6],
-    "added": lambda x, w: x + w[0],
-    "a product times a number": lambda x, w: torch.addmm(x, x, w, alpha=2),
-    "of each sample": lambda x, w: torch.einsum("nf,ng->n", x, x @ w) + torch.einsum("f,nf->n", w[0], x),
+    "distances": (torch.cdist, r"uses 'first\.weight' in cdist\(\), where it cannot be watched"),
+    "by its index": (lambda x, w: x + w[x.argmax(1)], r"uses 'first\.weight' in __getitem__\(\)"),
+    "beside data": (lambda x, w: torch.cat([x, w])[:N], r"uses 'first\.weight' in cat\(\)"),
+    "a product times a number": (lambda x, w: torch.addmm(x, x, w, alpha=2), r"uses 'first\.weight' in addmm\(\)"),
+    "of the batch": (lambda x, w: x @ (w * x.mean(0)), r"input of 'first' mix several samples"),
 }
 
 
 @pytest.mark.parametrize("use", FUNCTIONAL_USES)
 def test_a_weight_used_outside_its_layer_is_refused_by_name(use):
-    model = Functional(FUNCTIONAL_USES[use])
-    with pytest.raises(WatchError, match=r"uses 'first\.weight' in \w+\(\), where it cannot be watched"):
+    used, said = FUNCTIONAL_USES[use]
+    model = Functional(used)
+    with pytest.raises(WatchError, match=said):
         record(Problem(model, torch.randn(N, 6), mean_square, LABELS))
     tree = record(Problem(model, torch.randn(N, 6), mean_square, LABELS), layers=["second.*"])
     assert list(tree["layers"].children) == ["second.weight"]
@@ -373,12 +373,12 @@ def test_all_weights_used_outside_their_layers_are_named_with_a_way_out_that_wor
             self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
 
         def forward(self, x):
-            return self.third(torch.tanh(torch.cdist(x * self.first.weight[0], self.second.weight)))
+            return self.third(torch.tanh(torch.cdist(torch.cat([x, self.first.weight])[:N], self.second.weight)))
 
     problem = Problem(Both(), torch.randn(N, 6), mean_square, LABELS)
     with pytest.raises(WatchError) as refusal:
         record(problem)
-    assert "'first.weight' in mul(), and 'second.weight' in cdist()" in str(refusal.value)
+    assert "'first.weight' in cat(), and 'second.weight' in cdist()" in str(refusal.value)
     (left_out,) = re.findall(r"layers=(\[.*\])", str(refusal.value))
     assert left_out == "['!first.weight', '!second.weight']"
     tree = record(problem, layers=["!first.weight", "!second.weight"])
@@ -386,8 +386,8 @@ def test_all_weights_used_outside_their_layers_are_named_with_a_way_out_that_wor
 
 
 def test_without_groups_a_use_that_cannot_be_watched_is_refused_by_name():
-    problem = Problem(Functional(lambda x, w: x * w[0]), torch.randn(N, 6), mean_square, None)
-    with pytest.raises(WatchError, match=r"'first\.weight' in mul\(\).*layers=\['!first\.weight'\]"):
+    problem = Problem(Functional(torch.cdist), torch.randn(N, 6), mean_square, None)
+    with pytest.raises(WatchError, match=r"'first\.weight' in cdist\(\).*layers=\['!first\.weight'\]"):
         record(problem)
 
 

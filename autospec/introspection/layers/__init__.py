@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from .attention import AttentionRule, allow_short_cuts
 from .call import LayerCall, OnCall
 from .convolution import CONVOLUTIONS, TRANSPOSED, ConvolutionRule
-from .embedding import EmbeddingRule, LookupCall
+from .embedding import EmbeddingRule, LookupCall, SpreadCall
 from .functional import FunctionalUses, layers_noted
 from .linear import LinearRule
 from .recurrent import CELLS, RECURRENT, CellRule, RecurrentRule
@@ -30,6 +30,7 @@ __all__ = [
     "LayerRule",
     "LookupCall",
     "OnCall",
+    "SpreadCall",
     "allow_short_cuts",
     "forward_replaced",
     "layers_noted",

@@ -83,6 +83,50 @@ class LookupCall(LayerCall):
         return None
 
 
+class SpreadCall(LayerCall):
+    """A table that meets data elementwise, as learned positions do: a lookup of a row for each row of the data.
+
+    Parameters
+    ----------
+    parameter : str
+        Name of the table in its module.
+    data : Tensor
+        Shape (..., width); it tells whose rows are whose.
+    index : Tensor of int
+        Shape (...): which row of the table each row of data meets.
+    output : Tensor
+        The table, spread over the data.
+    rows : int
+        Rows of the table.
+    """
+
+    def __init__(self, parameter: str, data: Tensor, index: Tensor, output: Tensor, rows: int) -> None:
+        self.parameters = (parameter,)
+        self.inputs, self.outputs = (index,), (output,)
+        self.rows = rows
+        self._data: Tensor | None = data
+
+    def marks(self, parameter: str) -> Tensor:
+        """Whether each row of data holds a NaN."""
+        assert self._data is not None
+        return hold_nan(self._data, self._data.ndim - 1)
+
+    def leave_graph(self) -> None:
+        """Let go of the data, too."""
+        super().leave_graph()
+        self._data = None
+
+    def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Lookup:
+        """The indices, and the derivative at the table as it was spread."""
+        adjoint = adjoints[0]
+        assert adjoint is not None
+        return Lookup(self.inputs[0].flatten(), adjoint.reshape(-1, adjoint.shape[-1]), self.rows)
+
+    def constant(self, parameter: str) -> Tensor | None:
+        """Nothing: the spectrum of indices is a count."""
+        return None
+
+
 class EmbeddingRule:
     """nn.Embedding, and subclasses that keep its forward pass."""
 

@@ -27,11 +27,17 @@ from ..spectra import float64
 from .attention import looked_through
 from .call import LayerCall, Place
 from .convolution import ConvolutionCall, Geometry
+from .embedding import SpreadCall
 from .linear import LinearCall
 
 LINEAR = (F.linear, torch.inner, Tensor.inner)
 MATMUL = (torch.matmul, Tensor.matmul, torch.linalg.matmul, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
 ADDMM = (torch.addmm, Tensor.addmm)
+# Where each number of a table meets one of data, or several, which broadcasting gives it.
+ELEMENTWISE = (
+    *(torch.add, Tensor.add, Tensor.add_, torch.sub, Tensor.sub, Tensor.sub_, torch.rsub),
+    *(torch.mul, Tensor.mul, Tensor.mul_, torch.div, Tensor.div, Tensor.div_, torch.where, Tensor.where),
+)
 CONVOLUTION = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 # What autograd does not follow.
@@ -64,6 +70,9 @@ class FollowedWeights(TorchFunctionMode):
     ----------
     made : dict of int to Made
         What is made of the weights, by its identity.
+    fresh : dict of int to Tensor
+        What is made of nothing, by its identity, such as a mask; but where it is multiplied with a weight, as a first state of zeros,
+        it is data.
     within : list of collections of int
         For each layer that is running, whose rule reports its uses, the identities of its weights.
     """
@@ -73,6 +82,7 @@ class FollowedWeights(TorchFunctionMode):
         # An identity is only unique while its object lives.
         self.made = {id(weight): Made(weight, (weight,)) for weight in weights}
         self._constants = {id(tensor): tensor for tensor in constants}
+        self.fresh: dict[int, Tensor] = {}
         self.within: list[Collection[int]] = []
 
     @abstractmethod
@@ -99,10 +109,11 @@ class FollowedWeights(TorchFunctionMode):
         weights = self._weights([t for t in given if t.ndim]) if torch.is_grad_enabled() else []
         if not weights:
             result = func(*args, **kwargs)
-            if given and all(map(self.holds, given)):
+            if all(map(self.holds, given)):
                 self.note(func, args, kwargs, result)
             elif isinstance(result, Tensor):
-                self._constants.pop(id(result), None)  # data were written into a buffer
+                for known in (self._constants, self.fresh):  # data were written into it
+                    known.pop(id(result), None)
             return result
         if func is F.multi_head_attention_forward:
             with self:
@@ -116,18 +127,19 @@ class FollowedWeights(TorchFunctionMode):
         return list(found)
 
     def _is_data(self, tensor: Tensor) -> bool:
-        known = id(tensor) in self.made or id(tensor) in self._constants or isinstance(tensor, nn.Parameter)
-        return not known and tensor.ndim > 0
+        return tensor.ndim > 0 and not self.holds(tensor) and not isinstance(tensor, nn.Parameter)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is made of weights or constants."""
-        return id(tensor) in self.made or id(tensor) in self._constants
+        """Whether a tensor is made of weights or constants, or of nothing."""
+        return any(id(tensor) in known for known in (self.made, self._constants, self.fresh))
 
     def note(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Note what a function has made of weights, or of constants, as weights are where autograd does not follow."""
-        weights = tuple(self._weights(tensors_in((args, kwargs))))
+        given = list(tensors_in((args, kwargs)))
+        weights = tuple(self._weights(given))
         if not weights or func in DETACHED or not torch.is_grad_enabled():
-            self._constants |= {id(t): t for t in tensors_in(result) if id(t) not in self.made}
+            known = self._constants if any(id(t) not in self.fresh for t in given) else self.fresh
+            known |= {id(t): t for t in tensors_in(result) if not self.holds(t)}
             return
         for number, tensor in enumerate(tensors_in(result)):
             self.made.setdefault(id(tensor), Made(tensor, weights, (func, args, kwargs, number)))
@@ -179,8 +191,14 @@ class FunctionalUses(FollowedWeights):
         with_data: bool,
     ) -> Any:
         """Call the function, and report it."""
+        readings = list(_readings(func, args, kwargs))
+        spread = self._spread(func, args, kwargs)
+        if spread is not None:
+            placed, reading = spread
+            others = {id(reading.weight): placed}
+            args, kwargs, readings = replaced(args, others), replaced(kwargs, others), [reading]
         result = func(*args, **kwargs)
-        calls = list(self._reported(func, args, kwargs, result))
+        calls = list(self._reported(readings, result))
         for place, call in calls:
             replacement = self.on_call(place, call, result)
             result = result if replacement is None else replacement
@@ -193,15 +211,28 @@ class FunctionalUses(FollowedWeights):
                 self.on_other(self.places[weight], getattr(func, "__name__", str(func)))
         return result
 
-    def _reported(
-        self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> Iterator[tuple[Place, LayerCall]]:
-        """What a rule would report for each weight, if the call is a product or a convolution of data with one tensor made of weights."""
-        for reading in _readings(func, args, kwargs) if isinstance(result, Tensor) else ():
+    def _spread(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Reading] | None:
+        """A table that meets data elementwise, spread over these as broadcasting would spread it, and how to read that."""
+        given = [t for t in tensors_in((args, kwargs)) if t.ndim]
+        tables = {id(t): t for t in given if id(t) in self.made}
+        data = [t for t in given if self._is_data(t) and t.is_floating_point()]
+        if func not in ELEMENTWISE or len(tables) != 1 or not data:
+            return None
+        (table,) = tables.values()
+        try:
+            shape = torch.broadcast_shapes(*(t.shape for t in given))
+        except RuntimeError:  # torch is about to say so itself
+            return None
+        changed = func.__name__.endswith("_") and args[0] is table
+        return None if changed or table.shape[-1] != shape[-1] else _spread_over(shape, data[0], table)
+
+    def _reported(self, readings: Iterable[Reading], result: Any) -> Iterator[tuple[Place, LayerCall]]:
+        """What a rule would report for each weight, if one tensor that is made of weights meets data in such a way."""
+        for reading in readings if isinstance(result, Tensor) else ():
             data, weight = reading.data, reading.weight
             if not (isinstance(data, Tensor) and isinstance(weight, Tensor)) or data.layout != torch.strided:
                 continue
-            if id(weight) not in self.made or self.holds(data):
+            if id(weight) not in self.made or (self.holds(data) and id(data) not in self.fresh):
                 continue
             made = self.made[id(weight)]
             lies = reading.lies(made.weights[0]) if len(made.weights) == 1 else None
@@ -399,6 +430,24 @@ def _product(
         return LinearCall(name, rows, result, part, transposed, turned) if fits else None
 
     return Reading(rows if data is None else data, weight, matrix, lies, report)
+
+
+def _spread_over(shape: torch.Size, data: Tensor, table: Tensor) -> tuple[Tensor, Reading]:
+    """A table as broadcasting spreads it, and that as a lookup of its rows, of which each row of data meets one."""
+    width = shape[-1]
+    rows = table.numel() // max(width, 1)
+    index = torch.arange(rows, device=table.device).view(table.shape[:-1]).expand(shape[:-1])
+    placed = table.expand(shape)
+
+    def lies(parameter: nn.Parameter) -> tuple[tuple[int, int] | None, bool] | None:
+        found = _rows_of(parameter.detach().reshape(len(parameter), -1), table.detach().reshape(rows, width))
+        return None if found is None or found[1] else found
+
+    def report(name: str, _: torch.Size, part: tuple[int, int] | None, __: bool, ___: Tensor) -> SpreadCall:
+        first, total = part or (0, rows)
+        return SpreadCall(name, data.expand(shape), index + first, placed, total)
+
+    return placed, Reading(data, table, _as_it_is, lies, report)
 
 
 def _rows_of(whole: Tensor, matrix: Tensor) -> tuple[tuple[int, int] | None, bool] | None:
