@@ -37,7 +37,7 @@ from .layers import (
 )
 from .lookups import Place
 from .pending import Items, Layout, Pending, Sorting
-from .probe import Reading
+from .probe import Reading, weights_at
 from .rows import RowMap, alike, map_rows, refused_uses, several_processes
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
@@ -240,10 +240,10 @@ class Capture:
         first = self.assignment is None and self._used_functionally is None and not partly_compiled(self.model)
         self._used_functionally = self._used_functionally or set()
         if row_map is not None:
-            self._used_functionally |= row_map.functional
+            self._used_functionally |= row_map.uses.places
         places = set(self._used_functionally)
         places |= {min(layer.places) for layer in self.layers if layer.functional or first}
-        weights = {self._owners[place][0].parameter: place for place in sorted(places, reverse=True)}
+        weights = weights_at(self.model, places)
         if not weights:
             return
         used = self._used_functionally
@@ -253,7 +253,8 @@ class Capture:
             return self._reports[place](call)
 
         on_other = self._refused.setdefault if self.assignment is None else None
-        self._functional = FunctionalUses(weights, self.model.buffers(), on_call, on_other)
+        tables = weights_at(self.model, row_map.uses.tables if row_map is not None else ())
+        self._functional = FunctionalUses(weights, self.model.buffers(), on_call, on_other, tables)
         self._note_layers(self._functional, frozenset(map(id, weights)))
         self._functional.__enter__()
 
@@ -468,10 +469,12 @@ class Capture:
             off = self._paused or not self._active or not self.recording
             if off or not torch.is_grad_enabled() or _transformed():
                 return None
+            forward = self._forward
             parameters = [key for key in call.parameters if key in wanted and self._is_own((module_name, key))]
+            if isinstance(call, LookupCall) and forward is not None and forward.row_map is not None:
+                parameters = [key for key in parameters if (module_name, key) not in forward.row_map.uses.tables]
             if not parameters:
                 return None
-            forward = self._forward
             if forward is None:
                 if self.assignment is None:
                     forward = Forward(None, None)

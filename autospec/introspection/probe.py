@@ -92,6 +92,30 @@ def decode(patterns: np.ndarray, words: np.ndarray) -> np.ndarray:
     return np.array([sample_of_code.get(int(code), -2) for code in powers @ patterns], dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class OwnUses:
+    """Which weights a model uses itself, outside of a layer's rule.
+
+    Attributes
+    ----------
+    places : frozenset of (str, str)
+        All of them.
+    spread : frozenset of (str, str)
+        Those that meet data elementwise.
+    tables : frozenset of (str, str)
+        Those of nn.Embedding whose lookups, which all samples share, are followed until they meet data.
+    """
+
+    places: frozenset[Place] = frozenset()
+    spread: frozenset[Place] = frozenset()
+    tables: frozenset[Place] = frozenset()
+
+
+def weights_at(model: nn.Module, places: Collection[Place]) -> dict[nn.Parameter, Place]:
+    """Parameters with their places; of several places of one the first in the alphabet."""
+    return {model.get_submodule(name).get_parameter(key): (name, key) for name, key in sorted(places, reverse=True)}
+
+
 @dataclass(frozen=True, eq=False)
 class Probe:
     """A copy of a model, the batch it is called with, and one way to read that.
@@ -108,8 +132,8 @@ class Probe:
         Where these hold the samples.
     watched : collection of (str, str)
         Module and parameter names of the matrices that are watched.
-    functional, spread : collection of (str, str)
-        Those that the model uses itself; and those of them that it spreads over data, elementwise.
+    uses : OwnUses
+        Those that the model uses itself.
     origins : mapping of (str, str) to list of Origin
         From which entries of the inputs the indices of lookups come, where these are followed.
     as_given : set of (str, str)
@@ -124,8 +148,7 @@ class Probe:
     inputs: Sequence[Tensor]
     reading: Reading
     watched: Collection[Place]
-    functional: Collection[Place]
-    spread: Collection[Place]
+    uses: OwnUses
     origins: Mapping[Place, list[Origin]]
     as_given: set[Place]
     shapes: dict[Place, list[tuple[int, ...]]] = field(default_factory=dict)
@@ -164,7 +187,7 @@ class Probe:
                 data.index_fill_(dim, chosen, complex(math.nan, math.nan) if data.is_complex() else math.nan)
         looked_up = lookups_marked(self.twin, self.reading.lookups, len(word), word, self.origins)
         self.shapes.clear()
-        seeing = _nan_rows(self.twin, self.watched, self.functional, self.shapes, begun)
+        seeing = _nan_rows(self.twin, self.watched, self.uses, self.shapes, begun)
         with unchanged(self.twin), without_validation(), looked_up, seeing as seen, _begun(self.twin, begun, seen):
             returned = self.twin(*replaced(self.args, marked), **replaced(self.kwargs, marked))
         seen[RETURNED] = [
@@ -346,7 +369,7 @@ def _filled(samples: np.ndarray, patterns: np.ndarray, words: np.ndarray) -> np.
 def _nan_rows(
     twin: nn.Module,
     watched: Collection[Place],
-    functional: Collection[Place],
+    uses: OwnUses,
     shapes: dict[Place, list[tuple[int, ...]]],
     begun: tuple[Place, int, np.ndarray] | None,
 ) -> Iterator[dict[Place, list[np.ndarray]]]:
@@ -372,8 +395,9 @@ def _nan_rows(
         entries[torch.from_numpy(begun[2]).to(output.device)] = math.nan
         return output
 
-    weights = {twin.get_submodule(name).get_parameter(key): (name, key) for name, key in functional}
-    mode = FunctionalUses(weights, twin.buffers(), on_use) if weights else None
+    weights = weights_at(twin, uses.places)
+    tables = weights_at(twin, uses.tables)
+    mode = FunctionalUses(weights, twin.buffers(), on_use, tables=tables) if weights else None
     if mode is not None:
         handles += layers_noted(weights_by_layer(twin, set(map(id, weights))), lambda: mode.within)
     for name, module in twin.named_modules():
@@ -385,7 +409,7 @@ def _nan_rows(
             if not torch.is_grad_enabled():  # such a call is none in training
                 return
             for parameter in call.parameters:
-                if (name, parameter) in watched:
+                if (name, parameter) in watched and (name, parameter) not in uses.tables:
                     note((name, parameter), call, parameter)
 
         handles += rule.attach(module, on_call)

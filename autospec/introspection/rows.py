@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ from .lookups import (
     origins_of,
     possible_readings,
 )
-from .probe import Probe, Reading, code_words, finite, sequences_in
+from .probe import OwnUses, Probe, Reading, code_words, finite, sequences_in, weights_at
 from .spectra import irregular
 
 MAX_HYPOTHESES = 64
@@ -72,8 +72,8 @@ class RowMap:
         Whether no other reading of the inputs is possible.
     shapes : dict of (str, str) to list of tuple of int
         Shape of what each use in ``samples`` received.
-    functional : frozenset of (str, str)
-        Weights that the model itself multiplies with data, outside of their layer or without one.
+    uses : OwnUses
+        Weights that the model uses itself, outside of their layer or without one.
     """
 
     samples: dict[Place, list[np.ndarray]]
@@ -83,7 +83,7 @@ class RowMap:
     without_hooks: tuple[str, ...] = ()
     certain: bool = False
     shapes: Mapping[Place, list[tuple[int, ...]]] = field(default_factory=dict)
-    functional: frozenset[Place] = frozenset()
+    uses: OwnUses = field(default_factory=OwnUses)
 
     @property
     def shared(self) -> dict[Place, Along]:
@@ -100,6 +100,7 @@ def map_rows(
     batch_dim: int | None = None,
     all_hooks: bool = False,
     known: Reading | None = None,
+    tables: frozenset[Place] = frozenset(),
 ) -> RowMap:
     """Find which rows of every watched layer's input belong to which sample.
 
@@ -119,6 +120,8 @@ def map_rows(
         Whether the copy has all hooks, also those that act on what is outside of the model.
     known : Reading, optional
         How a batch of another size was read: it decides where more than one reading is possible.
+    tables : frozenset of (str, str)
+        Tables that all samples share in a way in which their lookups have to be followed until they meet data.
 
     Returns
     -------
@@ -152,7 +155,7 @@ def map_rows(
         without_short_cuts(),
         kept_apart(model, evaluated=True) as copied,
     ):
-        twin, lookups, used, all_hooks = _running_twin(model, copied, args, kwargs, watched, all_hooks)
+        twin, lookups, uses, all_hooks = _running_twin(model, copied, args, kwargs, watched, all_hooks, tables)
         as_given = {place for place, lookup in lookups.items() if lookup.given}
         origins = origins_of(twin, args, kwargs, samples, [place for place in lookups if place not in as_given])
         for place, calls in origins.items():
@@ -193,12 +196,12 @@ def map_rows(
         for round_ in (likely, possible):
             options = {
                 place: (Along(0, marked=False),)
-                if place not in watched and samples not in lookup.shape and not lookup.dims
+                if place in tables or (place not in watched and samples not in lookup.shape and not lookup.dims)
                 else None
                 for place, lookup in lookups.items()
             }
             # Lookups of one kind and shape are read in one way.
-            by_kind = {lookup: round_(lookup) for lookup in lookups.values()}
+            by_kind = {lookup: round_(lookup) for place, lookup in lookups.items() if place not in tables}
             if math.prod(map(len, choices)) * math.prod(map(len, by_kind.values())) > MAX_HYPOTHESES:
                 raise WatchError("too many dimensions of the inputs could index samples: say which with batch_dim=.")
             for dims, chosen in itertools.product(itertools.product(*choices), itertools.product(*by_kind.values())):
@@ -211,7 +214,7 @@ def map_rows(
                     continue
                 if batch_dim is not None and accepted:
                     break
-                probe = Probe(twin, args, kwargs, inputs, Reading(dims, alongs), watched, *used, origins, as_given)
+                probe = Probe(twin, args, kwargs, inputs, Reading(dims, alongs), watched, uses, origins, as_given)
                 try:
                     found = probe.rows(words)
                     _same_result(model, probe, samples)
@@ -222,13 +225,18 @@ def map_rows(
                     refusal = refusal or (_cannot_be_spread(spread[0]) if failed else error)
             if accepted:
                 break
-    if not accepted:
-        tables = [
+    if not accepted and not tables:
+        shared = [
             place for place, lookup in lookups.items() if place in watched and any(a.shared for a in likely(lookup))
         ]
-        others = set(watched) - set(tables)
-        if tables and others and _can_be_mapped(model, args, kwargs, samples, others, batch_dim, all_hooks, known):
-            raise _cannot_be_spread(tables[0])
+        given = (batch_dim, all_hooks, known)
+        if shared:
+            with suppress(WatchError):
+                return map_rows(model, args, kwargs, samples, watched, *given, frozenset(shared))
+        others = set(watched) - set(shared)
+        if shared and others and _can_be_mapped(model, args, kwargs, samples, others, *given):
+            raise _cannot_be_spread(shared[0])
+    if not accepted:
         if refusal is not None and not isinstance(refusal, UntracedRows):
             raise refusal
         ways = "batch_dim= or rows=" if batch_dim is None else "rows="
@@ -257,7 +265,7 @@ def map_rows(
             _refuse_mixing_in_training(model, probe, samples, found)
     without_hooks = () if all_hooks else tuple(_modules_with_other_hooks(model))
     certain = len(accepted) == 1
-    return RowMap(found, len(words), probe.reading, by_content, without_hooks, certain, received, used[0])
+    return RowMap(found, len(words), probe.reading, by_content, without_hooks, certain, received, uses)
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -305,8 +313,9 @@ def _running_twin(
     kwargs: dict[str, Any],
     watched: Collection[Place],
     all_hooks: bool,
-) -> tuple[nn.Module, dict[Place, Indices], tuple[frozenset[Place], frozenset[Place]], bool]:
-    """A copy that runs, what it looks up in tables, which weights it uses itself, which of these elementwise, and whether it has all hooks.
+    tables: frozenset[Place],
+) -> tuple[nn.Module, dict[Place, Indices], OwnUses, bool]:
+    """A copy that runs, what it looks up in tables, which weights it uses itself, and whether it has all hooks.
 
     Gradients are enabled, so that what a model does without them can be told apart, but the copy's weights need none, which
     spares the graph.  If that fails, as where a model asks for a gradient in its forward pass, or lacks a hook that brings its
@@ -319,10 +328,10 @@ def _running_twin(
             twin.requires_grad_(False)
         try:
             used: dict[Place, bool] = {}
-            lookups = lookups_in(
-                twin, args, kwargs, functools.partial(_functional_uses, twin, args, kwargs, watched, used)
-            )
-            return twin, lookups, (frozenset(used), frozenset(place for place, spread in used.items() if spread)), hooks
+            passed = functools.partial(_functional_uses, twin, args, kwargs, watched, tables, used)
+            lookups = lookups_in(twin, args, kwargs, passed)
+            spread = frozenset(place for place, elementwise in used.items() if elementwise)
+            return twin, lookups, OwnUses(frozenset(used), spread, tables), hooks
         except WatchError:
             raise
         except Exception:
@@ -430,14 +439,14 @@ def _same_result(model: nn.Module, probe: Probe, samples: int) -> None:
     """
     twin, args, kwargs, reading = probe.twin, probe.args, probe.kwargs, probe.reading
     shared = [place for place, along in reading.lookups.items() if along.shared]
-    if not shared and not probe.spread:
+    if not shared and not probe.uses.spread:
         return
-    refusal = _cannot_be_spread(shared[0]) if shared else _would_round_otherwise(next(iter(probe.spread)))
+    refusal = _cannot_be_spread(shared[0]) if shared else _would_round_otherwise(next(iter(probe.uses.spread)))
     placed = [*twin.parameters(), *tensors_in((args, kwargs))]
 
     def result(spread: bool) -> list[Tensor]:
         marked = lookups_marked(twin, reading.lookups if spread else {}, samples, None, {})
-        tables = {twin.get_submodule(name).get_parameter(key): (name, key) for name, key in probe.spread if spread}
+        tables = weights_at(twin, probe.uses.spread if spread else ())
         mode = FunctionalUses(tables, twin.buffers(), lambda *_: None) if tables else nullcontext()
         with generators_kept(placed), unchanged(twin), marked, mode, _learning_as(twin, model) as weights:
             made = list(tensors_in(twin(*args, **kwargs)))
@@ -487,8 +496,8 @@ def _learning_as(twin: nn.Module, model: nn.Module) -> Iterator[list[nn.Paramete
 def _cannot_be_spread(place: Place) -> WatchError:
     return WatchError(
         f"The table '{place[0]}' is shared by all samples in a way that cannot be followed to each of them: index it "
-        "with torch.arange(positions).unsqueeze(0) and add what it gives to the samples' values, before anything else is computed of "
-        "it, or leave it out with layers=."
+        "with torch.arange(positions) and add what it gives to the samples' values, before a layer with weights is applied to it, "
+        "or leave it out with layers=."
     )
 
 
@@ -600,21 +609,25 @@ def _by_statistic(rows: np.ndarray, reached: Sequence[tuple[int, np.ndarray]]) -
 
 
 def _functional_uses(
-    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Collection[Place], used: dict[Place, bool]
+    twin: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    watched: Collection[Place],
+    tables: Collection[Place],
+    used: dict[Place, bool],
 ) -> None:
     """Make a forward pass, and note which weights the model itself uses, and whether elementwise; refuse what cannot be watched.
 
     Within a layer that has a rule its own weights may meet data, those of another, as a decoder's that is the encoder's transposed,
     may do so in what can be watched.
     """
-    modules = dict(twin.named_modules())
-    weights = {modules[name].get_parameter(key): (name, key) for name, key in sorted(watched, reverse=True)}
+    weights = weights_at(twin, watched)
     refused: dict[Place, str] = {}
 
     def on_call(place: Place, call: LayerCall, _: Tensor) -> None:
         used[place] = used.get(place, False) or isinstance(call, SpreadCall)
 
-    mode = FunctionalUses(weights, twin.buffers(), on_call, refused.setdefault)
+    mode = FunctionalUses(weights, twin.buffers(), on_call, refused.setdefault, weights_at(twin, tables))
     handles = layers_noted(weights_by_layer(twin), lambda: mode.within)
     try:
         with unchanged(twin), mode:

@@ -389,10 +389,15 @@ def test_hooks_on_a_shared_table_see_it_as_it_is():
     assert error(spectrum(watcher.trajectories, "table.weight", "gradient"), svdvals(model.table.weight.grad)) < 1e-6
 
 
-def test_a_shared_table_that_cannot_be_spread_is_refused_with_the_way_out():
-    model = Positions("after")
-    with autospec.watch(model, LABELS), pytest.raises(WatchError, match="The table 'table' is shared by all samples"):
-        model(torch.randn(N, 3, 7))
+def test_a_shared_table_that_gets_its_dimension_afterwards():
+    model, x = Positions("after"), torch.randn(N, 3, 7)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        model(x).square().sum().backward()
+        watcher.step()
+    for group, member in members(LABELS, N).items():
+        twin = copy.deepcopy(model).double()
+        (share,) = torch.autograd.grad(twin(x.double())[torch.from_numpy(member)].square().sum(), twin.table.weight)
+        assert error(spectrum(watcher.trajectories, "table.weight", "gradient", group), svdvals(share)) < 1e-6
 
 
 def test_a_hook_that_replaces_the_output_of_a_layer_is_after_it():

@@ -649,28 +649,35 @@ def test_distributions_that_refuse_nan_do_not_keep_rows_from_being_traced():
 
 
 class Positions(nn.Module):
-    """A table of positions that is added in the commonest form, in which it cannot be spread over the samples, or in another."""
+    """A table of positions that is added in one of the forms that networks have."""
 
-    def __init__(self, spread):
+    def __init__(self, added):
         super().__init__()
-        self.layer, self.table, self.head = nn.Linear(4, 3), nn.Embedding(T, 3), nn.Linear(3, 2)
-        self.spread = spread
+        self.layer, self.table, self.head = nn.Linear(4, 3), nn.Embedding(T + 1, 3), nn.Linear(3, 2)
+        self.norm, self.added = nn.LayerNorm(3), added
+        self.register_buffer("places", torch.arange(T + 1))
 
     def forward(self, x):
-        positions = torch.arange(T)
-        added = self.table(positions.unsqueeze(0)) if self.spread else self.table(positions).unsqueeze(0)
-        return self.head(torch.tanh(self.layer(x) + added).mean(1))
+        return self.head(torch.tanh(self.layer(x) + self.added(self, x)).mean(1))
 
 
-def test_a_table_that_cannot_be_spread_is_named_with_a_form_that_can():
-    x, model = series([T] * N), Positions(spread=False)
-    with autospec.watch(model, LABELS, quiet=True), pytest.raises(WatchError) as refusal:
-        model(x)
-    said = str(refusal.value)
-    assert said.startswith("The table 'table' is shared by all samples")
-    assert "torch.arange(positions).unsqueeze(0)" in said
-    assert said.endswith("leave it out with layers=.")
-    assert_shares_of_own_loss(Positions(spread=True), [(x,)])
+POSITIONS = {
+    "looked up": lambda m, x: m.table(torch.arange(T)),
+    "looked up in a batch of one": lambda m, x: m.table(torch.arange(T).unsqueeze(0)),
+    "a dimension afterwards": lambda m, x: m.table(torch.arange(T)).unsqueeze(0),
+    "by indexing": lambda m, x: m.table(torch.arange(x.shape[1], device=x.device))[None],
+    "expanded": lambda m, x: m.table(m.places[:T]).unsqueeze(0).expand(len(x), -1, -1),
+    "repeated": lambda m, x: m.table(torch.arange(T)).repeat(len(x), 1, 1),
+    "normalised": lambda m, x: 3 * m.norm(m.table(torch.arange(T)))[None],
+    "two sums": lambda m, x: m.table(torch.arange(T))[None] + m.table(m.places[1:]),
+    "its weight": lambda m, x: m.table.weight[1 : T + 1],
+}
+
+
+@pytest.mark.parametrize("form", POSITIONS)
+def test_positions_in_the_forms_that_networks_have(form):
+    torch.manual_seed(0)
+    assert_shares_of_own_loss(Positions(POSITIONS[form]), [(series([T] * N),)])
 
 
 class Auxiliary(nn.Module):

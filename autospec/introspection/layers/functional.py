@@ -65,6 +65,8 @@ class FollowedWeights(TorchFunctionMode):
         The weights.
     constants : iterable of Tensor
         What is no data, such as the model's buffers.
+    tables : iterable of Parameter
+        Weights of nn.Embedding that are followed through its lookups, which are made of them and of whole numbers alone.
 
     Attributes
     ----------
@@ -77,8 +79,11 @@ class FollowedWeights(TorchFunctionMode):
         For each layer that is running, whose rule reports its uses, the identities of its weights.
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], constants: Iterable[Tensor]) -> None:
+    def __init__(
+        self, weights: Iterable[nn.Parameter], constants: Iterable[Tensor], tables: Iterable[nn.Parameter] = ()
+    ) -> None:
         super().__init__()
+        self._tables = set(map(id, tables))
         # An identity is only unique while its object lives.
         self.made = {id(weight): Made(weight, (weight,)) for weight in weights}
         self._constants = {id(tensor): tensor for tensor in constants}
@@ -123,8 +128,8 @@ class FollowedWeights(TorchFunctionMode):
     def _weights(self, tensors: Iterable[Tensor]) -> list[nn.Parameter]:
         """Of which weights tensors are made, but for those of the layer that is running."""
         own = self.within[-1] if self.within else ()
-        found = {w: w for t in tensors if id(t) in self.made for w in self.made[id(t)].weights if id(w) not in own}
-        return list(found)
+        weights = dict.fromkeys(w for t in tensors if id(t) in self.made for w in self.made[id(t)].weights)
+        return [w for w in weights if id(w) not in own or id(w) in self._tables]
 
     def _is_data(self, tensor: Tensor) -> bool:
         return tensor.ndim > 0 and not self.holds(tensor) and not isinstance(tensor, nn.Parameter)
@@ -170,6 +175,8 @@ class FunctionalUses(FollowedWeights):
     on_other : callable, optional
         Takes the place of a weight that meets data in another way, and the name of the function.  With it weights that are computed
         again, of which the shares are made, are compared with those that the model computed.
+    tables : iterable of Parameter
+        As for `FollowedWeights`.
     """
 
     def __init__(
@@ -178,8 +185,9 @@ class FunctionalUses(FollowedWeights):
         constants: Iterable[Tensor],
         on_call: Callable[[Place, LayerCall, Tensor], Tensor | None],
         on_other: Callable[[Place, str], object] | None = None,
+        tables: Iterable[nn.Parameter] = (),
     ) -> None:
-        super().__init__(weights, constants)
+        super().__init__(weights, constants, tables)
         self.places, self.on_call, self.on_other = weights, on_call, on_other
 
     def carry_out(
@@ -260,7 +268,7 @@ class FunctionalUses(FollowedWeights):
         def computed(tensor: Tensor) -> Tensor:
             if id(tensor) not in again:
                 known = self.made.get(id(tensor))
-                if known is None:
+                if known is None or set(leaves).isdisjoint(known.weights):
                     wide = tensor.is_floating_point()
                     again[id(tensor)] = float64(tensor.detach()).clone() if wide else tensor.detach().clone()
                 elif known.by is None:
@@ -294,7 +302,8 @@ def _pulled_back(formed: Tensor, leaf: Tensor, share: Tensor) -> Tensor:
     """Share of a parameter, of which a weight was computed, from that of the weight: as a matrix, shape of the parameter."""
     outside = share.reshape(formed.shape).to(formed)
     (gradient,) = torch.autograd.grad(formed, leaf, outside, retain_graph=True, allow_unused=True)
-    return (torch.zeros_like(leaf) if gradient is None else gradient).reshape(len(leaf), -1).to(share)
+    gradient = torch.zeros_like(leaf) if gradient is None else gradient
+    return (gradient.to_dense() if gradient.is_sparse else gradient).reshape(len(leaf), -1).to(share)
 
 
 def layers_noted(
