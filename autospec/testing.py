@@ -19,7 +19,7 @@ from torch.func import functional_call
 from autospec.introspection import Watcher
 from autospec.introspection.arguments import as_array, of_packing, replaced, tensors_in
 from autospec.introspection.audit import LONG_SUM
-from autospec.introspection.copies import copy_model, kept_apart, without_short_cuts
+from autospec.introspection.copies import constants_of, copy_model, kept_apart, without_short_cuts
 from autospec.introspection.errors import WatchError
 from autospec.introspection.generators import generators_kept, random_state, restore_random_state, seed_random_numbers
 from autospec.introspection.groups import Groups
@@ -385,7 +385,9 @@ def _owners(
             return result
 
         weights = {twin.get_parameter(name): name for name in watched}
-        mode = _Copies({weight: (name, weight) for weight, name in weights.items()}, twin.buffers(), on_use)
+        mode = _Copies(
+            {weight: (name, weight) for weight, name in weights.items()}, constants_of(twin, samples), on_use
+        )
         layers_noted(weights_by_layer(twin), lambda: mode.within)
         with generators_kept(list(model.parameters())), torch.enable_grad(), without_short_cuts(), mode:
             seed_random_numbers(seed)
@@ -494,7 +496,8 @@ def _shares_by_copies(
             next(of_uses[name])
         return _mixed(result, again(), inside, of_uses[known[0]]) if known else result
 
-    mode = _Copies({weights[name]: (name, copied) for name, copied in copies.items()}, twin.buffers(), on_use)
+    constants = constants_of(twin, len(member))
+    mode = _Copies({weights[name]: (name, copied) for name, copied in copies.items()}, constants, on_use)
     layers_noted(weights_by_layer(twin), lambda: mode.within)
     for name, module in list(twin.named_modules()):
         rule = rule_for(module)

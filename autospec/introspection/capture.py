@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .arguments import as_array, content_of, signature_of, whole_numbers
 from .audit import Audit
-from .copies import partly_compiled
+from .copies import constants_of, partly_compiled
 from .errors import WatchError
 from .factors import NARROW, Computed, Convolution, Factors, Lookup, Product, shares_by_position, single, walk
 from .groups import Assignment, Groups
@@ -254,7 +254,8 @@ class Capture:
 
         on_other = self._refused.setdefault if self.assignment is None else None
         tables = weights_at(self.model, row_map.uses.tables if row_map is not None else ())
-        self._functional = FunctionalUses(weights, self.model.buffers(), on_call, on_other, tables)
+        samples = None if self.assignment is None else len(self.assignment.cells)
+        self._functional = FunctionalUses(weights, constants_of(self.model, samples), on_call, on_other, tables)
         self._note_layers(self._functional, frozenset(map(id, weights)))
         self._functional.__enter__()
 

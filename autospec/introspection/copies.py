@@ -280,6 +280,13 @@ def _kept(model: nn.Module) -> list[Any]:
     return [*own, *(buffer for m in model.modules() for buffer in m._buffers.values())]
 
 
+def constants_of(model: nn.Module, samples: int | None) -> list[Tensor]:
+    """Tensors that a model holds and that are no data: buffers and attributes, but for those in which samples may lie, as states do."""
+    held = [each for m in model.modules() for each in (*m._buffers.values(), *vars(m).values())]
+    tensors = [each for each in held if isinstance(each, Tensor) and not isinstance(each, nn.Parameter)]
+    return [each for each in tensors if not each.requires_grad and samples not in each.shape]
+
+
 def moves_on(twin: nn.Module, forward: Callable[[], object]) -> bool:
     """Whether generators or numbers that a model holds are others after a forward pass, which is made."""
 

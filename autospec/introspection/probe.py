@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from .arguments import can_be_nan, instances_in, replaced, tensors_in
-from .copies import unchanged, without_validation
+from .copies import constants_of, unchanged, without_validation
 from .errors import UntracedRows, WatchError
 from .layers import FunctionalUses, LayerCall, layers_noted, rule_for, weights_by_layer
 from .layers.call import hold_nan
@@ -187,7 +187,7 @@ class Probe:
                 data.index_fill_(dim, chosen, complex(math.nan, math.nan) if data.is_complex() else math.nan)
         looked_up = lookups_marked(self.twin, self.reading.lookups, len(word), word, self.origins)
         self.shapes.clear()
-        seeing = _nan_rows(self.twin, self.watched, self.uses, self.shapes, begun)
+        seeing = _nan_rows(self.twin, len(word), self.watched, self.uses, self.shapes, begun)
         with unchanged(self.twin), without_validation(), looked_up, seeing as seen, _begun(self.twin, begun, seen):
             returned = self.twin(*replaced(self.args, marked), **replaced(self.kwargs, marked))
         seen[RETURNED] = [
@@ -368,6 +368,7 @@ def _filled(samples: np.ndarray, patterns: np.ndarray, words: np.ndarray) -> np.
 @contextmanager
 def _nan_rows(
     twin: nn.Module,
+    samples: int,
     watched: Collection[Place],
     uses: OwnUses,
     shapes: dict[Place, list[tuple[int, ...]]],
@@ -397,7 +398,7 @@ def _nan_rows(
 
     weights = weights_at(twin, uses.places)
     tables = weights_at(twin, uses.tables)
-    mode = FunctionalUses(weights, twin.buffers(), on_use, tables=tables) if weights else None
+    mode = FunctionalUses(weights, constants_of(twin, samples), on_use, tables=tables) if weights else None
     if mode is not None:
         handles += layers_noted(weights_by_layer(twin, set(map(id, weights))), lambda: mode.within)
     for name, module in twin.named_modules():

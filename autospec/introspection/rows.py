@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 
 from .arguments import as_array, can_be_nan, content_of, instances_in, of_packing, replaced, tensors_in, whole_numbers
-from .copies import copy_model, kept_apart, moves_on, unchanged, without_short_cuts
+from .copies import constants_of, copy_model, kept_apart, moves_on, unchanged, without_short_cuts
 from .errors import UntracedRows, WatchError
 from .generators import generators_kept
 from .hooks import Hook
@@ -155,7 +155,7 @@ def map_rows(
         without_short_cuts(),
         kept_apart(model, evaluated=True) as copied,
     ):
-        twin, lookups, uses, all_hooks = _running_twin(model, copied, args, kwargs, watched, all_hooks, tables)
+        twin, lookups, uses, all_hooks = _running_twin(model, copied, args, kwargs, samples, watched, all_hooks, tables)
         as_given = {place for place, lookup in lookups.items() if lookup.given}
         origins = origins_of(twin, args, kwargs, samples, [place for place in lookups if place not in as_given])
         for place, calls in origins.items():
@@ -311,6 +311,7 @@ def _running_twin(
     copied: set[nn.Module],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    samples: int,
     watched: Collection[Place],
     all_hooks: bool,
     tables: frozenset[Place],
@@ -328,7 +329,7 @@ def _running_twin(
             twin.requires_grad_(False)
         try:
             used: dict[Place, bool] = {}
-            passed = functools.partial(_functional_uses, twin, args, kwargs, watched, tables, used)
+            passed = functools.partial(_functional_uses, twin, args, kwargs, samples, watched, tables, used)
             lookups = lookups_in(twin, args, kwargs, passed)
             spread = frozenset(place for place, elementwise in used.items() if elementwise)
             return twin, lookups, OwnUses(frozenset(used), spread, tables), hooks
@@ -447,7 +448,7 @@ def _same_result(model: nn.Module, probe: Probe, samples: int) -> None:
     def result(spread: bool) -> list[Tensor]:
         marked = lookups_marked(twin, reading.lookups if spread else {}, samples, None, {})
         tables = weights_at(twin, probe.uses.spread if spread else ())
-        mode = FunctionalUses(tables, twin.buffers(), lambda *_: None) if tables else nullcontext()
+        mode = FunctionalUses(tables, constants_of(twin, samples), lambda *_: None) if tables else nullcontext()
         with generators_kept(placed), unchanged(twin), marked, mode, _learning_as(twin, model) as weights:
             made = list(tensors_in(twin(*args, **kwargs)))
             after = torch.get_rng_state()
@@ -612,6 +613,7 @@ def _functional_uses(
     twin: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    samples: int,
     watched: Collection[Place],
     tables: Collection[Place],
     used: dict[Place, bool],
@@ -627,7 +629,7 @@ def _functional_uses(
     def on_call(place: Place, call: LayerCall, _: Tensor) -> None:
         used[place] = used.get(place, False) or isinstance(call, SpreadCall)
 
-    mode = FunctionalUses(weights, twin.buffers(), on_call, refused.setdefault, weights_at(twin, tables))
+    mode = FunctionalUses(weights, constants_of(twin, samples), on_call, refused.setdefault, weights_at(twin, tables))
     handles = layers_noted(weights_by_layer(twin), lambda: mode.within)
     try:
         with unchanged(twin), mode:

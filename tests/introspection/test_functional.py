@@ -344,7 +344,7 @@ class Masked(nn.Module):
         super().__init__()
         self.experts, self.twice = nn.Parameter(torch.randn(2, 6, 4) / 2), nn.Parameter(torch.randn(4, 4) / 2)
         self.scale = nn.Parameter(torch.rand(4, 1))
-        self.register_buffer("mask", (torch.arange(16).reshape(4, 4) % 3 > 0).float())
+        self.mask = (torch.arange(16).reshape(4, 4) % 3 > 0).float()
 
     def forward(self, x):
         first = torch.tanh(x @ self.experts[0] + F.linear(x[..., :3], self.experts[1, :3].T))
@@ -607,6 +607,34 @@ def test_a_buffer_that_the_batch_is_written_into_is_data():
     model, x = Static(), torch.randn(N, 6)
     tree = record(Problem(model, x, loss_of, LABELS))
     assert_definition(tree, model, x)
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+def test_a_state_that_is_carried_on_is_data(buffer):
+    class Carried(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.of_input, self.of_state = (nn.Parameter(torch.randn(6, 6) / 3) for _ in range(2))
+            if buffer:
+                self.register_buffer("state", torch.zeros(N, 6))
+            else:
+                self.state = torch.zeros(N, 6)
+
+        def forward(self, x):
+            made = torch.tanh(x @ self.of_input + self.state @ self.of_state)
+            self.state = made.detach()
+            return made
+
+    torch.manual_seed(0)
+    model, x = Carried(), torch.randn(N, 6)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        for _ in range(3):
+            before = model.state.clone()
+            loss_of(model(x)).backward()
+            watcher.step()
+            model.zero_grad()
+    found = watcher.trajectories["layers/of_state/activation"].sel(group="all").values[-1]
+    assert error(found[~np.isnan(found)], svdvals(before)) < 1e-6
 
 
 def test_a_mean_teachers_weights_are_not_the_models():
