@@ -77,6 +77,18 @@ class Words(nn.Module):
         return self.decide(self.table(x).mean(1))
 
 
+class Own(nn.Module):
+    """Weights of its own: positions, a product, and one of a weight that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.first = nn.Parameter(torch.ones(6, 7)), nn.Parameter(torch.ones(7, 5))
+        self.second = nn.utils.parametrizations.weight_norm(nn.Linear(5, 4))
+
+    def forward(self, x):
+        return self.second(torch.tanh((x + self.positions) @ self.first))
+
+
 SERIES = (N, 6, 7)
 MODELS = {
     "MLP of many rows": (lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU(inplace=True), nn.Linear(5, 7)), (N, 7)),
@@ -95,6 +107,7 @@ MODELS = {
     "LSTM with projection": (lambda: Reader(nn.LSTM(7, 4, 2, batch_first=True, proj_size=3)), SERIES),
     "LSTMCell": (lambda: Loop(nn.LSTMCell(7, 4)), SERIES),
     "GRUCell": (lambda: Loop(nn.GRUCell(7, 4)), SERIES),
+    "weights of its own": (Own, SERIES),
     "Embedding, few words": (lambda: Words(9), (N, 6)),
     "Embedding, many words": (lambda: Words(900), (N, 6)),
 }
