@@ -68,6 +68,8 @@ class Processes:
                 layer.note_widths(layer.pending.widths())
                 layer.true_factor = all(each["true_factor"] for each in descriptions if each)
                 layer.has_positions = any(each["has_positions"] for each in descriptions if each)
+                layer.computed = any(each["computed"] for each in descriptions if each)
+                layer.inputs_first = all(each["inputs_first"] for each in descriptions if each)
                 constants = tuple(each.get("constant") for each in descriptions)
                 own = layer.inputs[0] if layer.inputs and None not in constants else None
                 layer.inputs = [] if own is None else [replace(own, everywhere=constants)]
@@ -192,6 +194,8 @@ def _describe(layer: WatchedLayer) -> dict[str, Any]:
         "unnoted": pending.unnoted,
         "true_factor": layer.true_factor,
         "has_positions": layer.has_positions,
+        "computed": layer.computed,
+        "inputs_first": layer.inputs_first,
         "constant": constant and constant.told(),
         **stacks,
     }

@@ -36,6 +36,16 @@ class Positions(nn.Module):
         return self.head(found + self.places(torch.arange(10).unsqueeze(0))).flatten(1)
 
 
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.places, self.first = nn.Parameter(torch.randn(10, 3)), nn.Parameter(torch.randn(3, 8) / 2)
+        self.second = nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))
+
+    def forward(self, x):
+        return self.second(torch.tanh((x.mT + self.places) @ self.first)).flatten(1)
+
+
 class Counted(nn.Sequential):
     passes = 0
 
@@ -48,6 +58,8 @@ def make():
     torch.manual_seed(0)
     if kind == "positions":
         return Positions()
+    if kind == "own weights":
+        return Own()
     return Counted(
         nn.Conv1d(3, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, 40)
     )
@@ -67,7 +79,7 @@ def train(model, x, y, own, **options):
     return watcher.trajectories
 
 
-options = {"per_position": True} if kind == "positions" else {"singular_values": 4, "solver": "tracked"}
+options = {"per_position": True} if kind in ("positions", "own weights") else {"singular_values": 4, "solver": "tracked"}
 if kind == "uneven":  # one process has no sample of a group
     order = np.argsort(labels, kind="stable")
     mine = order[:12] if rank == 0 else order[12:]
@@ -99,7 +111,7 @@ for node in expected.subtree:
         assert scale > 0 and np.nanmax(np.abs(mine - whole)) < tolerance, (node.path, name)
 assert found.attrs["audit"]["outside"] == {}
 # Those of the two trainings: a pass in training mode that a process makes for itself may wait for the others for ever.
-assert Counted.passes == (0 if kind == "positions" else 6)
+assert Counted.passes == (0 if kind in ("positions", "own weights") else 6)
 dist.barrier()
 dist.destroy_process_group()
 print("same")
@@ -112,7 +124,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-@pytest.mark.parametrize("kind", ["convolution", "positions", "uneven", "constant on one"])
+@pytest.mark.parametrize("kind", ["convolution", "positions", "own weights", "uneven", "constant on one"])
 def test_two_processes_record_what_one_does(kind, tmp_path):
     outputs = run_both(SCRIPT, tmp_path, kind)
     assert all("same" in output for output in outputs)
