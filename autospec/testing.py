@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
@@ -19,12 +19,12 @@ from torch.func import functional_call
 from autospec.introspection import Watcher
 from autospec.introspection.arguments import as_array, of_packing, replaced, tensors_in
 from autospec.introspection.audit import LONG_SUM
-from autospec.introspection.copies import constants_of, copy_model, kept_apart, without_short_cuts
+from autospec.introspection.copies import copy_model, kept_apart, without_short_cuts
 from autospec.introspection.errors import WatchError
 from autospec.introspection.generators import generators_kept, random_state, restore_random_state, seed_random_numbers
 from autospec.introspection.groups import Groups
 from autospec.introspection.layers import layers_noted, rule_for, weights_by_layer
-from autospec.introspection.layers.functional import FollowedWeights
+from autospec.introspection.layers.functional import LINEAR, MATMUL, Call, FollowedWeights, Made
 from autospec.introspection.lookups import dims_of_size
 
 STEPS = 3
@@ -284,76 +284,67 @@ class _Copies(FollowedWeights):
 
     Parameters
     ----------
+    model : nn.Module
+        The model.
     copies : mapping of Parameter to (str, Tensor)
         For each weight its name and a copy of it.
-    constants : iterable of Tensor
-        What is no data, such as the model's buffers.
+    samples : int
+        Samples in the batch.
     on_use : callable
         Takes the names, what a function returned, and a function that does the same with the copies; returns what shall stand in.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         copies: Mapping[nn.Parameter, tuple[str, Tensor]],
-        constants: Iterable[Tensor],
+        samples: int,
         on_use: Callable[[Sequence[str], Any, Callable[[], Any]], Any],
     ) -> None:
-        super().__init__(copies, constants)
+        super().__init__(model, copies, samples)
         self.copies, self.on_use = copies, on_use
+        self._values: dict[Made, Tensor] = {}
 
-    def carry_out(
-        self,
-        func: Callable,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        weights: Sequence[nn.Parameter],
-        with_data: bool,
-    ) -> Any:
-        if not with_data:
-            result = func(*args, **kwargs)
-            self.note(func, args, kwargs, result)
+    def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:
+        """Carry out the call, and let the samples of a group meet the copies."""
+        given = call.tensors
+        rows = [t for t in given if self.is_data(t) or (self.may_be_rows(t) and call.func in (*LINEAR, *MATMUL))]
+        if not rows:
+            result = call.made()
+            self.note(call, result)
             return result
-        if func.__name__.endswith("_") and isinstance(args[0], Tensor):  # in place: twice of the same
-            changed, args = args[0], (args[0].clone(), *args[1:])
-            return changed.copy_(self._met(func, args, kwargs, weights))
-        return self._met(func, args, kwargs, weights)
-
-    def _met(
-        self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], weights: Sequence[nn.Parameter]
-    ) -> Any:
         device = weights[0].device
         before = random_state(device)
-        first = tuple(a.clone() if i == 0 and func.__name__.endswith("_") else a for i, a in enumerate(args))
-        result = func(*first, **kwargs)
+        changed = call.args[0] if call.in_place else None
+        if changed is not None:  # twice of the same
+            call = replace(call, args=(changed.clone(), *call.args[1:]))
+            plain = replace(call, args=(call.args[0].clone(), *call.args[1:]))
+        else:
+            plain = call
+        result = plain.made()
 
         def again() -> Any:
             after = random_state(device)
             restore_random_state(before, device)
-            for weight in weights:
-                _follow(self.copies[weight][1], weight)
-            other = self._of_copies(func, args, kwargs)
+            if any([_follow(self.copies[weight][1], weight) for weight in weights]):
+                self._values.clear()
+            values = self._values
+            values.update({self.weights[weight]: copied for weight, (_, copied) in self.copies.items()})
+            made = {id(t): self.made[id(t)] for t in given if id(t) in self.made}
+            other = call.made({key: each.computed(values, Tensor.clone) for key, each in made.items()})
             restore_random_state(after, device)
             return other
 
-        return self.on_use([self.copies[weight][0] for weight in weights], result, again)
-
-    def _of_copies(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a function would return if what it is given were made of the copies."""
-        others = {}
-        for tensor in tensors_in((args, kwargs)):
-            made = self.made.get(id(tensor))
-            if made is not None and made.by is None:
-                others[id(tensor)] = self.copies[made.weights[0]][1]
-            elif made is not None and made.by is not None:
-                results = tensors_in(self._of_copies(*made.by[:3]))
-                others[id(tensor)] = list(results)[made.by[3]]
-        return func(*replaced(args, others), **replaced(kwargs, others))
+        result = self.on_use([self.copies[weight][0] for weight in weights], result, again)
+        return result if changed is None else changed.copy_(result)
 
 
-def _follow(copied: Tensor, weight: Tensor) -> None:
-    """Change a copy as the model has changed the weight in place, as for a largest norm."""
-    if not torch.equal(copied, weight):
+def _follow(copied: Tensor, weight: Tensor) -> bool:
+    """Change a copy as the model has changed the weight in place, as for a largest norm; whether it had."""
+    same = torch.equal(copied, weight)
+    if not same:
         copied.detach().copy_(weight.detach())
+    return not same
 
 
 def _owners(
@@ -385,9 +376,7 @@ def _owners(
             return result
 
         weights = {twin.get_parameter(name): name for name in watched}
-        mode = _Copies(
-            {weight: (name, weight) for weight, name in weights.items()}, constants_of(twin, samples), on_use
-        )
+        mode = _Copies(twin, {weight: (name, weight) for weight, name in weights.items()}, samples, on_use)
         layers_noted(weights_by_layer(twin), lambda: mode.within)
         with generators_kept(list(model.parameters())), torch.enable_grad(), without_short_cuts(), mode:
             seed_random_numbers(seed)
@@ -486,18 +475,17 @@ def _shares_by_copies(
     of_uses = {
         name: itertools.cycle(owner for owner in owners.get(name, ()) if owner is not None)
         for name in copies
-        if all(owner is not None for owner in owners.get(name, (None,)))
+        if owners.get(name) and all(owner is not None for owner in owners[name])
     }
 
     def on_use(names: Sequence[str], result: Any, again: Callable[[], Any]) -> Any:
         known = [name for name in names if name in of_uses]
         reasons.update(dict.fromkeys(set(names) - set(known), unknown))
         for name in known[1:]:  # all have the same
-            next(of_uses[name])
+            next(of_uses[name], None)
         return _mixed(result, again(), inside, of_uses[known[0]]) if known else result
 
-    constants = constants_of(twin, len(member))
-    mode = _Copies({weights[name]: (name, copied) for name, copied in copies.items()}, constants, on_use)
+    mode = _Copies(twin, {weights[name]: (name, copied) for name, copied in copies.items()}, len(member), on_use)
     layers_noted(weights_by_layer(twin), lambda: mode.within)
     for name, module in list(twin.named_modules()):
         rule = rule_for(module)

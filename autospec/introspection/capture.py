@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from .arguments import as_array, content_of, signature_of, whole_numbers
 from .audit import Audit
-from .copies import constants_of, partly_compiled
+from .copies import partly_compiled
 from .errors import WatchError
 from .factors import NARROW, Computed, Convolution, Factors, Lookup, Product, shares_by_position, single, walk
 from .groups import Assignment, Groups
@@ -37,7 +38,7 @@ from .layers import (
 )
 from .lookups import Place
 from .pending import Items, Layout, Pending, Sorting
-from .probe import Reading, weights_at
+from .probe import OwnUses, Reading, weights_at
 from .rows import RowMap, alike, map_rows, refused_uses, several_processes
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
@@ -235,29 +236,33 @@ class Capture:
         self._look_on(self._forward.row_map)
 
     def _look_on(self, row_map: RowMap | None) -> None:
-        """Watch what the model itself multiplies with data, until the forward pass ends."""
-        # Without groups no copy has shown what the model does with its weights: the first pass does, if the next is as that.
+        """Watch what the model itself does with weights and data, until the forward pass ends, if it does anything."""
+        # Without groups no copy has shown that: the first pass does, if the next is as that.
         first = self.assignment is None and self._used_functionally is None and not partly_compiled(self.model)
         self._used_functionally = self._used_functionally or set()
-        if row_map is not None:
-            self._used_functionally |= row_map.uses.places
-        places = set(self._used_functionally)
-        places |= {min(layer.places) for layer in self.layers if layer.functional or first}
-        weights = weights_at(self.model, places)
-        if not weights:
+        learned = [layer for layer in self.layers if layer.parameter.requires_grad]
+        uses = OwnUses() if row_map is None else row_map.uses
+        self._used_functionally |= uses.places
+        if not (first or self._used_functionally or any(layer.functional for layer in learned)):
             return
+        weights = weights_at(self.model, {place for layer in learned for place in layer.places})
         used = self._used_functionally
 
         def on_call(place: Place, call: LayerCall, _: Tensor) -> Tensor | None:
             used.add(place)
             return self._reports[place](call)
 
-        on_other = self._refused.setdefault if self.assignment is None else None
-        tables = weights_at(self.model, row_map.uses.tables if row_map is not None else ())
         samples = None if self.assignment is None else len(self.assignment.cells)
-        self._functional = FunctionalUses(weights, constants_of(self.model, samples), on_call, on_other, tables)
-        self._note_layers(self._functional, frozenset(map(id, weights)))
-        self._functional.__enter__()
+        tables, refused = weights_at(self.model, uses.tables), self._refused.setdefault
+        mode = FunctionalUses(self.model, weights, samples, on_call, refused, tables, compare=first)
+        self._functional = mode
+        self._note_layers(mode, frozenset(map(id, weights)))
+        if parametrize._cache:
+            raise WatchError(
+                "a weight was computed within parametrize.cached() before this forward pass, so what it is made of was not seen: enter "
+                "that block for each forward pass anew."
+            )
+        mode.enter()
 
     def _note_layers(self, mode: FunctionalUses, weights: frozenset[int]) -> None:
         """Have the layers of some weights, whose own uses are reported by their rules, tell when they run."""
@@ -333,7 +338,10 @@ class Capture:
         refused = dict(self._refused)
         self._look_away()
         if refused and output is not None:
-            raise refused_uses(refused)
+            if model.training:
+                raise refused_uses(refused)
+            if forward is not None:
+                forward.error = forward.error or refused_uses(refused)
         self._spread = {}
         for handle in self._observers:
             handle.remove()
@@ -626,8 +634,9 @@ class Capture:
             return
         if not uses:
             raise WatchError(
-                f"a gradient reached '{layer.name}' that did not come through its layer's forward pass: the "
-                "parameter is used outside its layer, which cannot be watched, so leave it out with layers="
+                f"a gradient reached '{layer.name}' that did not come through its layer's forward pass, or another use that can be "
+                "watched: it is used outside of a call of the model, or in a torch.autograd.Function, say. Leave it out with "
+                f"layers=['!{layer.name}']"
                 + (
                     "; or it was compiled before watch() was entered: torch._dynamo.reset()."
                     if may_be_compiled()
@@ -744,10 +753,10 @@ class Capture:
         statistics = [] if again else self.factor_statistics
         pending.add(factors, sorting, shares, statistics, constant, follows, use.backward, counted=not again)
         layer.note_widths(pending.widths())
-        transposed = isinstance(factors, Product | Convolution) and factors.transposed
+        transposed = use.call.inputs_first or (isinstance(factors, Product | Convolution) and factors.transposed)
         layer.inputs_first = transposed and layer.inputs_first is not False
         layer.computed = layer.computed or isinstance(factors, Computed)
-        layer.true_factor = isinstance(factors, Product | Lookup) or (
+        layer.true_factor &= isinstance(factors, Product | Lookup) or (
             isinstance(factors, Convolution) and factors.unfolded and factors.groups == 1 and not factors.transposed
         )
         used = factors.of_weight if isinstance(factors, Computed) else factors

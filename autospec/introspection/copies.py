@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.utils import parametrize
 
 from .arguments import instances_in, tensors_in
 from .errors import WatchError
@@ -216,9 +217,11 @@ def kept_apart(model: nn.Module, evaluated: bool = False) -> Iterator[set[nn.Mod
     # A hook for all modules has compiled parts compiled for it alone.
     if not partly_compiled(model):
         handles.append(register_module_forward_pre_hook(Hook(any_begins)))
+    cached, parametrize._cache_enabled = parametrize._cache_enabled, 0  # copies have the names of the model's own
     try:
         yield copied
     finally:
+        parametrize._cache_enabled = cached
         for handle in handles:
             handle.remove()
         with torch.no_grad():
@@ -230,7 +233,10 @@ def kept_apart(model: nn.Module, evaluated: bool = False) -> Iterator[set[nn.Mod
 
 def partly_compiled(model: nn.Module) -> bool:
     """Whether a model, or a part of it, is compiled when it is called."""
-    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
 
 
 def _holds_tensors(module: nn.Module) -> bool:
@@ -280,11 +286,11 @@ def _kept(model: nn.Module) -> list[Any]:
     return [*own, *(buffer for m in model.modules() for buffer in m._buffers.values())]
 
 
-def constants_of(model: nn.Module, samples: int | None) -> list[Tensor]:
-    """Tensors that a model holds and that are no data: buffers and attributes, but for those in which samples may lie, as states do."""
+def constants_of(model: nn.Module) -> list[Tensor]:
+    """Tensors that a model holds in buffers and attributes."""
     held = [each for m in model.modules() for each in (*m._buffers.values(), *vars(m).values())]
     tensors = [each for each in held if isinstance(each, Tensor) and not isinstance(each, nn.Parameter)]
-    return [each for each in tensors if not each.requires_grad and samples not in each.shape]
+    return [each for each in tensors if not each.requires_grad]
 
 
 def moves_on(twin: nn.Module, forward: Callable[[], object]) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 
 def do_nothing(*_: Any) -> None:
@@ -53,3 +54,33 @@ class Hook:
 
     def __reduce__(self) -> tuple[type[Hook], tuple[Callable[..., Any]]]:
         return Hook, (do_nothing,)
+
+
+class LookingOn(TorchFunctionMode):
+    """A TorchFunctionMode that a hook before a forward pass enters, and one after it leaves.
+
+    After an interruption from the keyboard torch calls no hook, and modes that others leave take this one from the stack instead of
+    their own.
+    """
+
+    _below: tuple[TorchFunctionMode, ...] = ()
+
+    def enter(self) -> None:
+        """Look on from now."""
+        self._below = tuple(_get_current_function_mode_stack())
+        _push_mode(self)
+
+    def leave(self) -> None:
+        """Look on no longer, and have the stack be what it would be without this mode."""
+        stack = _get_current_function_mode_stack()
+        if self in stack:
+            gone = stack.index(self)
+        else:  # one of those below has been left in its stead
+            same = [mine is its for mine, its in zip(stack, self._below, strict=False)]
+            gone = (same.index(False) if False in same else len(same)) - 1
+        if gone < 0:
+            return
+        above = [_pop_mode() for _ in stack[gone + 1 :]]
+        _pop_mode()
+        for mode in reversed(above):
+            _push_mode(mode)

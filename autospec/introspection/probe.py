@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from .arguments import can_be_nan, instances_in, replaced, tensors_in
-from .copies import constants_of, unchanged, without_validation
+from .copies import unchanged, without_validation
 from .errors import UntracedRows, WatchError
 from .layers import FunctionalUses, LayerCall, layers_noted, rule_for, weights_by_layer
 from .layers.call import hold_nan
@@ -397,8 +397,8 @@ def _nan_rows(
         return output
 
     weights = weights_at(twin, uses.places)
-    tables = weights_at(twin, uses.tables)
-    mode = FunctionalUses(weights, constants_of(twin, samples), on_use, tables=tables) if weights else None
+    followed = weights_at(twin, uses.tables)
+    mode = FunctionalUses(twin, weights, samples, on_use, lambda *_: None, followed) if weights else None
     if mode is not None:
         handles += layers_noted(weights_by_layer(twin, set(map(id, weights))), lambda: mode.within)
     for name, module in twin.named_modules():

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 
 from .arguments import as_array, can_be_nan, content_of, instances_in, of_packing, replaced, tensors_in, whole_numbers
-from .copies import constants_of, copy_model, kept_apart, moves_on, unchanged, without_short_cuts
+from .copies import copy_model, kept_apart, moves_on, unchanged, without_short_cuts
 from .errors import UntracedRows, WatchError
 from .generators import generators_kept
 from .hooks import Hook
@@ -448,7 +448,8 @@ def _same_result(model: nn.Module, probe: Probe, samples: int) -> None:
     def result(spread: bool) -> list[Tensor]:
         marked = lookups_marked(twin, reading.lookups if spread else {}, samples, None, {})
         tables = weights_at(twin, probe.uses.spread if spread else ())
-        mode = FunctionalUses(tables, constants_of(twin, samples), lambda *_: None) if tables else nullcontext()
+        nothing = FunctionalUses(twin, tables, samples, lambda *_: None, lambda *_: None, tables)
+        mode = nothing if tables else nullcontext()
         with generators_kept(placed), unchanged(twin), marked, mode, _learning_as(twin, model) as weights:
             made = list(tensors_in(twin(*args, **kwargs)))
             after = torch.get_rng_state()
@@ -629,7 +630,8 @@ def _functional_uses(
     def on_call(place: Place, call: LayerCall, _: Tensor) -> None:
         used[place] = used.get(place, False) or isinstance(call, SpreadCall)
 
-    mode = FunctionalUses(weights, constants_of(twin, samples), on_call, refused.setdefault, weights_at(twin, tables))
+    followed = weights_at(twin, tables)
+    mode = FunctionalUses(twin, weights, samples, on_call, refused.setdefault, followed, compare=True)
     handles = layers_noted(weights_by_layer(twin), lambda: mode.within)
     try:
         with unchanged(twin), mode:

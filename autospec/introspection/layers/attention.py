@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from ..hooks import Hook, outside_graphs
+from ..hooks import Hook, LookingOn, outside_graphs
 from .call import OnCall
 from .linear import LinearCall
 
@@ -35,7 +34,7 @@ def looked_through() -> Callable[..., Any]:
     return body
 
 
-class _Products(TorchFunctionMode):
+class _Products(LookingOn):
     """Reports products with the module's weights."""
 
     def __init__(self, weights: Mapping[str, Tensor], on_call: OnCall) -> None:
@@ -161,12 +160,12 @@ class AttentionRule:
             if takes_short_cut(module):
                 return
             mode = _Products(_weights(module), on_call)
-            mode.__enter__()
+            mode.enter()
             running.append(mode)
 
         def end(*_: Any) -> None:
             if running:
-                running.pop().__exit__(None, None, None)
+                running.pop().leave()
 
         return [
             module.register_forward_pre_hook(Hook(begin)),

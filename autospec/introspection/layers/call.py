@@ -38,6 +38,8 @@ class LayerCall(ABC):
     """Whether `factors` reads the outputs' values."""
     computed: Callable[[Tensor], Tensor] | None = None
     """Where the weight was computed of the parameter: the parameter's share from that of the weight."""
+    inputs_first: bool = False
+    """Whether the parameter has its inputs first then."""
     _originals: tuple[weakref.ref[Tensor], ...] = ()
 
     @abstractmethod

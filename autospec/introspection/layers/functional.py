@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import functools
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-from ..arguments import replaced, tensors_in
+from ..arguments import instances_in, replaced, tensors_in
+from ..copies import constants_of
 from ..errors import WatchError
 from ..generators import restore_random_state, torch_random_state
-from ..hooks import Hook, outside_graphs
+from ..hooks import Hook, LookingOn, outside_graphs
 from ..spectra import float64
 from .attention import looked_through
 from .call import LayerCall, Place
@@ -31,99 +30,203 @@ from .embedding import SpreadCall
 from .linear import LinearCall
 
 LINEAR = (F.linear, torch.inner, Tensor.inner)
-MATMUL = (torch.matmul, Tensor.matmul, torch.linalg.matmul, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
-ADDMM = (torch.addmm, Tensor.addmm)
-# Where each number of a table meets one of data, or several, which broadcasting gives it.
+MATMUL = (
+    *(torch.matmul, Tensor.matmul, torch.linalg.matmul, torch.mm, Tensor.mm),
+    *(torch.bmm, Tensor.bmm, torch.mv, Tensor.mv),
+)
+ADDMM = (torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm)
+# Where each number of a table meets one of data, or several, which broadcasting gives it; and those of them that keep both sides.
+SUMS = (torch.add, Tensor.add, Tensor.add_, torch.sub, Tensor.sub, Tensor.sub_, torch.rsub)
 ELEMENTWISE = (
-    *(torch.add, Tensor.add, Tensor.add_, torch.sub, Tensor.sub, Tensor.sub_, torch.rsub),
+    *SUMS,
     *(torch.mul, Tensor.mul, Tensor.mul_, torch.div, Tensor.div, Tensor.div_, torch.where, Tensor.where),
 )
 CONVOLUTION = (F.conv1d, F.conv2d, F.conv3d)
-TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-# What autograd does not follow.
+CONVOLUTION_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+# What autograd does not follow; and what takes nothing but a form of its arguments but for the first, if that.
 DETACHED = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 ASSIGNED = (Tensor.data.__set__,)  # type: ignore[attr-defined]
-# Largest deviation of a weight that is computed again in float64, in units of its largest number.
-COMPUTED_AGAIN = 1e-3
+FORM_ALONE = (
+    *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.new_tensor),
+    *(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like),
+    *(torch.gt, torch.lt, torch.ge, torch.le, torch.eq, torch.ne),
+    *(Tensor.gt, Tensor.lt, Tensor.ge, Tensor.le, Tensor.eq, Tensor.ne),
+    *(torch.argmax, torch.argmin, torch.argsort, Tensor.argmax, Tensor.argmin, Tensor.argsort, torch.sign, Tensor.sign),
+)
+FORM_OF_OTHERS = (Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as)
+# Largest deviation of a weight that is computed again, in units of its largest number: that, or so many roundings.
+COMPUTED_AGAIN, ROUNDINGS = 1e-3, 16
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of a function."""
+
+    func: Callable
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it changes its first argument."""
+        name = getattr(self.func, "__name__", "")
+        return name.endswith("_") and not name.endswith("__") and bool(self.args) and isinstance(self.args[0], Tensor)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among its arguments."""
+        return list(tensors_in((self.args, self.kwargs)))
+
+    def made(self, others: Mapping[int, Tensor] | None = None) -> Any:
+        """Carry it out, with others in place of some tensors, by their identities."""
+        if not others:
+            return self.func(*self.args, **self.kwargs)
+        return self.func(*replaced(self.args, others), **replaced(self.kwargs, others))
 
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """What is computed of weights alone: by which function, of what, and as which of its results."""
+    """A weight, or what is computed of weights alone.
+
+    Attributes
+    ----------
+    tensor : Tensor
+        It, which may be changed afterwards.
+    version : int
+        As it was not yet.
+    weights : tuple of Parameter
+        Of which it is made.
+    by : Call or None
+        What it was computed by; None of a weight itself, and where that is not known.
+    number : int
+        Which of the call's results it is.
+    of : dict of int to Made
+        What among the call's arguments is made of weights, by identity.
+    constants : list of (Tensor, int)
+        What else is among them, with its version.
+    """
 
     tensor: Tensor
+    version: int
     weights: tuple[nn.Parameter, ...]
-    by: tuple[Callable, tuple[Any, ...], dict[str, Any], int] | None = None
+    by: Call | None = None
+    number: int = 0
+    of: Mapping[int, Made] = field(default_factory=dict)
+    constants: Sequence[tuple[Tensor, int]] = ()
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is a weight itself."""
+        return len(self.weights) == 1 and self.tensor is self.weights[0]
+
+    @property
+    def known(self) -> bool:
+        """Whether the call, made again, gives what it holds now."""
+        changed = any(_version(tensor) != version for tensor, version in self.constants)
+        return self.is_weight or (self.by is not None and self.tensor._version == self.version and not changed)
+
+    def in_order(self) -> list[Made]:
+        """It after all that it is computed of, each once."""
+        found: dict[Made, None] = {}
+        waiting = [(self, False)]
+        while waiting:
+            made, ready = waiting.pop()
+            if ready:
+                found[made] = None
+            elif made not in found:
+                waiting.append((made, True))
+                waiting += [(each, False) for each in made.of.values()]
+        return list(found)
+
+    def computed(self, values: dict[Made, Tensor], convert: Callable[[Tensor], Tensor]) -> Tensor:
+        """Compute it again.
+
+        Parameters
+        ----------
+        values : dict of Made to Tensor
+            What some are, such as the weights; filled with the others.
+        convert : callable
+            What constants are to be.
+        """
+        for made in self.in_order():
+            if made in values:
+                continue
+            if made.by is None:
+                values[made] = convert(made.tensor.detach())
+                continue
+            others = {id(t): convert(t.detach()) for t in made.by.tensors}
+            others |= {key: values[each] for key, each in made.of.items()}
+            if made.by.in_place:  # what was there before may be of use for others
+                others[id(made.by.args[0])] = others[id(made.by.args[0])].clone()
+            values[made] = list(tensors_in(made.by.made(others)))[made.number]
+        return values[self]
 
 
-class FollowedWeights(TorchFunctionMode):
+class FollowedWeights(LookingOn):
     """Follows weights through a forward pass, and what is computed of them, until they meet data.
 
     Parameters
     ----------
+    model : nn.Module
+        The model, whose buffers, attributes and other parameters are no data.
     weights : iterable of Parameter
         The weights.
-    constants : iterable of Tensor
-        What is no data, such as the model's buffers.
+    samples : int, optional
+        Samples in the batch, where that is known: a state of as many rows is data where it is multiplied with a weight.
     tables : iterable of Parameter
         Weights of nn.Embedding that are followed through its lookups, which are made of them and of whole numbers alone.
 
     Attributes
     ----------
-    made : dict of int to Made
-        What is made of the weights, by its identity.
-    fresh : dict of int to Tensor
-        What is made of nothing, by its identity, such as a mask; but where it is multiplied with a weight, as a first state of zeros,
-        it is data.
     within : list of collections of int
         For each layer that is running, whose rule reports its uses, the identities of its weights.
     """
 
     def __init__(
-        self, weights: Iterable[nn.Parameter], constants: Iterable[Tensor], tables: Iterable[nn.Parameter] = ()
+        self,
+        model: nn.Module,
+        weights: Iterable[nn.Parameter],
+        samples: int | None = None,
+        tables: Iterable[nn.Parameter] = (),
     ) -> None:
         super().__init__()
-        self._tables = set(map(id, tables))
+        self.samples, self._tables = samples, set(map(id, tables))
         # An identity is only unique while its object lives.
-        self.made = {id(weight): Made(weight, (weight,)) for weight in weights}
-        self._constants = {id(tensor): tensor for tensor in constants}
-        self.fresh: dict[int, Tensor] = {}
+        self.weights = {weight: Made(weight, weight._version, (weight,)) for weight in weights}
+        self.made = {id(weight): made for weight, made in self.weights.items()}
+        self._constants: dict[int, tuple[Tensor, int]] = {}
+        self._fresh: dict[int, tuple[Tensor, int]] = {}
+        self._remember(self._constants, constants_of(model))
+        self._remember(self._fresh, (p for p in model.parameters() if p not in self.weights))
         self.within: list[Collection[int]] = []
 
-    @abstractmethod
-    def carry_out(
-        self,
-        func: Callable,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        weights: Sequence[nn.Parameter],
-        with_data: bool,
-    ) -> Any:
-        """Call a function with what is made of weights, and maybe with data; return what shall be its result."""
+    def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:
+        """Carry out a call that takes what is made of weights, and maybe data; return what shall be its result."""
+        raise NotImplementedError
 
     @outside_graphs
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        call = Call(func, args, kwargs or {})
         if func in ASSIGNED:
-            return func(*args, **kwargs)
-        given = list(tensors_in((args, kwargs)))
+            self._forget(args[0])
+            return call.made()
+        given = call.tensors
+        taken = given[:1] if func in FORM_OF_OTHERS else given
         # Without gradients, as for the target of a moving average, a weight is data; so is a number that is made of weights, such as
         # a penalty, but what is computed of both is made of weights again.
-        weights = self._weights([t for t in given if t.ndim]) if torch.is_grad_enabled() else []
-        if not weights:
-            result = func(*args, **kwargs)
-            if all(map(self.holds, given)):
-                self.note(func, args, kwargs, result)
-            elif isinstance(result, Tensor):
-                for known in (self._constants, self.fresh):  # data were written into it
-                    known.pop(id(result), None)
-            return result
-        if func is F.multi_head_attention_forward:
+        weights = self._weights([t for t in taken if t.ndim]) if torch.is_grad_enabled() else []
+        if func is F.multi_head_attention_forward and weights:
             with self:
-                return looked_through()(*args, **kwargs)
-        return self.carry_out(func, args, kwargs, weights, any(map(self._is_data, given)))
+                return looked_through()(*args, **call.kwargs)
+        if not weights or func in FORM_ALONE:
+            held = all(map(self.holds, taken))
+            result = call.made()
+            if held:
+                self.note(call, result)
+            return result
+        return self.carry_out(call, weights)
 
     def _weights(self, tensors: Iterable[Tensor]) -> list[nn.Parameter]:
         """Of which weights tensors are made, but for those of the layer that is running."""
@@ -131,171 +234,242 @@ class FollowedWeights(TorchFunctionMode):
         weights = dict.fromkeys(w for t in tensors if id(t) in self.made for w in self.made[id(t)].weights)
         return [w for w in weights if id(w) not in own or id(w) in self._tables]
 
-    def _is_data(self, tensor: Tensor) -> bool:
-        return tensor.ndim > 0 and not self.holds(tensor) and not isinstance(tensor, nn.Parameter)
+    @staticmethod
+    def _remember(known: dict[int, tuple[Tensor, int]], tensors: Iterable[Tensor]) -> None:
+        known.update({id(t): (t, _version(t)) for t in tensors})
+
+    def _forget(self, tensor: Tensor) -> None:
+        for known in (self._constants, self._fresh):
+            known.pop(id(tensor), None)
+
+    @staticmethod
+    def _is_in(known: Mapping[int, tuple[Tensor, int]], tensor: Tensor) -> bool:
+        """Whether it is known, and nothing has been written into it since."""
+        _, version = known.get(id(tensor), (None, -1))
+        return version == _version(tensor)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is made of weights or constants, or of nothing."""
-        return any(id(tensor) in known for known in (self.made, self._constants, self.fresh))
+        """Whether a tensor is made of weights, other parameters, constants or nothing."""
+        return id(tensor) in self.made or self._is_in(self._constants, tensor) or self._is_in(self._fresh, tensor)
 
-    def note(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Note what a function has made of weights, or of constants, as weights are where autograd does not follow."""
-        given = list(tensors_in((args, kwargs)))
+    def is_data(self, tensor: Tensor) -> bool:
+        """Whether it is anything else, with a value for each sample maybe."""
+        return tensor.ndim > 0 and not self.holds(tensor)
+
+    def may_be_rows(self, tensor: Tensor) -> bool:
+        """Whether what is multiplied with a weight is data, or a state that is made of nothing for each sample."""
+        if not self.holds(tensor):
+            return True
+        if id(tensor) in self.made or isinstance(tensor, nn.Parameter):
+            return False
+        of_samples = self.samples in tensor.shape
+        return of_samples or (self.samples is None and self._is_in(self._fresh, tensor))
+
+    def note(self, call: Call, result: Any) -> None:
+        """Note what a call has made of weights, or of constants, as weights are where autograd does not follow."""
+        given = call.tensors
         weights = tuple(self._weights(given))
-        if not weights or func in DETACHED or not torch.is_grad_enabled():
-            known = self._constants if any(id(t) not in self.fresh for t in given) else self.fresh
-            known |= {id(t): t for t in tensors_in(result) if not self.holds(t)}
+        made = list(tensors_in(result))
+        if not weights or call.func in DETACHED or call.func in FORM_ALONE or not torch.is_grad_enabled():
+            fresh = call.func in FORM_ALONE or not any(self._is_in(self._constants, t) for t in given)
+            self._remember(self._fresh if fresh else self._constants, (t for t in made if id(t) not in self.made))
+            # What was written into, of what is held, is held still.
+            for held in (self._constants, self._fresh):
+                self._remember(held, (t for t in given if id(t) in held))
             return
-        for number, tensor in enumerate(tensors_in(result)):
-            self.made.setdefault(id(tensor), Made(tensor, weights, (func, args, kwargs, number)))
-
-    def leave(self) -> None:
-        """Look on no longer, also where an interruption has kept modes that were entered later from being left."""
-        above: list[TorchFunctionMode] = []
-        while torch._C._len_torch_function_stack():
-            mode = _pop_mode()
-            if mode is self:
-                break
-            above.append(mode)
-        for mode in reversed(above):
-            _push_mode(mode)
+        of = {id(t): self.made[id(t)] for t in given if id(t) in self.made}
+        changed = of.get(id(call.args[0])) if call.in_place else None
+        known = all(each.known or each is changed for each in of.values())
+        if changed is not None and not changed.is_weight:
+            known = known and changed.by is not None and changed.tensor._version == changed.version + 1
+        for number, tensor in enumerate(made):
+            if id(tensor) not in self.made or call.in_place:
+                by = call if known and not (changed is not None and changed.is_weight) else None
+                constants = [(t, _version(t)) for t in given if id(t) not in of]
+                self.made[id(tensor)] = Made(tensor, tensor._version, weights, by, number, of, constants)
 
 
 class FunctionalUses(FollowedWeights):
-    """Reports products and convolutions of data with some weights, or with what is computed of them.
+    """Reports products, convolutions and sums of data with some weights, or with what is computed of them.
 
     Parameters
     ----------
+    model, samples, tables
+        As for `FollowedWeights`.
     weights : mapping of Parameter to (str, str)
         The matrices, and the place under which uses of each are reported.
-    constants : iterable of Tensor
-        What is no data, such as the model's buffers.
     on_call : callable
         Takes the place, what a rule would report, and what the function returned; may return what shall stand in for it.
-    on_other : callable, optional
-        Takes the place of a weight that meets data in another way, and the name of the function.  With it weights that are computed
-        again, of which the shares are made, are compared with those that the model computed.
-    tables : iterable of Parameter
-        As for `FollowedWeights`.
+    on_other : callable
+        Takes the place of a weight that meets data in another way, and the name of the function.
+    compare : bool
+        Whether weights that are computed again, of which the shares are made, are compared with those that the model computed.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         weights: Mapping[nn.Parameter, Place],
-        constants: Iterable[Tensor],
+        samples: int | None,
         on_call: Callable[[Place, LayerCall, Tensor], Tensor | None],
-        on_other: Callable[[Place, str], object] | None = None,
+        on_other: Callable[[Place, str], object],
         tables: Iterable[nn.Parameter] = (),
+        compare: bool = False,
     ) -> None:
-        super().__init__(weights, constants, tables)
-        self.places, self.on_call, self.on_other = weights, on_call, on_other
+        super().__init__(model, weights, samples, tables)
+        self.places, self.on_call, self.on_other, self.compare = weights, on_call, on_other, compare
+        self._again: dict[Made, tuple[Tensor, dict[nn.Parameter, Tensor]]] = {}
 
-    def carry_out(
-        self,
-        func: Callable,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        weights: Sequence[nn.Parameter],
-        with_data: bool,
-    ) -> Any:
-        """Call the function, and report it."""
-        readings = list(_readings(func, args, kwargs))
-        spread = self._spread(func, args, kwargs)
-        if spread is not None:
+    def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:
+        """Carry out the call, and report it."""
+        given = [t for t in call.tensors if t.ndim]
+        with_data = any(map(self.is_data, given))
+        readings = list(_readings(call.func, call.args, call.kwargs))
+        spread = self._spread(call, given)
+        if spread is None:
+            result = call.made()
+        else:
             placed, reading = spread
-            others = {id(reading.weight): placed}
-            args, kwargs, readings = replaced(args, others), replaced(kwargs, others), [reading]
-        result = func(*args, **kwargs)
-        calls = list(self._reported(readings, result))
-        for place, call in calls:
-            replacement = self.on_call(place, call, result)
-            result = result if replacement is None else replacement
-        if calls:
+            readings, result = [reading], call.made({id(reading.weight): placed})
+        found = self._reported(readings, result)
+        if found is None and not with_data:
+            self.note(call, result)
             return result
-        if not with_data:
-            self.note(func, args, kwargs, result)
-        elif self.on_other is not None:
-            for weight in weights:
-                self.on_other(self.places[weight], getattr(func, "__name__", str(func)))
+        weight, calls = found or (None, [])
+        for place, reported in calls:
+            replacement = self.on_call(place, reported, result)
+            result = result if replacement is None else replacement
+        # A bias, say, that is made of weights, too.
+        for other in self._weights(t for t in given if t is not weight):
+            self.on_other(self.places[other], getattr(call.func, "__name__", str(call.func)))
         return result
 
-    def _spread(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Reading] | None:
+    def _spread(self, call: Call, given: Sequence[Tensor]) -> tuple[Tensor, Reading] | None:
         """A table that meets data elementwise, spread over these as broadcasting would spread it, and how to read that."""
-        given = [t for t in tensors_in((args, kwargs)) if t.ndim]
         tables = {id(t): t for t in given if id(t) in self.made}
-        data = [t for t in given if self._is_data(t) and t.is_floating_point()]
-        if func not in ELEMENTWISE or len(tables) != 1 or not data:
+        data = [t for t in given if self.is_data(t) and t.is_floating_point()]
+        # Checkpointing compares what is kept with what is when the call is made again, without anybody looking on.
+        kept = call.func not in SUMS and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        if call.func not in ELEMENTWISE or len(tables) != 1 or not data or kept or _transformed():
             return None
         (table,) = tables.values()
         try:
             shape = torch.broadcast_shapes(*(t.shape for t in given))
         except RuntimeError:  # torch is about to say so itself
             return None
-        changed = func.__name__.endswith("_") and args[0] is table
+        changed = call.in_place and call.args[0] is table
         return None if changed or table.shape[-1] != shape[-1] else _spread_over(shape, data[0], table)
 
-    def _reported(self, readings: Iterable[Reading], result: Any) -> Iterator[tuple[Place, LayerCall]]:
-        """What a rule would report for each weight, if one tensor that is made of weights meets data in such a way."""
-        for reading in readings if isinstance(result, Tensor) else ():
+    def _reported(
+        self, readings: Iterable[Reading], result: Any
+    ) -> tuple[Tensor, list[tuple[Place, LayerCall]]] | None:
+        """A tensor that is made of weights and meets data in such a way, and what a rule would report for each of these weights."""
+        for reading in readings if isinstance(result, Tensor) and not _transformed() else ():
             data, weight = reading.data, reading.weight
             if not (isinstance(data, Tensor) and isinstance(weight, Tensor)) or data.layout != torch.strided:
                 continue
-            if id(weight) not in self.made or (self.holds(data) and id(data) not in self.fresh):
+            made = self.made.get(id(weight))
+            if made is None or not self._weights([weight]) or not self.may_be_rows(data):
                 continue
-            made = self.made[id(weight)]
             lies = reading.lies(made.weights[0]) if len(made.weights) == 1 else None
             if lies is not None:
                 place = self.places[made.weights[0]]
                 call = reading.report(place[1], reading.form(weight).shape, *lies, result)
-                yield from [] if call is None else [(place, call)]
-                return
-            formed, leaves = self._computed_again(reading)
-            for parameter, leaf in leaves.items():
+                return None if call is None else (weight, [(place, call)])
+            if not all(each.known or each.by is None for each in made.in_order()) or made.by is None:
+                return None
+            value, leaves = self._computed_again(made)
+            formed = reading.form(value)
+            calls = []
+            for parameter, leaf in leaves.items() if formed.requires_grad else ():
                 place = self.places[parameter]
                 call = reading.report(place[1], formed.shape, None, False, result)
-                if call is not None:
-                    call.computed = functools.partial(_pulled_back, formed, leaf)
-                    yield place, call
-            return
+                if call is None:
+                    return None
+                call.computed = functools.partial(_pulled_back, formed, leaf)
+                call.inputs_first = _inputs_first(parameter, value, formed)
+                calls.append((place, call))
+            return weight, calls
+        return None
 
-    def _computed_again(self, reading: Reading) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
-        """A weight as it enters a product, computed again in float64 of leaves of a graph of its own; no leaves if that fails."""
-        weight = reading.weight
-        made = self.made[id(weight)]
-        leaves = {w: float64(w.detach()).clone().requires_grad_() for w in made.weights}
-        again: dict[int, Tensor] = {}
-
-        def computed(tensor: Tensor) -> Tensor:
-            if id(tensor) not in again:
-                known = self.made.get(id(tensor))
-                if known is None or set(leaves).isdisjoint(known.weights):
-                    wide = tensor.is_floating_point()
-                    again[id(tensor)] = float64(tensor.detach()).clone() if wide else tensor.detach().clone()
-                elif known.by is None:
-                    again[id(tensor)] = leaves[known.weights[0]]
-                else:
-                    func, args, kwargs, number = known.by
-                    others = {id(t): computed(t) for t in tensors_in((args, kwargs))}
-                    results = tensors_in(func(*replaced(args, others), **replaced(kwargs, others)))
-                    again[id(tensor)] = list(results)[number]
-            return again[id(tensor)]
-
-        before = torch_random_state(weight.device)
-        with torch.autocast(weight.device.type, enabled=False):
-            formed = reading.form(computed(weight))
-        after = torch_random_state(weight.device)
-        if not all(torch.equal(before[name], after[name]) for name in before):
-            restore_random_state(before, weight.device)
-            names = [".".join(filter(None, self.places[w])) for w in made.weights]
-            raise WatchError(
-                f"the model draws parts of {', '.join(map(repr, names))} at random before it multiplies with it, so its shares "
-                f"cannot be told: leave it out with layers={[f'!{name}' for name in names]}."
+    def _computed_again(self, made: Made) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+        """What is computed of weights, computed again of leaves of a graph of its own, in float64 where that is possible."""
+        if made not in self._again:
+            weights = self._weights([made.tensor])
+            names = [".".join(filter(None, self.places[w])) for w in weights]
+            uses, out = ", ".join(map(repr, names)), f"leave it out with layers={[f'!{name}' for name in names]}."
+            random = WatchError(
+                f"the model draws parts of {uses} at random before it multiplies with it, so its shares cannot be told: {out}"
             )
-        if self.on_other is not None:
-            seen = float64(reading.form(weight.detach()))
-            if not (formed.detach() - seen).abs().max() <= COMPUTED_AGAIN * seen.abs().max():
-                return formed, {}
-        return formed, leaves
+            calls = [each.by for each in made.in_order() if each.by is not None]
+            if any(True for call in calls for _ in instances_in((call.args, call.kwargs), torch.Generator)):
+                raise random
+            device = made.tensor.device
+            before = torch_random_state(device)
+            try:
+                self._again[made] = self._in_another_graph(made, weights)
+            except Exception as error:
+                raise WatchError(f"what the model makes of {uses} cannot be computed again ({error}): {out}") from error
+            finally:
+                after = torch_random_state(device)
+                drawn = not all(torch.equal(before[name], after[name]) for name in before)
+                if drawn:
+                    restore_random_state(before, device)
+            value, _ = self._again[made]
+            if drawn:
+                raise random
+            if self.compare and not _same_weight(made, value):
+                raise WatchError(f"what the model makes of {uses} is another one when it is computed again: {out}")
+        return self._again[made]
+
+    def _in_another_graph(
+        self, made: Made, weights: Sequence[nn.Parameter]
+    ) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+        def wide(tensor: Tensor) -> Tensor:
+            return float64(tensor).clone() if tensor.is_floating_point() else tensor.clone()
+
+        # Checkpointing counts what is kept for the backward pass.
+        unpacked = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+        with torch.enable_grad(), torch.autocast(made.tensor.device.type, enabled=False), unpacked:
+            for convert in (wide, Tensor.clone):
+                leaves = {w: convert(w.detach()).requires_grad_() for w in weights}
+                try:
+                    value = made.computed({self.weights[w]: leaf for w, leaf in leaves.items()}, convert)
+                except RuntimeError:  # where types are named they may not fit float64
+                    if convert is Tensor.clone:
+                        raise
+                else:
+                    break
+        return value, leaves
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _same_weight(made: Made, value: Tensor) -> bool:
+    """Whether a weight that was computed again is the one that the model computed, to rounding."""
+    seen = float64(made.tensor.detach())
+    types = [each.tensor.dtype for each in made.in_order() if each.tensor.is_floating_point()]
+    tolerance = max(COMPUTED_AGAIN, ROUNDINGS * max(torch.finfo(dtype).eps for dtype in types))
+    if not seen.numel():
+        return True
+    return bool((float64(value.detach()) - seen).abs().max() <= tolerance * seen.abs().max())
+
+
+def _transformed() -> bool:
+    """Whether torch.func is running the call, with tensors of its own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _inputs_first(parameter: nn.Parameter, value: Tensor, formed: Tensor) -> bool:
+    """Whether a parameter has inputs where what is computed of it, as a matrix (outputs, inputs), has them last."""
+    if formed.ndim != 2 or parameter.ndim != 2:
+        return False
+    if formed.shape[0] != formed.shape[1]:
+        return len(parameter) == formed.shape[1]
+    return value.shape == formed.shape and value.stride() != formed.stride()
 
 
 def _pulled_back(formed: Tensor, leaf: Tensor, share: Tensor) -> Tensor:
@@ -329,7 +503,7 @@ def layers_noted(
     handles: list[RemovableHandle] = []
     for module, own in layers.items():
         handles.append(module.register_forward_pre_hook(Hook(functools.partial(begins, own))))
-        handles.append(module.register_forward_hook(Hook(ends), always_call=True))
+        handles.append(module.register_forward_hook(Hook(ends), always_call=True, prepend=True))
     return handles
 
 
@@ -366,23 +540,24 @@ def _named(names: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[s
 
 
 def _readings(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Reading]:
-    if func in CONVOLUTION or func in TRANSPOSED:
+    if func in CONVOLUTION or func in CONVOLUTION_TRANSPOSED:
         names = "input weight bias stride padding dilation groups"
-        if func in TRANSPOSED:
+        if func in CONVOLUTION_TRANSPOSED:
             names = "input weight bias stride padding output_padding groups dilation"
-        yield _convolution(func in TRANSPOSED, _named(names, args, kwargs))
+        yield _convolution(func in CONVOLUTION_TRANSPOSED, _named(names, args, kwargs))
     elif func in LINEAR:
         given = _named("input weight" if func is F.linear else "input other", args, kwargs)
         yield _product(given["input"], given["weight"] if func is F.linear else given["other"])
     elif func in MATMUL or func in ADDMM:
-        given = _named("input mat2" if func in MATMUL else "bias input mat2", args, kwargs)
-        left, right = given.get("input", given.get("mat1")), given.get("mat2", given.get("other"))
-        if kwargs.get("alpha", 1) != 1 or not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        tensors = [t for t in tensors_in((args, kwargs)) if t is not kwargs.get("out")]
+        if kwargs.get("alpha", 1) != 1 or len(tensors) < 2:
             return
+        left, right = tensors[-2:]
         if right.ndim > 1:
             yield _product(left, right, _turned)
             yield _product(right.mT, left, turned=_turned, data=right)
         else:
+            yield _product(left, right, _as_row, _as_column)
             yield _product(right, left)
     elif func is torch.einsum:
         yield from _readings_of_einsum(args)
@@ -394,6 +569,14 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 def _turned(tensor: Tensor) -> Tensor:
     return tensor.mT
+
+
+def _as_row(tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(0)
+
+
+def _as_column(tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(-1)
 
 
 def _convolution(transposed: bool, given: Mapping[str, Any]) -> Reading:
@@ -477,8 +660,11 @@ def _readings_of_einsum(args: Sequence[Any]) -> Iterator[Reading]:
     """``torch.einsum("...i,io->...o", x, weight)`` and the like: what is summed over are inputs, what is left of a weight outputs."""
     equation, *operands = args
     operands = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
-    left, _, right = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
+    left, arrow, right = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
     terms = left.split(",")
+    if not arrow:
+        alone = sorted(each for each in left if left.count(each) == 1 and each.isalpha())
+        right = ("..." if "..." in left else "") + "".join(alone)
     if not right or len(terms) != 2 or len(operands) != 2 or not all(isinstance(each, Tensor) for each in operands):
         return
     for data, weight, seen, letters in (operands + terms, operands[::-1] + terms[::-1]):
