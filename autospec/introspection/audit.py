@@ -18,6 +18,8 @@ from .rows import RowMap
 from .spectra import float64
 
 # The shares' sum and the gradient that arrived are two float32 sums of the same products in another order.
+# Rounding of what torch carries back through a matrix exponential or a decomposition of a weight, in those units (measured: 27).
+ROUNDING_OF_COMPUTED = 64
 GUARD_TOLERANCE = 8.0
 # The shares are compared with the gradient at every so many recorded steps: a model may change while it trains.
 GUARDED_EVERY = 64
@@ -219,6 +221,7 @@ def sum_of_shares(pending: Pending) -> tuple[Tensor, float]:
     scale = max(float(torch.linalg.matrix_norm(matrix)) for matrix in (*matrices, total))
     rounding = torch.finfo(pending.dtype or torch.float32).eps
     unit = rounding * scale * max(sum(pending.rows.values()), *pending.shape) ** 0.5
+    unit *= ROUNDING_OF_COMPUTED if pending.computed else 1
     # Near a stationary point rows cancel within each share, too.
     squares = pending.shares.rounding_of_products(list(pending.shares.counts), 0.0)
     walk = float(pending.walk) ** 0.5

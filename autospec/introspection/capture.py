@@ -252,7 +252,7 @@ class Capture:
             used.add(place)
             return self._reports[place](call)
 
-        samples = None if self.assignment is None else len(self.assignment.cells)
+        samples = None if self.assignment is None else uses.states_of(len(self.assignment.cells))
         tables, refused = weights_at(self.model, uses.tables), self._refused.setdefault
         mode = FunctionalUses(self.model, weights, samples, on_call, refused, tables, compare=first)
         self._functional = mode
@@ -706,7 +706,9 @@ class Capture:
             factors = Computed(factors.activation, factors.adjoint, factors.with_(none, none), use.call.computed)
         if not len(factors.adjoint):
             return False
-        pending.dtype = _coarsest(pending.dtype, use.dtype, use.call.outputs[0].dtype, factors.adjoint.dtype)
+        types = use.dtype, use.call.outputs[0].dtype, factors.adjoint.dtype, layer.parameter.dtype
+        pending.dtype = _coarsest(pending.dtype, *types)
+        pending.computed = pending.computed or use.call.computed is not None
         again = (id(use.forward), use.place, use.number) in layer.added
         layer.added.add((id(use.forward), use.place, use.number))
         if again and "adjoint" in self.factor_statistics:

@@ -196,7 +196,11 @@ def kept_apart(model: nn.Module, evaluated: bool = False) -> Iterator[set[nn.Mod
         If a copy calls a layer of the model that has weights or statistics.
     """
     copied: set[nn.Module] = set()
-    names = {module: name for name, module in model.named_modules() if _holds_tensors(module)}
+    names = {
+        module: name
+        for name, module in model.named_modules()
+        if _holds_tensors(module) and not isinstance(module, torch.jit.ScriptModule)
+    }
     outside: dict[nn.Module, tuple[bool, list[tuple[Tensor, Tensor]]]] = {}
 
     def own_begins(module: nn.Module, args: Any) -> None:

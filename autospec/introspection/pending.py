@@ -821,7 +821,7 @@ class Pending:
         self.exact: dict[bytes, Tensor] = {}
         self.arrived: Tensor | None = None
         self.walk: Tensor | float = 0.0
-        self.unnoted = self.began_empty = False
+        self.unnoted = self.began_empty = self.computed = False
         self.by_kernel: Tensor | None = None
         self.left_out: Tensor | None = None
         self._widths: dict[str, dict[int, int]] = {"activation": {}, "adjoint": {}}

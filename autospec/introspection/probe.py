@@ -32,6 +32,8 @@ from .lookups import Along, Origin, Place, lookups_in, lookups_marked, origins_o
 LONGEST_QUOTED = 160
 # Stands for what the model returns, among places.
 RETURNED: Place = ("", "")
+# A size that no tensor has.
+NO_STATES = -1
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,19 @@ class OwnUses:
         Those that meet data elementwise.
     tables : frozenset of (str, str)
         Those of nn.Embedding whose lookups, which all samples share, are followed until they meet data.
+    states : bool
+        Whether what is made of nothing, or held in a buffer, is data where it has a dimension of the number of samples and is
+        multiplied with a weight, as a state is.
     """
 
     places: frozenset[Place] = frozenset()
     spread: frozenset[Place] = frozenset()
     tables: frozenset[Place] = frozenset()
+    states: bool = True
+
+    def states_of(self, samples: int) -> int:
+        """The size that tells states."""
+        return samples if self.states else NO_STATES
 
 
 def weights_at(model: nn.Module, places: Collection[Place]) -> dict[nn.Parameter, Place]:
@@ -398,7 +408,8 @@ def _nan_rows(
 
     weights = weights_at(twin, uses.places)
     followed = weights_at(twin, uses.tables)
-    mode = FunctionalUses(twin, weights, samples, on_use, lambda *_: None, followed) if weights else None
+    states = uses.states_of(samples)
+    mode = FunctionalUses(twin, weights, states, on_use, lambda *_: None, followed) if weights else None
     if mode is not None:
         handles += layers_noted(weights_by_layer(twin, set(map(id, weights))), lambda: mode.within)
     for name, module in twin.named_modules():

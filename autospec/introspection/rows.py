@@ -38,7 +38,7 @@ from .lookups import (
     origins_of,
     possible_readings,
 )
-from .probe import OwnUses, Probe, Reading, code_words, finite, sequences_in, weights_at
+from .probe import NO_STATES, OwnUses, Probe, Reading, code_words, finite, sequences_in, weights_at
 from .spectra import irregular
 
 MAX_HYPOTHESES = 64
@@ -101,6 +101,7 @@ def map_rows(
     all_hooks: bool = False,
     known: Reading | None = None,
     tables: frozenset[Place] = frozenset(),
+    states: bool = True,
 ) -> RowMap:
     """Find which rows of every watched layer's input belong to which sample.
 
@@ -122,6 +123,8 @@ def map_rows(
         How a batch of another size was read: it decides where more than one reading is possible.
     tables : frozenset of (str, str)
         Tables that all samples share in a way in which their lookups have to be followed until they meet data.
+    states : bool
+        As for `OwnUses`.
 
     Returns
     -------
@@ -155,7 +158,9 @@ def map_rows(
         without_short_cuts(),
         kept_apart(model, evaluated=True) as copied,
     ):
-        twin, lookups, uses, all_hooks = _running_twin(model, copied, args, kwargs, samples, watched, all_hooks, tables)
+        twin, lookups, uses, all_hooks = _running_twin(
+            model, copied, args, kwargs, samples, watched, all_hooks, tables, states
+        )
         as_given = {place for place, lookup in lookups.items() if lookup.given}
         origins = origins_of(twin, args, kwargs, samples, [place for place in lookups if place not in as_given])
         for place, calls in origins.items():
@@ -225,16 +230,19 @@ def map_rows(
                     refusal = refusal or (_cannot_be_spread(spread[0]) if failed else error)
             if accepted:
                 break
-    if not accepted and not tables:
+    if not accepted and not tables and states:
         shared = [
             place for place, lookup in lookups.items() if place in watched and any(a.shared for a in likely(lookup))
         ]
         given = (batch_dim, all_hooks, known)
-        if shared:
+        others = [(frozenset(shared), True)] if shared else []
+        if uses.places or shared:  # a width that is the number of samples by chance makes a state of what is none
+            others.append((frozenset(shared), False))
+        for other in others:
             with suppress(WatchError):
-                return map_rows(model, args, kwargs, samples, watched, *given, frozenset(shared))
-        others = set(watched) - set(shared)
-        if shared and others and _can_be_mapped(model, args, kwargs, samples, others, *given):
+                return map_rows(model, args, kwargs, samples, watched, *given, *other)
+        rest = set(watched) - set(shared)
+        if shared and rest and _can_be_mapped(model, args, kwargs, samples, rest, *given):
             raise _cannot_be_spread(shared[0])
     if not accepted:
         if refusal is not None and not isinstance(refusal, UntracedRows):
@@ -315,6 +323,7 @@ def _running_twin(
     watched: Collection[Place],
     all_hooks: bool,
     tables: frozenset[Place],
+    states: bool,
 ) -> tuple[nn.Module, dict[Place, Indices], OwnUses, bool]:
     """A copy that runs, what it looks up in tables, which weights it uses itself, and whether it has all hooks.
 
@@ -326,13 +335,17 @@ def _running_twin(
         twin = _twin(model, hooks)
         copied.update(twin.modules())
         if not learns:
-            twin.requires_grad_(False)
+            for parameter in twin.parameters():
+                if parameter.is_leaf:  # those of a copied TorchScript part are none
+                    parameter.requires_grad_(False)
         try:
             used: dict[Place, bool] = {}
-            passed = functools.partial(_functional_uses, twin, args, kwargs, samples, watched, tables, used)
+            passed = functools.partial(
+                _functional_uses, twin, args, kwargs, samples if states else NO_STATES, watched, tables, used
+            )
             lookups = lookups_in(twin, args, kwargs, passed)
             spread = frozenset(place for place, elementwise in used.items() if elementwise)
-            return twin, lookups, OwnUses(frozenset(used), spread, tables), hooks
+            return twin, lookups, OwnUses(frozenset(used), spread, tables, states), hooks
         except WatchError:
             raise
         except Exception:
@@ -448,7 +461,7 @@ def _same_result(model: nn.Module, probe: Probe, samples: int) -> None:
     def result(spread: bool) -> list[Tensor]:
         marked = lookups_marked(twin, reading.lookups if spread else {}, samples, None, {})
         tables = weights_at(twin, probe.uses.spread if spread else ())
-        nothing = FunctionalUses(twin, tables, samples, lambda *_: None, lambda *_: None, tables)
+        nothing = FunctionalUses(twin, tables, probe.uses.states_of(samples), lambda *_: None, lambda *_: None, tables)
         mode = nothing if tables else nullcontext()
         with generators_kept(placed), unchanged(twin), marked, mode, _learning_as(twin, model) as weights:
             made = list(tensors_in(twin(*args, **kwargs)))
@@ -483,10 +496,11 @@ def _all_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 def _learning_as(twin: nn.Module, model: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Let a copy train as the model does; yields its weights that learn."""
     learn = {name: each.requires_grad for name, each in model.named_parameters()}
-    before = [(each, each.requires_grad) for each in twin.parameters()]
+    before = [(each, each.requires_grad) for each in twin.parameters() if each.is_leaf]
     twin.train(model.training)
     for name, each in twin.named_parameters():
-        each.requires_grad_(learn.get(name, False))
+        if each.is_leaf:
+            each.requires_grad_(learn.get(name, False))
     try:
         yield [each for each in twin.parameters() if each.requires_grad]
     finally:

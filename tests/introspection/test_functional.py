@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
 
 import autospec
 from autospec.introspection import WatchError
@@ -726,6 +729,341 @@ def test_positions_as_a_parameter_are_those_of_an_embedding():
     for statistic in STATISTICS:
         found, wanted = tree[f"layers/positions/{statistic}"], expected[f"layers/positions.weight/{statistic}"]
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+class Late(nn.Module):
+    """Uses its weight, or a layer's, as a function says, which may do something else at a later step."""
+
+    def __init__(self, use, **parameters):
+        super().__init__()
+        self.weight, self.layer = nn.Parameter(torch.randn(6, 6) / 2), nn.Linear(6, 6)
+        self.use, self.epoch = use, 0
+        for name, value in parameters.items():
+            setattr(self, name, nn.Parameter(value))
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.use(self, x)))
+
+
+def changed_in_place(model, x):
+    weight = model.weight.clone()
+    weight.mul_(1 + model.epoch)
+    return x @ weight
+
+
+def elementwise_later(model, x):
+    return x @ model.weight + (model.weight[:1] if model.epoch else 0)
+
+
+def in_training_alone(model, x):
+    return x @ model.weight * (1 + model.weight[1] if model.training else 1)
+
+
+LATER = {
+    "changed in place": changed_in_place,
+    "changed through a view": lambda m, x: F.linear(x, m.weight.clone().t().mul_(1 + m.epoch)),
+    "elementwise later": elementwise_later,
+    "in training alone": in_training_alone,
+    "another function later": lambda m, x: x @ (m.weight.exp() if m.epoch else m.weight),
+}
+
+
+def own_losses(model, x, steps):
+    """Spectra of each group at each step, in float64, and what was recorded, of the weight."""
+    labels, expected = LABELS, []
+    with autospec.watch(model, labels, quiet=True) as watcher:
+        for step in range(steps):
+            model.epoch = step
+            model.zero_grad()
+            loss_of(model(x)).backward()
+            watcher.step()
+            twin = copy_model(model).double()
+            losses = loss_by_sample(twin(x.double()))
+            of_groups = [losses[torch.from_numpy(member)].sum() for member in members(labels, len(x)).values()]
+            gradients = [torch.autograd.grad(each, twin.weight, retain_graph=True)[0] for each in of_groups]
+            expected.append(np.stack([svdvals(each) for each in gradients]))
+    return watcher.trajectories["layers/weight/gradient"].values, np.stack(expected)
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_a_model_does_later_is_seen(name):
+    torch.manual_seed(0)
+    model, x = Late(LATER[name]), torch.randn(N, 6)
+    if name == "in training alone":
+        with pytest.raises(WatchError, match="'weight' was used more often in training than in evaluation mode"):
+            own_losses(model, x, 3)
+        return
+    found, expected = own_losses(model, x, 3)
+    assert np.abs(found - expected).max() < 1e-6 * expected[..., 0].min()
+
+
+def test_what_a_model_cannot_be_watched_doing_later_is_refused_then():
+    model = Late(lambda m, x: x @ m.weight + (torch.cdist(x, m.weight) if m.epoch else 0))
+    with pytest.raises(WatchError, match=r"uses 'weight' in cdist\(\)"):
+        own_losses(model, torch.randn(N, 6), 2)
+
+
+def written(model, x):
+    model.room[:, :3] = x[:, :3]
+    return model.room @ model.weight
+
+
+def with_bias(model, x):
+    return F.linear(x, model.weight @ model.layer.weight, (model.weight @ model.layer.bias).tanh())
+
+
+USES = {
+    "a bias made of weights": with_bias,
+    "a bias of a convolution": lambda m, x: F.conv1d(x[:, None], m.weight[:, None, :3], -m.weight[:, 0]).sum(2),
+    "not differentiable": lambda m, x: x @ m.weight + x @ (m.weight > 0).to(x.dtype),
+    "another parameter": lambda m, x: x @ (m.weight * m.gain.exp()) + x @ (2 * m.frozen * m.weight),
+    "low rank": lambda m, x: x @ (m.frozen + m.weight @ m.frozen.t()),
+    "a state": lambda m, x: (
+        x @ m.weight + torch.zeros(len(x), 6, dtype=x.dtype) @ m.weight + x.new_zeros(len(x), 6) @ m.weight.t()
+    ),
+    "types": lambda m, x: x.to(m.weight) @ m.weight.type_as(x),
+    "softmax with a type": lambda m, x: x @ (torch.softmax(m.weight, 0, dtype=m.weight.dtype) @ m.frozen),
+    "implicit einsum": lambda m, x: torch.einsum("ni,io", x, m.weight),
+    "matrix and vector": lambda m, x: torch.stack([torch.mv(m.weight, each) for each in x]),
+    "one column": lambda m, x: torch.stack([x @ m.weight[i] for i in range(6)], 1),
+    "a long chain": lambda m, x: x @ long_chain(m.weight),
+    "baddbmm": lambda m, x: torch.baddbmm(x[:, None], x[:, None], m.weight.expand(len(x), 6, 6))[:, 0],
+}
+
+
+def long_chain(weight):
+    for _ in range(400):
+        weight = weight * 1.0
+    return weight
+
+
+@pytest.mark.parametrize("name", USES)
+def test_ways_to_use_a_weight(name):
+    torch.manual_seed(0)
+    model, x = Late(USES[name], gain=torch.randn(6), frozen=torch.randn(6, 6)), torch.randn(N, 6)
+    model.frozen.requires_grad_(False)
+    tree = record(Problem(model, x, loss_of, LABELS))
+    assert_definition(tree, model, x)
+    assert tree.attrs["audit"]["outside"] == {}
+    found = autospec.testing.check(model, x, LABELS, quiet=True)
+    assert found.errors
+    assert max(found.errors.values()) < 1e-5
+
+
+def test_what_is_written_into_a_part_of_a_buffer_makes_it_data():
+    torch.manual_seed(0)
+    model, x = Late(written), torch.randn(N, 6)
+    model.register_buffer("room", torch.zeros(N, 6))
+    tree = record(Problem(model, x, loss_of, LABELS))
+    assert_definition(tree, model, x)
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(_, weight):
+        return weight.sign()
+
+    @staticmethod
+    def backward(_, gradient):
+        return gradient
+
+
+REFUSED = {
+    "a function of autograd's own": (lambda m, x: x @ StraightThrough.apply(m.weight), r"autograd\.Function"),
+    "vmap": (lambda m, x: torch.vmap(lambda each: each @ m.weight)(x), r"'weight' in (matmul|mv|mm)\(\)"),
+    "drawn of a weight": (lambda m, x: x @ torch.normal(m.weight, 0.1), r"draws parts of 'weight' at random"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_uses_that_are_refused(name):
+    use, said = REFUSED[name]
+    with pytest.raises(WatchError, match=said):
+        record(Problem(Late(use), torch.randn(N, 6), loss_of, LABELS))
+
+
+def test_a_mask_that_is_drawn_by_itself_is_what_was_drawn():
+    def use(model, x):
+        mask = torch.empty_like(model.weight).bernoulli_(0.5) if model.training else 0.5
+        return x @ (model.weight * mask)
+
+    torch.manual_seed(0)
+    model, x = Late(use), torch.randn(N, 6)
+    other = copy.deepcopy(model)
+    tree = record(Problem(model, x, loss_of, LABELS))
+    torch.manual_seed(11)  # as Problem does
+    loss_of(other(x)).backward()
+    assert torch.equal(model.weight.grad, other.weight.grad)
+    assert error(spectrum(tree, "weight", "gradient"), svdvals(model.weight.grad)) < 1e-6
+    assert tree.attrs["audit"]["outside"] == {}
+
+
+def test_a_generator_of_the_users_own_draws_what_it_would():
+    def use(model, x):
+        return x @ (model.weight * torch.bernoulli(0.5 + 0 * model.weight, generator=generator))
+
+    generator = torch.Generator().manual_seed(1)
+    model = Late(use)
+    with pytest.raises(WatchError, match="draws parts of 'weight' at random"):
+        record(Problem(model, torch.randn(N, 6), loss_of, LABELS))
+
+
+@pytest.mark.parametrize("name", ["weight norm", "pruned", "divided by its norm"])
+def test_activation_checkpointing_with_weights_that_are_computed(name):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = COMPUTED[name]()
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+    torch.manual_seed(0)
+    model, x = Checkpointed(), torch.randn(N, T, 6)
+    assert_definition(record(Problem(model, x, loss_of, LABELS)), model, x)
+
+
+def test_elementwise_in_a_checkpoint_is_refused_where_more_would_be_kept():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.positions, self.out = (
+                nn.Parameter(torch.randn(T, 6)),
+                nn.Parameter(torch.randn(T, 6)),
+                nn.Linear(6, 2),
+            )
+            self.gated = True
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+        def inner(self, x):
+            return self.out(torch.tanh((x + self.positions) * (self.gate if self.gated else 1)))
+
+    torch.manual_seed(0)
+    model, x = Checkpointed(), torch.randn(N, T, 6)
+    with pytest.raises(WatchError, match=r"'gate' in mul\(\)"):
+        record(Problem(model, x, loss_of, LABELS))
+    model.gated = False
+    tree = record(Problem(model, x, loss_of, LABELS), layers=["!gate"])
+    assert_definition(tree, model, x)
+
+
+def test_a_layer_that_is_given_a_weight_is_refused_or_watched_without_groups():
+    class Prototypes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.prototypes, self.project = nn.Parameter(torch.randn(4, 6)), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return x @ self.project(self.prototypes).T
+
+    torch.manual_seed(0)
+    model, x = Prototypes(), torch.randn(N, 6)
+    with pytest.raises(WatchError, match="input of 'project' belong to no sample"):
+        record(Problem(model, x, loss_of, LABELS))
+    assert_definition(record(Problem(model, x, loss_of, None)), model, x, None)
+
+
+def test_a_width_that_is_the_number_of_samples_makes_no_state_of_a_constant():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(N, N)), nn.Tanh(), nn.Linear(N, 3))
+    x = torch.randn(N, N, N)
+    tree = record(Problem(model, x, loss_of, LABELS), batch_dim=0)
+    assert_definition(tree, model, x)
+
+
+def test_angles_are_those_of_the_inputs_whatever_is_computed_of_a_weight():
+    torch.manual_seed(0)
+    x, angles = torch.randn(N, T, 6), []
+    weight = torch.randn(5, 6) / 2
+    for use, shape in (
+        (lambda x, w, b: x @ w.T, weight),
+        (lambda x, w, b: x @ w, weight.T),
+        (lambda x, w, b: x @ (w * 1.0), weight.T),
+        (lambda x, w, b: F.linear(x, 1.0 * w), weight),
+    ):
+        layer = Own(use, *shape.shape)
+        layer.weight.data.copy_(shape)
+        tree = record(Problem(layer, x, loss_of, LABELS), statistics=["gradient", "angles"], angles=2)
+        angles.append(tree["contrasts/a - b/weight/angles"].values[0, :2])
+    assert (angles[0] > 1e-3).all()
+    for each in angles[1:]:
+        np.testing.assert_allclose(each, angles[0], rtol=1e-4)
+
+
+def test_alignment_is_that_of_plain_uses_alone():
+    torch.manual_seed(0)
+    model = Late(lambda m, x: x @ (m.weight * m.weight) + x @ m.weight)
+    node = record(Problem(model, torch.randn(N, 6), loss_of, LABELS))["layers/weight"]
+    assert "alignment" not in node
+
+
+def test_a_cache_of_parametrizations_is_no_other_training():
+    torch.manual_seed(0)
+    model, x = between(parametrized(nn.Linear(6, 5))), torch.randn(N, T, 6)
+    with nn.utils.parametrize.cached():
+        tree = record(Problem(model, x, loss_of, LABELS))
+    assert_definition(tree, model, x)
+    with nn.utils.parametrize.cached(), autospec.watch(model, LABELS, quiet=True):
+        model(x)
+        with pytest.raises(WatchError, match=r"within parametrize\.cached\(\) before this forward pass"):
+            model(x)
+
+
+def test_nothing_is_kept_alive_by_weights_that_are_computed():
+    torch.manual_seed(0)
+    model, x = Late(lambda m, x: x @ (m.weight / m.weight.norm())), torch.randn(N, 6)
+
+    def wide():
+        return sum(
+            type(each) is torch.Tensor and each.dtype == torch.float64 and each.shape == (6, 6)
+            for each in gc.get_objects()
+        )
+
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        counts = []
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                loss_of(model(x)).backward()
+                watcher.step()
+                model.zero_grad()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    counts.append(wide())
+        finally:
+            gc.enable()
+    assert counts[1:] == counts[1:2] * 4
+
+
+class Mine(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [lambda use: Own(use, 6, 6), lambda use: Attended(use)], ids=["own", "attention"])
+def test_modes_of_the_users_own_are_left_after_an_interruption(make):
+    def stop(x, *_):
+        raise KeyboardInterrupt
+
+    model, x = make(stop), torch.randn(N, T, 6)
+    with torch.device("cpu"), autospec.watch(model, None, quiet=True), pytest.raises(KeyboardInterrupt), Mine():
+        model(x)
+    assert modes() == []
+
+
+class Attended(nn.Module):
+    """Stops within an attention, by a hook on what it returns."""
+
+    def __init__(self, stop):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.stop = stop
+
+    def forward(self, x):
+        return self.inner(x, x, x, attn_mask=self.stop(x))
 
 
 def test_a_weight_that_is_used_in_no_way_that_can_be_watched_is_refused_at_the_first_pass():

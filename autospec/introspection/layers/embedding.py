@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -121,6 +122,48 @@ class SpreadCall(LayerCall):
         adjoint = adjoints[0]
         assert adjoint is not None
         return Lookup(self.inputs[0].flatten(), adjoint.reshape(-1, adjoint.shape[-1]), self.rows)
+
+    def constant(self, parameter: str) -> Tensor | None:
+        """Nothing: the spectrum of indices is a count."""
+        return None
+
+
+class BiasCall(LayerCall):
+    """A bias that is made of weights: a table of one row, which all rows of a product or entries of a convolution meet.
+
+    Parameters
+    ----------
+    product : LayerCall
+        What is reported of the product or the convolution to which it is added.
+    """
+
+    def __init__(self, product: LayerCall) -> None:
+        self.product = product
+        self.inputs, self.outputs, self.parameters = product.inputs, product.outputs, product.parameters
+
+    def marks(self, parameter: str) -> Tensor:
+        """As of the product."""
+        return self.product.marks(parameter)
+
+    def entries(self, parameter: str, output: Tensor) -> Tensor:
+        """As of the product."""
+        return self.product.entries(parameter, output)
+
+    def leave_graph(self) -> None:
+        """As the product does."""
+        self.product.leave_graph()
+        super().leave_graph()
+
+    def release(self) -> None:
+        """As the product does."""
+        self.product.release()
+        super().release()
+
+    def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Lookup:
+        """Derivatives at the sum, one row for each; of a convolution summed over positions."""
+        adjoint = self.product.factors(parameter, adjoints, workspace).adjoint
+        adjoint = adjoint.flatten(2).sum(2) if adjoint.ndim > 2 else adjoint
+        return Lookup(torch.zeros(len(adjoint), dtype=torch.int64, device=adjoint.device), adjoint, 1)
 
     def constant(self, parameter: str) -> Tensor | None:
         """Nothing: the spectrum of indices is a count."""

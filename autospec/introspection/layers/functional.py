@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
@@ -26,7 +28,7 @@ from ..spectra import float64
 from .attention import looked_through
 from .call import LayerCall, Place
 from .convolution import ConvolutionCall, Geometry
-from .embedding import SpreadCall
+from .embedding import BiasCall, SpreadCall
 from .linear import LinearCall
 
 LINEAR = (F.linear, torch.inner, Tensor.inner)
@@ -120,10 +122,18 @@ class Made:
         return len(self.weights) == 1 and self.tensor is self.weights[0]
 
     @property
+    def unchanged(self) -> bool:
+        """Whether it holds what it was made as."""
+        return self.is_weight or self.tensor._version == self.version
+
+    @property
     def known(self) -> bool:
-        """Whether the call, made again, gives what it holds now."""
-        changed = any(_version(tensor) != version for tensor, version in self.constants)
-        return self.is_weight or (self.by is not None and self.tensor._version == self.version and not changed)
+        """Whether the calls, made again, give what it was made as."""
+        return all(
+            each.is_weight
+            or (each.by is not None and all(_version(tensor) == version for tensor, version in each.constants))
+            for each in self.in_order()
+        )
 
     def in_order(self) -> list[Made]:
         """It after all that it is computed of, each once."""
@@ -198,11 +208,16 @@ class FollowedWeights(LookingOn):
         self._fresh: dict[int, tuple[Tensor, int]] = {}
         self._remember(self._constants, constants_of(model))
         self._remember(self._fresh, (p for p in model.parameters() if p not in self.weights))
+        # What is computed of weights where autograd does not follow.
+        self._values_of: dict[int, tuple[nn.Parameter, ...]] = {}
         self.within: list[Collection[int]] = []
 
     def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:
         """Carry out a call that takes what is made of weights, and maybe data; return what shall be its result."""
         raise NotImplementedError
+
+    def see(self, call: Call) -> None:
+        """Look at a call that takes no such thing before it is carried out."""
 
     @outside_graphs
     def __torch_function__(
@@ -221,6 +236,7 @@ class FollowedWeights(LookingOn):
             with self:
                 return looked_through()(*args, **call.kwargs)
         if not weights or func in FORM_ALONE:
+            self.see(call)
             held = all(map(self.holds, taken))
             result = call.made()
             if held:
@@ -271,6 +287,8 @@ class FollowedWeights(LookingOn):
         weights = tuple(self._weights(given))
         made = list(tensors_in(result))
         if not weights or call.func in DETACHED or call.func in FORM_ALONE or not torch.is_grad_enabled():
+            if weights and not torch.is_grad_enabled():
+                self._values_of |= {id(t): weights for t in made if id(t) not in self.made and not t.requires_grad}
             fresh = call.func in FORM_ALONE or not any(self._is_in(self._constants, t) for t in given)
             self._remember(self._fresh if fresh else self._constants, (t for t in made if id(t) not in self.made))
             # What was written into, of what is held, is held still.
@@ -279,13 +297,14 @@ class FollowedWeights(LookingOn):
             return
         of = {id(t): self.made[id(t)] for t in given if id(t) in self.made}
         changed = of.get(id(call.args[0])) if call.in_place else None
-        known = all(each.known or each is changed for each in of.values())
-        if changed is not None and not changed.is_weight:
-            known = known and changed.by is not None and changed.tensor._version == changed.version + 1
+        # Of what somebody else has changed in between, as by a view of it, what it holds is not known.
+        followed = all(each.unchanged for each in of.values() if each is not changed)
+        if changed is not None:
+            followed = followed and not changed.is_weight and changed.tensor._version == changed.version + 1
+        constants = [(t, _version(t)) for t in given if id(t) not in of]
         for number, tensor in enumerate(made):
-            if id(tensor) not in self.made or call.in_place:
-                by = call if known and not (changed is not None and changed.is_weight) else None
-                constants = [(t, _version(t)) for t in given if id(t) not in of]
+            if id(tensor) not in self.made or changed is not None:
+                by = call if followed else None
                 self.made[id(tensor)] = Made(tensor, tensor._version, weights, by, number, of, constants)
 
 
@@ -322,34 +341,61 @@ class FunctionalUses(FollowedWeights):
 
     def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:
         """Carry out the call, and report it."""
-        given = [t for t in call.tensors if t.ndim]
+        given = [t for t in (call.tensors[:1] if call.func in FORM_OF_OTHERS else call.tensors) if t.ndim]
         with_data = any(map(self.is_data, given))
         readings = list(_readings(call.func, call.args, call.kwargs))
         spread = self._spread(call, given)
         if spread is None:
             result = call.made()
         else:
-            placed, reading = spread
-            readings, result = [reading], call.made({id(reading.weight): placed})
+            placed, table = spread
+            readings, result = [table], call.made({id(table.weight): placed})
         found = self._reported(readings, result)
         if found is None and not with_data:
             self.note(call, result)
             return result
-        weight, calls = found or (None, [])
-        for place, reported in calls:
-            replacement = self.on_call(place, reported, result)
+        reading, calls = found or (None, [])
+        reported = [] if reading is None else [reading.weight]
+        bias = None if reading is None else reading.bias
+        if reading is not None and isinstance(bias, Tensor) and bias.ndim == 1 and self._weights([bias]):
+            added = self._bias(reading, bias, result)
+            calls, reported = calls + added, [*reported, bias] if added else reported
+        for place, each in calls:
+            replacement = self.on_call(place, each, result)
             result = result if replacement is None else replacement
-        # A bias, say, that is made of weights, too.
-        for other in self._weights(t for t in given if t is not weight):
+        for other in self._weights(t for t in given if all(t is not each for each in reported)):
             self.on_other(self.places[other], getattr(call.func, "__name__", str(call.func)))
         return result
+
+    def _bias(self, reading: Reading, bias: Tensor, result: Tensor) -> list[tuple[Place, LayerCall]]:
+        """What is reported of a bias that is made of weights: a table of one row, which all rows meet."""
+        made = self.made[id(bias)]
+        if not (made.unchanged and made.known):
+            return []
+        value, leaves = self._computed_again(made)
+        calls: list[tuple[Place, LayerCall]] = []
+        for parameter, leaf in leaves.items() if value.requires_grad else ():
+            place = self.places[parameter]
+            product = reading.report(place[1], reading.form(reading.weight.detach()).shape, None, False, result)
+            if product is not None:
+                call = BiasCall(product)
+                call.computed = functools.partial(_pulled_back, value, leaf)
+                calls.append((place, call))
+        return calls
+
+    def see(self, call: Call) -> None:
+        """Notice what a torch.autograd.Function makes of a weight: a value of the weight's that has a gradient all the same."""
+        for tensor in call.tensors if self._values_of else ():
+            if tensor.requires_grad and id(tensor) in self._values_of and torch.is_grad_enabled():
+                for weight in self._values_of[id(tensor)]:
+                    self.on_other(self.places[weight], "torch.autograd.Function.apply")
 
     def _spread(self, call: Call, given: Sequence[Tensor]) -> tuple[Tensor, Reading] | None:
         """A table that meets data elementwise, spread over these as broadcasting would spread it, and how to read that."""
         tables = {id(t): t for t in given if id(t) in self.made}
         data = [t for t in given if self.is_data(t) and t.is_floating_point()]
         # Checkpointing compares what is kept with what is when the call is made again, without anybody looking on.
-        kept = call.func not in SUMS and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        kept = call.func not in SUMS and _hooks_on_saved_tensors()
         if call.func not in ELEMENTWISE or len(tables) != 1 or not data or kept or _transformed():
             return None
         (table,) = tables.values()
@@ -362,8 +408,8 @@ class FunctionalUses(FollowedWeights):
 
     def _reported(
         self, readings: Iterable[Reading], result: Any
-    ) -> tuple[Tensor, list[tuple[Place, LayerCall]]] | None:
-        """A tensor that is made of weights and meets data in such a way, and what a rule would report for each of these weights."""
+    ) -> tuple[Reading, list[tuple[Place, LayerCall]]] | None:
+        """How a tensor that is made of weights meets data, and what a rule would report for each of these weights."""
         for reading in readings if isinstance(result, Tensor) and not _transformed() else ():
             data, weight = reading.data, reading.weight
             if not (isinstance(data, Tensor) and isinstance(weight, Tensor)) or data.layout != torch.strided:
@@ -375,8 +421,8 @@ class FunctionalUses(FollowedWeights):
             if lies is not None:
                 place = self.places[made.weights[0]]
                 call = reading.report(place[1], reading.form(weight).shape, *lies, result)
-                return None if call is None else (weight, [(place, call)])
-            if not all(each.known or each.by is None for each in made.in_order()) or made.by is None:
+                return None if call is None else (reading, [(place, call)])
+            if not (made.unchanged and made.known):
                 return None
             value, leaves = self._computed_again(made)
             formed = reading.form(value)
@@ -389,7 +435,7 @@ class FunctionalUses(FollowedWeights):
                 call.computed = functools.partial(_pulled_back, formed, leaf)
                 call.inputs_first = _inputs_first(parameter, value, formed)
                 calls.append((place, call))
-            return weight, calls
+            return reading, calls
         return None
 
     def _computed_again(self, made: Made) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
@@ -429,7 +475,7 @@ class FunctionalUses(FollowedWeights):
             return float64(tensor).clone() if tensor.is_floating_point() else tensor.clone()
 
         # Checkpointing counts what is kept for the backward pass.
-        unpacked = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+        unpacked = saved_tensors_hooks(Tensor.detach, _as_it_is) if _hooks_on_saved_tensors() else nullcontext()
         with torch.enable_grad(), torch.autocast(made.tensor.device.type, enabled=False), unpacked:
             for convert in (wide, Tensor.clone):
                 leaves = {w: convert(w.detach()).requires_grad_() for w in weights}
@@ -456,6 +502,11 @@ def _same_weight(made: Made, value: Tensor) -> bool:
     if not seen.numel():
         return True
     return bool((float64(value.detach()) - seen).abs().max() <= tolerance * seen.abs().max())
+
+
+def _hooks_on_saved_tensors() -> bool:
+    """Whether somebody, as activation checkpointing does, takes what autograd keeps for the backward pass."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _transformed() -> bool:
@@ -525,6 +576,8 @@ class Reading:
         is no such part of the parameter.
     report : callable
         Makes what a rule would report, of the parameter's name, the shape of the form, the two of ``lies``, and what was returned.
+    bias : Tensor or None
+        What is added to each row of what is returned.
     """
 
     data: Any
@@ -532,6 +585,7 @@ class Reading:
     form: Callable[[Tensor], Tensor]
     lies: Callable[[nn.Parameter], tuple[tuple[int, int] | None, bool] | None]
     report: Callable[[str, torch.Size, tuple[int, int] | None, bool, Tensor], LayerCall | None]
+    bias: Any = None
 
 
 def _named(names: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -546,15 +600,16 @@ def _readings(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
             names = "input weight bias stride padding output_padding groups dilation"
         yield _convolution(func in CONVOLUTION_TRANSPOSED, _named(names, args, kwargs))
     elif func in LINEAR:
-        given = _named("input weight" if func is F.linear else "input other", args, kwargs)
-        yield _product(given["input"], given["weight"] if func is F.linear else given["other"])
+        given = _named("input weight bias" if func is F.linear else "input other", args, kwargs)
+        yield _product(given["input"], given["weight" if func is F.linear else "other"], bias=given.get("bias"))
     elif func in MATMUL or func in ADDMM:
         tensors = [t for t in tensors_in((args, kwargs)) if t is not kwargs.get("out")]
         if kwargs.get("alpha", 1) != 1 or len(tensors) < 2:
             return
         left, right = tensors[-2:]
+        bias = tensors[0] if func in ADDMM else None
         if right.ndim > 1:
-            yield _product(left, right, _turned)
+            yield _product(left, right, _turned, bias=bias)
             yield _product(right.mT, left, turned=_turned, data=right)
         else:
             yield _product(left, right, _as_row, _as_column)
@@ -593,7 +648,7 @@ def _convolution(transposed: bool, given: Mapping[str, Any]) -> Reading:
         geometry = Geometry.of_function(tuple(shape), stride, padding, dilation, given.get("groups", 1), transposed)
         return ConvolutionCall(geometry, given["input"], result, name)
 
-    return Reading(given["input"], weight, _as_it_is, lies, report)
+    return Reading(given["input"], weight, _as_it_is, lies, report, given.get("bias"))
 
 
 def _product(
@@ -602,6 +657,7 @@ def _product(
     form: Callable[[Tensor], Tensor] = _as_it_is,
     turned: Callable[[Tensor], Tensor] | None = None,
     data: Any = None,
+    bias: Any = None,
 ) -> Reading:
     """``rows @ form(weight).T``; turned, the result has the shape (..., outputs).  The rows may be a view of the data."""
 
@@ -621,7 +677,7 @@ def _product(
         fits = len(shape) == 2 and made.shape == (*rows.shape[:-1], shape[0])
         return LinearCall(name, rows, result, part, transposed, turned) if fits else None
 
-    return Reading(rows if data is None else data, weight, matrix, lies, report)
+    return Reading(rows if data is None else data, weight, matrix, lies, report, bias)
 
 
 def _spread_over(shape: torch.Size, data: Tensor, table: Tensor) -> tuple[Tensor, Reading]:
