@@ -40,7 +40,7 @@ class WatchedParameter:
 
 
 def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: str) -> list[WatchedParameter]:
-    """List the matrices of a model that have a rule.
+    """List the matrices of a model that can be watched, or may turn out to be where the model uses them.
 
     Parameters
     ----------

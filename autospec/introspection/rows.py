@@ -663,7 +663,8 @@ def refused_uses(refused: Mapping[Place, str]) -> WatchError:
     uses = ", and ".join(f"'{name}' in {of}()" for name, of in names.items())
     return WatchError(
         f"the model uses {uses}, where it cannot be watched: outside of torch's layers only products, convolutions and sums of data "
-        "with a weight, or with what is computed of weights and buffers alone, can be. Call a layer instead, detach the weight where nothing is learned of it, or leave it out with "
+        "with a weight, or with what is computed of weights and constants alone, can be. Call a layer instead, detach the weight where "
+        "nothing is learned of it, or leave it out with "
         f"layers={[f'!{name}' for name in names]}."
     )
 

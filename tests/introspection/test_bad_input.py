@@ -148,7 +148,7 @@ MISTAKES = {
         lambda: OwnConvolution(N, 3, 1),
         LABELS,
         {},
-        ["'weight' in index_select()", "what is computed of weights and buffers", "layers=['!weight']"],
+        ["'weight' in index_select()", "what is computed of weights and constants", "layers=['!weight']"],
     ),
     "a Linear with its own forward pass, skipped": (
         lambda: OwnForward(4, 3),
