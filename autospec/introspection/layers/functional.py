@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from ..arguments import instances_in, replaced, tensors_in
+from ..arguments import PLAIN, instances_in, replaced, tensors_in
 from ..copies import constants_of
 from ..errors import WatchError
 from ..generators import restore_random_state, torch_random_state
@@ -74,10 +74,16 @@ class Call:
         name = getattr(self.func, "__name__", "")
         return name.endswith("_") and not name.endswith("__") and bool(self.args) and isinstance(self.args[0], Tensor)
 
-    @property
+    @functools.cached_property
     def tensors(self) -> list[Tensor]:
         """The tensors among its arguments."""
-        return list(tensors_in((self.args, self.kwargs)))
+        found: list[Tensor] = []
+        for each in (*self.args, *self.kwargs.values()):
+            if isinstance(each, Tensor):
+                found.append(each)
+            elif type(each) not in PLAIN:
+                found += tensors_in(each)
+        return found
 
     def made(self, others: Mapping[int, Tensor] | None = None) -> Any:
         """Carry it out, with others in place of some tensors, by their identities."""
@@ -343,8 +349,8 @@ class FunctionalUses(FollowedWeights):
         """Carry out the call, and report it."""
         given = [t for t in (call.tensors[:1] if call.func in FORM_OF_OTHERS else call.tensors) if t.ndim]
         with_data = any(map(self.is_data, given))
-        readings = list(_readings(call.func, call.args, call.kwargs))
-        spread = self._spread(call, given)
+        readings: Iterable[Reading] = _readings(call)
+        spread = self._spread(call, given) if call.func in ELEMENTWISE else None
         if spread is None:
             result = call.made()
         else:
@@ -396,7 +402,7 @@ class FunctionalUses(FollowedWeights):
         data = [t for t in given if self.is_data(t) and t.is_floating_point()]
         # Checkpointing compares what is kept with what is when the call is made again, without anybody looking on.
         kept = call.func not in SUMS and _hooks_on_saved_tensors()
-        if call.func not in ELEMENTWISE or len(tables) != 1 or not data or kept or _transformed():
+        if len(tables) != 1 or not data or kept or _transformed():
             return None
         (table,) = tables.values()
         try:
@@ -593,7 +599,8 @@ def _named(names: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[s
     return {**dict(zip(names.split(), args, strict=False)), **kwargs}
 
 
-def _readings(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Reading]:
+def _readings(call: Call) -> Iterator[Reading]:
+    func, args, kwargs = call.func, call.args, call.kwargs
     if func in CONVOLUTION or func in CONVOLUTION_TRANSPOSED:
         names = "input weight bias stride padding dilation groups"
         if func in CONVOLUTION_TRANSPOSED:
@@ -603,7 +610,7 @@ def _readings(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         given = _named("input weight bias" if func is F.linear else "input other", args, kwargs)
         yield _product(given["input"], given["weight" if func is F.linear else "other"], bias=given.get("bias"))
     elif func in MATMUL or func in ADDMM:
-        tensors = [t for t in tensors_in((args, kwargs)) if t is not kwargs.get("out")]
+        tensors = [t for t in call.tensors if t is not kwargs.get("out")]
         if kwargs.get("alpha", 1) != 1 or len(tensors) < 2:
             return
         left, right = tensors[-2:]
@@ -702,13 +709,13 @@ def _rows_of(whole: Tensor, matrix: Tensor) -> tuple[tuple[int, int] | None, boo
     """Which rows of a matrix another one is, or, transposed, its transpose is, by where they lie."""
     if matrix.ndim != 2 or matrix.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
         return None
+    (many, width), (over_rows, over_columns) = whole.shape, whole.stride()
+    first, between = divmod(int(matrix.storage_offset() - whole.storage_offset()), max(over_rows, 1))
     for transposed, seen in ((False, matrix), (True, matrix.T)):
-        strides = zip(seen.shape, seen.stride(), whole.stride(), strict=True)
-        lies = all(mine == its for size, mine, its in strides if size > 1) and seen.shape[1] == whole.shape[1]
-        offset = int(seen.storage_offset() - whole.storage_offset())
-        first, between = divmod(offset, max(whole.stride(0), 1))
-        if lies and not between and 0 <= first <= len(whole) - len(seen):
-            return None if len(seen) == len(whole) else (first, len(whole)), transposed
+        (rows, columns), (rows_apart, columns_apart) = seen.shape, seen.stride()
+        apart = rows > 1 and rows_apart != over_rows, columns > 1 and columns_apart != over_columns
+        if columns == width and not any(apart) and not between and 0 <= first <= many - rows:
+            return None if rows == many else (first, many), transposed
     return None
 
 
