@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
@@ -148,6 +149,8 @@ class Probe:
         From which entries of the inputs the indices of lookups come, where these are followed.
     as_given : set of (str, str)
         Lookups whose indices are inputs as they were given.
+    plain_attention : bool
+        Whether attention is computed step by step, which takes room, instead of by kernels that give zeros for a query that is NaN.
     shapes : dict of (str, str) to list of tuple of int
         Shapes of what each use of each watched matrix received in the last pass.
     """
@@ -161,6 +164,7 @@ class Probe:
     uses: OwnUses
     origins: Mapping[Place, list[Origin]]
     as_given: set[Place]
+    plain_attention: bool = False
     shapes: dict[Place, list[tuple[int, ...]]] = field(default_factory=dict)
 
     def given(self, others: Mapping[int, Tensor | np.ndarray], samples: int) -> Probe:
@@ -198,7 +202,15 @@ class Probe:
         looked_up = lookups_marked(self.twin, self.reading.lookups, len(word), word, self.origins)
         self.shapes.clear()
         seeing = _nan_rows(self.twin, len(word), self.watched, self.uses, self.shapes, begun)
-        with unchanged(self.twin), without_validation(), looked_up, seeing as seen, _begun(self.twin, begun, seen):
+        attention = sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext()
+        with (
+            unchanged(self.twin),
+            without_validation(),
+            attention,
+            looked_up,
+            seeing as seen,
+            _begun(self.twin, begun, seen),
+        ):
             returned = self.twin(*replaced(self.args, marked), **replaced(self.kwargs, marked))
         seen[RETURNED] = [
             (hold_nan(each, each.ndim - 1) if each.ndim > 1 else each.isnan()).cpu().numpy()

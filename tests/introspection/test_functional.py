@@ -580,6 +580,26 @@ def test_learned_queries_are_rows_like_others():
     assert_definition(tree, model, x)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_learned_queries_of_heads_are_traced_though_kernels_of_attention_lose_nan(heads):
+    class Pooling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.of_query = nn.Parameter(torch.randn(1, 2, 6)), nn.Linear(6, 6)
+            self.of_key = nn.Parameter(torch.randn(6, 6) / 2)
+
+        def forward(self, x):
+            query, key, value = self.of_query(self.query.expand(len(x), -1, -1)), x @ self.of_key, x
+            query, key, value = (each.unflatten(2, (heads, -1)).transpose(1, 2) for each in (query, key, value))
+            return F.scaled_dot_product_attention(query, key, value)
+
+    torch.manual_seed(0)
+    model, x = Pooling(), torch.randn(N, T, 6)
+    tree = record(Problem(model, x, loss_of, LABELS))
+    assert list(tree["layers"].children) == ["of_key", "of_query.weight"]
+    assert_definition(tree, model, x)
+
+
 def test_rows_may_be_given():
     class Mixed(nn.Module):
         def __init__(self):

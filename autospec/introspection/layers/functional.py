@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -512,7 +513,14 @@ def _same_weight(made: Made, value: Tensor) -> bool:
 
 def _hooks_on_saved_tensors() -> bool:
     """Whether somebody, as activation checkpointing does, takes what autograd keeps for the backward pass."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None:
+        return top(True) is not None
+    # Older releases of torch do not say so, but checkpointing can be seen to run.
+    checkpoint, frame = sys.modules.get("torch.utils.checkpoint"), sys._getframe()
+    while frame is not None and checkpoint is not None and frame.f_code.co_filename != checkpoint.__file__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and checkpoint is not None
 
 
 def _transformed() -> bool:
