@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.func import functional_call
 
 from autospec.introspection import Watcher
@@ -307,7 +308,7 @@ class _Copies(FollowedWeights):
 
     def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:
         """Carry out the call, and let the samples of a group meet the copies."""
-        given = call.tensors
+        given = self.taken(call)
         rows = [t for t in given if self.is_data(t) or (self.may_be_rows(t) and call.func in (*LINEAR, *MATMUL))]
         if not rows:
             result = call.made()
@@ -504,10 +505,14 @@ def _shares_by_copies(
     with generators_kept(list(twin.parameters())), mode:
         seed_random_numbers(SEED)
         value = loss(_call(twin, batch))
-    compared = [name for name in copies if name not in reasons]
-    if not compared:
-        return {}, reasons
-    gradients = torch.autograd.grad(value, [copies[name] for name in compared], allow_unused=True)
+        compared = [name for name in copies if name not in reasons]
+        if not compared:
+            return {}, reasons
+        # Activation checkpointing makes calls again, which torch.autograd.grad keeps the mode from seeing.
+        inputs = tuple(copies[name] for name in compared)
+        gradients = _engine_run_backward(
+            (value,), (torch.ones_like(value),), False, False, inputs, allow_unreachable=True, accumulate_grad=False
+        )
     shares = {
         name: (gradient.to_dense() if gradient.is_sparse else gradient).reshape(gradient.shape[0], -1)
         for name, gradient in zip(compared, gradients, strict=True)

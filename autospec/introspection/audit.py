@@ -18,9 +18,9 @@ from .rows import RowMap
 from .spectra import float64
 
 # The shares' sum and the gradient that arrived are two float32 sums of the same products in another order.
+GUARD_TOLERANCE = 8.0
 # Rounding of what torch carries back through a matrix exponential or a decomposition of a weight, in those units (measured: 27).
 ROUNDING_OF_COMPUTED = 64
-GUARD_TOLERANCE = 8.0
 # The shares are compared with the gradient at every so many recorded steps: a model may change while it trains.
 GUARDED_EVERY = 64
 # Rounding of torch's sum over very many rows that cancel, in units of the product of the factors' norms (measured: 0.14, where

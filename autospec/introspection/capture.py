@@ -31,6 +31,7 @@ from .layers import (
     LayerCall,
     LookupCall,
     OnCall,
+    SpreadCall,
     allow_short_cuts,
     layers_noted,
     rule_for,
@@ -540,6 +541,12 @@ class Capture:
                 self.differentiated = True
                 self._note_what_was_added()
             refusal = forward.error
+            if torch.is_grad_enabled() and isinstance(call, SpreadCall):
+                raise WatchError(
+                    f"gradients of gradients pass through '{next(iter(learned.values())).name}', which all samples meet elementwise, "
+                    "and would be rounded otherwise: leave it out with "
+                    f"layers={[f'!{layer.name}' for layer in learned.values()]}."
+                )
             if refusal is None and not call.inputs:
                 # If it was an earlier backward pass that freed the graph, torch is about to say so itself.
                 refusal = WatchError(

@@ -7,3 +7,7 @@ class WatchError(ValueError):
 
 class UntracedRows(WatchError):
     """Rows whose samples tracing does not tell; the message says which, and who catches it what to do."""
+
+
+class SeveralReadings(WatchError):
+    """The samples could lie along several dimensions of the inputs."""

@@ -61,23 +61,34 @@ class Indices:
         Whether they are what the model was given, as it was given.
     dims : tuple of int
         Where each is known to be an entry of the model's input: which of its dimensions may index samples.
+    counted : bool
+        Whether they are one after the other made of nothing, as positions are, and so of no sample, whatever their number.
     """
 
     shape: tuple[int, ...]
     given: bool
     dims: tuple[int, ...] = ()
+    counted: bool = False
 
 
 def lookups_in(
-    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[[], None]
+    twin: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    forward: Callable[[], None],
+    of_nothing: Callable[[Tensor], bool] = lambda _: False,
 ) -> dict[Place, Indices]:
-    """The indices of every lookup in one forward pass with the arguments, which ``forward`` makes."""
+    """The indices of every lookup in one forward pass with the arguments, which ``forward`` makes.
+
+    ``of_nothing`` says of indices whether they are made of nothing, as by torch.arange.
+    """
     found: dict[Place, Indices] = {}
     given = {_lies(tensor) for tensor in tensors_in((args, kwargs)) if tensor.layout == torch.strided}
 
     def on_call(place: Place, indices: Tensor) -> None:
         as_given = _lies(indices) in given and (place not in found or found[place].given)
-        found[place] = Indices(tuple(indices.shape), as_given)
+        counted = indices.ndim == 1 and of_nothing(indices)
+        found[place] = Indices(tuple(indices.shape), as_given, counted=counted)
 
     with _indices_seen(twin, on_call):
         forward()
@@ -221,7 +232,7 @@ def possible_readings(lookup: Indices, samples: int, batch_dim: int | None) -> t
     if lookup.dims:
         return tuple(Along(dim, followed=True) for dim in lookup.dims)
     shape = lookup.shape
-    own = [Along(d) for d in dims_of_size(shape, samples, None)]
+    own = [Along(d) for d in dims_of_size(shape, samples, None)] if not lookup.counted else []
     if len(shape) > 1:
         chosen = set(dims_of_size(shape, samples, batch_dim))
         wanted = [along for along in own if along.dim in chosen]

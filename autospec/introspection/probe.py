@@ -110,12 +110,15 @@ class OwnUses:
     states : bool
         Whether what is made of nothing, or held in a buffer, is data where it has a dimension of the number of samples and is
         multiplied with a weight, as a state is.
+    took_states : bool
+        Whether there was any.
     """
 
     places: frozenset[Place] = frozenset()
     spread: frozenset[Place] = frozenset()
     tables: frozenset[Place] = frozenset()
     states: bool = True
+    took_states: bool = False
 
     def states_of(self, samples: int) -> int:
         """The size that tells states."""

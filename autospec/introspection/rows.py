@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .arguments import as_array, can_be_nan, content_of, instances_in, of_packing, replaced, tensors_in, whole_numbers
 from .copies import copy_model, kept_apart, moves_on, unchanged, without_short_cuts
-from .errors import UntracedRows, WatchError
+from .errors import SeveralReadings, UntracedRows, WatchError
 from .generators import generators_kept
 from .hooks import Hook
 from .layers import FunctionalUses, LayerCall, SpreadCall, layers_noted, weights_by_layer
@@ -243,8 +243,12 @@ def map_rows(
         if uses.places or shared:  # a width that is the number of samples by chance makes a state of what is none
             others.append((frozenset(shared), False))
         for other in others:
-            with suppress(WatchError):
+            try:
                 return map_rows(model, args, kwargs, samples, watched, *given, *other)
+            except SeveralReadings:
+                raise
+            except WatchError:
+                continue
         rest = set(watched) - set(shared)
         if shared and rest and _can_be_mapped(model, args, kwargs, samples, rest, *given):
             raise _cannot_be_spread(shared[0])
@@ -257,11 +261,13 @@ def map_rows(
         accepted = [each for each in accepted if each[0].reading == known] or accepted
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
         readings = " or ".join(str(probe.reading.batch_dims) for probe, _ in accepted)
-        raise WatchError(
+        raise SeveralReadings(
             f"the samples could lie along more than one dimension of the model's inputs ({readings}): "
             "say which with batch_dim=."
         )
     probe, found = accepted[0]
+    if states and uses.took_states and not tables:
+        _refuse_other_states(model, args, kwargs, samples, watched, (batch_dim, all_hooks, known), probe.reading)
     received = dict(probe.shapes)
     with (
         generators_kept(inputs),
@@ -278,6 +284,29 @@ def map_rows(
     without_hooks = () if all_hooks else tuple(_modules_with_other_hooks(model))
     certain = len(accepted) == 1
     return RowMap(found, len(words), probe.reading, by_content, without_hooks, certain, received, uses)
+
+
+def _refuse_other_states(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    samples: int,
+    watched: Collection[Place],
+    given: tuple[int | None, bool, Reading | None],
+    reading: Reading,
+) -> None:
+    """Refuse a reading in which a constant is a state, where there is another in which it is none."""
+    try:
+        other = map_rows(model, args, kwargs, samples, watched, *given, frozenset(), False).reading
+    except SeveralReadings:
+        raise
+    except WatchError:
+        return
+    if other.dims != reading.dims and given[2] != reading:
+        raise SeveralReadings(
+            f"the samples could lie along more than one dimension of the model's inputs ({reading.batch_dims} or {other.batch_dims}): "
+            "say which with batch_dim=."
+        )
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -343,13 +372,12 @@ def _running_twin(
                 if parameter.is_leaf:  # those of a copied TorchScript part are none
                     parameter.requires_grad_(False)
         try:
-            used: dict[Place, bool] = {}
-            passed = functools.partial(
-                _functional_uses, twin, args, kwargs, samples if states else NO_STATES, watched, tables, used
-            )
-            lookups = lookups_in(twin, args, kwargs, passed)
-            spread = frozenset(place for place, elementwise in used.items() if elementwise)
-            return twin, lookups, OwnUses(frozenset(used), spread, tables, states), hooks
+            uses = _Uses(twin, samples if states else NO_STATES, watched, tables)
+            passed = functools.partial(uses.find, args, kwargs)
+            lookups = lookups_in(twin, args, kwargs, passed, uses.mode.is_fresh)
+            spread = frozenset(place for place, elementwise in uses.found.items() if elementwise)
+            took_states = uses.mode.took_states
+            return twin, lookups, OwnUses(frozenset(uses.found), spread, tables, states, took_states), hooks
         except WatchError:
             raise
         except Exception:
@@ -628,37 +656,36 @@ def _by_statistic(rows: np.ndarray, reached: Sequence[tuple[int, np.ndarray]]) -
     return bool(shown >= SHOWN and positions.all(0).sum() >= SHOWN * positions.any(0).sum())
 
 
-def _functional_uses(
-    twin: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    samples: int,
-    watched: Collection[Place],
-    tables: Collection[Place],
-    used: dict[Place, bool],
-) -> None:
-    """Make a forward pass, and note which weights the model itself uses, and whether elementwise; refuse what cannot be watched.
+class _Uses:
+    """Finds which weights a model itself uses, and whether elementwise.
 
     Within a layer that has a rule its own weights may meet data, those of another, as a decoder's that is the encoder's transposed,
     may do so in what can be watched.
     """
-    weights = weights_at(twin, watched)
-    refused: dict[Place, str] = {}
 
-    def on_call(place: Place, call: LayerCall, _: Tensor) -> None:
-        used[place] = used.get(place, False) or isinstance(call, SpreadCall)
+    def __init__(self, twin: nn.Module, samples: int, watched: Collection[Place], tables: Collection[Place]) -> None:
+        self.twin = twin
+        self.found: dict[Place, bool] = {}
+        self._refused: dict[Place, str] = {}
+        weights, followed = weights_at(twin, watched), weights_at(twin, tables)
+        self.mode = FunctionalUses(
+            twin, weights, samples, self._on_call, self._refused.setdefault, followed, compare=True
+        )
 
-    followed = weights_at(twin, tables)
-    mode = FunctionalUses(twin, weights, samples, on_call, refused.setdefault, followed, compare=True)
-    handles = layers_noted(weights_by_layer(twin), lambda: mode.within)
-    try:
-        with unchanged(twin), mode:
-            twin(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if refused:
-        raise refused_uses(refused)
+    def _on_call(self, place: Place, call: LayerCall, _: Tensor) -> None:
+        self.found[place] = self.found.get(place, False) or isinstance(call, SpreadCall)
+
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make a forward pass; refuse what cannot be watched."""
+        handles = layers_noted(weights_by_layer(self.twin), lambda: self.mode.within)
+        try:
+            with unchanged(self.twin), self.mode:
+                self.twin(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self._refused:
+            raise refused_uses(self._refused)
 
 
 def refused_uses(refused: Mapping[Place, str]) -> WatchError:
@@ -666,9 +693,9 @@ def refused_uses(refused: Mapping[Place, str]) -> WatchError:
     names = {f"{name}.{key}" if name else key: of for (name, key), of in refused.items()}
     uses = ", and ".join(f"'{name}' in {of}()" for name, of in names.items())
     return WatchError(
-        f"the model uses {uses}, where it cannot be watched: outside of torch's layers only products, convolutions and sums of data "
-        "with a weight, or with what is computed of weights and constants alone, can be. Call a layer instead, detach the weight where "
-        "nothing is learned of it, or leave it out with "
+        f"the model uses {uses}, where it cannot be watched in that form: outside of torch's layers products and convolutions of data "
+        "with a weight can be, or with what is computed of weights and constants alone, and sums and products number by number. Call a "
+        "layer instead, detach the weight where nothing is learned of it, or leave it out with "
         f"layers={[f'!{name}' for name in names]}."
     )
 

@@ -121,7 +121,7 @@ MISTAKES = {
         lambda: WithItself(nn.Bilinear(4, 4, 3)),
         LABELS,
         {},
-        ["'inner.weight' in bilinear()", "only products, convolutions and sums", "layers=['!inner.weight']"],
+        ["'inner.weight' in bilinear()", "products and convolutions of data", "layers=['!inner.weight']"],
     ),
     "only a bilinear form, skipped": (
         lambda: nn.Sequential(nn.Bilinear(4, 4, 3)),

@@ -1086,6 +1086,145 @@ class Attended(nn.Module):
         return self.inner(x, x, x, attn_mask=self.stop(x))
 
 
+def wrote(model, x):
+    adjacency = torch.zeros(6, 6, dtype=x.dtype)
+    adjacency[1:4] = model.weight[:3]
+    return model.alpha * (x @ adjacency) + x @ model.weight
+
+
+def clamped(model, x):
+    made = model.weight.tanh()
+    with torch.no_grad():
+        model.weight.clamp_(-model.limit, model.limit)
+    return x @ made
+
+
+SILENT = {
+    "written into a constant": (wrote, r"'weight' in matmul\(\)"),
+    "a factor beside a sum": (
+        lambda m, x: torch.addmm(m.weight[0], x, m.weight.t(), beta=2),
+        r"'weight' in addmm\(\)",
+    ),
+    "factors by position": (lambda m, x: torch.addmm(1.0, x, 2.0, x, m.weight), r"'weight' in addmm\(\)"),
+    "clamped in between": (clamped, r"'weight' in matmul\(\)"),
+}
+
+
+@pytest.mark.parametrize("groups", [LABELS, None], ids=["groups", "no groups"])
+@pytest.mark.parametrize("name", SILENT)
+def test_what_cannot_be_followed_is_refused_though_nothing_comes_of_it_at_first(name, groups):
+    use, said = SILENT[name]
+    model = Late(use, alpha=torch.zeros(1))
+    model.limit = 0.1
+    with pytest.raises(WatchError, match=said):
+        record(Problem(model, torch.randn(N, 6), loss_of, groups))
+
+
+TABLES = {
+    "numbers of heads": (
+        (2, T, 1),
+        lambda p, x: (x.unflatten(2, (2, 3)).transpose(1, 2) * p).transpose(1, 2).flatten(2),
+    ),
+    "a column": ((T, 3), lambda p, x: x + p[:, :1]),
+    "one for each row": ((T, 1), lambda p, x: x * p),
+    "one of its numbers": ((T, 3), lambda p, x: x * p[0, 1] + p.norm()),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_which_a_number_meets_a_whole_row(name):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            shape, self.use = TABLES[name]
+            self.table, self.other, self.out = (
+                nn.Parameter(torch.randn(shape)),
+                nn.Parameter(torch.randn(6, 6)),
+                nn.Linear(6, 2),
+            )
+
+        def forward(self, x):
+            return self.out(torch.tanh(self.use(self.table, x) @ self.other))
+
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(N, T, 6)
+    tree = record(Problem(model, x, loss_of, LABELS))
+    assert ("table" in tree["layers"].children) == (model.table.ndim > 1 and model.table[0].numel() > 1)
+    assert_definition(tree, model, x)
+
+
+class Constants(nn.Module):
+    """Positions that are made of a constant, which is as long as the batch is large."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.weight, self.out, self.use = nn.Parameter(torch.randn(3, 6) / 2), nn.Linear(6, 2), use
+        self.table = nn.Embedding(N, 6)
+        self.register_buffer("basis", torch.randn(N, 3))
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.use(self, x)))
+
+
+AS_LONG_AS_THE_BATCH = {
+    "a basis": lambda m, x: x + m.basis @ m.weight,
+    "positions with a dimension afterwards": lambda m, x: x + m.table(torch.arange(N)).unsqueeze(0),
+    "positions by which data are multiplied": lambda m, x: torch.tanh(m.table(torch.arange(N)))[None] * x,
+}
+
+
+@pytest.mark.parametrize("name", AS_LONG_AS_THE_BATCH)
+def test_what_is_as_long_as_the_batch_is_large_is_no_guess(name):
+    torch.manual_seed(0)
+    model, x = Constants(AS_LONG_AS_THE_BATCH[name]), torch.randn(N, N, 6)
+    layers = ["!table.weight"] if name == "a basis" else ["!weight"]
+    tree = record(Problem(model, x, loss_of, LABELS), batch_dim=0, layers=layers)
+    assert_definition(tree, model, x)
+    try:
+        tree = record(Problem(model, x, loss_of, LABELS), layers=layers)
+    except WatchError as error_:
+        assert "more than one dimension" in str(error_)  # noqa: PT017
+    else:
+        assert_definition(tree, model, x)
+
+
+def test_as_many_prototypes_as_samples_are_no_samples():
+    class Prototypes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.centres = nn.Linear(6, 6), nn.Embedding(N, 6)
+
+        def forward(self, x):
+            return torch.tanh(self.inner(x)) @ self.centres(torch.arange(N)).T
+
+    torch.manual_seed(0)
+    model, x = Prototypes(), torch.randn(N, 6)
+    assert_definition(record(Problem(model, x, loss_of, LABELS)), model, x)
+
+
+def test_gradients_of_gradients_through_a_table_are_refused():
+    torch.manual_seed(0)
+    model, x = ELEMENTWISE["computed"](), torch.randn(N, T, 6)
+    with (
+        autospec.watch(model, LABELS, quiet=True),
+        pytest.raises(WatchError, match="gradients of gradients pass through"),
+    ):
+        torch.autograd.grad(loss_of(model(x)), list(model.parameters()), create_graph=True)
+
+
+def test_check_of_a_checkpointed_model_with_weights_of_its_own():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(Own(lambda x, w, b: x @ w + b, 6, OUTPUTS), nn.Tanh(), nn.Linear(OUTPUTS, 2))
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+    torch.manual_seed(0)
+    assert autospec.testing.check(Checkpointed(), torch.randn(N, T, 6), LABELS, quiet=True).passed
+
+
 def test_a_weight_that_is_used_in_no_way_that_can_be_watched_is_refused_at_the_first_pass():
     torch.manual_seed(0)
     model = Own(lambda x, w, b: torch.cdist(x, w), OUTPUTS, INPUTS)

@@ -160,13 +160,9 @@ def test_as_many_tokens_as_samples_with_a_table_of_places(attends):
     model, generator = Tokens(attends), torch.Generator().manual_seed(0)
     square, wide = (torch.randint(0, 11, (N, tokens), generator=generator) for tokens in (N, N + 1))
     problem = Problem(model, square, mean_square, LABELS, {"places": shared_by(N)})
-    if attends:
-        assert_exact(record(problem), problem, members(LABELS, N))
-        return
-    with pytest.raises(WatchError, match="more than one dimension"):
-        record(problem)
+    # Places are counted, so they are no samples, and what meets them along one dimension has its samples along the other.
+    assert_exact(record(problem), problem, members(LABELS, N))
     assert_exact(record(problem, batch_dim=0), problem, members(LABELS, N))
-    # What another batch has shown decides.
     with autospec.watch(model, LABELS, quiet=True) as watcher:
         for index in (wide, square):
             model.zero_grad()
@@ -391,11 +387,16 @@ def test_without_groups_a_use_that_cannot_be_watched_is_refused_by_name():
         record(problem)
 
 
-def test_a_penalty_inside_the_forward_pass_is_no_functional_use():
-    model = Functional(lambda x, w: x + 0.01 * w.square().sum())
-    with pytest.warns(UserWarning, match=r"first\.weight.*penalty"):
-        tree = record(Problem(model, torch.randn(N, 6), mean_square, LABELS))
-    assert list(tree.attrs["audit"]["outside"]) == ["first.weight"]
+def test_a_number_that_is_made_of_a_weight_is_one_that_all_samples_meet():
+    model, x = Functional(lambda x, w: x + 0.01 * w.square().sum()), torch.randn(N, 6)
+    tree = record(Problem(model, x, mean_square, LABELS))
+    assert tree.attrs["audit"]["outside"] == {}
+    weights = torch.linspace(0.5, 1.5, N * 6, dtype=torch.float64).reshape(N, 6)
+    for group, member in members(LABELS, N).items():
+        twin = copy.deepcopy(model).double()
+        losses = (weights * (twin(x.double()) - 0.3).square())[torch.from_numpy(member)].sum() / (N * 6)
+        (share,) = torch.autograd.grad(losses, twin.first.weight)
+        assert error(spectrum(tree, "first.weight", "gradient", group), svdvals(share)) < 1e-6
 
 
 class Encoded(nn.Module):

@@ -99,12 +99,16 @@ class SpreadCall(LayerCall):
         The table, spread over the data.
     rows : int
         Rows of the table.
+    narrow : bool
+        Whether these are single numbers, of which each meets a whole row of the data.
     """
 
-    def __init__(self, parameter: str, data: Tensor, index: Tensor, output: Tensor, rows: int) -> None:
+    def __init__(
+        self, parameter: str, data: Tensor, index: Tensor, output: Tensor, rows: int, narrow: bool = False
+    ) -> None:
         self.parameters = (parameter,)
         self.inputs, self.outputs = (index,), (output,)
-        self.rows = rows
+        self.rows, self.narrow = rows, narrow
         self._data: Tensor | None = data
 
     def marks(self, parameter: str) -> Tensor:
@@ -121,7 +125,8 @@ class SpreadCall(LayerCall):
         """The indices, and the derivative at the table as it was spread."""
         adjoint = adjoints[0]
         assert adjoint is not None
-        return Lookup(self.inputs[0].flatten(), adjoint.reshape(-1, adjoint.shape[-1]), self.rows)
+        adjoint = adjoint.reshape(-1, adjoint.shape[-1])
+        return Lookup(self.inputs[0].flatten(), adjoint.sum(1, keepdim=True) if self.narrow else adjoint, self.rows)
 
     def constant(self, parameter: str) -> Tensor | None:
         """Nothing: the spectrum of indices is a count."""

@@ -112,7 +112,7 @@ class Made:
     of : dict of int to Made
         What among the call's arguments is made of weights, by identity.
     constants : list of (Tensor, int)
-        What else is among them, with its version.
+        What else is among them, and weights, with their versions.
     """
 
     tensor: Tensor
@@ -197,6 +197,8 @@ class FollowedWeights(LookingOn):
     ----------
     within : list of collections of int
         For each layer that is running, whose rule reports its uses, the identities of its weights.
+    took_states : bool
+        Whether something that is no data was taken for a state of as many samples.
     """
 
     def __init__(
@@ -218,10 +220,16 @@ class FollowedWeights(LookingOn):
         # What is computed of weights where autograd does not follow.
         self._values_of: dict[int, tuple[nn.Parameter, ...]] = {}
         self.within: list[Collection[int]] = []
+        self.took_states = False
 
     def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:
         """Carry out a call that takes what is made of weights, and maybe data; return what shall be its result."""
         raise NotImplementedError
+
+    @staticmethod
+    def taken(call: Call) -> list[Tensor]:
+        """Tensors of which a call takes the numbers."""
+        return call.tensors[:1] if call.func in FORM_OF_OTHERS else call.tensors
 
     def see(self, call: Call) -> None:
         """Look at a call that takes no such thing before it is carried out."""
@@ -234,11 +242,10 @@ class FollowedWeights(LookingOn):
         if func in ASSIGNED:
             self._forget(args[0])
             return call.made()
-        given = call.tensors
-        taken = given[:1] if func in FORM_OF_OTHERS else given
-        # Without gradients, as for the target of a moving average, a weight is data; so is a number that is made of weights, such as
-        # a penalty, but what is computed of both is made of weights again.
-        weights = self._weights([t for t in taken if t.ndim]) if torch.is_grad_enabled() else []
+        taken = self.taken(call)
+        # Without gradients, as for the target of a moving average, a weight is data.  Numbers alone, such as a penalty that is added
+        # to a loss, are of no sample.
+        weights = self._weights(taken) if torch.is_grad_enabled() and any(t.ndim for t in taken) else []
         if func is F.multi_head_attention_forward and weights:
             with self:
                 return looked_through()(*args, **call.kwargs)
@@ -286,7 +293,12 @@ class FollowedWeights(LookingOn):
         if id(tensor) in self.made or isinstance(tensor, nn.Parameter):
             return False
         of_samples = self.samples in tensor.shape
+        self.took_states = self.took_states or of_samples
         return of_samples or (self.samples is None and self._is_in(self._fresh, tensor))
+
+    def is_fresh(self, tensor: Tensor) -> bool:
+        """Whether a tensor is made of nothing."""
+        return self._is_in(self._fresh, tensor)
 
     def note(self, call: Call, result: Any) -> None:
         """Note what a call has made of weights, or of constants, as weights are where autograd does not follow."""
@@ -303,15 +315,19 @@ class FollowedWeights(LookingOn):
                 self._remember(held, (t for t in given if id(t) in held))
             return
         of = {id(t): self.made[id(t)] for t in given if id(t) in self.made}
+        written = call.args[0] if call.in_place or call.func is Tensor.__setitem__ else None
+        for tensor in (written, getattr(written, "_base", None)):
+            if isinstance(tensor, Tensor) and id(tensor) not in self.made:  # what is in it is not followed
+                self.made[id(tensor)] = Made(tensor, tensor._version, weights)
         changed = of.get(id(call.args[0])) if call.in_place else None
         # Of what somebody else has changed in between, as by a view of it, what it holds is not known.
         followed = all(each.unchanged for each in of.values() if each is not changed)
         if changed is not None:
             followed = followed and not changed.is_weight and changed.tensor._version == changed.version + 1
-        constants = [(t, _version(t)) for t in given if id(t) not in of]
+        constants = [(t, _version(t)) for t in given if id(t) not in of or of[id(t)].is_weight]
         for number, tensor in enumerate(made):
             if id(tensor) not in self.made or changed is not None:
-                by = call if followed else None
+                by = call if followed and (written is None or changed is not None) else None
                 self.made[id(tensor)] = Made(tensor, tensor._version, weights, by, number, of, constants)
 
 
@@ -348,7 +364,7 @@ class FunctionalUses(FollowedWeights):
 
     def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:
         """Carry out the call, and report it."""
-        given = [t for t in (call.tensors[:1] if call.func in FORM_OF_OTHERS else call.tensors) if t.ndim]
+        given = [t for t in self.taken(call) if t.ndim or id(t) in self.made]
         with_data = any(map(self.is_data, given))
         readings: Iterable[Reading] = _readings(call)
         spread = self._spread(call, given) if call.func in ELEMENTWISE else None
@@ -411,7 +427,7 @@ class FunctionalUses(FollowedWeights):
         except RuntimeError:  # torch is about to say so itself
             return None
         changed = call.in_place and call.args[0] is table
-        return None if changed or table.shape[-1] != shape[-1] else _spread_over(shape, data[0], table)
+        return None if changed else _spread_over(shape, data[0], table)
 
     def _reported(
         self, readings: Iterable[Reading], result: Any
@@ -619,7 +635,12 @@ def _readings(call: Call) -> Iterator[Reading]:
         yield _product(given["input"], given["weight" if func is F.linear else "other"], bias=given.get("bias"))
     elif func in MATMUL or func in ADDMM:
         tensors = [t for t in call.tensors if t is not kwargs.get("out")]
-        if kwargs.get("alpha", 1) != 1 or len(tensors) < 2:
+        factors = [
+            *(each for each in args if not isinstance(each, Tensor)),
+            kwargs.get("alpha", 1),
+            kwargs.get("beta", 1),
+        ]
+        if any(factor != 1 for factor in factors) or len(tensors) < 2:
             return
         left, right = tensors[-2:]
         bias = tensors[0] if func in ADDMM else None
@@ -697,7 +718,7 @@ def _product(
 
 def _spread_over(shape: torch.Size, data: Tensor, table: Tensor) -> tuple[Tensor, Reading]:
     """A table as broadcasting spreads it, and that as a lookup of its rows, of which each row of data meets one."""
-    width = shape[-1]
+    width = table.shape[-1] if table.ndim else 1  # 1 where one number meets whole rows
     rows = table.numel() // max(width, 1)
     index = torch.arange(rows, device=table.device).view(table.shape[:-1]).expand(shape[:-1])
     placed = table.expand(shape)
@@ -708,7 +729,7 @@ def _spread_over(shape: torch.Size, data: Tensor, table: Tensor) -> tuple[Tensor
 
     def report(name: str, _: torch.Size, part: tuple[int, int] | None, __: bool, ___: Tensor) -> SpreadCall:
         first, total = part or (0, rows)
-        return SpreadCall(name, data.expand(shape), index + first, placed, total)
+        return SpreadCall(name, data.expand(shape), index + first, placed, total, width != shape[-1])
 
     return placed, Reading(data, table, _as_it_is, lies, report)
 
