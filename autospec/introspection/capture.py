@@ -126,6 +126,7 @@ class Capture:
         self._noted: set[nn.Module] = set()
         self._noted_of: frozenset[int] = frozenset()
         self._refused: dict[Place, str] = {}
+        self._spread_tables: set[str] = set()
         self._calls: list[tuple[LayerCall, Arrival]] = []
         self._loss_scale = LossScale()
         self.workspace = Workspace()
@@ -195,7 +196,7 @@ class Capture:
             arrival.adjoints = []
         self._calls, self._depth = [], 0
         self._latest_adjoint = None
-        self._sorted_inputs, self._spread = {}, {}
+        self._sorted_inputs, self._spread, self._spread_tables = {}, {}, set()
         self.differentiated = self.returned = False
         if self.recording:  # a step between two records needs nothing, and gives nothing up
             self.workspace.take_back()
@@ -523,6 +524,8 @@ class Capture:
                 call = call.for_each_sample(len(forward.assignment.cells), along.dim, along.new)
                 replacement = call.outputs[0]
                 self._spread[id(replacement)] = (replacement, output)
+        if replacement is not None or isinstance(call, SpreadCall):
+            self._spread_tables |= {layer.name for layer in learned.values()}
         # The first module that a tensor enters sees data; what it computes of them depends on weights.
         constants = {key: self._constant(call.constant(key), forward) for key in learned}
         versions = [tensor._version for tensor in call.inputs]
@@ -539,14 +542,9 @@ class Capture:
             # What this pass builds a graph of may come back in a gradient without passing here: a penalty on gradients.
             if torch.is_grad_enabled() and not self.differentiated:
                 self.differentiated = True
+                self._refuse_spread_tables()
                 self._note_what_was_added()
             refusal = forward.error
-            if torch.is_grad_enabled() and isinstance(call, SpreadCall):
-                raise WatchError(
-                    f"gradients of gradients pass through '{next(iter(learned.values())).name}', which all samples meet elementwise, "
-                    "and would be rounded otherwise: leave it out with "
-                    f"layers={[f'!{layer.name}' for layer in learned.values()]}."
-                )
             if refusal is None and not call.inputs:
                 # If it was an earlier backward pass that freed the graph, torch is about to say so itself.
                 refusal = WatchError(
@@ -583,6 +581,15 @@ class Capture:
                 output.register_hook(_at(position, arrives))
         call.leave_graph()
         return replacement
+
+    def _refuse_spread_tables(self) -> None:
+        """Refuse gradients of gradients of what meets a table that is spread: they add up in another order there."""
+        if self._spread_tables:
+            names = sorted(self._spread_tables)
+            raise WatchError(
+                f"gradients of gradients pass by {', '.join(map(repr, names))}, a table that all samples share, and would be rounded "
+                f"otherwise: leave it out with layers={[f'!{name}' for name in names]}."
+            )
 
     def _constant(self, tensor: Tensor | None, forward: Forward) -> ConstantInput | None:
         if tensor is None or tensor.requires_grad:
