@@ -847,6 +847,7 @@ USES = {
     "matrix and vector": lambda m, x: torch.stack([torch.mv(m.weight, each) for each in x]),
     "one column": lambda m, x: torch.stack([x @ m.weight[i] for i in range(6)], 1),
     "a long chain": lambda m, x: x @ long_chain(m.weight),
+    "told to learn": lambda m, x: x @ torch.tanh(m.weight.requires_grad_()),
     "baddbmm": lambda m, x: torch.baddbmm(x[:, None], x[:, None], m.weight.expand(len(x), 6, 6))[:, 0],
 }
 

@@ -38,7 +38,7 @@ MATMUL = (
     *(torch.bmm, Tensor.bmm, torch.mv, Tensor.mv),
 )
 ADDMM = (torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm)
-# Where each number of a table meets one of data, or several, which broadcasting gives it; and those of them that keep both sides.
+# Where each number of a table meets one of data, or several, which broadcasting gives it; sums keep nothing for the backward pass.
 SUMS = (torch.add, Tensor.add, Tensor.add_, torch.sub, Tensor.sub, Tensor.sub_, torch.rsub)
 ELEMENTWISE = (
     *SUMS,
@@ -102,7 +102,7 @@ class Made:
     tensor : Tensor
         It, which may be changed afterwards.
     version : int
-        As it was not yet.
+        How often it had been changed in place by then.
     weights : tuple of Parameter
         Of which it is made.
     by : Call or None
@@ -323,10 +323,10 @@ class FollowedWeights(LookingOn):
         # Of what somebody else has changed in between, as by a view of it, what it holds is not known.
         followed = all(each.unchanged for each in of.values() if each is not changed)
         if changed is not None:
-            followed = followed and not changed.is_weight and changed.tensor._version == changed.version + 1
+            followed = followed and changed.tensor._version == changed.version + 1
         constants = [(t, _version(t)) for t in given if id(t) not in of or of[id(t)].is_weight]
         for number, tensor in enumerate(made):
-            if id(tensor) not in self.made or changed is not None:
+            if id(tensor) not in self.made or (changed is not None and not changed.is_weight):
                 by = call if followed and (written is None or changed is not None) else None
                 self.made[id(tensor)] = Made(tensor, tensor._version, weights, by, number, of, constants)
 
