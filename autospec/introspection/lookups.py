@@ -62,7 +62,7 @@ class Indices:
     dims : tuple of int
         Where each is known to be an entry of the model's input: which of its dimensions may index samples.
     counted : bool
-        Whether they are one after the other made of nothing, as positions are, and so of no sample, whatever their number.
+        Whether they are constants in one row, as positions are, and so of no sample, whatever their number.
     """
 
     shape: tuple[int, ...]
@@ -76,18 +76,18 @@ def lookups_in(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     forward: Callable[[], None],
-    of_nothing: Callable[[Tensor], bool] = lambda _: False,
+    constant: Callable[[Tensor], bool] = lambda _: False,
 ) -> dict[Place, Indices]:
     """The indices of every lookup in one forward pass with the arguments, which ``forward`` makes.
 
-    ``of_nothing`` says of indices whether they are made of nothing, as by torch.arange.
+    ``constant`` says of indices whether they are made of nothing, as by torch.arange, or were there before.
     """
     found: dict[Place, Indices] = {}
     given = {_lies(tensor) for tensor in tensors_in((args, kwargs)) if tensor.layout == torch.strided}
 
     def on_call(place: Place, indices: Tensor) -> None:
         as_given = _lies(indices) in given and (place not in found or found[place].given)
-        counted = indices.ndim == 1 and of_nothing(indices)
+        counted = indices.ndim == 1 and constant(indices)
         found[place] = Indices(tuple(indices.shape), as_given, counted=counted)
 
     with _indices_seen(twin, on_call):

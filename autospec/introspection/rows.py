@@ -374,7 +374,8 @@ def _running_twin(
         try:
             uses = _Uses(twin, samples if states else NO_STATES, watched, tables)
             passed = functools.partial(uses.find, args, kwargs)
-            lookups = lookups_in(twin, args, kwargs, passed, uses.mode.is_fresh)
+            inputs = set(map(id, tensors_in((args, kwargs))))
+            lookups = lookups_in(twin, args, kwargs, passed, lambda index: uses.mode.is_constant(index, inputs))  # noqa: B023
             spread = frozenset(place for place, elementwise in uses.found.items() if elementwise)
             took_states = uses.mode.took_states
             return twin, lookups, OwnUses(frozenset(uses.found), spread, tables, states, took_states), hooks

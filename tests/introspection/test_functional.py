@@ -1162,14 +1162,18 @@ class Constants(nn.Module):
         self.weight, self.out, self.use = nn.Parameter(torch.randn(3, 6) / 2), nn.Linear(6, 2), use
         self.table = nn.Embedding(N, 6)
         self.register_buffer("basis", torch.randn(N, 3))
+        self.register_buffer("places", torch.arange(N))
 
     def forward(self, x):
         return self.out(torch.tanh(self.use(self, x)))
 
 
+PLACES = torch.arange(N)
 AS_LONG_AS_THE_BATCH = {
     "a basis": lambda m, x: x + m.basis @ m.weight,
     "positions with a dimension afterwards": lambda m, x: x + m.table(torch.arange(N)).unsqueeze(0),
+    "positions in a buffer": lambda m, x: x + m.table(m.places)[None],
+    "positions that are nobody's": lambda m, x: x + (2 * m.table(PLACES))[None],
     "positions by which data are multiplied": lambda m, x: torch.tanh(m.table(torch.arange(N)))[None] * x,
 }
 

@@ -219,6 +219,8 @@ class FollowedWeights(LookingOn):
         self._remember(self._fresh, (p for p in model.parameters() if p not in self.weights))
         # What is computed of weights where autograd does not follow.
         self._values_of: dict[int, tuple[nn.Parameter, ...]] = {}
+        # What has been made in this pass; whatever was there before keeps its identity.
+        self._results: set[int] = set()
         self.within: list[Collection[int]] = []
         self.took_states = False
 
@@ -238,7 +240,12 @@ class FollowedWeights(LookingOn):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        call = Call(func, args, kwargs or {})
+        result = self._called(Call(func, args, kwargs or {}))
+        self._results.update(map(id, tensors_in(result)))
+        return result
+
+    def _called(self, call: Call) -> Any:
+        func, args = call.func, call.args
         if func in ASSIGNED:
             self._forget(args[0])
             return call.made()
@@ -296,9 +303,9 @@ class FollowedWeights(LookingOn):
         self.took_states = self.took_states or of_samples
         return of_samples or (self.samples is None and self._is_in(self._fresh, tensor))
 
-    def is_fresh(self, tensor: Tensor) -> bool:
-        """Whether a tensor is made of nothing."""
-        return self._is_in(self._fresh, tensor)
+    def is_constant(self, tensor: Tensor, inputs: Collection[int]) -> bool:
+        """Whether a tensor is a constant, made of nothing, or was there before this pass and is no input, by their identities."""
+        return self.holds(tensor) or not (id(tensor) in self._results or id(tensor) in inputs)
 
     def note(self, call: Call, result: Any) -> None:
         """Note what a call has made of weights, or of constants, as weights are where autograd does not follow."""
@@ -365,7 +372,8 @@ class FunctionalUses(FollowedWeights):
     def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:
         """Carry out the call, and report it."""
         given = [t for t in self.taken(call) if t.ndim or id(t) in self.made]
-        with_data = any(map(self.is_data, given))
+        followed = call.func is F.embedding and any(id(t) in self._tables for t in given)
+        with_data = not followed and any(map(self.is_data, given))
         readings: Iterable[Reading] = _readings(call)
         spread = self._spread(call, given) if call.func in ELEMENTWISE else None
         if spread is None:
