@@ -62,7 +62,7 @@ class Indices:
     dims : tuple of int
         Where each is known to be an entry of the model's input: which of its dimensions may index samples.
     counted : bool
-        Whether they are constants in one row, as positions are, and so of no sample, whatever their number.
+        Whether they are constants in one row or column, as positions are, and so of no sample, whatever their number.
     """
 
     shape: tuple[int, ...]
@@ -87,7 +87,7 @@ def lookups_in(
 
     def on_call(place: Place, indices: Tensor) -> None:
         as_given = _lies(indices) in given and (place not in found or found[place].given)
-        counted = indices.ndim == 1 and constant(indices)
+        counted = indices.numel() == max(indices.shape, default=1) and constant(indices)
         found[place] = Indices(tuple(indices.shape), as_given, counted=counted)
 
     with _indices_seen(twin, on_call):
@@ -232,7 +232,7 @@ def possible_readings(lookup: Indices, samples: int, batch_dim: int | None) -> t
     if lookup.dims:
         return tuple(Along(dim, followed=True) for dim in lookup.dims)
     shape = lookup.shape
-    own = [Along(d) for d in dims_of_size(shape, samples, None)] if not lookup.counted else []
+    own = [] if lookup.counted and samples > 1 else [Along(d) for d in dims_of_size(shape, samples, None)]
     if len(shape) > 1:
         chosen = set(dims_of_size(shape, samples, batch_dim))
         wanted = [along for along in own if along.dim in chosen]

@@ -374,8 +374,7 @@ def _running_twin(
         try:
             uses = _Uses(twin, samples if states else NO_STATES, watched, tables)
             passed = functools.partial(uses.find, args, kwargs)
-            inputs = set(map(id, tensors_in((args, kwargs))))
-            lookups = lookups_in(twin, args, kwargs, passed, lambda index: uses.mode.is_constant(index, inputs))  # noqa: B023
+            lookups = lookups_in(twin, args, kwargs, passed, uses.mode.is_constant)
             spread = frozenset(place for place, elementwise in uses.found.items() if elementwise)
             took_states = uses.mode.took_states
             return twin, lookups, OwnUses(frozenset(uses.found), spread, tables, states, took_states), hooks
@@ -679,6 +678,7 @@ class _Uses:
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make a forward pass; refuse what cannot be watched."""
         handles = layers_noted(weights_by_layer(self.twin), lambda: self.mode.within)
+        self.mode.known_numbers = set(map(id, tensors_in((args, kwargs))))
         try:
             with unchanged(self.twin), self.mode:
                 self.twin(*args, **kwargs)

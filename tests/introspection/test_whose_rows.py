@@ -680,6 +680,25 @@ def test_positions_in_the_forms_that_networks_have(form):
     assert_shares_of_own_loss(Positions(POSITIONS[form]), [(series([T] * N),)])
 
 
+class Sites(nn.Module):
+    """Names of sites that come as a list or an array beside the scans, as many as samples."""
+
+    def __init__(self, joined):
+        super().__init__()
+        self.table, self.layer, self.joined = nn.Embedding(7, 4), nn.Linear(8 if joined else 4, 2), joined
+
+    def forward(self, x, sites):
+        looked_up = self.table(torch.as_tensor(sites))
+        return self.layer(torch.tanh(torch.cat([x, looked_up], 1) if self.joined else x + looked_up))
+
+
+@pytest.mark.parametrize("array", [list, np.array])
+@pytest.mark.parametrize("joined", [True, False])
+def test_indices_that_are_made_of_numbers_may_be_of_samples(joined, array):
+    torch.manual_seed(0)
+    assert_shares_of_own_loss(Sites(joined), [(torch.randn(N, 4), array([i % 7 for i in range(N)]))])
+
+
 class Auxiliary(nn.Module):
     """Two layers are used in training alone."""
 

@@ -56,6 +56,8 @@ FORM_ALONE = (
     *(Tensor.gt, Tensor.lt, Tensor.ge, Tensor.le, Tensor.eq, Tensor.ne),
     *(torch.argmax, torch.argmin, torch.argsort, Tensor.argmax, Tensor.argmin, Tensor.argsort, torch.sign, Tensor.sign),
 )
+# Of which numbers of samples may come that are no tensors among the model's arguments.
+OF_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy)
 FORM_OF_OTHERS = (Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as)
 # Largest deviation of a weight that is computed again, in units of its largest number: that, or so many roundings.
 COMPUTED_AGAIN, ROUNDINGS = 1e-3, 16
@@ -219,8 +221,8 @@ class FollowedWeights(LookingOn):
         self._remember(self._fresh, (p for p in model.parameters() if p not in self.weights))
         # What is computed of weights where autograd does not follow.
         self._values_of: dict[int, tuple[nn.Parameter, ...]] = {}
-        # What has been made in this pass; whatever was there before keeps its identity.
-        self._results: set[int] = set()
+        # Inputs, and what has been made in this pass: other whole numbers, in a closure say, were there before.
+        self.known_numbers: set[int] | None = None
         self.within: list[Collection[int]] = []
         self.took_states = False
 
@@ -240,8 +242,12 @@ class FollowedWeights(LookingOn):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = self._called(Call(func, args, kwargs or {}))
-        self._results.update(map(id, tensors_in(result)))
+        call = Call(func, args, kwargs or {})
+        if self.known_numbers is None:
+            return self._called(call)
+        self._remember(self._constants, (t for t in call.tensors if self.is_constant(t) and not self.holds(t)))
+        result = self._called(call)
+        self.known_numbers.update(map(id, tensors_in(result)))
         return result
 
     def _called(self, call: Call) -> Any:
@@ -260,7 +266,7 @@ class FollowedWeights(LookingOn):
             self.see(call)
             held = all(map(self.holds, taken))
             result = call.made()
-            if held:
+            if held and not (func in OF_NUMBERS and not result.is_floating_point()):
                 self.note(call, result)
             return result
         return self.carry_out(call, weights)
@@ -303,9 +309,10 @@ class FollowedWeights(LookingOn):
         self.took_states = self.took_states or of_samples
         return of_samples or (self.samples is None and self._is_in(self._fresh, tensor))
 
-    def is_constant(self, tensor: Tensor, inputs: Collection[int]) -> bool:
-        """Whether a tensor is a constant, made of nothing, or was there before this pass and is no input, by their identities."""
-        return self.holds(tensor) or not (id(tensor) in self._results or id(tensor) in inputs)
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether a tensor is made of no data, or holds whole numbers that were there before this pass."""
+        before = self.known_numbers is not None and id(tensor) not in self.known_numbers
+        return self.holds(tensor) or (before and not (tensor.is_floating_point() or tensor.is_complex()))
 
     def note(self, call: Call, result: Any) -> None:
         """Note what a call has made of weights, or of constants, as weights are where autograd does not follow."""
