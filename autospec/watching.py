@@ -86,7 +86,8 @@ def watch(
         For a parameter whose rows cannot be traced: the number of the sample of each row.  Where it changes from batch to
         batch, `Watcher.set_groups` takes it.
     unknown : {"refuse", "skip"}
-        What to do with matrix parameters of layers that have no rule.
+        Matrices that are in none of torch's layers, or in one with another forward pass, are watched where the model uses them, and
+        refused there by name where they cannot be; "skip" leaves them out.
     audit : int, optional
         Compare with float64 and with the gradient that arrived every k-th recorded step; always at the first.
     attributes : mapping, optional

@@ -114,7 +114,7 @@ def find_parameters(model: nn.Module, selected: Sequence[str] | None, unknown: s
         there = "a model needs at least one layer with a weight matrix."
         raise WatchError(
             f"{type(model).__name__} has no matrix parameter that can be watched: "
-            + (f"there is no rule for {', '.join(refused)}." if refused else there)
+            + (f"there is no rule for {', '.join(refused)}, which unknown='skip' leaves out." if refused else there)
         )
     return watched
 
