@@ -27,6 +27,7 @@ from .errors import SeveralReadings, UntracedRows, WatchError
 from .generators import generators_kept
 from .hooks import Hook
 from .layers import FunctionalUses, LayerCall, SpreadCall, layers_noted, weights_by_layer
+from .layers.call import qualified_name
 from .lookups import (
     Along,
     Indices,
@@ -260,11 +261,7 @@ def map_rows(
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
         accepted = [each for each in accepted if each[0].reading == known] or accepted
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
-        readings = " or ".join(str(probe.reading.batch_dims) for probe, _ in accepted)
-        raise SeveralReadings(
-            f"the samples could lie along more than one dimension of the model's inputs ({readings}): "
-            "say which with batch_dim=."
-        )
+        raise _several_readings([probe.reading for probe, _ in accepted])
     probe, found = accepted[0]
     if states and uses.took_states and not tables:
         _refuse_other_states(model, args, kwargs, samples, watched, (batch_dim, all_hooks, known), probe.reading)
@@ -303,10 +300,14 @@ def _refuse_other_states(
     except WatchError:
         return
     if other.dims != reading.dims and given[2] != reading:
-        raise SeveralReadings(
-            f"the samples could lie along more than one dimension of the model's inputs ({reading.batch_dims} or {other.batch_dims}): "
-            "say which with batch_dim=."
-        )
+        raise _several_readings([reading, other])
+
+
+def _several_readings(readings: Sequence[Reading]) -> SeveralReadings:
+    return SeveralReadings(
+        "the samples could lie along more than one dimension of the model's inputs "
+        f"({' or '.join(str(each.batch_dims) for each in readings)}): say which with batch_dim=."
+    )
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -493,8 +494,9 @@ def _same_result(model: nn.Module, probe: Probe, samples: int) -> None:
     def result(spread: bool) -> list[Tensor]:
         marked = lookups_marked(twin, reading.lookups if spread else {}, samples, None, {})
         tables = weights_at(twin, probe.uses.spread if spread else ())
-        nothing = FunctionalUses(twin, tables, probe.uses.states_of(samples), lambda *_: None, lambda *_: None, tables)
-        mode = nothing if tables else nullcontext()
+        states = probe.uses.states_of(samples)
+        nothing = (lambda *_: None, lambda *_: None)
+        mode = FunctionalUses(twin, tables, states, *nothing, tables) if tables else nullcontext()
         with generators_kept(placed), unchanged(twin), marked, mode, _learning_as(twin, model) as weights:
             made = list(tensors_in(twin(*args, **kwargs)))
             after = torch.get_rng_state()
@@ -550,7 +552,7 @@ def _cannot_be_spread(place: Place) -> WatchError:
 
 
 def _would_round_otherwise(place: Place) -> WatchError:
-    name = ".".join(filter(None, place))
+    name = qualified_name(place)
     return WatchError(
         f"'{name}' meets data in a way in which its gradient would be rounded otherwise if each sample's part of it were kept: leave "
         f"it out with layers=['!{name}']."
@@ -691,7 +693,7 @@ class _Uses:
 
 def refused_uses(refused: Mapping[Place, str]) -> WatchError:
     """What is said of weights that meet data in functions in which they cannot be watched."""
-    names = {f"{name}.{key}" if name else key: of for (name, key), of in refused.items()}
+    names = {qualified_name(place): of for place, of in refused.items()}
     uses = ", and ".join(f"'{name}' in {of}()" for name, of in names.items())
     return WatchError(
         f"the model uses {uses}, where it cannot be watched in that form: outside of torch's layers products and convolutions of data "

@@ -18,6 +18,11 @@ Place = tuple[str, str]
 """A module's name and the parameter's name in it."""
 
 
+def qualified_name(place: Place) -> str:
+    """Name of a parameter in the model, such as ``encoder.0.weight``."""
+    return ".".join(filter(None, place))
+
+
 class LayerCall(ABC):
     """One forward pass through a layer.
 

@@ -99,14 +99,10 @@ class ConvolutionCall(LayerCall):
         return Convolution(
             activation,
             adjoint,
-            geometry.kernel,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.groups,
-            geometry.transposed,
-            self._output_padding(activation, adjoint) if geometry.transposed else (0,) * len(geometry.stride),
-            geometry.margins,
+            **vars(geometry),
+            output_padding=self._output_padding(activation, adjoint)
+            if geometry.transposed
+            else (0,) * len(geometry.stride),
         )
 
     def _output_padding(self, activation: Tensor, adjoint: Tensor) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from ..generators import restore_random_state, torch_random_state
 from ..hooks import Hook, LookingOn, outside_graphs
 from ..spectra import float64
 from .attention import looked_through
-from .call import LayerCall, Place
+from .call import LayerCall, Place, qualified_name
 from .convolution import ConvolutionCall, Geometry
 from .embedding import BiasCall, SpreadCall
 from .linear import LinearCall
@@ -181,7 +182,7 @@ class Made:
         return values[self]
 
 
-class FollowedWeights(LookingOn):
+class FollowedWeights(LookingOn, ABC):
     """Follows weights through a forward pass, and what is computed of them, until they meet data.
 
     Parameters
@@ -226,9 +227,9 @@ class FollowedWeights(LookingOn):
         self.within: list[Collection[int]] = []
         self.took_states = False
 
+    @abstractmethod
     def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:
         """Carry out a call that takes what is made of weights, and maybe data; return what shall be its result."""
-        raise NotImplementedError
 
     @staticmethod
     def taken(call: Call) -> list[Tensor]:
@@ -245,7 +246,7 @@ class FollowedWeights(LookingOn):
         call = Call(func, args, kwargs or {})
         if self.known_numbers is None:
             return self._called(call)
-        self._remember(self._constants, (t for t in call.tensors if self.is_constant(t) and not self.holds(t)))
+        self._remember(self._constants, (t for t in call.tensors if self._was_there(t) and not self.holds(t)))
         result = self._called(call)
         self.known_numbers.update(map(id, tensors_in(result)))
         return result
@@ -311,8 +312,11 @@ class FollowedWeights(LookingOn):
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether a tensor is made of no data, or holds whole numbers that were there before this pass."""
+        return self.holds(tensor) or self._was_there(tensor)
+
+    def _was_there(self, tensor: Tensor) -> bool:
         before = self.known_numbers is not None and id(tensor) not in self.known_numbers
-        return self.holds(tensor) or (before and not (tensor.is_floating_point() or tensor.is_complex()))
+        return before and not (tensor.is_floating_point() or tensor.is_complex())
 
     def note(self, call: Call, result: Any) -> None:
         """Note what a call has made of weights, or of constants, as weights are where autograd does not follow."""
@@ -480,7 +484,7 @@ class FunctionalUses(FollowedWeights):
         """What is computed of weights, computed again of leaves of a graph of its own, in float64 where that is possible."""
         if made not in self._again:
             weights = self._weights([made.tensor])
-            names = [".".join(filter(None, self.places[w])) for w in weights]
+            names = [qualified_name(self.places[w]) for w in weights]
             uses, out = ", ".join(map(repr, names)), f"leave it out with layers={[f'!{name}' for name in names]}."
             random = WatchError(
                 f"the model draws parts of {uses} at random before it multiplies with it, so its shares cannot be told: {out}"
