@@ -160,10 +160,9 @@ class Capture:
         for module_name in dict.fromkeys(name for name, _ in by_place):
             module = modules[module_name]
             wanted = {key: by_place[module_name, key] for name, key in by_place if name == module_name}
-            on_call = self._on_call(module_name, wanted)
-            self._reports |= {(module_name, key): on_call for key in wanted}
+            self._reports |= dict.fromkeys([(module_name, key) for key in wanted], self._on_call(module_name, wanted))
             if (rule := rule_for(module)) is not None:
-                self._handles += rule.attach(module, on_call)
+                self._handles += rule.attach(module, self._on_call(module_name, wanted, by_rule=True))
         self._handles.append(self.model.register_forward_pre_hook(Hook(self._forward_begins), with_kwargs=True))
         self._handles.append(
             self.model.register_forward_hook(Hook(self._forward_ends), with_kwargs=True, always_call=True)
@@ -255,8 +254,8 @@ class Capture:
             return self._reports[place](call)
 
         samples = None if self.assignment is None else uses.states_of(len(self.assignment.cells))
-        tables, refused = weights_at(self.model, uses.tables), self._refused.setdefault
-        mode = FunctionalUses(self.model, weights, samples, on_call, refused, tables, compare=first)
+        followed, refused = weights_at(self.model, uses.followed), self._refused.setdefault
+        mode = FunctionalUses(self.model, weights, samples, on_call, refused, followed, compare=first)
         self._functional = mode
         self._note_layers(mode, frozenset(map(id, weights)))
         if parametrize._cache:
@@ -475,15 +474,15 @@ class Capture:
         numbers = whole_numbers(args, kwargs) if chosen else []
         return tuple((i, content_of(as_array(numbers[i]))) for i in chosen)
 
-    def _on_call(self, module_name: str, wanted: Mapping[str, WatchedLayer]) -> OnCall:
+    def _on_call(self, module_name: str, wanted: Mapping[str, WatchedLayer], by_rule: bool = False) -> OnCall:
         def on_call(call: LayerCall) -> Tensor | None:
             off = self._paused or not self._active or not self.recording
             if off or not torch.is_grad_enabled() or _transformed():
                 return None
             forward = self._forward
             parameters = [key for key in call.parameters if key in wanted and self._is_own((module_name, key))]
-            if isinstance(call, LookupCall) and forward is not None and forward.row_map is not None:
-                parameters = [key for key in parameters if (module_name, key) not in forward.row_map.uses.tables]
+            if by_rule and forward is not None and forward.row_map is not None:
+                parameters = [key for key in parameters if (module_name, key) not in forward.row_map.uses.followed]
             if not parameters:
                 return None
             if forward is None:

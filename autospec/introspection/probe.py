@@ -105,8 +105,8 @@ class OwnUses:
         All of them.
     spread : frozenset of (str, str)
         Those that meet data elementwise.
-    tables : frozenset of (str, str)
-        Those of nn.Embedding whose lookups, which all samples share, are followed until they meet data.
+    followed : frozenset of (str, str)
+        Those of layers that are applied to what all samples share, such as positions: what they return is followed until it meets data.
     states : bool
         Whether what is made of nothing, or held in a buffer, is data where it has a dimension of the number of samples and is
         multiplied with a weight, as a state is.
@@ -116,7 +116,7 @@ class OwnUses:
 
     places: frozenset[Place] = frozenset()
     spread: frozenset[Place] = frozenset()
-    tables: frozenset[Place] = frozenset()
+    followed: frozenset[Place] = frozenset()
     states: bool = True
     took_states: bool = False
 
@@ -156,6 +156,11 @@ class Probe:
         Whether attention is computed step by step, which takes room, instead of by kernels that give zeros for a query that is NaN.
     shapes : dict of (str, str) to list of tuple of int
         Shapes of what each use of each watched matrix received in the last pass.
+    unreached : dict of ((str, str), int) to Tensor
+        What a use received, by its number, where no NaN was in it.
+    constant : dict of (str, str) to bool
+        Matrices of which a use received rows none of which a sample reaches, as far as `rows` has found; and whether they were the
+        same for all samples, as what is spread over the batch.
     """
 
     twin: nn.Module
@@ -169,6 +174,8 @@ class Probe:
     as_given: set[Place]
     plain_attention: bool = False
     shapes: dict[Place, list[tuple[int, ...]]] = field(default_factory=dict)
+    unreached: dict[tuple[Place, int], Tensor] = field(default_factory=dict)
+    constant: dict[Place, bool] = field(default_factory=dict)
 
     def given(self, others: Mapping[int, Tensor | np.ndarray], samples: int) -> Probe:
         """The same with other tensors in place of some, by their identities; raise WatchError if lookups get them otherwise."""
@@ -204,7 +211,9 @@ class Probe:
                 data.index_fill_(dim, chosen, complex(math.nan, math.nan) if data.is_complex() else math.nan)
         looked_up = lookups_marked(self.twin, self.reading.lookups, len(word), word, self.origins)
         self.shapes.clear()
-        seeing = _nan_rows(self.twin, len(word), self.watched, self.uses, self.shapes, begun)
+        if begun is None:
+            self.unreached.clear()
+        seeing = _nan_rows(self.twin, len(word), self.watched, self.uses, self.shapes, self.unreached, begun)
         attention = sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext()
         with (
             unchanged(self.twin),
@@ -251,9 +260,18 @@ class Probe:
                 if key != RETURNED and (found[key][-1] == -2).any():
                     raise UntracedRows(f"Rows of the input of '{key[0] or key[1]}' mix several samples.")
         unknown = [(key, call) for key, calls in found.items() for call, of in enumerate(calls) if (of == -1).any()]
+        refusal: UntracedRows | None = None
         for key, call in unknown:
-            if key != RETURNED:
+            if key == RETURNED:
+                continue
+            if (found[key][call] == -1).all():
+                self.constant[key] = self.constant.get(key, True) and self._same_for_all(key, call, words.shape[1])
+            try:
                 found[key][call] = self._by_what_they_reach(key, call, found, words)
+            except UntracedRows as error:
+                refusal = refusal or error
+        if refusal is not None:
+            raise refusal
         alike: dict[bytes, np.ndarray] = {}  # most layers have the same rows
         return {
             key: [alike.setdefault(of.tobytes(), of.reshape(-1)) for of in calls]
@@ -281,6 +299,13 @@ class Probe:
             f"Rows of the input of '{place[0] or place[1]}' belong to no sample: NaN of none reaches them, as where "
             "they are made of whole numbers or of weights alone, or NaN is replaced, and what they reach does not tell either."
         )
+
+    def _same_for_all(self, place: Place, call: int, samples: int) -> bool:
+        """Whether one use received the same rows for each sample, but not all the same, so along one dimension of that size alone."""
+        given = self.unreached[place, call]
+        sizes = list(enumerate(given.shape[:-1]))
+        alike = [dim for dim, _ in sizes if torch.equal(given, given.narrow(dim, 0, 1).expand_as(given))]
+        return len(alike) < len(sizes) and [given.shape[dim] for dim in alike if given.shape[dim] > 1] == [samples]
 
     def _reaches(
         self,
@@ -397,9 +422,10 @@ def _nan_rows(
     watched: Collection[Place],
     uses: OwnUses,
     shapes: dict[Place, list[tuple[int, ...]]],
+    unreached: dict[tuple[Place, int], Tensor],
     begun: tuple[Place, int, np.ndarray] | None,
 ) -> Iterator[dict[Place, list[np.ndarray]]]:
-    """Collect, for each use of each watched parameter, which entries of its batch hold a NaN, and its input's shape.
+    """Collect, for each use of each watched parameter, which entries of its batch hold a NaN, its input's shape, and that without any.
 
     Where NaN is to begin in a use that is no layer's, it begins here.
     """
@@ -407,7 +433,10 @@ def _nan_rows(
     handles: list[RemovableHandle] = []
 
     def note(place: Place, call: LayerCall, parameter: str) -> None:
-        seen.setdefault(place, []).append(call.marks(parameter).cpu().numpy())
+        marks = call.marks(parameter).cpu().numpy()
+        if begun is None and not marks.any():
+            unreached[place, len(seen.get(place, ()))] = call.inputs[0].detach()
+        seen.setdefault(place, []).append(marks)
         shapes.setdefault(place, []).append(tuple(call.inputs[0].shape))
 
     def on_use(place: Place, call: LayerCall, output: Tensor) -> Tensor | None:
@@ -422,7 +451,7 @@ def _nan_rows(
         return output
 
     weights = weights_at(twin, uses.places)
-    followed = weights_at(twin, uses.tables)
+    followed = weights_at(twin, uses.followed)
     states = uses.states_of(samples)
     mode = FunctionalUses(twin, weights, states, on_use, lambda *_: None, followed) if weights else None
     if mode is not None:
@@ -436,7 +465,7 @@ def _nan_rows(
             if not torch.is_grad_enabled():  # such a call is none in training
                 return
             for parameter in call.parameters:
-                if (name, parameter) in watched and (name, parameter) not in uses.tables:
+                if (name, parameter) in watched and (name, parameter) not in uses.followed:
                     note((name, parameter), call, parameter)
 
         handles += rule.attach(module, on_call)

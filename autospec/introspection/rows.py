@@ -43,6 +43,7 @@ from .probe import NO_STATES, OwnUses, Probe, Reading, code_words, finite, seque
 from .spectra import irregular
 
 MAX_HYPOTHESES = 64
+MAX_WAYS = 12
 # From so many samples on one pass shows whether the model shuffles them.
 MANY_SAMPLES = 12
 # As many others at most a sample is mixed with: one by the order, and one by the order the other way round.
@@ -92,6 +93,46 @@ class RowMap:
         return {place: along for place, along in self.reading.lookups.items() if along.shared}
 
 
+@dataclass(frozen=True)
+class _Way:
+    """A way to trace rows.
+
+    Attributes
+    ----------
+    followed, states
+        As for `OwnUses`.
+    """
+
+    followed: frozenset[Place] = frozenset()
+    states: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class _Attempt:
+    """What came of one way to trace rows.
+
+    Attributes
+    ----------
+    found : RowMap or None
+        The result.
+    refusal : WatchError or None
+        Why there is none.
+    shared : frozenset of (str, str)
+        Lookups of watched tables that all samples may share.
+    constant : frozenset of (str, str)
+        Matrices of layers that receive rows none of which a sample reaches; where rows were found all the same, those of which the
+        rows are not the same for all samples.
+    uses : OwnUses
+        Weights that the model uses itself.
+    """
+
+    found: RowMap | None
+    refusal: WatchError | None
+    shared: frozenset[Place]
+    constant: frozenset[Place]
+    uses: OwnUses
+
+
 def map_rows(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -101,8 +142,6 @@ def map_rows(
     batch_dim: int | None = None,
     all_hooks: bool = False,
     known: Reading | None = None,
-    tables: frozenset[Place] = frozenset(),
-    states: bool = True,
 ) -> RowMap:
     """Find which rows of every watched layer's input belong to which sample.
 
@@ -122,10 +161,6 @@ def map_rows(
         Whether the copy has all hooks, also those that act on what is outside of the model.
     known : Reading, optional
         How a batch of another size was read: it decides where more than one reading is possible.
-    tables : frozenset of (str, str)
-        Tables that all samples share in a way in which their lookups have to be followed until they meet data.
-    states : bool
-        As for `OwnUses`.
 
     Returns
     -------
@@ -139,19 +174,81 @@ def map_rows(
     """
     own = {id(t): _copied(t) for t in tensors_in((args, kwargs)) if t.layout == torch.strided}
     args, kwargs = replaced(args, own), replaced(kwargs, own)  # the model may change its input in place
+
+    def attempt(way: _Way, watched: Collection[Place] = watched) -> _Attempt:
+        return _attempt(model, args, kwargs, samples, watched, batch_dim, all_hooks, known, way)
+
+    def another(way: _Way, watched: Collection[Place] = watched) -> _Attempt | None:
+        try:
+            return attempt(way, watched)
+        except SeveralReadings:
+            raise
+        except WatchError:
+            return None
+
+    first = attempt(_Way())
+    if first.found is not None:
+        # A constant that is taken for a state, or for rows of samples, may decide what is read as samples.
+        ways = [_Way(states=False)] if first.uses.took_states else []
+        if first.constant and batch_dim is None:
+            ways += [_Way(first.constant, states) for states in (True, False)]
+        for way in ways:
+            again = another(way)
+            _refuse_other_reading(first.found, None if again is None else again.found, known)
+        return first.found
+    tried, waiting = {_Way()}, [first]
+    while waiting and len(tried) < MAX_WAYS:
+        for way in _ways_after(waiting.pop(0)):
+            if way in tried:
+                continue
+            tried.add(way)
+            again = another(way)
+            if again is not None and again.found is not None:
+                return again.found
+            waiting += [] if again is None else [again]
+    rest = set(watched) - first.shared
+    if first.shared and rest:
+        again = another(_Way(), rest)
+        if again is not None and again.found is not None:
+            raise _cannot_be_spread(min(first.shared))
+    assert first.refusal is not None
+    raise first.refusal
+
+
+def _ways_after(attempt: _Attempt) -> Iterator[_Way]:
+    """Ways to trace rows after one that did not do: what samples share is followed until it meets data.
+
+    A width that is the number of samples by chance makes a state of what is none.
+    """
+    before = attempt.uses.followed
+    for followed in (before | attempt.shared, before | attempt.shared | attempt.constant):
+        for states in (True, False) if followed or attempt.uses.places else (True,):
+            yield _Way(followed, states)
+
+
+def _refuse_other_reading(found: RowMap, other: RowMap | None, known: Reading | None) -> None:
+    """Refuse what is read in one way where it may be read in another, too."""
+    if other is not None and other.reading.dims != found.reading.dims and known != found.reading:
+        raise _several_readings([found.reading, other.reading])
+
+
+def _attempt(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    samples: int,
+    watched: Collection[Place],
+    batch_dim: int | None,
+    all_hooks: bool,
+    known: Reading | None,
+    way: _Way,
+) -> _Attempt:
+    """Trace rows in one way; as for `map_rows`."""
     inputs = [t for t in tensors_in((args, kwargs)) if can_be_nan(t)]
-    packed = {
-        id(each.data): each for each in instances_in((args, kwargs), PackedSequence) if sequences_in(each) == samples
-    }
-    choices = [(0,) if id(t) in packed else _candidate_dims(t, samples, batch_dim) for t in inputs]
-    # An input may have a dimension of that size by chance, such as one position encoding a time point.
-    if batch_dim is None and any(len(dims) > 1 for dims in choices):
-        choices = [dims if dims == (None,) else (*dims, None) for dims in choices]
-    if batch_dim is not None:
-        for position in [i for i, dims in enumerate(choices) if dims != (None,)][1:]:
-            choices[position] = (*choices[position], None)
+    choices = _choices(args, kwargs, inputs, samples, batch_dim)
     words = code_words(samples)
     accepted: list[tuple[Probe, dict[Place, list[np.ndarray]]]] = []
+    unreached: set[Place] = set()
     refusal: WatchError | None = None
     with (
         generators_kept(inputs),
@@ -159,9 +256,9 @@ def map_rows(
         without_short_cuts(),
         kept_apart(model, evaluated=True) as copied,
     ):
-        twin, lookups, uses, all_hooks = _running_twin(
-            model, copied, args, kwargs, samples, watched, all_hooks, tables, states
-        )
+        twin, lookups, uses, all_hooks = _running_twin(model, copied, args, kwargs, samples, watched, all_hooks, way)
+        if not way.followed - lookups.keys() <= uses.places:
+            raise UntracedRows("What a layer makes of rows of no sample meets no data.")
         as_given = {place for place, lookup in lookups.items() if lookup.given}
         origins = origins_of(twin, args, kwargs, samples, [place for place in lookups if place not in as_given])
         for place, calls in origins.items():
@@ -178,93 +275,53 @@ def map_rows(
         def possible(lookup: Indices) -> tuple[Along, ...]:
             return possible_readings(lookup, samples, batch_dim)
 
-        options_of_lookups = [likely(lookup) for lookup in lookups.values()]
-        if not any(dims != (None,) for dims in choices) and not any(
-            along.along_samples for options in options_of_lookups for along in options
+        options = {place: likely(lookup) for place, lookup in lookups.items()}
+        if all(dims == (None,) for dims in choices) and not any(
+            along.along_samples for each in options.values() for along in each
         ):
-            every = [t for t in tensors_in((args, kwargs)) if not can_be_nan(t)] + inputs
-            notes = ["" if t.layout == torch.strided else ", not dense" for t in every]
-            shapes = ", ".join(f"{tuple(t.shape)}{note}" for t, note in zip(every, notes, strict=True)) or "no tensor"
-            where = "of size" if batch_dim is None else f"{batch_dim} of size"
-            if any(dims_of_size(t.shape, samples, batch_dim) for t in every if t.layout == torch.strided):
-                raise WatchError(
-                    f"the model's inputs hold the {samples} samples in whole numbers alone (inputs: {shapes}), which are traced through "
-                    "nn.Embedding alone: give the model dense floating-point input, or rows= for every watched layer."
-                )
-            raise WatchError(
-                f"groups has {samples} labels, but no input of the model has a dimension {where} {samples} "
-                f"(inputs: {shapes}): give one label for each sample of the batch, in the batch's order, with set_groups() where "
-                "batches differ. Whole numbers are "
-                "traced through nn.Embedding alone, and nothing in sparse tensors; elsewhere give the model dense floating-point input, "
-                "or rows=."
-            )
+            raise _no_samples(args, kwargs, inputs, samples, batch_dim)
         _fix_statistics(twin)
+        unmarked = {
+            place
+            for place, lookup in lookups.items()
+            if place in way.followed or (place not in watched and samples not in lookup.shape and not lookup.dims)
+        }
         for round_ in (likely, possible):
-            options = {
-                place: (Along(0, marked=False),)
-                if place in tables or (place not in watched and samples not in lookup.shape and not lookup.dims)
-                else None
-                for place, lookup in lookups.items()
-            }
             # Lookups of one kind and shape are read in one way.
-            by_kind = {lookup: round_(lookup) for place, lookup in lookups.items() if place not in tables}
-            if math.prod(map(len, choices)) * math.prod(map(len, by_kind.values())) > MAX_HYPOTHESES:
-                raise WatchError("too many dimensions of the inputs could index samples: say which with batch_dim=.")
-            for dims, chosen in itertools.product(itertools.product(*choices), itertools.product(*by_kind.values())):
-                along_of_kind = dict(zip(by_kind, chosen, strict=True))
-                alongs = {
-                    place: only[0] if (only := options[place]) else along_of_kind[lookup]
-                    for place, lookup in lookups.items()
-                }
-                if all(dim is None for dim in dims) and not any(along.along_samples for along in alongs.values()):
-                    continue
+            kinds = {lookup: round_(lookup) for place, lookup in lookups.items() if place not in way.followed}
+            for reading in _readings(choices, lookups, kinds, unmarked):
                 if batch_dim is not None and accepted:
                     break
-                probe = Probe(twin, args, kwargs, inputs, Reading(dims, alongs), watched, uses, origins, as_given)
+                probe = Probe(twin, args, kwargs, inputs, reading, watched, uses, origins, as_given)
                 try:
                     try:
                         found = probe.rows(words)
                     except UntracedRows:
-                        probe = replace(probe, plain_attention=True, shapes={})
+                        probe = replace(probe, plain_attention=True, shapes={}, unreached={}, constant={})
                         found = probe.rows(words)
                     _same_result(model, probe, samples)
                     accepted.append((probe, found))
                 except WatchError as error:
-                    spread = [place for place, along in alongs.items() if along.shared and along.marked]
+                    spread = [place for place, along in reading.lookups.items() if along.shared and along.marked]
                     failed = error.__cause__ is not None and bool(spread)
                     refusal = refusal or (_cannot_be_spread(spread[0]) if failed else error)
+                    unreached |= probe.constant.keys()
             if accepted:
                 break
-    if not accepted and not tables and states:
-        shared = [
-            place for place, lookup in lookups.items() if place in watched and any(a.shared for a in likely(lookup))
-        ]
-        given = (batch_dim, all_hooks, known)
-        others = [(frozenset(shared), True)] if shared else []
-        if uses.places or shared:  # a width that is the number of samples by chance makes a state of what is none
-            others.append((frozenset(shared), False))
-        for other in others:
-            try:
-                return map_rows(model, args, kwargs, samples, watched, *given, *other)
-            except SeveralReadings:
-                raise
-            except WatchError:
-                continue
-        rest = set(watched) - set(shared)
-        if shared and rest and _can_be_mapped(model, args, kwargs, samples, rest, *given):
-            raise _cannot_be_spread(shared[0])
+    shared = frozenset(place for place, of in options.items() if place in watched and any(a.shared for a in of))
+    not_layers = lookups.keys() | (uses.places - way.followed)
     if not accepted:
-        if refusal is not None and not isinstance(refusal, UntracedRows):
-            raise refusal
-        ways = "batch_dim= or rows=" if batch_dim is None else "rows="
-        raise WatchError(f"{refusal or ''} Say where the samples are with {ways}, or leave the layer out with layers=.")
+        if refusal is None or isinstance(refusal, UntracedRows):
+            ways = "batch_dim= or rows=" if batch_dim is None else "rows="
+            refusal = WatchError(
+                f"{refusal or ''} Say where the samples are with {ways}, or leave the layer out with layers=."
+            )
+        return _Attempt(None, refusal, shared, frozenset(unreached - not_layers), uses)
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
         accepted = [each for each in accepted if each[0].reading == known] or accepted
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
         raise _several_readings([probe.reading for probe, _ in accepted])
     probe, found = accepted[0]
-    if states and uses.took_states and not tables:
-        _refuse_other_states(model, args, kwargs, samples, watched, (batch_dim, all_hooks, known), probe.reading)
     received = dict(probe.shapes)
     with (
         generators_kept(inputs),
@@ -280,27 +337,77 @@ def map_rows(
             _refuse_mixing_in_training(model, probe, samples, found)
     without_hooks = () if all_hooks else tuple(_modules_with_other_hooks(model))
     certain = len(accepted) == 1
-    return RowMap(found, len(words), probe.reading, by_content, without_hooks, certain, received, uses)
+    row_map = RowMap(found, len(words), probe.reading, by_content, without_hooks, certain, received, uses)
+    constant = frozenset(place for place, same in probe.constant.items() if not same)
+    return _Attempt(row_map, None, shared, constant - not_layers, uses)
 
 
-def _refuse_other_states(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    samples: int,
-    watched: Collection[Place],
-    given: tuple[int | None, bool, Reading | None],
-    reading: Reading,
-) -> None:
-    """Refuse a reading in which a constant is a state, where there is another in which it is none."""
-    try:
-        other = map_rows(model, args, kwargs, samples, watched, *given, frozenset(), False).reading
-    except SeveralReadings:
-        raise
-    except WatchError:
-        return
-    if other.dims != reading.dims and given[2] != reading:
-        raise _several_readings([reading, other])
+def _choices(
+    args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor], samples: int, batch_dim: int | None
+) -> list[tuple[int | None, ...]]:
+    """For each floating-point input the dimensions that may index samples; None where it may hold none."""
+    packed = {id(each.data) for each in instances_in((args, kwargs), PackedSequence) if sequences_in(each) == samples}
+    choices: list[tuple[int | None, ...]] = [
+        (0,) if id(t) in packed else _candidate_dims(t, samples, batch_dim) for t in inputs
+    ]
+    # An input may have a dimension of that size by chance, such as one position encoding a time point.
+    if batch_dim is None and any(len(dims) > 1 for dims in choices):
+        choices = [dims if dims == (None,) else (*dims, None) for dims in choices]
+    if batch_dim is not None:
+        for position in [i for i, dims in enumerate(choices) if dims != (None,)][1:]:
+            choices[position] = (*choices[position], None)
+    return choices
+
+
+def _readings(
+    choices: Sequence[Sequence[int | None]],
+    lookups: Mapping[Place, Indices],
+    kinds: Mapping[Indices, Sequence[Along]],
+    unmarked: Collection[Place],
+) -> Iterator[Reading]:
+    """Ways to read inputs and lookups in which something has samples.
+
+    Parameters
+    ----------
+    choices : sequence of sequence of int or None
+        As of `_choices`.
+    lookups : mapping of (str, str) to Indices
+        What is looked up in each table.
+    kinds : mapping of Indices to sequence of Along
+        How lookups of each kind may have samples.
+    unmarked : collection of (str, str)
+        Lookups through which samples are not followed.
+    """
+    if math.prod(map(len, choices)) * math.prod(map(len, kinds.values())) > MAX_HYPOTHESES:
+        raise WatchError("too many dimensions of the inputs could index samples: say which with batch_dim=.")
+    for dims, chosen in itertools.product(itertools.product(*choices), itertools.product(*kinds.values())):
+        of_kind = dict(zip(kinds, chosen, strict=True))
+        alongs = {
+            place: Along(0, marked=False) if place in unmarked else of_kind[lookup] for place, lookup in lookups.items()
+        }
+        if any(dim is not None for dim in dims) or any(along.along_samples for along in alongs.values()):
+            yield Reading(dims, alongs)
+
+
+def _no_samples(
+    args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor], samples: int, batch_dim: int | None
+) -> WatchError:
+    every = [*(t for t in tensors_in((args, kwargs)) if not can_be_nan(t)), *inputs]
+    notes = ["" if t.layout == torch.strided else ", not dense" for t in every]
+    shapes = ", ".join(f"{tuple(t.shape)}{note}" for t, note in zip(every, notes, strict=True)) or "no tensor"
+    where = "of size" if batch_dim is None else f"{batch_dim} of size"
+    if any(dims_of_size(t.shape, samples, batch_dim) for t in every if t.layout == torch.strided):
+        return WatchError(
+            f"the model's inputs hold the {samples} samples in whole numbers alone (inputs: {shapes}), which are traced through "
+            "nn.Embedding alone: give the model dense floating-point input, or rows= for every watched layer."
+        )
+    return WatchError(
+        f"groups has {samples} labels, but no input of the model has a dimension {where} {samples} "
+        f"(inputs: {shapes}): give one label for each sample of the batch, in the batch's order, with set_groups() where "
+        "batches differ. Whole numbers are "
+        "traced through nn.Embedding alone, and nothing in sparse tensors; elsewhere give the model dense floating-point input, "
+        "or rows=."
+    )
 
 
 def _several_readings(readings: Sequence[Reading]) -> SeveralReadings:
@@ -316,15 +423,6 @@ def _copied(tensor: Tensor) -> Tensor:
     if not tensor.requires_grad:
         return copied
     return copied.requires_grad_() if tensor.is_leaf else copied.requires_grad_().clone()
-
-
-def _can_be_mapped(*args: Any) -> bool:
-    """Whether rows can be found by `map_rows` with these arguments."""
-    try:
-        map_rows(*args)
-    except WatchError:
-        return False
-    return True
 
 
 def _twin(model: nn.Module, all_hooks: bool = False) -> nn.Module:
@@ -356,8 +454,7 @@ def _running_twin(
     samples: int,
     watched: Collection[Place],
     all_hooks: bool,
-    tables: frozenset[Place],
-    states: bool,
+    way: _Way,
 ) -> tuple[nn.Module, dict[Place, Indices], OwnUses, bool]:
     """A copy that runs, what it looks up in tables, which weights it uses itself, and whether it has all hooks.
 
@@ -373,12 +470,12 @@ def _running_twin(
                 if parameter.is_leaf:  # those of a copied TorchScript part are none
                     parameter.requires_grad_(False)
         try:
-            uses = _Uses(twin, samples if states else NO_STATES, watched, tables)
+            uses = _Uses(twin, samples if way.states else NO_STATES, watched, way.followed)
             passed = functools.partial(uses.find, args, kwargs)
             lookups = lookups_in(twin, args, kwargs, passed, uses.mode.is_constant)
             spread = frozenset(place for place, elementwise in uses.found.items() if elementwise)
             took_states = uses.mode.took_states
-            return twin, lookups, OwnUses(frozenset(uses.found), spread, tables, states, took_states), hooks
+            return twin, lookups, OwnUses(frozenset(uses.found), spread, way.followed, way.states, took_states), hooks
         except WatchError:
             raise
         except Exception:
@@ -665,13 +762,13 @@ class _Uses:
     may do so in what can be watched.
     """
 
-    def __init__(self, twin: nn.Module, samples: int, watched: Collection[Place], tables: Collection[Place]) -> None:
+    def __init__(self, twin: nn.Module, samples: int, watched: Collection[Place], followed: Collection[Place]) -> None:
         self.twin = twin
         self.found: dict[Place, bool] = {}
         self._refused: dict[Place, str] = {}
-        weights, followed = weights_at(twin, watched), weights_at(twin, tables)
+        weights = weights_at(twin, watched)
         self.mode = FunctionalUses(
-            twin, weights, samples, self._on_call, self._refused.setdefault, followed, compare=True
+            twin, weights, samples, self._on_call, self._refused.setdefault, weights_at(twin, followed), compare=True
         )
 
     def _on_call(self, place: Place, call: LayerCall, _: Tensor) -> None:

@@ -344,15 +344,8 @@ BETWEEN = {
 
 @pytest.mark.parametrize("case", BETWEEN)
 def test_training_is_unchanged_whatever_is_computed_of_a_shared_table(case):
-    """Spread over the samples before a layer, it is computed once a sample, and summed in another order."""
+    """Spread over the samples before a layer, it would be computed once a sample, and summed in another order."""
     plain = trained_for_some_steps(BETWEEN[case], watched=False)
-    options = {}
-    if case in ("projection", "a generator of its own"):
-        with pytest.raises(
-            WatchError, match=r"'table' is shared by all samples.*before a layer with weights is applied to it"
-        ):
-            trained_for_some_steps(BETWEEN[case], watched=True)
-        options = {"layers": ["read.weight"]}
-    watched = trained_for_some_steps(BETWEEN[case], watched=True, **options)
+    watched = trained_for_some_steps(BETWEEN[case], watched=True)
     for name, value in plain.items():
         assert torch.equal(value, watched[name]), name

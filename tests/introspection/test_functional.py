@@ -20,7 +20,7 @@ from autospec.introspection.copies import copy_model
 from autospec.introspection.layers import functional
 from autospec.introspection.sample_shares import sample_shares
 
-from .oracle import Problem, error, members, record, spectrum, svdvals
+from .oracle import Problem, error, members, record, spectrum, svdvals, weights_after_training
 
 N, T, INPUTS, OUTPUTS = 9, 4, 5, 6
 LABELS = ["a", "b", "b"] * 3
@@ -970,20 +970,89 @@ def test_elementwise_in_a_checkpoint_is_refused_where_more_would_be_kept():
     assert_definition(tree, model, x)
 
 
-def test_a_layer_that_is_given_a_weight_is_refused_or_watched_without_groups():
-    class Prototypes(nn.Module):
+class Shared(nn.Module):
+    """Layers are applied to what all samples share, and what they return meets data."""
+
+    def __init__(self, given, meets):
+        super().__init__()
+        if given == "prototypes":
+            self.constants = nn.Parameter(torch.randn(T, INPUTS))
+        else:
+            self.register_buffer("constants", torch.randn(T, INPUTS))
+        self.positions = nn.Embedding(T, INPUTS) if given == "positions" else None
+        self.given, self.meets = given, meets
+        self.project = nn.Sequential(
+            nn.Linear(INPUTS, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, OUTPUTS, bias=False)
+        )
+        self.first = nn.Linear(INPUTS, OUTPUTS)
+        if meets in ("graph", "queries"):
+            self.a, self.b = nn.Linear(OUTPUTS, 5), nn.Linear(OUTPUTS, 5)
+        self.head = nn.Linear(T if meets == "prototypes" else OUTPUTS, 3)
+
+    def forward(self, x):
+        given = self.constants if self.positions is None else self.positions(torch.arange(T))
+        shared, data = self.project(given.unsqueeze(0) if self.given == "for a batch" else given), self.first(x)
+        if self.meets == "sum":
+            data = data + shared
+        elif self.meets == "a number":
+            data = data + shared.square().mean()
+        elif self.meets == "prototypes":
+            data = data @ shared.mT
+        elif self.meets == "graph":
+            data = torch.softmax(self.a(shared) @ self.b(shared).mT, -1) @ data
+        elif self.meets == "queries":
+            data = torch.softmax(self.a(shared) @ self.b(data).mT, -1) @ data
+        elif self.meets == "kernel":
+            kernel = shared.T.reshape(OUTPUTS, 1, T)
+            data = F.conv1d(data.mT, kernel, padding=T - 1, groups=OUTPUTS)[..., :T].mT
+        elif self.meets == "the same layer":
+            data = data * self.project(x) + shared
+        return self.head(torch.tanh(data))
+
+
+SHARED = ["constants", "prototypes", "positions", "for a batch"]
+MEETS = ["sum", "a number", "graph", "queries", "the same layer", "prototypes", "kernel"]
+# The last two take a matrix.
+MET = [(given, meets) for given in SHARED for meets in MEETS[: -2 if given == "for a batch" else None]]
+
+
+@pytest.mark.parametrize(("given", "meets"), MET)
+def test_a_layer_may_be_given_what_all_samples_share(given, meets):
+    torch.manual_seed(0)
+    model, x = Shared(given, meets), torch.randn(N, T, INPUTS)
+    tree = record(Problem(model, x, loss_of, LABELS))
+    names = {"project.0.weight", "project.3.weight", "first.weight", "head.weight"}
+    names |= {"constants"} if given == "prototypes" else set()
+    names |= {"positions.weight"} if given == "positions" else set()
+    names |= {"a.weight", "b.weight"} if meets in ("graph", "queries") else set()
+    assert set(tree["layers"].children) == names
+    assert_definition(tree, model, x)
+    assert tree.attrs["audit"]["outside"] == {}
+    plain = weights_after_training(model, x, loss_of, None, steps=3, lr=0.1)
+    watched = weights_after_training(model, x, loss_of, LABELS, steps=3, lr=0.1)
+    for name, value in plain.items():
+        assert torch.equal(value, watched[name]), name
+
+
+@pytest.mark.parametrize("tokens", [N, T], ids=["as many as samples", "fewer"])
+def test_as_many_constants_as_samples_are_no_samples(tokens):
+    """Where a loss is taken of each time step, either dimension might be that of the samples."""
+
+    class Positions(nn.Module):
         def __init__(self):
             super().__init__()
-            self.prototypes, self.project = nn.Parameter(torch.randn(4, 6)), nn.Linear(6, 6)
+            self.register_buffer("constants", torch.randn(tokens, INPUTS))
+            self.place, self.read, self.head = nn.Linear(INPUTS, 6), nn.Linear(INPUTS, 6), nn.Linear(6, 3)
 
         def forward(self, x):
-            return x @ self.project(self.prototypes).T
+            return self.head(torch.tanh(self.read(x) + self.place(self.constants)))
 
     torch.manual_seed(0)
-    model, x = Prototypes(), torch.randn(N, 6)
-    with pytest.raises(WatchError, match="input of 'project' belong to no sample"):
-        record(Problem(model, x, loss_of, LABELS))
-    assert_definition(record(Problem(model, x, loss_of, None)), model, x, None)
+    model, x = Positions(), torch.randn(N, tokens, INPUTS)
+    if tokens == N:
+        with pytest.raises(WatchError, match=r"more than one dimension.*batch_dim="):
+            record(Problem(model, x, loss_of, LABELS))
+    assert_definition(record(Problem(model, x, loss_of, LABELS), batch_dim=0), model, x)
 
 
 def test_a_width_that_is_the_number_of_samples_makes_no_state_of_a_constant():

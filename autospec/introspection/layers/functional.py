@@ -193,8 +193,8 @@ class FollowedWeights(LookingOn, ABC):
         The weights.
     samples : int, optional
         Samples in the batch, where that is known: a state of as many rows is data where it is multiplied with a weight.
-    tables : iterable of Parameter
-        Weights of nn.Embedding that are followed through its lookups, which are made of them and of whole numbers alone.
+    followed : iterable of Parameter
+        Weights of layers that are followed through these, too, since what enters them is of no sample.
 
     Attributes
     ----------
@@ -209,10 +209,10 @@ class FollowedWeights(LookingOn, ABC):
         model: nn.Module,
         weights: Iterable[nn.Parameter],
         samples: int | None = None,
-        tables: Iterable[nn.Parameter] = (),
+        followed: Iterable[nn.Parameter] = (),
     ) -> None:
         super().__init__()
-        self.samples, self._tables = samples, set(map(id, tables))
+        self.samples, self._followed = samples, set(map(id, followed))
         # An identity is only unique while its object lives.
         self.weights = {weight: Made(weight, weight._version, (weight,)) for weight in weights}
         self.made = {id(weight): made for weight, made in self.weights.items()}
@@ -276,7 +276,7 @@ class FollowedWeights(LookingOn, ABC):
         """Of which weights tensors are made, but for those of the layer that is running."""
         own = self.within[-1] if self.within else ()
         weights = dict.fromkeys(w for t in tensors if id(t) in self.made for w in self.made[id(t)].weights)
-        return [w for w in weights if id(w) not in own or id(w) in self._tables]
+        return [w for w in weights if id(w) not in own or id(w) in self._followed]
 
     @staticmethod
     def _remember(known: dict[int, tuple[Tensor, int]], tensors: Iterable[Tensor]) -> None:
@@ -354,7 +354,7 @@ class FunctionalUses(FollowedWeights):
 
     Parameters
     ----------
-    model, samples, tables
+    model, samples, followed
         As for `FollowedWeights`.
     weights : mapping of Parameter to (str, str)
         The matrices, and the place under which uses of each are reported.
@@ -373,18 +373,18 @@ class FunctionalUses(FollowedWeights):
         samples: int | None,
         on_call: Callable[[Place, LayerCall, Tensor], Tensor | None],
         on_other: Callable[[Place, str], object],
-        tables: Iterable[nn.Parameter] = (),
+        followed: Iterable[nn.Parameter] = (),
         compare: bool = False,
     ) -> None:
-        super().__init__(model, weights, samples, tables)
+        super().__init__(model, weights, samples, followed)
         self.places, self.on_call, self.on_other, self.compare = weights, on_call, on_other, compare
         self._again: dict[Made, tuple[Tensor, dict[nn.Parameter, Tensor]]] = {}
 
     def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:
         """Carry out the call, and report it."""
         given = [t for t in self.taken(call) if t.ndim or id(t) in self.made]
-        followed = call.func is F.embedding and any(id(t) in self._tables for t in given)
-        with_data = not followed and any(map(self.is_data, given))
+        looked_up = call.func is F.embedding and any(id(t) in self._followed for t in given)
+        with_data = not looked_up and any(map(self.is_data, given))
         readings: Iterable[Reading] = _readings(call)
         spread = self._spread(call, given) if call.func in ELEMENTWISE else None
         if spread is None:
