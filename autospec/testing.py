@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
@@ -18,7 +18,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.func import functional_call
 
 from autospec.introspection import Watcher
-from autospec.introspection.arguments import as_array, of_packing, replaced, tensors_in
+from autospec.introspection.arguments import as_array, can_be_nan, of_packing, replaced, tensors_in
 from autospec.introspection.audit import LONG_SUM
 from autospec.introspection.copies import copy_model, kept_apart, without_short_cuts
 from autospec.introspection.errors import WatchError
@@ -179,11 +179,14 @@ def check(
     samples = _batch_size(batch) if assignment is None else len(assignment.cells)
     rows = {name: torch.from_numpy(as_array(of)).long() for name, of in (options.get("rows") or {}).items()}
     watched = list(tree["layers"].children)
-    owners = _owners(model, batch, samples, options.get("batch_dim"), rows, watched)
+    order = _another_order(samples)
+    moved, shared = _in_order(batch, order, options.get("batch_dim"), watcher.shared_inputs)
+    followed = _given_what_is_shared(model, batch, moved, samples, watched, shared)
+    owners = _owners(model, batch, moved, order, rows, watched, followed, shared)
     for number, group in enumerate(names):
         everyone = np.ones(samples, dtype=bool)
         member = everyone if assignment is None else assignment.members[assignment.cells][:, number]
-        shares, reasons = _shares_by_copies(model, batch, loss, member, owners, watched)
+        shares, reasons = _shares_by_copies(model, batch, loss, member, owners, watched, followed, shared)
         found.not_compared |= reasons
         for name, share in shares.items():
             values = tree[f"layers/{name}/gradient"].isel(step=0)
@@ -293,6 +296,10 @@ class _Copies(FollowedWeights):
         Samples in the batch.
     on_use : callable
         Takes the names, what a function returned, and a function that does the same with the copies; returns what shall stand in.
+    followed : iterable of Parameter
+        As for `FollowedWeights`.
+    shared : iterable of Tensor
+        What the model is called with that all samples share.
     """
 
     def __init__(
@@ -301,15 +308,21 @@ class _Copies(FollowedWeights):
         copies: Mapping[nn.Parameter, tuple[str, Tensor]],
         samples: int,
         on_use: Callable[[Sequence[str], Any, Callable[[], Any]], Any],
+        followed: Iterable[nn.Parameter],
+        shared: Iterable[Tensor],
     ) -> None:
-        super().__init__(model, copies, samples)
+        super().__init__(model, copies, samples, followed=followed)
+        self._remember(self._fresh, (copied for _, copied in copies.values()))  # layers may be run with them
+        self.share(shared)
         self.copies, self.on_use = copies, on_use
         self._values: dict[Made, Tensor] = {}
 
     def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:
         """Carry out the call, and let the samples of a group meet the copies."""
         given = self.taken(call)
-        rows = [t for t in given if self.is_data(t) or (self.may_be_rows(t) and call.func in (*LINEAR, *MATMUL))]
+        # What enters a layer that is followed is no state.
+        product = call.func in (*LINEAR, *MATMUL) and not all(id(weight) in self.followed for weight in weights)
+        rows = [t for t in given if self.is_data(t) or (product and self.may_be_rows(t))]
         if not rows:
             result = call.made()
             self.note(call, result)
@@ -348,50 +361,78 @@ def _follow(copied: Tensor, weight: Tensor) -> bool:
     return not same
 
 
-def _owners(
+def _outputs(
     model: nn.Module,
     batch: Any,
     samples: int,
-    batch_dim: int | None,
+    watched: Sequence[str],
+    followed: Collection[str],
+    shared: Sequence[Tensor],
+    seed: int,
+) -> dict[str, list[Tensor]]:
+    """What each layer returns, call by call, and what is done with each weight outside of its layer."""
+    twin = copy_model(model).eval()
+    made: dict[str, list[Tensor]] = {}
+    for name, module in twin.named_modules():
+        if rule_for(module) is not None and name not in followed:
+            seen = made.setdefault(name, [])
+            module.register_forward_hook(lambda _, __, output, seen=seen: seen.extend(map(_copied, tensors_in(output))))
+
+    def on_use(names: Sequence[str], result: Any, _: Any) -> Any:
+        for name in names:
+            made.setdefault(name, []).extend(map(_copied, tensors_in(result)))
+        return result
+
+    weights = {twin.get_parameter(name): name for name in watched}
+    copies = {weight: (name, weight) for weight, name in weights.items()}
+    mode = _Copies(twin, copies, samples, on_use, _weights_of(twin, followed), shared)
+    layers_noted(weights_by_layer(twin), lambda: mode.within)
+    with generators_kept(list(model.parameters())), torch.enable_grad(), without_short_cuts(), mode:
+        seed_random_numbers(seed)
+        _call(twin, batch)
+    return made
+
+
+def _weights_of(model: nn.Module, layers: Collection[str]) -> list[nn.Parameter]:
+    return [parameter for name in layers for parameter in model.get_submodule(name).parameters()]
+
+
+def _another_order(samples: int) -> Tensor:
+    """Another order of the samples."""
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(SEED))
+    return order.roll(1) if torch.equal(order, torch.arange(samples)) else order
+
+
+def _given_what_is_shared(
+    model: nn.Module, batch: Any, moved: Any, samples: int, watched: Sequence[str], shared: Sequence[Tensor]
+) -> set[str]:
+    """Layers of which a call returns the same, in the same order, whatever the samples, as of a table of positions."""
+    plain, again = (_outputs(model, given, samples, watched, (), shared, SEED) for given in (batch, moved))
+    layers = {name for name, module in model.named_modules() if rule_for(module) is not None}
+    common = layers & plain.keys() & again.keys() if samples > 1 else ()
+    return {name for name in common if any(map(torch.equal, plain[name], again[name]))}
+
+
+def _owners(
+    model: nn.Module,
+    batch: Any,
+    moved: Any,
+    order: Tensor,
     rows: Mapping[str, Tensor],
     watched: Sequence[str],
+    followed: Collection[str],
+    shared: Sequence[Tensor],
 ) -> dict[str, list[Tensor | None]]:
     """Sample of each entry of each output of each layer, call by call, to be broadcast; None where that cannot be told.
 
     By the layers' names, and, of what is done with a weight outside of its layer, by the weight's.
     """
-
-    def outputs(given: Any, seed: int) -> dict[str, list[Tensor]]:
-        twin = copy_model(model).eval()
-        made: dict[str, list[Tensor]] = {}
-        for name, module in twin.named_modules():
-            if rule_for(module) is not None:
-                seen = made.setdefault(name, [])
-                module.register_forward_hook(
-                    lambda _, __, output, seen=seen: seen.extend(map(_copied, tensors_in(output)))
-                )
-
-        def on_use(names: Sequence[str], result: Any, _: Any) -> Any:
-            for name in names:
-                made.setdefault(name, []).extend(map(_copied, tensors_in(result)))
-            return result
-
-        weights = {twin.get_parameter(name): name for name in watched}
-        mode = _Copies(twin, {weight: (name, weight) for weight, name in weights.items()}, samples, on_use)
-        layers_noted(weights_by_layer(twin), lambda: mode.within)
-        with generators_kept(list(model.parameters())), torch.enable_grad(), without_short_cuts(), mode:
-            seed_random_numbers(seed)
-            _call(twin, given)
-        return made
-
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(SEED))
-    order = order.roll(1) if torch.equal(order, torch.arange(samples)) else order
-    plain, again = outputs(batch, SEED), outputs(batch, SEED + 1)
-    moved = outputs(_in_order(batch, order, batch_dim), SEED)
+    ways = ((batch, SEED), (batch, SEED + 1), (moved, SEED))
+    plain, again, other = (_outputs(model, given, len(order), watched, followed, shared, seed) for given, seed in ways)
     found: dict[str, list[Tensor | None]] = {}
     for name, of_module in plain.items():
         measured = [
-            _owner(*each, order) for each in zip(of_module, again.get(name, ()), moved.get(name, ()), strict=False)
+            _owner(*each, order) for each in zip(of_module, again.get(name, ()), other.get(name, ()), strict=False)
         ]
         given = next((of for each, of in rows.items() if name in (each, each.rpartition(".")[0])), None)
         found[name] = [
@@ -405,15 +446,17 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def _in_order(batch: Any, order: Tensor, batch_dim: int | None) -> Any:
-    """The batch with its samples in another order."""
+def _in_order(batch: Any, order: Tensor, batch_dim: int | None, shared: Collection[int]) -> tuple[Any, list[Tensor]]:
+    """The batch with its samples in another order, and what in it all samples share: of floating-point inputs the numbers are given."""
+    inputs = [tensor for tensor in tensors_in(batch) if can_be_nan(tensor)]
+    same = [inputs[number] for number in shared if number < len(inputs)]
     moved: dict[int, Tensor | np.ndarray] = {}
     packing = of_packing(batch)
     for tensor in tensors_in(batch):
         dims = dims_of_size(tensor.shape, len(order), batch_dim) or dims_of_size(tensor.shape, len(order), None)
-        if dims and id(tensor) not in packing:
+        if dims and id(tensor) not in packing and all(tensor is not each for each in same):
             moved[id(tensor)] = tensor.index_select(dims[0], order.to(tensor.device))
-    return replaced(batch, moved)
+    return replaced(batch, moved), same
 
 
 def _owner(plain: Tensor, again: Tensor, moved: Tensor, order: Tensor) -> Tensor | None:
@@ -463,6 +506,8 @@ def _shares_by_copies(
     member: np.ndarray,
     owners: Mapping[str, Sequence[Tensor | None]],
     watched: Sequence[str],
+    followed: Collection[str],
+    shared: Sequence[Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """dL/dW_c, where the samples of a group use their own copy W_c of each weight."""
     twin = copy_model(model)
@@ -472,21 +517,17 @@ def _shares_by_copies(
     reasons: dict[str, str] = {}
     unknown = "its outputs do not show where they have the samples, in the batch's order"
     inside = torch.from_numpy(member)
-    # With activation checkpointing calls are made again.
-    of_uses = {
-        name: itertools.cycle(owner for owner in owners.get(name, ()) if owner is not None)
-        for name in copies
-        if owners.get(name) and all(owner is not None for owner in owners[name])
-    }
+    uses = _Uses({name: owners.get(name, ()) for name in copies})
 
     def on_use(names: Sequence[str], result: Any, again: Callable[[], Any]) -> Any:
-        known = [name for name in names if name in of_uses]
+        known = [name for name in names if name in uses.owners]
         reasons.update(dict.fromkeys(set(names) - set(known), unknown))
         for name in known[1:]:  # all have the same
-            next(of_uses[name], None)
-        return _mixed(result, again(), inside, of_uses[known[0]]) if known else result
+            next(uses.following(name))
+        return _mixed(result, again(), inside, uses.following(known[0])) if known else result
 
-    mode = _Copies(twin, {weights[name]: (name, copied) for name, copied in copies.items()}, len(member), on_use)
+    of_weights = {weights[name]: (name, copied) for name, copied in copies.items()}
+    mode = _Copies(twin, of_weights, len(member), on_use, _weights_of(twin, followed), shared)
     layers_noted(weights_by_layer(twin), lambda: mode.within)
     for name, module in list(twin.named_modules()):
         rule = rule_for(module)
@@ -495,11 +536,11 @@ def _shares_by_copies(
         parameters = dict(module.named_parameters(remove_duplicate=False))
         held = {key: names.get(id(parameters[key])) for key in rule.parameters(module) if key in parameters}
         own = {key: copies[each] for key, each in held.items() if each is not None}
-        if not own or not owners[name]:  # a layer that is not called by itself, as within an attention
+        if not own or not owners.get(name):  # a layer that is not called by itself, as within an attention
             continue
         known = [owner for owner in owners[name] if owner is not None]
         if len(known) == len(owners[name]):
-            _run_twice(module, own, member, known)
+            _run_twice(module, own, member, known, uses)
         else:
             reasons |= {each: unknown for each in held.values() if each is not None}
     with generators_kept(list(twin.parameters())), mode:
@@ -521,7 +562,31 @@ def _shares_by_copies(
     return shares, reasons
 
 
-def _run_twice(module: nn.Module, own: dict[str, Tensor], member: np.ndarray, owners: Sequence[Tensor]) -> None:
+class _Uses:
+    """Sample of each entry of what is done with a weight outside of its layer, use by use.
+
+    Parameters
+    ----------
+    owners : mapping of str to sequence of Tensor or None
+        By the weight's name, of which those are left out whose uses are not all known.
+    """
+
+    def __init__(self, owners: Mapping[str, Sequence[Tensor | None]]) -> None:
+        self.owners = {name: [each for each in of if each is not None] for name, of in owners.items() if of}
+        self.owners = {name: of for name, of in self.owners.items() if len(of) == len(owners[name])}
+        self.counts = dict.fromkeys(self.owners, 0)
+
+    def following(self, name: str) -> Iterator[Tensor]:
+        """The next one's, and of what else it returns; with activation checkpointing calls are made again."""
+        of = self.owners[name]
+        while True:
+            self.counts[name] += 1
+            yield of[(self.counts[name] - 1) % len(of)]
+
+
+def _run_twice(
+    module: nn.Module, own: dict[str, Tensor], member: np.ndarray, owners: Sequence[Tensor], uses: _Uses
+) -> None:
     """Let the samples of a group, which have these entries of one output after the other, go through a copy of the weights."""
     inside = torch.from_numpy(member)
     forward = type(module).forward
@@ -535,10 +600,11 @@ def _run_twice(module: nn.Module, own: dict[str, Tensor], member: np.ndarray, ow
             device = next(iter(own.values())).device
             for key, copied in own.items():
                 _follow(copied, module.get_parameter(key))
-            before = random_state(device)
+            before, counts = random_state(device), dict(uses.counts)
             output = forward(module, *args, **kwargs)
             after = random_state(device)
             restore_random_state(before, device)  # the same dropout in both
+            uses.counts = counts
             other = functional_call(module, own, args, kwargs)
             restore_random_state(after, device)
         finally:

@@ -234,9 +234,9 @@ class Capture:
                 raise
             # A validation pass may have another batch; it matters only if a gradient comes back from it.
             self._forward = Forward(self.assignment, None, error=error)
-        self._look_on(self._forward.row_map)
+        self._look_on(self._forward.row_map, args, kwargs)
 
-    def _look_on(self, row_map: RowMap | None) -> None:
+    def _look_on(self, row_map: RowMap | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Watch what the model itself does with weights and data, until the forward pass ends, if it does anything."""
         # Without groups no copy has shown that: the first pass does, if the next is as that.
         first = self.assignment is None and self._used_functionally is None and not partly_compiled(self.model)
@@ -253,9 +253,11 @@ class Capture:
             used.add(place)
             return self._reports[place](call)
 
-        samples = None if self.assignment is None else uses.states_of(len(self.assignment.cells))
+        samples = None if self.assignment is None else len(self.assignment.cells)
         followed, refused = weights_at(self.model, uses.followed), self._refused.setdefault
-        mode = FunctionalUses(self.model, weights, samples, on_call, refused, followed, compare=first)
+        mode = FunctionalUses(self.model, weights, samples, uses.states, on_call, refused, followed, compare=first)
+        if row_map is not None:
+            mode.share(row_map.reading.shared_inputs(args, kwargs))
         self._functional = mode
         self._note_layers(mode, frozenset(map(id, weights)))
         if parametrize._cache:
@@ -420,6 +422,12 @@ class Capture:
             self.audit.probed(found, self.groups.missing)
             self._observe(found.without_hooks)
         return self._row_maps[signature, content]
+
+    @property
+    def shared_inputs(self) -> frozenset[int]:
+        """Numbers of the floating-point inputs that hold no samples, as the last batch was read whose rows were traced."""
+        dims = list(self._row_maps.values())[-1].reading.dims if self._row_maps else ()
+        return frozenset(number for number, dim in enumerate(dims) if dim is None)
 
     def _note_all_content(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """From now on rows of such a batch are known for what all its whole numbers hold."""

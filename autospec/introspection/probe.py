@@ -33,22 +33,41 @@ from .lookups import Along, Origin, Place, lookups_in, lookups_marked, origins_o
 LONGEST_QUOTED = 160
 # Stands for what the model returns, among places.
 RETURNED: Place = ("", "")
-# A size that no tensor has.
-NO_STATES = -1
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read the inputs: the dimension of each that indexes samples, and how lookups hold them."""
+    """One way to read the inputs.
+
+    Attributes
+    ----------
+    dims : tuple of int or None
+        The dimension of each floating-point input that indexes samples.
+    lookups : mapping of (str, str) to Along
+        How lookups hold them.
+    shared : tuple of int
+        Which of the inputs can only be of all samples, having no dimension of their number.
+    """
 
     dims: tuple[int | None, ...]
     lookups: Mapping[Place, Along]
+    shared: tuple[int, ...] = ()
+
+    def shared_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """These among the model's arguments."""
+        inputs = inputs_in(args, kwargs)
+        return [inputs[number] for number in self.shared]
 
     @property
     def batch_dims(self) -> tuple[int, ...]:
         """The dimensions, of inputs and then of lookups."""
         of_lookups = dict.fromkeys(along.dim for along in self.lookups.values() if along.along_samples)
         return (*(dim for dim in self.dims if dim is not None), *of_lookups)
+
+
+def inputs_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The floating-point tensors among the model's arguments, complex ones too."""
+    return [t for t in tensors_in((args, kwargs)) if can_be_nan(t)]
 
 
 def code_words(count: int) -> np.ndarray:
@@ -120,10 +139,6 @@ class OwnUses:
     states: bool = True
     took_states: bool = False
 
-    def states_of(self, samples: int) -> int:
-        """The size that tells states."""
-        return samples if self.states else NO_STATES
-
 
 def weights_at(model: nn.Module, places: Collection[Place]) -> dict[nn.Parameter, Place]:
     """Parameters with their places; of several places of one the first in the alphabet."""
@@ -159,8 +174,10 @@ class Probe:
     unreached : dict of ((str, str), int) to Tensor
         What a use received, by its number, where no NaN was in it.
     constant : dict of (str, str) to bool
-        Matrices of which a use received rows none of which a sample reaches, as far as `rows` has found; and whether they were the
-        same for all samples, as what is spread over the batch.
+        Matrices of which a use received rows none of which a sample reaches, but whose samples `rows` has found by what they reach; and
+        whether they were the same for all samples, as what is spread over the batch.
+    shared : set of (str, str)
+        Matrices of which a use received such rows, whose samples it has not found.
     """
 
     twin: nn.Module
@@ -176,6 +193,7 @@ class Probe:
     shapes: dict[Place, list[tuple[int, ...]]] = field(default_factory=dict)
     unreached: dict[tuple[Place, int], Tensor] = field(default_factory=dict)
     constant: dict[Place, bool] = field(default_factory=dict)
+    shared: set[Place] = field(default_factory=set)
 
     def given(self, others: Mapping[int, Tensor | np.ndarray], samples: int) -> Probe:
         """The same with other tensors in place of some, by their identities; raise WatchError if lookups get them otherwise."""
@@ -209,11 +227,13 @@ class Probe:
                 marks = word[_samples_of_packed(packed[id(tensor)])] if id(tensor) in packed else word
                 chosen = torch.from_numpy(np.flatnonzero(marks)).to(tensor.device)
                 data.index_fill_(dim, chosen, complex(math.nan, math.nan) if data.is_complex() else math.nan)
+        args, kwargs = replaced(self.args, marked), replaced(self.kwargs, marked)
+        shared = self.reading.shared_inputs(args, kwargs)
         looked_up = lookups_marked(self.twin, self.reading.lookups, len(word), word, self.origins)
         self.shapes.clear()
         if begun is None:
             self.unreached.clear()
-        seeing = _nan_rows(self.twin, len(word), self.watched, self.uses, self.shapes, self.unreached, begun)
+        seeing = _nan_rows(self.twin, len(word), self.watched, self.uses, shared, self.shapes, self.unreached, begun)
         attention = sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext()
         with (
             unchanged(self.twin),
@@ -223,7 +243,7 @@ class Probe:
             seeing as seen,
             _begun(self.twin, begun, seen),
         ):
-            returned = self.twin(*replaced(self.args, marked), **replaced(self.kwargs, marked))
+            returned = self.twin(*args, **kwargs)
         seen[RETURNED] = [
             (hold_nan(each, each.ndim - 1) if each.ndim > 1 else each.isnan()).cpu().numpy()
             for each in tensors_in(returned)
@@ -264,12 +284,15 @@ class Probe:
         for key, call in unknown:
             if key == RETURNED:
                 continue
-            if (found[key][call] == -1).all():
-                self.constant[key] = self.constant.get(key, True) and self._same_for_all(key, call, words.shape[1])
+            none = bool((found[key][call] == -1).all())
             try:
                 found[key][call] = self._by_what_they_reach(key, call, found, words)
             except UntracedRows as error:
                 refusal = refusal or error
+                self.shared.update([key] if none else ())
+            else:
+                if none:
+                    self.constant[key] = self.constant.get(key, True) and self._same_for_all(key, call, words.shape[1])
         if refusal is not None:
             raise refusal
         alike: dict[bytes, np.ndarray] = {}  # most layers have the same rows
@@ -333,12 +356,9 @@ class Probe:
 def _in_order(shape: tuple[int, ...], samples: int) -> Iterator[np.ndarray]:
     """Ways in which entries of that shape may lie sample by sample, or have one after the other of each."""
     for axis, size in enumerate(shape):
-        if size == samples:
-            along = np.arange(samples).reshape([-1 if other == axis else 1 for other in range(len(shape))])
-            yield np.broadcast_to(along, shape)
-    if len(shape) == 1 and shape[0] > samples and shape[0] % samples == 0:
-        yield np.repeat(np.arange(samples), shape[0] // samples)
-        yield np.tile(np.arange(samples), shape[0] // samples)
+        for repeated in (np.repeat, np.tile)[: 1 if size == samples else 2] if size and size % samples == 0 else ():
+            along = repeated(np.arange(samples), size // samples)
+            yield np.broadcast_to(along.reshape([-1 if other == axis else 1 for other in range(len(shape))]), shape)
 
 
 @contextmanager
@@ -369,12 +389,17 @@ def _begun(
             return None
         # An attention returns its weights, too.
         rows, *others = output if isinstance(output, tuple) else (output,)
+        marks: np.ndarray = mask
+        if isinstance(module, nn.MultiheadAttention) and mask.ndim == 2:
+            tokens = 1 if module.batch_first else 0
+            if mask.shape[tokens] != rows.shape[tokens]:  # each query of a sample meets each of its keys and values
+                marks = np.any(mask, axis=tokens, keepdims=True)
         if not isinstance(rows, Tensor) or any(
-            size not in (1, there) for size, there in zip(mask.shape, rows.shape, strict=False)
+            size not in (1, there) for size, there in zip(marks.shape, rows.shape, strict=False)
         ):
             raise WatchError("only rows of an output can be made NaN.")
-        rest = [1] * (rows.ndim - mask.ndim)
-        rows = rows.masked_fill(torch.from_numpy(mask).to(rows.device).view(*mask.shape, *rest), math.nan)
+        rest = [1] * (rows.ndim - marks.ndim)
+        rows = rows.masked_fill(torch.from_numpy(marks).to(rows.device).view(*marks.shape, *rest), math.nan)
         return (rows, *others) if isinstance(output, tuple) else rows
 
     handles = [module.register_forward_pre_hook(count), module.register_forward_hook(hook)]
@@ -421,6 +446,7 @@ def _nan_rows(
     samples: int,
     watched: Collection[Place],
     uses: OwnUses,
+    shared: Sequence[Tensor],
     shapes: dict[Place, list[tuple[int, ...]]],
     unreached: dict[tuple[Place, int], Tensor],
     begun: tuple[Place, int, np.ndarray] | None,
@@ -452,9 +478,9 @@ def _nan_rows(
 
     weights = weights_at(twin, uses.places)
     followed = weights_at(twin, uses.followed)
-    states = uses.states_of(samples)
-    mode = FunctionalUses(twin, weights, states, on_use, lambda *_: None, followed) if weights else None
+    mode = FunctionalUses(twin, weights, samples, uses.states, on_use, lambda *_: None, followed) if weights else None
     if mode is not None:
+        mode.share(shared)
         handles += layers_noted(weights_by_layer(twin, set(map(id, weights))), lambda: mode.within)
     for name, module in twin.named_modules():
         rule = rule_for(module)

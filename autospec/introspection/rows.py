@@ -39,7 +39,7 @@ from .lookups import (
     origins_of,
     possible_readings,
 )
-from .probe import NO_STATES, OwnUses, Probe, Reading, code_words, finite, sequences_in, weights_at
+from .probe import OwnUses, Probe, Reading, code_words, finite, inputs_in, sequences_in, weights_at
 from .spectra import irregular
 
 MAX_HYPOTHESES = 64
@@ -101,10 +101,13 @@ class _Way:
     ----------
     followed, states
         As for `OwnUses`.
+    shared : int or None
+        Number of an input that is taken to be of all samples, though it has a dimension of their number.
     """
 
     followed: frozenset[Place] = frozenset()
     states: bool = True
+    shared: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,17 +123,23 @@ class _Attempt:
     shared : frozenset of (str, str)
         Lookups of watched tables that all samples may share.
     constant : frozenset of (str, str)
-        Matrices of layers that receive rows none of which a sample reaches; where rows were found all the same, those of which the
-        rows are not the same for all samples.
+        Matrices of layers that receive rows none of which a sample reaches, and whose samples were not found; or, where all were found,
+        those of which these rows are not the same for all samples.
+    way : _Way
+        What was tried.
     uses : OwnUses
         Weights that the model uses itself.
+    inputs : tuple of int
+        Inputs that may be of all samples, though they have a dimension of their number.
     """
 
     found: RowMap | None
     refusal: WatchError | None
     shared: frozenset[Place]
     constant: frozenset[Place]
+    way: _Way
     uses: OwnUses
+    inputs: Sequence[int]
 
 
 def map_rows(
@@ -220,10 +229,12 @@ def _ways_after(attempt: _Attempt) -> Iterator[_Way]:
 
     A width that is the number of samples by chance makes a state of what is none.
     """
-    before = attempt.uses.followed
+    before, shared = attempt.way.followed, attempt.way.shared
     for followed in (before | attempt.shared, before | attempt.shared | attempt.constant):
         for states in (True, False) if followed or attempt.uses.places else (True,):
-            yield _Way(followed, states)
+            yield _Way(followed, states, shared)
+    for number in attempt.inputs if shared is None else ():
+        yield _Way(before, attempt.way.states, number)
 
 
 def _refuse_other_reading(found: RowMap, other: RowMap | None, known: Reading | None) -> None:
@@ -244,8 +255,12 @@ def _attempt(
     way: _Way,
 ) -> _Attempt:
     """Trace rows in one way; as for `map_rows`."""
-    inputs = [t for t in tensors_in((args, kwargs)) if can_be_nan(t)]
+    inputs = inputs_in(args, kwargs)
     choices = _choices(args, kwargs, inputs, samples, batch_dim)
+    if way.shared is not None:
+        choices[way.shared] = (None,)
+    doubtful = [number for number, dims in enumerate(choices) if None in dims and len(dims) > 1 < len(choices)]
+    shared_inputs = tuple(number for number, dims in enumerate(choices) if dims == (None,))
     words = code_words(samples)
     accepted: list[tuple[Probe, dict[Place, list[np.ndarray]]]] = []
     unreached: set[Place] = set()
@@ -256,7 +271,9 @@ def _attempt(
         without_short_cuts(),
         kept_apart(model, evaluated=True) as copied,
     ):
-        twin, lookups, uses, all_hooks = _running_twin(model, copied, args, kwargs, samples, watched, all_hooks, way)
+        twin, lookups, uses, all_hooks = _running_twin(
+            model, copied, args, kwargs, [inputs[i] for i in shared_inputs], samples, watched, all_hooks, way
+        )
         if not way.followed - lookups.keys() <= uses.places:
             raise UntracedRows("What a layer makes of rows of no sample meets no data.")
         as_given = {place for place, lookup in lookups.items() if lookup.given}
@@ -289,15 +306,16 @@ def _attempt(
         for round_ in (likely, possible):
             # Lookups of one kind and shape are read in one way.
             kinds = {lookup: round_(lookup) for place, lookup in lookups.items() if place not in way.followed}
-            for reading in _readings(choices, lookups, kinds, unmarked):
+            for dims, alongs in _readings(choices, lookups, kinds, unmarked):
                 if batch_dim is not None and accepted:
                     break
+                reading = Reading(dims, alongs, shared_inputs)
                 probe = Probe(twin, args, kwargs, inputs, reading, watched, uses, origins, as_given)
                 try:
                     try:
                         found = probe.rows(words)
                     except UntracedRows:
-                        probe = replace(probe, plain_attention=True, shapes={}, unreached={}, constant={})
+                        probe = replace(probe, plain_attention=True, shapes={}, unreached={}, constant={}, shared=set())
                         found = probe.rows(words)
                     _same_result(model, probe, samples)
                     accepted.append((probe, found))
@@ -305,7 +323,7 @@ def _attempt(
                     spread = [place for place, along in reading.lookups.items() if along.shared and along.marked]
                     failed = error.__cause__ is not None and bool(spread)
                     refusal = refusal or (_cannot_be_spread(spread[0]) if failed else error)
-                    unreached |= probe.constant.keys()
+                    unreached |= probe.shared
             if accepted:
                 break
     shared = frozenset(place for place, of in options.items() if place in watched and any(a.shared for a in of))
@@ -316,7 +334,7 @@ def _attempt(
             refusal = WatchError(
                 f"{refusal or ''} Say where the samples are with {ways}, or leave the layer out with layers=."
             )
-        return _Attempt(None, refusal, shared, frozenset(unreached - not_layers), uses)
+        return _Attempt(None, refusal, shared, frozenset(unreached - not_layers), way, uses, doubtful)
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
         accepted = [each for each in accepted if each[0].reading == known] or accepted
     if any(not _same(found, accepted[0][1]) for _, found in accepted):
@@ -339,7 +357,7 @@ def _attempt(
     certain = len(accepted) == 1
     row_map = RowMap(found, len(words), probe.reading, by_content, without_hooks, certain, received, uses)
     constant = frozenset(place for place, same in probe.constant.items() if not same)
-    return _Attempt(row_map, None, shared, constant - not_layers, uses)
+    return _Attempt(row_map, None, shared, constant - not_layers, way, uses, doubtful)
 
 
 def _choices(
@@ -364,8 +382,8 @@ def _readings(
     lookups: Mapping[Place, Indices],
     kinds: Mapping[Indices, Sequence[Along]],
     unmarked: Collection[Place],
-) -> Iterator[Reading]:
-    """Ways to read inputs and lookups in which something has samples.
+) -> Iterator[tuple[tuple[int | None, ...], dict[Place, Along]]]:
+    """Ways to read inputs and lookups in which something has samples: dimensions, and how lookups hold them.
 
     Parameters
     ----------
@@ -386,7 +404,7 @@ def _readings(
             place: Along(0, marked=False) if place in unmarked else of_kind[lookup] for place, lookup in lookups.items()
         }
         if any(dim is not None for dim in dims) or any(along.along_samples for along in alongs.values()):
-            yield Reading(dims, alongs)
+            yield dims, alongs
 
 
 def _no_samples(
@@ -451,6 +469,7 @@ def _running_twin(
     copied: set[nn.Module],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    shared: Sequence[Tensor],
     samples: int,
     watched: Collection[Place],
     all_hooks: bool,
@@ -470,7 +489,8 @@ def _running_twin(
                 if parameter.is_leaf:  # those of a copied TorchScript part are none
                     parameter.requires_grad_(False)
         try:
-            uses = _Uses(twin, samples if way.states else NO_STATES, watched, way.followed)
+            uses = _Uses(twin, samples, watched, way)
+            uses.mode.share(shared)
             passed = functools.partial(uses.find, args, kwargs)
             lookups = lookups_in(twin, args, kwargs, passed, uses.mode.is_constant)
             spread = frozenset(place for place, elementwise in uses.found.items() if elementwise)
@@ -591,10 +611,16 @@ def _same_result(model: nn.Module, probe: Probe, samples: int) -> None:
     def result(spread: bool) -> list[Tensor]:
         marked = lookups_marked(twin, reading.lookups if spread else {}, samples, None, {})
         tables = weights_at(twin, probe.uses.spread if spread else ())
-        states = probe.uses.states_of(samples)
         nothing = (lambda *_: None, lambda *_: None)
-        mode = FunctionalUses(twin, tables, states, *nothing, tables) if tables else nullcontext()
-        with generators_kept(placed), unchanged(twin), marked, mode, _learning_as(twin, model) as weights:
+        mode = FunctionalUses(twin, tables, samples, probe.uses.states, *nothing, tables)
+        mode.share(reading.shared_inputs(args, kwargs))
+        with (
+            generators_kept(placed),
+            unchanged(twin),
+            marked,
+            mode if tables else nullcontext(),
+            _learning_as(twin, model) as weights,
+        ):
             made = list(tensors_in(twin(*args, **kwargs)))
             after = torch.get_rng_state()
             learned = [each for each in made if each.requires_grad and each.is_floating_point()]
@@ -643,8 +669,7 @@ def _learning_as(twin: nn.Module, model: nn.Module) -> Iterator[list[nn.Paramete
 def _cannot_be_spread(place: Place) -> WatchError:
     return WatchError(
         f"The table '{place[0]}' is shared by all samples in a way that cannot be followed to each of them: index it "
-        "with torch.arange(positions) and add what it gives to the samples' values, before a layer with weights is applied to it, "
-        "or leave it out with layers=."
+        "with torch.arange(positions) and add what it gives to the samples' values, or leave it out with layers=."
     )
 
 
@@ -762,14 +787,13 @@ class _Uses:
     may do so in what can be watched.
     """
 
-    def __init__(self, twin: nn.Module, samples: int, watched: Collection[Place], followed: Collection[Place]) -> None:
+    def __init__(self, twin: nn.Module, samples: int, watched: Collection[Place], way: _Way) -> None:
         self.twin = twin
         self.found: dict[Place, bool] = {}
         self._refused: dict[Place, str] = {}
-        weights = weights_at(twin, watched)
-        self.mode = FunctionalUses(
-            twin, weights, samples, self._on_call, self._refused.setdefault, weights_at(twin, followed), compare=True
-        )
+        weights, followed = weights_at(twin, watched), weights_at(twin, way.followed)
+        refuse = self._refused.setdefault
+        self.mode = FunctionalUses(twin, weights, samples, way.states, self._on_call, refuse, followed, compare=True)
 
     def _on_call(self, place: Place, call: LayerCall, _: Tensor) -> None:
         self.found[place] = self.found.get(place, False) or isinstance(call, SpreadCall)

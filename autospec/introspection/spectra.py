@@ -52,8 +52,10 @@ def irregular(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def float64(matrix: Tensor, workspace: Workspace | None = None) -> Tensor:
-    """Convert to float64, on the CPU where the device has no such type (Apple's)."""
+    """Convert to float64, or complex128, on the CPU where the device has no such type (Apple's)."""
     matrix = matrix.cpu() if matrix.device.type == "mps" else matrix
+    if matrix.is_complex():
+        return matrix.to(torch.complex128)
     if workspace is None or matrix.dtype == torch.float64:
         return matrix.double()
     return workspace.take(tuple(matrix.shape), torch.float64, matrix.device).copy_(matrix)

@@ -166,6 +166,11 @@ class Watcher:
         self._seconds = {"watching": 0.0, "block": 0.0}
         self._entered = 0.0
 
+    @property
+    def shared_inputs(self) -> frozenset[int]:
+        """Which of the model's floating-point inputs, by number, all samples share, as the last batch that was traced shows."""
+        return self._capture.shared_inputs
+
     def write_to(self, sink: Sink) -> None:
         """Send records to a store instead of keeping them in memory."""
         try:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 
-import autospec
+import autospec.testing
 from autospec.introspection import WatchError
 from autospec.introspection.copies import copy_model
 from autospec.introspection.layers import functional
@@ -1028,10 +1028,146 @@ def test_a_layer_may_be_given_what_all_samples_share(given, meets):
     assert set(tree["layers"].children) == names
     assert_definition(tree, model, x)
     assert tree.attrs["audit"]["outside"] == {}
-    plain = weights_after_training(model, x, loss_of, None, steps=3, lr=0.1)
-    watched = weights_after_training(model, x, loss_of, LABELS, steps=3, lr=0.1)
+    assert_same_training(model, x)
+
+
+class Joined(nn.Module):
+    """Learned tokens, which a layer has made and which are spread over the batch, join the samples' own."""
+
+    def __init__(self, spread, join):
+        super().__init__()
+        self.tokens, self.make, self.norm = nn.Parameter(torch.randn(3, 5)), nn.Linear(5, 8), nn.LayerNorm(8)
+        self.read, self.mix, self.head = nn.Linear(INPUTS, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True) if join in ("keys", "queries") else None
+        self.spread, self.join = spread, join
+
+    def forward(self, x):
+        tokens = self.spread(self.norm(self.make(self.tokens)), len(x))
+        data = self.read(x)
+        if self.join == "cat":
+            data = self.mix(torch.cat([tokens, data], 1))
+        elif self.join == "stack":
+            data = self.mix(torch.stack([data, tokens.mean(1, keepdim=True).expand_as(data)], 1)).flatten(1, 2)
+        elif self.join == "written":
+            data = data.clone()
+            data[:, :3] = tokens
+            data = self.mix(data)
+        elif self.join == "keys":
+            data = self.mix(self.attend(data, tokens, tokens)[0])
+        elif self.join == "queries":
+            data = self.mix(self.attend(tokens, data, data)[0])
+        else:
+            heads = [each.unflatten(-1, (2, 4)).transpose(1, 2) for each in (data, tokens, self.mix(tokens))]
+            data = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return self.head(torch.tanh(data))
+
+
+SPREAD = {
+    "expand": lambda tokens, samples: tokens.expand(samples, -1, -1),
+    "repeat": lambda tokens, samples: tokens.unsqueeze(0).repeat(samples, 1, 1),
+    "ones": lambda tokens, samples: torch.ones(samples, 1, 1, dtype=tokens.dtype) * tokens,
+}
+
+
+@pytest.mark.parametrize("spread", SPREAD)
+@pytest.mark.parametrize("join", ["cat", "stack", "written", "keys", "queries", "keys and values"])
+def test_tokens_join_those_of_each_sample(spread, join):
+    torch.manual_seed(0)
+    model, x = Joined(SPREAD[spread], join), torch.randn(N, T, INPUTS)
+    tree = record(Problem(model, x, loss_of, LABELS))
+    names = {"tokens", "make.weight", "read.weight", "mix.weight", "head.weight"}
+    names |= {"attend.in_proj_weight", "attend.out_proj.weight"} if join in ("keys", "queries") else set()
+    assert set(tree["layers"].children) == names
+    assert_definition(tree, model, x)
+    assert tree.attrs["audit"]["outside"] == {}
+    assert_same_training(model, x)
+    if spread != "ones":  # that it is spread shows without the number of samples, too
+        assert_definition(record(Problem(model, x, loss_of, None)), model, x, None)
+
+
+def assert_same_training(model, x):
+    """Watching leaves the weights after a few steps as they are, bitwise."""
+    plain, watched = (
+        weights_after_training(copy.deepcopy(model), x, loss_of, labels, steps=3, lr=0.1) for labels in (None, LABELS)
+    )
     for name, value in plain.items():
         assert torch.equal(value, watched[name]), name
+
+
+class BiasedScores(nn.Module):
+    """Attention whose scores have learned biases, given as a mask; as of a network of the distances of positions."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.read, self.head, self.kind = nn.Linear(INPUTS, 8), nn.Linear(8, 3), kind
+        self.register_buffer("distances", torch.randn(T, T, 2))
+        if kind == "made by layers":
+            self.make = nn.Sequential(nn.Linear(2, 7), nn.ReLU(), nn.Linear(7, 2))
+        else:
+            self.mask = nn.Parameter(torch.randn(T, T) if kind == "for all heads" else torch.randn(2, T, T))
+
+    def forward(self, x):
+        mask = self.make(self.distances).permute(2, 0, 1) if self.kind == "made by layers" else self.mask
+        mask = mask.expand(len(x), -1, -1, -1) if self.kind == "spread" else mask
+        data = self.read(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        data = F.scaled_dot_product_attention(data, data, data, mask)
+        return self.head(data.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("kind", ["for all heads", "for each head", "spread", "made by layers"])
+def test_learned_masks_of_an_attention(kind):
+    torch.manual_seed(0)
+    model, x = BiasedScores(kind), torch.randn(N, T, INPUTS)
+    tree = record(Problem(model, x, loss_of, LABELS))
+    own = {"make.0.weight", "make.2.weight"} if kind == "made by layers" else {"mask"}
+    assert set(tree["layers"].children) == {"read.weight", "head.weight"} | own
+    assert_definition(tree, model, x)
+    assert_same_training(model, x)
+
+
+@pytest.mark.parametrize("regions", [T, N], ids=["fewer than samples", "as many"])
+def test_an_input_that_all_samples_share(regions):
+    """Coordinates of regions, by which a network weights what it passes from region to region."""
+
+    class Regions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place, self.mask = nn.Linear(3, 6), nn.Parameter(torch.randn(regions, regions))
+            self.read, self.head = nn.Linear(INPUTS, 6), nn.Linear(6, 3)
+
+        def forward(self, x, coordinates):
+            place = self.place(coordinates)
+            graph = torch.softmax(place @ place.T + self.mask * (coordinates @ coordinates.T), -1)
+            return self.head(torch.tanh(graph @ (self.read(x) + place)))
+
+    torch.manual_seed(0)
+    model, x, coordinates = Regions(), torch.randn(N, regions, INPUTS), torch.randn(regions, 3)
+    twin, trained = copy_model(model), copy_model(model)
+    with autospec.watch(trained, LABELS, batch_dim=0, singular_values="all", quiet=True) as watcher:
+        loss_of(trained(x, coordinates)).backward()
+        watcher.step()
+    twin.forward = lambda x: Regions.forward(twin, x, coordinates.to(x))
+    twin.double()
+    for group, member in members(LABELS, N).items():
+        weights = {name: each for name, each in twin.named_parameters() if each.ndim == 2}
+        losses = loss_by_sample(twin.forward(x.double()))[torch.from_numpy(member)].sum()
+        shares = torch.autograd.grad(losses, list(weights.values()))
+        for name, share in zip(weights, shares, strict=True):
+            assert error(spectrum(watcher.trajectories, name, "gradient", group), svdvals(share)) < 1e-6, name
+    assert autospec.testing.check(model, (x, coordinates), LABELS, batch_dim=0, quiet=True).passed
+
+
+@pytest.mark.parametrize("case", ["positions-the same layer", "prototypes-graph", "cat", "queries", "made by layers"])
+def test_the_check_compares_what_is_made_of_what_all_samples_share(case):
+    torch.manual_seed(0)
+    given, _, meets = case.partition("-")
+    if meets:
+        model = Shared(given, meets)
+    else:
+        model = BiasedScores(case) if case == "made by layers" else Joined(SPREAD["repeat"], case)
+    check = autospec.testing.check(model, torch.randn(N, T, INPUTS), LABELS, quiet=True)
+    assert check.passed
+    assert check.not_compared == {}
 
 
 @pytest.mark.parametrize("tokens", [N, T], ids=["as many as samples", "fewer"])

@@ -107,6 +107,8 @@ def hold_nan(tensor: Tensor, entries: int) -> Tensor:
     The largest value is NaN where one of them is, and takes a tenth of the time that asking each of them takes.
     """
     rest = tensor.flatten(entries)
+    if rest.is_complex():
+        return rest.isnan().any(-1)
     return rest.amax(-1).isnan() if rest.shape[-1] else rest.new_zeros(rest.shape[:-1], dtype=torch.bool)
 
 

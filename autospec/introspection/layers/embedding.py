@@ -122,11 +122,14 @@ class SpreadCall(LayerCall):
         self._data = None
 
     def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Lookup:
-        """The indices, and the derivative at the table as it was spread."""
+        """The indices, and the derivative at the table as it was spread; of complex numbers their two parts."""
         adjoint = adjoints[0]
         assert adjoint is not None
         adjoint = adjoint.reshape(-1, adjoint.shape[-1])
-        return Lookup(self.inputs[0].flatten(), adjoint.sum(1, keepdim=True) if self.narrow else adjoint, self.rows)
+        adjoint = adjoint.sum(1, keepdim=True) if self.narrow else adjoint
+        if adjoint.is_complex():
+            adjoint = torch.view_as_real(adjoint.resolve_conj()).flatten(1)
+        return Lookup(self.inputs[0].flatten(), adjoint, self.rows)
 
     def constant(self, parameter: str) -> Tensor | None:
         """Nothing: the spectrum of indices is a count."""

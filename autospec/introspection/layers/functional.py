@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from ..arguments import PLAIN, instances_in, replaced, tensors_in
+from ..arguments import PLAIN, can_be_nan, instances_in, replaced, tensors_in
 from ..copies import constants_of
 from ..errors import WatchError
 from ..generators import restore_random_state, torch_random_state
@@ -145,6 +145,12 @@ class Made:
             for each in self.in_order()
         )
 
+    @property
+    def spread(self) -> bool:
+        """Whether something of which it is made was given more numbers than there were, as for each sample the same."""
+        made_of = [(each, [of.tensor.numel() for of in each.of.values()]) for each in self.in_order()]
+        return any(sizes and each.tensor.numel() > max(sizes) for each, sizes in made_of)
+
     def in_order(self) -> list[Made]:
         """It after all that it is computed of, each once."""
         found: dict[Made, None] = {}
@@ -172,9 +178,9 @@ class Made:
             if made in values:
                 continue
             if made.by is None:
-                values[made] = convert(made.tensor.detach())
+                values[made] = convert(made.tensor)
                 continue
-            others = {id(t): convert(t.detach()) for t in made.by.tensors}
+            others = {id(t): convert(t) for t in made.by.tensors}
             others |= {key: values[each] for key, each in made.of.items()}
             if made.by.in_place:  # what was there before may be of use for others
                 others[id(made.by.args[0])] = others[id(made.by.args[0])].clone()
@@ -192,12 +198,16 @@ class FollowedWeights(LookingOn, ABC):
     weights : iterable of Parameter
         The weights.
     samples : int, optional
-        Samples in the batch, where that is known: a state of as many rows is data where it is multiplied with a weight.
+        Samples in the batch, where that is known.
+    states : bool
+        Whether what is made of nothing, or a constant, is data where it has that many rows and is multiplied with a weight.
     followed : iterable of Parameter
         Weights of layers that are followed through these, too, since what enters them is of no sample.
 
     Attributes
     ----------
+    followed : set of int
+        Their identities.
     within : list of collections of int
         For each layer that is running, whose rule reports its uses, the identities of its weights.
     took_states : bool
@@ -209,10 +219,11 @@ class FollowedWeights(LookingOn, ABC):
         model: nn.Module,
         weights: Iterable[nn.Parameter],
         samples: int | None = None,
+        states: bool = True,
         followed: Iterable[nn.Parameter] = (),
     ) -> None:
         super().__init__()
-        self.samples, self._followed = samples, set(map(id, followed))
+        self.samples, self.states, self.followed = samples, states, set(map(id, followed))
         # An identity is only unique while its object lives.
         self.weights = {weight: Made(weight, weight._version, (weight,)) for weight in weights}
         self.made = {id(weight): made for weight, made in self.weights.items()}
@@ -226,6 +237,10 @@ class FollowedWeights(LookingOn, ABC):
         self.known_numbers: set[int] | None = None
         self.within: list[Collection[int]] = []
         self.took_states = False
+
+    def share(self, inputs: Iterable[Tensor]) -> None:
+        """Take what is given to the model, but is of all samples, for constants."""
+        self._remember(self._constants, inputs)
 
     @abstractmethod
     def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:
@@ -276,7 +291,7 @@ class FollowedWeights(LookingOn, ABC):
         """Of which weights tensors are made, but for those of the layer that is running."""
         own = self.within[-1] if self.within else ()
         weights = dict.fromkeys(w for t in tensors if id(t) in self.made for w in self.made[id(t)].weights)
-        return [w for w in weights if id(w) not in own or id(w) in self._followed]
+        return [w for w in weights if id(w) not in own or id(w) in self.followed]
 
     @staticmethod
     def _remember(known: dict[int, tuple[Tensor, int]], tensors: Iterable[Tensor]) -> None:
@@ -306,7 +321,7 @@ class FollowedWeights(LookingOn, ABC):
             return True
         if id(tensor) in self.made or isinstance(tensor, nn.Parameter):
             return False
-        of_samples = self.samples in tensor.shape
+        of_samples = self.states and self.samples in tensor.shape
         self.took_states = self.took_states or of_samples
         return of_samples or (self.samples is None and self._is_in(self._fresh, tensor))
 
@@ -354,7 +369,7 @@ class FunctionalUses(FollowedWeights):
 
     Parameters
     ----------
-    model, samples, followed
+    model, samples, states, followed
         As for `FollowedWeights`.
     weights : mapping of Parameter to (str, str)
         The matrices, and the place under which uses of each are reported.
@@ -371,59 +386,76 @@ class FunctionalUses(FollowedWeights):
         model: nn.Module,
         weights: Mapping[nn.Parameter, Place],
         samples: int | None,
+        states: bool,
         on_call: Callable[[Place, LayerCall, Tensor], Tensor | None],
         on_other: Callable[[Place, str], object],
         followed: Iterable[nn.Parameter] = (),
         compare: bool = False,
     ) -> None:
-        super().__init__(model, weights, samples, followed)
+        super().__init__(model, weights, samples, states, followed)
         self.places, self.on_call, self.on_other, self.compare = weights, on_call, on_other, compare
         self._again: dict[Made, tuple[Tensor, dict[nn.Parameter, Tensor]]] = {}
 
     def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:
         """Carry out the call, and report it."""
         given = [t for t in self.taken(call) if t.ndim or id(t) in self.made]
-        looked_up = call.func is F.embedding and any(id(t) in self._followed for t in given)
+        looked_up = call.func is F.embedding and any(id(t) in self.followed for t in given)
         with_data = not looked_up and any(map(self.is_data, given))
-        readings: Iterable[Reading] = _readings(call)
-        spread = self._spread(call, given) if call.func in ELEMENTWISE else None
-        if spread is None:
-            result = call.made()
-        else:
-            placed, table = spread
-            readings, result = [table], call.made({id(table.weight): placed})
-        found = self._reported(readings, result)
-        if found is None and not with_data:
+        placed, reading = self._spread(call, given) or ({}, self._reading(call))
+        if reading is None and with_data:
+            return self._carry_out_with_rows(call, given)
+        result = call.made(placed)
+        calls = self._calls(reading, result) if reading is not None and isinstance(result, Tensor) else None
+        if calls is None and not with_data:
             self.note(call, result)
             return result
-        reading, calls = found or (None, [])
-        reported = [] if reading is None else [reading.weight]
-        bias = None if reading is None else reading.bias
-        if reading is not None and isinstance(bias, Tensor) and bias.ndim == 1 and self._weights([bias]):
-            added = self._bias(reading, bias, result)
-            calls, reported = calls + added, [*reported, bias] if added else reported
+        reported = []
+        if reading is not None and calls is not None:
+            reported, bias = [reading.weight], reading.bias
+            if isinstance(bias, Tensor) and bias.ndim == 1 and self._weights([bias]):
+                added = self._bias(reading, bias, result)
+                calls, reported = calls + added, [*reported, bias] if added else reported
+            result = self._report(calls, result)
+        self._refuse(call, (t for t in given if all(t is not each for each in reported)))
+        return result
+
+    def _carry_out_with_rows(self, call: Call, given: Sequence[Tensor]) -> Any:
+        """Carry out a call that is no product, where what is made of weights lies there for each sample, as tokens that join its own."""
+        placed: dict[int, Tensor] = {}
+        written = call.args[0] if call.in_place else None
+        for table in given:
+            # As many of each sample may lie one after the other, as heads of an attention.
+            of_samples = table.ndim > 1 and (
+                self.samples is None or any(n % self.samples == 0 for n in table.shape[:-1])
+            )
+            if of_samples and table is not written and self._weights([table]) and self.made[id(table)].spread:
+                spread, reading = _spread_over(table.shape, table, table)
+                calls = None if _transformed() else self._calls(reading, spread)
+                if calls is not None:
+                    placed[id(table)] = self._report(calls, spread)
+        self._refuse(call, (t for t in given if id(t) not in placed))
+        return call.made(placed)
+
+    def _report(self, calls: Sequence[tuple[Place, LayerCall]], result: Any) -> Any:
+        """Report; return the result, or what shall stand in for it."""
         for place, each in calls:
             replacement = self.on_call(place, each, result)
             result = result if replacement is None else replacement
-        for other in self._weights(t for t in given if all(t is not each for each in reported)):
-            self.on_other(self.places[other], getattr(call.func, "__name__", str(call.func)))
         return result
 
+    def _refuse(self, call: Call, tensors: Iterable[Tensor]) -> None:
+        """Refuse that a call takes what is made of weights."""
+        for weight in self._weights(tensors):
+            self.on_other(self.places[weight], getattr(call.func, "__name__", str(call.func)))
+
     def _bias(self, reading: Reading, bias: Tensor, result: Tensor) -> list[tuple[Place, LayerCall]]:
-        """What is reported of a bias that is made of weights: a table of one row, which all rows meet."""
-        made = self.made[id(bias)]
-        if not (made.unchanged and made.known):
-            return []
-        value, leaves = self._computed_again(made)
-        calls: list[tuple[Place, LayerCall]] = []
-        for parameter, leaf in leaves.items() if value.requires_grad else ():
-            place = self.places[parameter]
-            product = reading.report(place[1], reading.form(reading.weight.detach()).shape, None, False, result)
-            if product is not None:
-                call = BiasCall(product)
-                call.computed = functools.partial(_pulled_back, value, leaf)
-                calls.append((place, call))
-        return calls
+        """What is reported of a bias that is made of weights: a table of one row, which all rows of the product meet."""
+
+        def report(name: str, _: torch.Size) -> BiasCall | None:
+            product = reading.report(name, reading.form(reading.weight.detach()).shape, None, False, result)
+            return None if product is None else BiasCall(product)
+
+        return self._computed(self.made[id(bias)], _as_it_is, report) or []
 
     def see(self, call: Call) -> None:
         """Notice what a torch.autograd.Function makes of a weight: a value of the weight's that has a gradient all the same."""
@@ -432,8 +464,13 @@ class FunctionalUses(FollowedWeights):
                 for weight in self._values_of[id(tensor)]:
                     self.on_other(self.places[weight], "torch.autograd.Function.apply")
 
-    def _spread(self, call: Call, given: Sequence[Tensor]) -> tuple[Tensor, Reading] | None:
-        """A table that meets data elementwise, spread over these as broadcasting would spread it, and how to read that."""
+    def _spread(self, call: Call, given: Sequence[Tensor]) -> tuple[dict[int, Tensor], Reading] | None:
+        """A table that meets data elementwise, spread over these as broadcasting would spread it, and how to read that.
+
+        By its identity, as in `Call.made`.
+        """
+        if call.func not in ELEMENTWISE and call.func is not F.scaled_dot_product_attention:
+            return None
         tables = {id(t): t for t in given if id(t) in self.made}
         data = [t for t in given if self.is_data(t) and t.is_floating_point()]
         # Checkpointing compares what is kept with what is when the call is made again, without anybody looking on.
@@ -441,44 +478,77 @@ class FunctionalUses(FollowedWeights):
         if len(tables) != 1 or not data or kept or _transformed():
             return None
         (table,) = tables.values()
+        # Products of complex numbers are rounded otherwise where one is spread.
+        if table.is_complex() or (call.in_place and call.args[0] is table):
+            return None
         try:
-            shape = torch.broadcast_shapes(*(t.shape for t in given))
+            if call.func is F.scaled_dot_product_attention:
+                named = _named("query key value attn_mask", call.args, call.kwargs)
+                if table is not named.get("attn_mask"):
+                    return None
+                query, key = named["query"], named["key"]
+                batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+                shape, data = torch.Size((*batch, query.shape[-2], key.shape[-2])), [query[..., :1]]
+            else:
+                shape = torch.broadcast_shapes(*(t.shape for t in given))
+            placed, reading = _spread_over(shape, data[0], table)
         except RuntimeError:  # torch is about to say so itself
             return None
-        changed = call.in_place and call.args[0] is table
-        return None if changed else _spread_over(shape, data[0], table)
+        return {id(table): placed}, reading
 
-    def _reported(
-        self, readings: Iterable[Reading], result: Any
-    ) -> tuple[Reading, list[tuple[Place, LayerCall]]] | None:
-        """How a tensor that is made of weights meets data, and what a rule would report for each of these weights."""
-        for reading in readings if isinstance(result, Tensor) and not _transformed() else ():
+    def _reading(self, call: Call) -> Reading | None:
+        """How a tensor that is made of weights meets data in a product or a convolution."""
+        for reading in _readings(call) if not _transformed() else ():
             data, weight = reading.data, reading.weight
             if not (isinstance(data, Tensor) and isinstance(weight, Tensor)) or data.layout != torch.strided:
                 continue
-            made = self.made.get(id(weight))
-            if made is None or not self._weights([weight]) or not self.may_be_rows(data):
-                continue
-            lies = reading.lies(made.weights[0]) if len(made.weights) == 1 else None
-            if lies is not None:
-                place = self.places[made.weights[0]]
-                call = reading.report(place[1], reading.form(weight).shape, *lies, result)
-                return None if call is None else (reading, [(place, call)])
-            if not (made.unchanged and made.known):
-                return None
-            value, leaves = self._computed_again(made)
-            formed = reading.form(value)
-            calls = []
-            for parameter, leaf in leaves.items() if formed.requires_grad else ():
-                place = self.places[parameter]
-                call = reading.report(place[1], formed.shape, None, False, result)
-                if call is None:
-                    return None
-                call.computed = functools.partial(_pulled_back, formed, leaf)
-                call.inputs_first = _inputs_first(parameter, value, formed)
-                calls.append((place, call))
-            return reading, calls
+            if self._weights([weight]) and self.may_be_rows(data):
+                return reading
         return None
+
+    def _calls(self, reading: Reading, result: Tensor) -> list[tuple[Place, LayerCall]] | None:
+        """What a rule would report for each weight of which a tensor is made; None where that cannot be told."""
+        made = self.made[id(reading.weight)]
+        lies = reading.lies(made.weights[0]) if len(made.weights) == 1 else None
+        if lies is None:
+            return self._computed(
+                made, reading.form, lambda name, shape: reading.report(name, shape, None, False, result)
+            )
+        place = self.places[made.weights[0]]
+        call = reading.report(place[1], reading.form(reading.weight).shape, *lies, result)
+        return None if call is None else [(place, call)]
+
+    def _computed(
+        self,
+        made: Made,
+        form: Callable[[Tensor], Tensor],
+        report: Callable[[str, torch.Size], LayerCall | None],
+    ) -> list[tuple[Place, LayerCall]] | None:
+        """What is reported of each weight of which a tensor is made; None where that cannot be told.
+
+        Parameters
+        ----------
+        made : Made
+            The tensor.
+        form : callable
+            Brings it into the form in which it is used.
+        report : callable
+            Takes a parameter's name and the shape of that form; returns what a rule would report.
+        """
+        if not (made.unchanged and made.known):
+            return None
+        value, leaves = self._computed_again(made)
+        formed = form(value)
+        calls = []
+        for parameter, leaf in leaves.items() if formed.requires_grad else ():
+            place = self.places[parameter]
+            call = report(place[1], formed.shape)
+            if call is None:
+                return None
+            call.computed = functools.partial(_pulled_back, formed, leaf)
+            call.inputs_first = _inputs_first(parameter, value, formed)
+            calls.append((place, call))
+        return calls
 
     def _computed_again(self, made: Made) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
         """What is computed of weights, computed again of leaves of a graph of its own, in float64 where that is possible."""
@@ -513,18 +583,21 @@ class FunctionalUses(FollowedWeights):
     def _in_another_graph(
         self, made: Made, weights: Sequence[nn.Parameter]
     ) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+        def copied(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone()
+
         def wide(tensor: Tensor) -> Tensor:
-            return float64(tensor).clone() if tensor.is_floating_point() else tensor.clone()
+            return copied(float64(tensor) if can_be_nan(tensor) else tensor)
 
         # Checkpointing counts what is kept for the backward pass.
         unpacked = saved_tensors_hooks(Tensor.detach, _as_it_is) if _hooks_on_saved_tensors() else nullcontext()
         with torch.enable_grad(), torch.autocast(made.tensor.device.type, enabled=False), unpacked:
-            for convert in (wide, Tensor.clone):
-                leaves = {w: convert(w.detach()).requires_grad_() for w in weights}
+            for convert in (wide, copied):
+                leaves = {w: convert(w).requires_grad_() for w in weights}
                 try:
                     value = made.computed({self.weights[w]: leaf for w, leaf in leaves.items()}, convert)
                 except RuntimeError:  # where types are named they may not fit float64
-                    if convert is Tensor.clone:
+                    if convert is copied:
                         raise
                 else:
                     break
@@ -539,7 +612,7 @@ def _version(tensor: Tensor) -> int:
 def _same_weight(made: Made, value: Tensor) -> bool:
     """Whether a weight that was computed again is the one that the model computed, to rounding."""
     seen = float64(made.tensor.detach())
-    types = [each.tensor.dtype for each in made.in_order() if each.tensor.is_floating_point()]
+    types = [each.tensor.dtype for each in made.in_order() if can_be_nan(each.tensor)]
     tolerance = max(COMPUTED_AGAIN, ROUNDINGS * max(torch.finfo(dtype).eps for dtype in types))
     if not seen.numel():
         return True
@@ -574,7 +647,10 @@ def _inputs_first(parameter: nn.Parameter, value: Tensor, formed: Tensor) -> boo
 
 def _pulled_back(formed: Tensor, leaf: Tensor, share: Tensor) -> Tensor:
     """Share of a parameter, of which a weight was computed, from that of the weight: as a matrix, shape of the parameter."""
-    outside = share.reshape(formed.shape).to(formed)
+    outside = (
+        torch.view_as_complex(share.reshape(*formed.shape, 2)) if formed.is_complex() else share.reshape(formed.shape)
+    )
+    outside = outside.to(formed)
     (gradient,) = torch.autograd.grad(formed, leaf, outside, retain_graph=True, allow_unused=True)
     gradient = torch.zeros_like(leaf) if gradient is None else gradient
     return (gradient.to_dense() if gradient.is_sparse else gradient).reshape(len(leaf), -1).to(share)
@@ -651,7 +727,7 @@ def _readings(call: Call) -> Iterator[Reading]:
         yield _convolution(func in CONVOLUTION_TRANSPOSED, _named(names, args, kwargs))
     elif func in LINEAR:
         given = _named("input weight bias" if func is F.linear else "input other", args, kwargs)
-        yield _product(given["input"], given["weight" if func is F.linear else "other"], bias=given.get("bias"))
+        yield from _product(given["input"], given["weight" if func is F.linear else "other"], bias=given.get("bias"))
     elif func in MATMUL or func in ADDMM:
         tensors = [t for t in call.tensors if t is not kwargs.get("out")]
         factors = [
@@ -664,11 +740,11 @@ def _readings(call: Call) -> Iterator[Reading]:
         left, right = tensors[-2:]
         bias = tensors[0] if func in ADDMM else None
         if right.ndim > 1:
-            yield _product(left, right, _turned, bias=bias)
-            yield _product(right.mT, left, turned=_turned, data=right)
+            yield from _product(left, right, _turned, bias=bias)
+            yield from _product(right.mT, left, turned=_turned, data=right)
         else:
-            yield _product(left, right, _as_row, _as_column)
-            yield _product(right, left)
+            yield from _product(left, right, _as_row, _as_column)
+            yield from _product(right, left)
     elif func is torch.einsum:
         yield from _readings_of_einsum(args)
 
@@ -713,8 +789,11 @@ def _product(
     turned: Callable[[Tensor], Tensor] | None = None,
     data: Any = None,
     bias: Any = None,
-) -> Reading:
-    """``rows @ form(weight).T``; turned, the result has the shape (..., outputs).  The rows may be a view of the data."""
+) -> Iterator[Reading]:
+    """``rows @ form(weight).T``, if that is a matrix; turned, the result has the shape (..., outputs).
+
+    The rows may be a view of the data.
+    """
 
     def matrix(tensor: Tensor) -> Tensor:
         tensor = form(tensor)
@@ -732,25 +811,34 @@ def _product(
         fits = len(shape) == 2 and made.shape == (*rows.shape[:-1], shape[0])
         return LinearCall(name, rows, result, part, transposed, turned) if fits else None
 
-    return Reading(rows if data is None else data, weight, matrix, lies, report, bias)
+    if isinstance(weight, Tensor) and matrix(weight.detach()).ndim == 2:
+        yield Reading(rows if data is None else data, weight, matrix, lies, report, bias)
 
 
 def _spread_over(shape: torch.Size, data: Tensor, table: Tensor) -> tuple[Tensor, Reading]:
     """A table as broadcasting spreads it, and that as a lookup of its rows, of which each row of data meets one."""
-    width = table.shape[-1] if table.ndim else 1  # 1 where one number meets whole rows
-    rows = table.numel() // max(width, 1)
-    index = torch.arange(rows, device=table.device).view(table.shape[:-1]).expand(shape[:-1])
+    again = [dim for dim, size in enumerate(table.shape[:-1]) if size > 1 and not table.stride(dim)]  # spread already
+
+    def form(tensor: Tensor) -> Tensor:
+        for dim in again:
+            tensor = tensor.narrow(dim, 0, 1)
+        return tensor
+
+    own = form(table.detach())
+    width = own.shape[-1] if own.ndim else 1  # 1 where one number meets whole rows
+    rows = own.numel() // max(width, 1)
+    index = torch.arange(rows, device=own.device).view(own.shape[:-1]).expand(shape[:-1])
     placed = table.expand(shape)
 
     def lies(parameter: nn.Parameter) -> tuple[tuple[int, int] | None, bool] | None:
-        found = _rows_of(parameter.detach().reshape(len(parameter), -1), table.detach().reshape(rows, width))
+        found = _rows_of(parameter.detach().reshape(len(parameter), -1), own.reshape(rows, width))
         return None if found is None or found[1] else found
 
     def report(name: str, _: torch.Size, part: tuple[int, int] | None, __: bool, ___: Tensor) -> SpreadCall:
         first, total = part or (0, rows)
         return SpreadCall(name, data.expand(shape), index + first, placed, total, width != shape[-1])
 
-    return placed, Reading(data, table, _as_it_is, lies, report)
+    return placed, Reading(data, table, form, lies, report)
 
 
 def _rows_of(whole: Tensor, matrix: Tensor) -> tuple[tuple[int, int] | None, bool] | None:
@@ -785,7 +873,7 @@ def _readings_of_einsum(args: Sequence[Any]) -> Iterator[Reading]:
         rows = [each for each in made if each not in outputs]
         once = all(len(set(term)) == len(term) for term in (seen, letters, made))
         if once and inputs and outputs and len(letters) == weight.ndim and sorted(seen) == sorted(rows + inputs):
-            yield _product(
+            yield from _product(
                 _permuted(data, [seen.index(each) for each in rows + inputs], len(rows)),
                 weight,
                 functools.partial(
