@@ -25,7 +25,8 @@ from autospec.introspection.errors import WatchError
 from autospec.introspection.generators import generators_kept, random_state, restore_random_state, seed_random_numbers
 from autospec.introspection.groups import Groups
 from autospec.introspection.layers import layers_noted, rule_for, weights_by_layer
-from autospec.introspection.layers.functional import LINEAR, MATMUL, Call, FollowedWeights, Made
+from autospec.introspection.layers.followed import Call, FollowedWeights, Made
+from autospec.introspection.layers.readings import LINEAR, MATMUL
 from autospec.introspection.lookups import dims_of_size
 
 STEPS = 3

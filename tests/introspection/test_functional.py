@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 import autospec.testing
 from autospec.introspection import WatchError
 from autospec.introspection.copies import copy_model
-from autospec.introspection.layers import functional
+from autospec.introspection.layers import readings
 from autospec.introspection.sample_shares import sample_shares
 
 from .oracle import Problem, error, members, record, spectrum, svdvals, weights_after_training
@@ -307,8 +307,8 @@ def test_check_proves_it_and_the_training_is_unchanged(name):
 
 
 def test_check_sees_what_is_recorded_wrongly(monkeypatch):
-    report = functional._product
-    monkeypatch.setattr(functional, "_product", lambda rows, *others, **more: report(rows + 1, *others, **more))
+    report = readings._product
+    monkeypatch.setattr(readings, "_product", lambda rows, *others, **more: report(rows + 1, *others, **more))
     torch.manual_seed(0)
     model = nn.Sequential(Own(lambda x, w, b: x @ w + b, INPUTS, OUTPUTS))
     with pytest.warns(UserWarning, match="comes from no sample's row"):

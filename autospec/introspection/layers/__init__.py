@@ -18,7 +18,8 @@ from .attention import AttentionRule, allow_short_cuts
 from .call import LayerCall, OnCall
 from .convolution import CONVOLUTIONS, TRANSPOSED, ConvolutionRule
 from .embedding import EmbeddingRule, LookupCall, SpreadCall
-from .functional import FunctionalUses, layers_noted
+from .followed import layers_noted
+from .functional import FunctionalUses
 from .linear import LinearRule
 from .recurrent import CELLS, RECURRENT, CellRule, RecurrentRule
 
