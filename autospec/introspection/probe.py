@@ -26,7 +26,7 @@ from .arguments import can_be_nan, instances_in, replaced, tensors_in
 from .copies import unchanged, without_validation
 from .errors import UntracedRows, WatchError
 from .layers import FunctionalUses, LayerCall, layers_noted, rule_for, weights_by_layer
-from .layers.call import hold_nan
+from .layers.call import hold_nan, qualified_name
 from .lookups import Along, Origin, Place, lookups_in, lookups_marked, origins_of
 
 # Characters of another error that a sentence quotes.
@@ -318,6 +318,10 @@ class Probe:
             )
             if fits and reached[expected[unknown]].all():
                 return expected
+        if place in self.uses.places:
+            raise UntracedRows(
+                f"What the model takes of '{qualified_name(place)}' for each sample, as by a lookup, does not show which one it reaches."
+            )
         raise UntracedRows(
             f"Rows of the input of '{place[0] or place[1]}' belong to no sample: NaN of none reaches them, as where "
             "they are made of whole numbers or of weights alone, or NaN is replaced, and what they reach does not tell either."

@@ -95,7 +95,8 @@ class OwnMatrices(nn.Module):
         self.table = nn.Parameter(torch.ones(N, 4))
 
     def forward(self, x):
-        return torch.cdist(x, self.table)[:, :4] @ self.first @ self.second
+        hidden = torch.cdist(x, self.table)[:, :4] @ self.first
+        return nn.functional.bilinear(hidden, hidden, self.second)
 
 
 def one_step(network, labels, x=None, **options):
@@ -148,7 +149,7 @@ MISTAKES = {
         lambda: OwnConvolution(N, 3, 1),
         LABELS,
         {},
-        ["'weight' in index_select()", "what is computed of weights and constants", "layers=['!weight']"],
+        ["takes of 'weight' for each sample", "does not show which one it reaches", "layers="],
     ),
     "a Linear with its own forward pass, skipped": (
         lambda: OwnForward(4, 3),
@@ -174,13 +175,13 @@ MISTAKES = {
         OwnMatrices,
         LABELS,
         {},
-        ["'table' in cdist()", "'second' in matmul()", "layers=['!table', '!second']"],
+        ["'table' in cdist()", "'second' in bilinear()", "layers=['!table', '!second']"],
     ),
     "matrices of the model's own, without groups": (
         OwnMatrices,
         None,
         {},
-        ["'table' in cdist()", "'second' in matmul()"],
+        ["'table' in cdist()", "'second' in bilinear()"],
     ),
     "an LSTM with its own forward pass": (
         lambda: OwnLSTM(4, 3),

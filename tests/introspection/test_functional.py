@@ -1031,6 +1031,123 @@ def test_a_layer_may_be_given_what_all_samples_share(given, meets):
     assert_same_training(model, x)
 
 
+PARTS, PART = 5, 3  # regions, and numbers of each
+
+
+class Parts(nn.Module):
+    """Data of regions, of which each has weights of its own."""
+
+    def __init__(self, use, *shape):
+        super().__init__()
+        self.weight, self.use = nn.Parameter(torch.randn(shape)), use
+        self.first, self.head = nn.Linear(PART, PART), nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.use(self.first(x), self.weight)))
+
+
+# Data have the shape (samples, regions, numbers).
+OF_PARTS = {
+    "einsum": (lambda x, w: torch.einsum("bpi,pio->bpo", x, w), (PARTS, PART, 2)),
+    "einsum, weights first": (lambda x, w: torch.einsum("poi,...pi->p...o", w, x).transpose(0, 1), (PARTS, 2, PART)),
+    "einsum of a vector each": (
+        lambda x, w: torch.einsum("bpi,pi->bp", x, w)[..., :4].unflatten(1, (2, 2)),
+        (PARTS, PART),
+    ),
+    "bmm": (lambda x, w: torch.bmm(x.transpose(0, 1), w).transpose(0, 1), (PARTS, PART, 2)),
+    "matmul": (lambda x, w: (x.unsqueeze(-2) @ w).squeeze(-2), (PARTS, PART, 2)),
+    "matmul from the left": (lambda x, w: (w @ x.unsqueeze(-1)).squeeze(-1), (PARTS, 2, PART)),
+    "the same data for all": (lambda x, w: (x.unsqueeze(1) @ w).sum(1), (4, PART, 2)),
+    "normalised": (lambda x, w: torch.einsum("bpi,pio->bpo", x, w / w.norm(dim=1, keepdim=True)), (PARTS, PART, 2)),
+    "in place afterwards": (lambda x, w: torch.einsum("bpi,pio->bpo", x, w).add_(1.0), (PARTS, PART, 2)),
+}
+
+
+@pytest.mark.parametrize("name", OF_PARTS)
+def test_weights_for_each_part_of_the_data(name):
+    torch.manual_seed(0)
+    use, shape = OF_PARTS[name]
+    model, x = Parts(use, *shape), torch.randn(N, PARTS, PART)
+    tree = record(Problem(model, x, loss_of, LABELS))
+    assert set(tree["layers"].children) == {"weight", "first.weight", "head.weight"}
+    assert_definition(tree, model, x)
+    assert tree.attrs["audit"]["outside"] == {}
+    assert_same_training(model, x)
+    found = autospec.testing.check(model, x, LABELS, quiet=True)
+    assert found.passed
+    assert ("weight", "a") in found.errors
+
+
+def test_rows_of_weights_for_each_part_are_those_of_a_grouped_convolution():
+    torch.manual_seed(0)
+    own, x = Parts(OF_PARTS["einsum"][0], PARTS, PART, 2), torch.randn(N, PARTS, PART)
+    torchs = copy.deepcopy(own)
+    torchs.weight = None
+    torchs.grouped = nn.Conv1d(PARTS * PART, PARTS * 2, 1, groups=PARTS, bias=False)
+    torchs.grouped.weight.data.copy_(own.weight.detach().transpose(1, 2).reshape(PARTS * 2, PART, 1))
+    torchs.use = lambda x, _: torchs.grouped(x.flatten(1).unsqueeze(-1)).view(N, PARTS, 2)
+    tree, expected = (record(Problem(model, x, loss_of, LABELS)) for model in (own, torchs))
+    for statistic in ("activation", "adjoint"):
+        for group in ("all", "a", "b"):
+            wanted = spectrum(expected, "grouped.weight", statistic, group)
+            assert error(spectrum(tree, "weight", statistic, group)[: len(wanted)], wanted) < 1e-6
+
+
+class BySubject(nn.Module):
+    """Weights that are looked up by the number of a subject or a site, of which several samples may be."""
+
+    def __init__(self, use, *shape):
+        super().__init__()
+        self.weight, self.use = nn.Parameter(torch.randn(shape)), use
+        self.first, self.head = nn.Linear(INPUTS, INPUTS), nn.Linear(2 if len(shape) > 2 else INPUTS, 3)
+
+    def forward(self, x, subjects):
+        return self.head(torch.tanh(self.use(self.first(x), self.weight, subjects)))
+
+
+LOOKED_UP = {
+    "its index": (lambda x, w, s: x + w[s].unsqueeze(1), (4, INPUTS)),
+    "index_select": (lambda x, w, s: x * w.index_select(0, s).unsqueeze(1), (4, INPUTS)),
+    "embedding": (lambda x, w, s: x + F.embedding(s, torch.sigmoid(w)).unsqueeze(1), (4, INPUTS)),
+    "matrices": (lambda x, w, s: torch.bmm(x, w[s]), (4, INPUTS, 2)),
+    "matrices, gathered": (
+        lambda x, w, s: torch.einsum("bti,bio->bto", x, w.gather(0, s.view(-1, 1, 1).expand(-1, *w.shape[1:]))),
+        (4, INPUTS, 2),
+    ),
+    "parts of a matrix": (lambda x, w, s: x @ w[s, :, 1:3], (4, INPUTS, 4)),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in LOOKED_UP if name != "parts of a matrix"])
+def test_weights_that_are_looked_up_by_samples_indices(name):
+    torch.manual_seed(0)
+    use, shape = LOOKED_UP[name]
+    model, x, subjects = BySubject(use, *shape), torch.randn(N, T, INPUTS), torch.tensor([0, 1, 1, 3, 0, 2, 2, 1, 3])
+    watched, twin = copy.deepcopy(model), copy.deepcopy(model).double()
+    with autospec.watch(watched, LABELS, singular_values="all", quiet=True) as watcher:
+        loss_of(watched(x, subjects)).backward()
+        watcher.step()
+    loss_of(model(x, subjects)).backward()
+    assert torch.equal(model.weight.grad, watched.weight.grad)
+    for group, member in members(LABELS, N).items():
+        losses = loss_by_sample(twin(x.double(), subjects))[torch.from_numpy(member)].sum()
+        (share,) = torch.autograd.grad(losses, twin.weight)
+        found = spectrum(watcher.trajectories, "weight", "gradient", group)
+        assert error(found, svdvals(share.reshape(4, -1))) < 1e-6
+    assert autospec.testing.check(model, (x, subjects), LABELS, quiet=True).passed
+
+
+def test_columns_that_are_looked_up_are_refused_by_name():
+    use, shape = LOOKED_UP["parts of a matrix"]
+    subjects = torch.tensor([0, 1, 1, 3, 0, 2, 2, 1, 3])
+    model = BySubject(use, *shape)
+    with (
+        autospec.watch(model, LABELS, quiet=True),
+        pytest.raises(WatchError, match=r"'weight' in __getitem__\(\).*layers=\['!weight'\]"),
+    ):
+        model(torch.randn(N, T, INPUTS), subjects)
+
+
 class Joined(nn.Module):
     """Learned tokens, which a layer has made and which are spread over the batch, join the samples' own."""
 

@@ -317,7 +317,7 @@ class Functional(nn.Module):
 
 FUNCTIONAL_USES = {
     "distances": (torch.cdist, r"uses 'first\.weight' in cdist\(\), where it cannot be watched"),
-    "by its index": (lambda x, w: x + w[x.argmax(1)], r"uses 'first\.weight' in __getitem__\(\)"),
+    "its columns by an index": (lambda x, w: x @ w[:, x.argmax(1)], r"uses 'first\.weight' in __getitem__\(\)"),
     "beside data": (lambda x, w: torch.cat([x, w])[:N], r"uses 'first\.weight' in cat\(\)"),
     "a product times a number": (lambda x, w: torch.addmm(x, x, w, alpha=2), r"uses 'first\.weight' in addmm\(\)"),
     "of the batch": (lambda x, w: x @ (w * x.mean(0)), r"input of 'first' mix several samples"),

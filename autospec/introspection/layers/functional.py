@@ -24,7 +24,7 @@ from ..spectra import float64
 from .call import LayerCall, Place, qualified_name
 from .embedding import BiasCall
 from .followed import Call, FollowedWeights, Made
-from .readings import Reading, as_it_is, mask_of_scores, readings_of, spread_over
+from .readings import Reading, as_it_is, looked_up, mask_of_scores, readings_of, rows_looked_up, spread_over
 
 # Where each number of a table meets one of data, or several, which broadcasting gives it; sums keep nothing for the backward pass.
 SUMS = (torch.add, Tensor.add, Tensor.add_, torch.sub, Tensor.sub, Tensor.sub_, torch.rsub)
@@ -75,7 +75,8 @@ class FunctionalUses(FollowedWeights):
         with_data = not looked_up and any(map(self.is_data, given))
         placed, reading = self._spread(call, given) or ({}, self._reading(call))
         if reading is None and with_data:
-            return self._carry_out_with_rows(call, given)
+            result, done = self._look_up(call)
+            return result if done else self._carry_out_with_rows(call, given)
         result = call.made(placed)
         calls = self._calls(reading, result) if reading is not None and isinstance(result, Tensor) else None
         if calls is None and not with_data:
@@ -96,17 +97,33 @@ class FunctionalUses(FollowedWeights):
         placed: dict[int, Tensor] = {}
         written = call.args[0] if call.in_place else None
         for table in given:
-            # As many of each sample may lie one after the other, as heads of an attention.
-            of_samples = table.ndim > 1 and (
-                self.samples is None or any(n % self.samples == 0 for n in table.shape[:-1])
-            )
-            if of_samples and table is not written and self._weights([table]) and self.made[id(table)].spread:
+            if table is not written and self._weights([table]) and self._lies_for_samples(table):
                 spread, reading = spread_over(table.shape, table, table)
                 calls = None if _transformed() else self._calls(reading, spread)
                 if calls is not None:
                     placed[id(table)] = self._report(calls, spread)
         self._refuse(call, (t for t in given if id(t) not in placed))
         return call.made(placed)
+
+    def _lies_for_samples(self, table: Tensor) -> bool:
+        """Whether what is made of weights may lie there for each sample, having been spread."""
+        # As many of each sample may lie one after the other, as heads of an attention.
+        counts = self.samples is None or any(size % self.samples == 0 for size in table.shape[:-1])
+        return table.ndim > 1 and counts and self.made[id(table)].spread
+
+    def _look_up(self, call: Call) -> tuple[Any, bool]:
+        """Carry out a lookup of a table's rows by an index of data; return what it returns, and whether it was one."""
+        found = None if _transformed() else rows_looked_up(call)
+        if found is None or id(found[0]) not in self.made or len(self._weights(call.tensors)) == 0:
+            return None, False
+        table, again = found
+        result = call.made()
+        reading = looked_up(table, result, again)
+        calls = None if reading is None else self._calls(reading, result)
+        if calls is None:
+            self._refuse(call, [table])
+            return result, True
+        return self._report(calls, result), True
 
     def _report(self, calls: Sequence[tuple[Place, LayerCall]], result: Any) -> Any:
         """Report; return the result, or what shall stand in for it."""
@@ -172,7 +189,9 @@ class FunctionalUses(FollowedWeights):
             data, weight = reading.data, reading.weight
             if not (isinstance(data, Tensor) and isinstance(weight, Tensor)) or data.layout != torch.strided:
                 continue
-            if self._weights([weight]) and self.may_be_rows(data):
+            if not self._weights([weight]) or not self.may_be_rows(data):
+                continue
+            if not (reading.separate and self._lies_for_samples(weight)):
                 return reading
         return None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..factors import Product
+from ..factors import Convolution, Product
 from ..hooks import Hook
 from ..workspace import Workspace
 from .call import LayerCall, OnCall, hold_nan
@@ -71,6 +71,41 @@ class LinearCall(LayerCall):
         adjoint = adjoint.reshape(-1, adjoint.shape[-1])
         activation = activation.reshape(-1, activation.shape[-1]).to(adjoint.dtype)
         return Product(activation, adjoint, self.part, self.transposed)
+
+
+class SeparateCall(LinearCall):
+    """Products of parts of each row with a weight for each part, such as of regions or heads: a grouped convolution of one position.
+
+    Parameters
+    ----------
+    parameter : str
+        Name of the weights in their module.
+    activation : Tensor
+        Shape (..., parts * inputs).
+    output : Tensor
+        What ``turned`` brings into the shape (..., parts * outputs).
+    kernel : (int, int)
+        Shape (parts * outputs, inputs) of the weights as one matrix.
+    turned : callable
+        As for `LinearCall`.
+    """
+
+    def __init__(
+        self,
+        parameter: str,
+        activation: Tensor,
+        output: Tensor,
+        kernel: tuple[int, int],
+        turned: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__(parameter, activation, output, turned=turned)
+        self.kernel, self.parts = kernel, activation.shape[-1] // kernel[1]
+
+    def factors(self, parameter: str, adjoints: Sequence[Tensor | None], workspace: Workspace) -> Convolution:  # type: ignore[override]
+        """Rows of the input and of the derivative at the output, as channels."""
+        product = super().factors(parameter, adjoints, workspace)
+        sides = product.activation.unsqueeze(-1), product.adjoint.unsqueeze(-1)
+        return Convolution(*sides, (*self.kernel, 1), (1,), (0,), (1,), self.parts, False, (0,))
 
 
 class LinearRule:

@@ -16,7 +16,7 @@ from .call import LayerCall
 from .convolution import ConvolutionCall, Geometry
 from .embedding import SpreadCall
 from .followed import Call
-from .linear import LinearCall
+from .linear import LinearCall, SeparateCall
 
 LINEAR = (F.linear, torch.inner, Tensor.inner)
 MATMUL = (
@@ -24,6 +24,8 @@ MATMUL = (
     *(torch.bmm, Tensor.bmm, torch.mv, Tensor.mv),
 )
 ADDMM = (torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm)
+SELECT = (torch.index_select, Tensor.index_select)
+GATHER = (torch.gather, Tensor.gather)
 CONVOLUTION = (F.conv1d, F.conv2d, F.conv3d)
 CONVOLUTION_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -45,6 +47,8 @@ class Reading:
         Makes what a rule would report, of the parameter's name, the shape of the form, the two of ``lies``, and what was returned.
     bias : Tensor or None
         What is added to each row of what is returned.
+    separate : bool
+        Whether the weight has a matrix for each of several parts of the data.
     """
 
     data: Any
@@ -53,6 +57,7 @@ class Reading:
     lies: Callable[[nn.Parameter], tuple[tuple[int, int] | None, bool] | None]
     report: Callable[[str, torch.Size, tuple[int, int] | None, bool, Tensor], LayerCall | None]
     bias: Any = None
+    separate: bool = False
 
 
 def _named(names: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,6 +90,7 @@ def readings_of(call: Call) -> Iterator[Reading]:
         if right.ndim > 1:
             yield from _product(left, right, _turned, bias=bias)
             yield from _product(right.mT, left, turned=_turned, data=right)
+            yield from _readings_of_matmul(left, right) if bias is None else ()
         else:
             yield from _product(left, right, _as_row, _as_column)
             yield from _product(right, left)
@@ -159,6 +165,64 @@ def _product(
         yield Reading(rows if data is None else data, weight, matrix, lies, report, bias)
 
 
+def rows_looked_up(call: Call) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """The table in which a call looks up rows by an index, and the same call for another table of that form."""
+    func, args, kwargs = call.func, call.args, call.kwargs
+    if func is F.embedding:
+        given = _named("input weight padding_idx max_norm norm_type scale_grad_by_freq sparse", args, kwargs)
+        rest = {key: each for key, each in given.items() if key not in ("input", "weight", "norm_type")}
+        if any(each not in (None, False) for each in rest.values()):  # not all that is looked up has a share then
+            return None
+        return given["weight"], lambda table: F.embedding(given["input"], table)
+    given = _named("input dim index", args, kwargs)
+    table, dim, index = (given.get(name) for name in ("input", "dim", "index"))
+    if func is Tensor.__getitem__:
+        whole = _takes_whole_rows(args[1] if isinstance(args[1], tuple) else (args[1],), args[0].ndim)
+        return (args[0], lambda other: other[args[1]]) if whole else None
+    if not (isinstance(table, Tensor) and isinstance(dim, int) and isinstance(index, Tensor)):
+        return None
+    whole = dim % max(table.ndim, 1) < table.ndim - 1
+    if func in SELECT and whole:
+        return table, lambda other: torch.index_select(other, dim, index)
+    if func in GATHER and whole and index.ndim and index.stride(-1) == 0 and index.shape[-1] == table.shape[-1]:
+        return table, lambda other: torch.gather(other, dim, index)
+    return None
+
+
+def _takes_whole_rows(key: tuple[Any, ...], ndim: int) -> bool:
+    """Whether an index into a tensor leaves its last dimension as it is, and last."""
+    beyond = [each is Ellipsis for each in key]
+    if any(beyond):
+        after = key[beyond.index(True) + 1 :]
+        return not after or (isinstance(after[-1], slice) and after[-1] == slice(None))
+    taken = sum(
+        each.ndim if isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) else each is not None
+        for each in key
+    )
+    last = key[-1]
+    return taken < ndim or (isinstance(last, slice) and last == slice(None))
+
+
+def looked_up(table: Tensor, result: Tensor, again: Callable[[Tensor], Tensor]) -> Reading | None:
+    """A lookup of whole rows of a table, as `rows_looked_up` has found it."""
+    width = table.shape[-1]
+    rows = table.numel() // max(width, 1)
+    numbers = torch.arange(rows, device=table.device).view(*table.shape[:-1], 1).expand(table.shape)
+    index = again(numbers)
+    if table.ndim < 2 or index.ndim < 1 or index.shape[-1] != width:
+        return None
+
+    def lies(parameter: nn.Parameter) -> tuple[tuple[int, int] | None, bool] | None:
+        found = _rows_of(parameter.detach().reshape(len(parameter), -1), table.detach().reshape(rows, width))
+        return None if found is None or found[1] else found
+
+    def report(name: str, _: torch.Size, part: tuple[int, int] | None, __: bool, result: Tensor) -> SpreadCall:
+        first, total = part or (0, rows)
+        return SpreadCall(name, result, index[..., 0] + first, result, total)
+
+    return Reading(table, table, as_it_is, lies, report)
+
+
 def mask_of_scores(call: Call) -> tuple[Tensor, torch.Size, Tensor] | None:
     """The mask of an attention, the shape of the scores to which it is added, and the queries, which tell whose they are."""
     given = _named("query key value attn_mask", call.args, call.kwargs)
@@ -222,20 +286,51 @@ def _readings_of_einsum(args: Sequence[Any]) -> Iterator[Reading]:
         return
     for data, weight, seen, letters in (operands + terms, operands[::-1] + terms[::-1]):
         dots = "0123456789"[: data.ndim - len(seen.replace("...", ""))]  # a letter for each dimension that has none
-        seen, letters, made = seen.replace("...", dots), letters.replace("...", ""), right.replace("...", dots)
-        inputs, outputs = ([each for each in letters if (each in made) == kept] for kept in (False, True))
-        rows = [each for each in made if each not in outputs]
-        once = all(len(set(term)) == len(term) for term in (seen, letters, made))
-        if once and inputs and outputs and len(letters) == weight.ndim and sorted(seen) == sorted(rows + inputs):
-            yield from _product(
-                _permuted(data, [seen.index(each) for each in rows + inputs], len(rows)),
-                weight,
-                functools.partial(
-                    _as_matrix, order=[letters.index(each) for each in outputs + inputs], first=len(outputs)
-                ),
-                functools.partial(_permuted, order=[made.index(each) for each in rows + outputs], first=len(rows)),
-                data,
-            )
+        yield from _by_letters(
+            data, data, weight, seen.replace("...", dots), letters.replace("...", ""), right.replace("...", dots)
+        )
+
+
+def _readings_of_matmul(left: Tensor, right: Tensor) -> Iterator[Reading]:
+    """Products of matrices where the weight has several, such as one for each region."""
+    many = max(left.ndim, right.ndim) - 2
+    batch = "abcdefgh"[:many]
+    for data, weight, rows, matrix in ((left, right, "xy", "yz"), (right, left, "yz", "xy")):
+        of_data, of_weight = (batch[many - each.ndim + 2 :] for each in (data, weight))
+        if weight.ndim > 2 and 1 not in weight.shape[:-2]:
+            # What the data have once for all parts has no letter for these.
+            once = [dim for dim, each in enumerate(of_data) if data.shape[dim] == 1 and each in of_weight]
+            of_data = "".join(each for dim, each in enumerate(of_data) if dim not in once)
+            yield from _by_letters(data, data.squeeze(once), weight, of_data + rows, of_weight + matrix, batch + "xz")
+
+
+def _by_letters(given: Tensor, data: Tensor, weight: Tensor, seen: str, letters: str, made: str) -> Iterator[Reading]:
+    """``torch.einsum(f"{seen},{letters}->{made}", data, weight)``; letters that all three have are parts with weights of their own.
+
+    The data are a view of what was given.
+    """
+    inputs, outputs = ([each for each in letters if (each in made) == kept] for kept in (False, True))
+    parts = [each for each in outputs if each in seen]
+    outputs = [each for each in outputs if each not in parts]
+    rows = [each for each in made if each not in letters]
+    once = all(len(set(term)) == len(term) for term in (seen, letters, made))
+    if not (once and inputs and len(letters) == weight.ndim and sorted(seen) == sorted(rows + parts + inputs)):
+        return
+    as_rows = _permuted(data, [seen.index(each) for each in rows + parts + inputs], len(rows))
+    form = functools.partial(
+        _as_matrix,
+        order=[letters.index(each) for each in parts + outputs + inputs],
+        first=len(parts + outputs),
+    )
+    turned = functools.partial(_permuted, order=[made.index(each) for each in rows + parts + outputs], first=len(rows))
+    if not parts and outputs:
+        yield from _product(as_rows, weight, form, turned, given)
+    elif parts:
+
+        def report(name: str, kernel: torch.Size, _: Any, __: bool, result: Tensor) -> SeparateCall:
+            return SeparateCall(name, as_rows, result, (kernel[0], kernel[1]), turned)
+
+        yield Reading(given, weight, form, lambda _: None, report, separate=True)
 
 
 def _permuted(tensor: Tensor, order: list[int], first: int) -> Tensor:
