@@ -24,13 +24,13 @@ def model():
     return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4))
 
 
-class WithItself(nn.Module):
-    def __init__(self, inner):
+class Distances(nn.Module):
+    def __init__(self):
         super().__init__()
-        self.inner = inner
+        self.prototypes = nn.Parameter(torch.ones(3, 4))
 
     def forward(self, x):
-        return self.inner(x, x)
+        return torch.cdist(x, self.prototypes)
 
 
 class Bag(nn.Module):
@@ -96,7 +96,7 @@ class OwnMatrices(nn.Module):
 
     def forward(self, x):
         hidden = torch.cdist(x, self.table)[:, :4] @ self.first
-        return nn.functional.bilinear(hidden, hidden, self.second)
+        return torch.einsum("ni,nj,oij->no", hidden, hidden, self.second)
 
 
 def one_step(network, labels, x=None, **options):
@@ -118,11 +118,11 @@ MISTAKES = {
     "groupings of different lengths": (model, {"x": LABELS, "y": LABELS[:-1]}, {}, ["different lengths", "'y': 5"]),
     "crossing an unknown grouping": (model, {"x": LABELS}, {"crossed": [("x", "z")]}, ["'z'", "no such grouping"]),
     "no matrix": (Nothing, LABELS, {}, ["Nothing", "no matrix parameter"]),
-    "a bilinear form": (
-        lambda: WithItself(nn.Bilinear(4, 4, 3)),
+    "distances": (
+        Distances,
         LABELS,
         {},
-        ["'inner.weight' in bilinear()", "products and convolutions of data", "layers=['!inner.weight']"],
+        ["'prototypes' in cdist()", "products and convolutions of data", "layers=['!prototypes']"],
     ),
     "only a bilinear form, skipped": (
         lambda: nn.Sequential(nn.Bilinear(4, 4, 3)),
@@ -175,13 +175,13 @@ MISTAKES = {
         OwnMatrices,
         LABELS,
         {},
-        ["'table' in cdist()", "'second' in bilinear()", "layers=['!table', '!second']"],
+        ["'table' in cdist()", "'second' in einsum()", "layers=['!table', '!second']"],
     ),
     "matrices of the model's own, without groups": (
         OwnMatrices,
         None,
         {},
-        ["'table' in cdist()", "'second' in bilinear()"],
+        ["'table' in cdist()", "'second' in einsum()"],
     ),
     "an LSTM with its own forward pass": (
         lambda: OwnLSTM(4, 3),

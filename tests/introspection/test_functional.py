@@ -53,6 +53,7 @@ INPUTS_FIRST = {
     "with data transposed": lambda x, w, b: (w.T @ x.mT).mT + b,
     "in parts": lambda x, w, b: x[..., :2] @ w[:2] + x[..., 2:] @ w[2:] + b,
     "in place afterwards": lambda x, w, b: torch.einsum("bti,io->bot", x, w).mT.add_(b),
+    "tensordot": lambda x, w, b: torch.tensordot(x, w, dims=1) + b,
 }
 OUTPUTS_FIRST = {
     "linear": lambda x, w, b: F.linear(x, w, b),
@@ -60,6 +61,7 @@ OUTPUTS_FIRST = {
     "inner": lambda x, w, b: torch.inner(x, w) + b,
     "transposed": lambda x, w, b: torch.matmul(x, w.t()) + b,
     "from the left": lambda x, w, b: (w @ x.mT).mT + b,
+    "tensordot": lambda x, w, b: torch.tensordot(w, x, dims=([1], [2])).permute(1, 2, 0) + b,
     "a vector from the right": lambda x, w, b: torch.stack([torch.stack([w @ t for t in s]) for s in x]) + b,
     "parts of it": lambda x, w, b: torch.cat([F.linear(x, part) for part in w.chunk(3)], -1) + b,
     "in another shape": lambda x, w, b: F.linear(x, w.view(OUTPUTS, 1, INPUTS).squeeze(1), b),
@@ -1091,6 +1093,33 @@ def test_rows_of_weights_for_each_part_are_those_of_a_grouped_convolution():
         for group in ("all", "a", "b"):
             wanted = spectrum(expected, "grouped.weight", statistic, group)
             assert error(spectrum(tree, "weight", statistic, group)[: len(wanted)], wanted) < 1e-6
+
+
+def test_a_bilinear_layer_is_a_product_with_all_products_of_two():
+    class Two(nn.Module):
+        def __init__(self, own):
+            super().__init__()
+            self.first, self.second = nn.Linear(INPUTS, 4), nn.Linear(INPUTS, 3)
+            self.both = nn.Bilinear(4, 3, OUTPUTS) if own else nn.Linear(12, OUTPUTS)
+
+        def forward(self, x):
+            one, other = self.first(x), torch.tanh(self.second(x))
+            if isinstance(self.both, nn.Bilinear):
+                return self.both(one, other)
+            return self.both((one.unsqueeze(-1) * other.unsqueeze(-2)).flatten(-2))
+
+    torch.manual_seed(0)
+    own, torchs, x = Two(True), Two(False), torch.randn(N, T, INPUTS)
+    torchs.load_state_dict(
+        {name: each.flatten(1) if each.ndim > 2 else each for name, each in own.state_dict().items()}
+    )
+    tree, expected = (record(Problem(model, x, loss_of, LABELS)) for model in (own, torchs))
+    assert_definition(tree, own, x)
+    assert_same_training(own, x)
+    for statistic in STATISTICS:
+        found, wanted = (spectrum(each, "both.weight", statistic, "a") for each in (tree, expected))
+        assert error(found, wanted[: len(found)]) < 1e-6
+    assert autospec.testing.check(own, x, LABELS, quiet=True).passed
 
 
 class BySubject(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,11 @@ def readings_of(call: Call) -> Iterator[Reading]:
             yield from _product(right, left)
     elif func is torch.einsum:
         yield from _readings_of_einsum(args)
+    elif func is torch.tensordot:
+        given = _named("a b dims", args, kwargs)
+        yield from _readings_of_tensordot(given["a"], given["b"], given.get("dims", 2))
+    elif func is F.bilinear:
+        yield _bilinear(**_named("input1 input2 weight bias", args, kwargs))
 
 
 def as_it_is(tensor: Tensor) -> Tensor:
@@ -289,6 +295,34 @@ def _readings_of_einsum(args: Sequence[Any]) -> Iterator[Reading]:
         yield from _by_letters(
             data, data, weight, seen.replace("...", dots), letters.replace("...", ""), right.replace("...", dots)
         )
+
+
+def _readings_of_tensordot(left: Tensor, right: Tensor, dims: Any) -> Iterator[Reading]:
+    """``torch.tensordot``: over the last dimensions of the one and the first of the other, so many, or over those that are named."""
+    if isinstance(dims, int):
+        dims = list(range(left.ndim - dims, left.ndim)), list(range(dims))
+    if not (isinstance(dims, list | tuple) and len(dims) == 2 and all(isinstance(some, list | tuple) for some in dims)):
+        return
+    of_left = string.ascii_lowercase[: left.ndim]
+    of_right = list(string.ascii_uppercase[: right.ndim])
+    for one, other in zip(*dims, strict=True):
+        of_right[other] = of_left[one]
+    made = "".join(each for each in (*of_left, *of_right) if (each in of_left) != (each in of_right))
+    yield from _by_letters(left, left, right, of_left, "".join(of_right), made)
+    yield from _by_letters(right, right, left, "".join(of_right), of_left, made)
+
+
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Reading:
+    """``torch.nn.functional.bilinear``: a product with all products of a number of the one and one of the other."""
+
+    def lies(parameter: nn.Parameter) -> tuple[None, bool] | None:
+        return (None, False) if parameter is weight else None
+
+    def report(name: str, _: torch.Size, __: Any, ___: bool, result: Tensor) -> LinearCall:
+        products = input1.detach().unsqueeze(-1) * input2.detach().unsqueeze(-2)
+        return LinearCall(name, products.flatten(-2), result)
+
+    return Reading(input1, weight, lambda kernel: kernel.flatten(1), lies, report, bias)
 
 
 def _readings_of_matmul(left: Tensor, right: Tensor) -> Iterator[Reading]:
