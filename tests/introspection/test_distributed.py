@@ -41,9 +41,13 @@ class Own(nn.Module):
         super().__init__()
         self.places, self.first = nn.Parameter(torch.randn(10, 3)), nn.Parameter(torch.randn(3, 8) / 2)
         self.second = nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))
+        self.project, self.tokens = nn.Linear(3, 3), nn.Parameter(torch.randn(2, 3))
+        self.parts = nn.Parameter(torch.randn(12, 8, 8) / 2)
 
     def forward(self, x):
-        return self.second(torch.tanh((x.mT + self.places) @ self.first)).flatten(1)
+        joined = torch.cat([self.tokens.expand(len(x), -1, -1), x.mT + self.project(self.places)], 1)
+        hidden = torch.einsum("btd,tde->bte", torch.tanh(joined @ self.first), self.parts)
+        return self.second(torch.tanh(hidden[:, 2:] + hidden[:, :2].mean(1, keepdim=True))).flatten(1)
 
 
 class Counted(nn.Sequential):
