@@ -38,11 +38,13 @@ from .layers import (
     weights_by_layer,
 )
 from .lookups import Place
+from .orders import alike
 from .pending import Items, Layout, Pending, Sorting
 from .probe import OwnUses, Reading, weights_at
-from .rows import RowMap, alike, map_rows, refused_uses, several_processes
+from .rows import RowMap, map_rows, several_processes
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
+from .twins import refused_uses
 from .uses import Arrival, ConstantInput, Forward, SortedInput, Source, Use, WatchedLayer, unused_calls
 from .workspace import LARGEST_KEPT, Workspace, where
 
