@@ -40,7 +40,7 @@ from .layers import (
 from .lookups import Place
 from .orders import alike
 from .pending import Items, Layout, Pending, Sorting
-from .probe import OwnUses, Reading, weights_at
+from .probe import OwnUses, weights_at
 from .rows import RowMap, map_rows, several_processes
 from .scaling import LossScale
 from .spectra import column_gram, float64, irregular
@@ -113,7 +113,7 @@ class Capture:
         self._forms: dict[Any, set[Any]] = {}
         self._in_training_alone: set[tuple[Place, int]] = set()
         self._by_content: dict[Any, tuple[int, ...]] = {}
-        self._reading: Reading | None = None
+        self._known: RowMap | None = None
         self._sorts = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._sortings: dict[Any, Sorting] = {}
         self._sortings_used: dict[Any, Sorting] = {}
@@ -411,11 +411,11 @@ class Capture:
             self._count_numbers((samples, signature_of((args, kwargs), self._sorts, samples, numbers=False)), signature)
             self._paused, begin = True, time.perf_counter()
             try:
-                found = map_rows(self.model, args, kwargs, samples, watched, self._batch_dim, all_hooks, self._reading)
+                found = map_rows(self.model, args, kwargs, samples, watched, self._batch_dim, all_hooks, self._known)
             finally:
                 self._paused = False
                 self.seconds += time.perf_counter() - begin
-            self._reading = found.reading if found.certain else self._reading
+            self._known = found if found.certain else self._known
             if found.by_content:  # what one batch does not show, another has shown
                 self._by_content[signature] = tuple(sorted({*self._by_content.get(signature, ()), *found.by_content}))
             content = self._content(signature, args, kwargs)

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from .arguments import can_be_nan, instances_in, replaced, tensors_in
 from .copies import unchanged, without_validation
 from .errors import UntracedRows, WatchError
-from .layers import FunctionalUses, LayerCall, layers_noted, rule_for, weights_by_layer
+from .layers import FunctionalUses, LayerCall, SpreadCall, layers_noted, rule_for, weights_by_layer
 from .layers.call import hold_nan, qualified_name
 from .lookups import Along, Origin, Place, lookups_in, lookups_marked, origins_of
 
@@ -51,7 +51,7 @@ class Reading:
 
     dims: tuple[int | None, ...]
     lookups: Mapping[Place, Along]
-    shared: tuple[int, ...] = ()
+    shared: tuple[int, ...] = field(default=(), compare=False)
 
     def shared_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """These among the model's arguments."""
@@ -279,6 +279,7 @@ class Probe:
                 found[key].append(_filled(decoded, patterns, words))
                 if key != RETURNED and (found[key][-1] == -2).any():
                     raise UntracedRows(f"Rows of the input of '{key[0] or key[1]}' mix several samples.")
+        whole = {key for key, calls in found.items() if all((of == -1).all() for of in calls)}
         unknown = [(key, call) for key, calls in found.items() for call, of in enumerate(calls) if (of == -1).any()]
         refusal: UntracedRows | None = None
         for key, call in unknown:
@@ -291,7 +292,7 @@ class Probe:
                 refusal = refusal or error
                 self.shared.update([key] if none else ())
             else:
-                if none:
+                if key in whole:
                     self.constant[key] = self.constant.get(key, True) and self._same_for_all(key, call, words.shape[1])
         if refusal is not None:
             raise refusal
@@ -465,7 +466,8 @@ def _nan_rows(
     def note(place: Place, call: LayerCall, parameter: str) -> None:
         marks = call.marks(parameter).cpu().numpy()
         if begun is None and not marks.any():
-            unreached[place, len(seen.get(place, ()))] = call.inputs[0].detach()
+            given = call.inputs[0].detach()
+            unreached[place, len(seen.get(place, ()))] = given.unsqueeze(-1) if isinstance(call, SpreadCall) else given
         seen.setdefault(place, []).append(marks)
         shapes.setdefault(place, []).append(tuple(call.inputs[0].shape))
 

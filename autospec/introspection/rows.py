@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -104,8 +104,10 @@ class _Attempt:
         What was tried.
     uses : OwnUses
         Weights that the model uses itself.
-    inputs : tuple of int
+    inputs : sequence of int
         Inputs that may be of all samples, though they have a dimension of their number.
+    untraced : bool
+        Whether it was refused because rows could not be told.
     """
 
     found: RowMap | None
@@ -115,6 +117,7 @@ class _Attempt:
     way: Way
     uses: OwnUses
     inputs: Sequence[int]
+    untraced: bool = False
 
 
 def map_rows(
@@ -125,7 +128,7 @@ def map_rows(
     watched: Collection[Place],
     batch_dim: int | None = None,
     all_hooks: bool = False,
-    known: Reading | None = None,
+    known: RowMap | None = None,
 ) -> RowMap:
     """Find which rows of every watched layer's input belong to which sample.
 
@@ -143,8 +146,8 @@ def map_rows(
         The dimension of the inputs that indexes samples, where several have that size.
     all_hooks : bool
         Whether the copy has all hooks, also those that act on what is outside of the model.
-    known : Reading, optional
-        How a batch of another size was read: it decides where more than one reading is possible.
+    known : RowMap, optional
+        What was found for a batch of another size: it decides where more than one reading is possible.
 
     Returns
     -------
@@ -162,41 +165,87 @@ def map_rows(
     def attempt(way: Way, watched: Collection[Place] = watched) -> _Attempt:
         return _attempt(model, args, kwargs, samples, watched, batch_dim, all_hooks, known, way)
 
-    def another(way: Way, watched: Collection[Place] = watched) -> _Attempt | None:
+    def another(way: Way, watched: Collection[Place] = watched) -> RowMap | None:
         try:
-            return attempt(way, watched)
+            return attempt(way, watched).found
         except SeveralReadings:
             raise
         except WatchError:
             return None
 
+    if known is not None:
+        shared = frozenset(number for number, dim in enumerate(known.reading.dims) if dim is None)
+        for states in (known.uses.states, False) if known.uses.states else (False,):
+            found = another(Way(known.uses.followed & set(watched), states, shared))
+            if found is not None and found.reading.dims == known.reading.dims:
+                return found
     first = attempt(Way())
-    if first.found is not None:
-        # A constant that is taken for a state, or for rows of samples, may decide what is read as samples.
-        ways = [Way(states=False)] if first.uses.took_states else []
-        if first.constant and batch_dim is None:
-            ways += [Way(first.constant, states) for states in (True, False)]
-        for way in ways:
-            again = another(way)
-            _refuse_other_reading(first.found, None if again is None else again.found, known)
-        return first.found
-    tried, waiting = {Way()}, [first]
+    if first.found is None:
+        return _found_in_another_way(first, attempt, another, watched)
+    # A constant that is taken for a state, or for rows of samples, may decide what is read as samples; so may an input that all share.
+    others = [another(Way(states=False))] if first.uses.took_states else []
+    tried = [first]
+    for number, states in itertools.product(first.inputs, (True, False)):
+        try:
+            tried.append(attempt(Way(states=states, shared=frozenset([number]))))
+            others.append(tried[-1].found or _found_in_another_way(tried[-1], attempt, another, watched))
+        except SeveralReadings:
+            raise
+        except WatchError:
+            continue
+    if batch_dim is None:
+        others += [another(each.way, set(watched) - each.constant) for each in tried if each.found and each.constant]
+    best = first.found
+    for other in others:
+        if other is None or not _read_otherwise(best, other):
+            continue
+        ranks = [_rank(each.reading.dims, inputs_in(args, kwargs)) for each in (best, other)]
+        if batch_dim is None or ranks[0] == ranks[1]:
+            raise _several_readings([best.reading, other.reading], batch_dim)
+        best = best if ranks[0] < ranks[1] else other
+    return best
+
+
+def _found_in_another_way(
+    first: _Attempt,
+    attempt: Callable[[Way], _Attempt],
+    another: Callable[[Way, Collection[Place]], RowMap | None],
+    watched: Collection[Place],
+) -> RowMap:
+    """Trace rows in other ways than in one that did not do; raise WatchError if none does.
+
+    Parameters
+    ----------
+    first : _Attempt
+        What came of that.
+    attempt, another : callable
+        Try a way, or one without some of the matrices.
+    watched : collection of (str, str)
+        The matrices.
+    """
+    tried, waiting = {first.way}, [first]
+    refusal, reason = first.refusal, None
     while waiting and len(tried) < MAX_WAYS:
         for way in _ways_after(waiting.pop(0)):
             if way in tried:
                 continue
             tried.add(way)
-            again = another(way)
-            if again is not None and again.found is not None:
+            try:
+                again = attempt(way)
+            except SeveralReadings:
+                raise
+            except WatchError as error:
+                reason = reason or (None if isinstance(error, UntracedRows) else error)
+                continue
+            if again.found is not None:
                 return again.found
-            waiting += [] if again is None else [again]
+            reason = reason or (None if again.untraced else again.refusal)
+            waiting.append(again)
     rest = set(watched) - first.shared
-    if first.shared and rest:
-        again = another(Way(), rest)
-        if again is not None and again.found is not None:
-            raise _cannot_be_spread(min(first.shared))
-    assert first.refusal is not None
-    raise first.refusal
+    if first.shared and rest and another(Way(), rest) is not None:
+        raise _cannot_be_spread(min(first.shared))
+    assert refusal is not None
+    raise (reason or refusal) if first.untraced else refusal
 
 
 def _ways_after(attempt: _Attempt) -> Iterator[Way]:
@@ -208,14 +257,23 @@ def _ways_after(attempt: _Attempt) -> Iterator[Way]:
     for followed in (before | attempt.shared, before | attempt.shared | attempt.constant):
         for states in (True, False) if followed or attempt.uses.places else (True,):
             yield Way(followed, states, shared)
-    for number in attempt.inputs if shared is None else ():
-        yield Way(before, attempt.way.states, number)
+    for number in attempt.inputs:
+        yield Way(before, attempt.way.states, shared | {number})
 
 
-def _refuse_other_reading(found: RowMap, other: RowMap | None, known: Reading | None) -> None:
-    """Refuse what is read in one way where it may be read in another, too."""
-    if other is not None and other.reading.dims != found.reading.dims and known != found.reading:
-        raise _several_readings([found.reading, other.reading])
+def _rank(dims: Sequence[int | None], inputs: Sequence[Tensor]) -> tuple[int, int]:
+    """What makes a reading less likely: inputs that hold no samples, and, of those that do, fewer dimensions."""
+    return dims.count(None), -sum(each.ndim for each, dim in zip(inputs, dims, strict=True) if dim is not None)
+
+
+def _read_otherwise(found: RowMap, other: RowMap) -> bool:
+    """Whether one gives rows to other samples than the other, where both tell whose they are; or, if none does, reads others."""
+    common = found.samples.keys() & other.samples.keys() - found.uses.followed - other.uses.followed
+    if not common:
+        return found.reading.dims != other.reading.dims
+    return not same_rows(
+        {place: found.samples[place] for place in common}, {place: other.samples[place] for place in common}
+    )
 
 
 def _attempt(
@@ -226,15 +284,17 @@ def _attempt(
     watched: Collection[Place],
     batch_dim: int | None,
     all_hooks: bool,
-    known: Reading | None,
+    known: RowMap | None,
     way: Way,
 ) -> _Attempt:
     """Trace rows in one way; as for `map_rows`."""
     inputs = inputs_in(args, kwargs)
     choices = _choices(args, kwargs, inputs, samples, batch_dim)
-    if way.shared is not None:
-        choices[way.shared] = (None,)
-    doubtful = [number for number, dims in enumerate(choices) if None in dims and len(dims) > 1 < len(choices)]
+    if not way.shared <= set(range(len(choices))):
+        raise UntracedRows("The model has other inputs than before.")
+    choices = [(None,) if number in way.shared else dims for number, dims in enumerate(choices)]
+    doubtful = [number for number, dims in enumerate(choices) if None in dims and len(dims) > 1]
+    doubtful = doubtful if sum(len(dims) > 1 for dims in choices) > 1 else []
     shared_inputs = tuple(number for number, dims in enumerate(choices) if dims == (None,))
     words = code_words(samples)
     accepted: list[tuple[Probe, dict[Place, list[np.ndarray]]]] = []
@@ -281,8 +341,9 @@ def _attempt(
         for round_ in (likely, possible):
             # Lookups of one kind and shape are read in one way.
             kinds = {lookup: round_(lookup) for place, lookup in lookups.items() if place not in way.followed}
-            for dims, alongs in _readings(choices, lookups, kinds, unmarked):
-                if batch_dim is not None and accepted:
+            for dims, alongs in _readings(choices, inputs, lookups, kinds, unmarked):
+                before = accepted[0][0].reading.dims if accepted else dims
+                if batch_dim is not None and _rank(dims, inputs) > _rank(before, inputs):
                     break
                 reading = Reading(dims, alongs, shared_inputs)
                 probe = Probe(twin, args, kwargs, inputs, reading, watched, uses, origins, as_given)
@@ -302,18 +363,18 @@ def _attempt(
             if accepted:
                 break
     shared = frozenset(place for place, of in options.items() if place in watched and any(a.shared for a in of))
-    not_layers = lookups.keys() | (uses.places - way.followed)
+    untraced = refusal is None or isinstance(refusal, UntracedRows)
     if not accepted:
-        if refusal is None or isinstance(refusal, UntracedRows):
+        if untraced:
             ways = "batch_dim= or rows=" if batch_dim is None else "rows="
             refusal = WatchError(
                 f"{refusal or ''} Say where the samples are with {ways}, or leave the layer out with layers=."
             )
-        return _Attempt(None, refusal, shared, frozenset(unreached - not_layers), way, uses, doubtful)
+        return _Attempt(None, refusal, shared, frozenset(unreached - lookups.keys()), way, uses, doubtful, untraced)
+    if known is not None and any(not same_rows(found, accepted[0][1]) for _, found in accepted):
+        accepted = [each for each in accepted if each[0].reading == known.reading] or accepted
     if any(not same_rows(found, accepted[0][1]) for _, found in accepted):
-        accepted = [each for each in accepted if each[0].reading == known] or accepted
-    if any(not same_rows(found, accepted[0][1]) for _, found in accepted):
-        raise _several_readings([probe.reading for probe, _ in accepted])
+        raise _several_readings([probe.reading for probe, _ in accepted], batch_dim)
     probe, found = accepted[0]
     received = dict(probe.shapes)
     with (
@@ -332,7 +393,7 @@ def _attempt(
     certain = len(accepted) == 1
     row_map = RowMap(found, len(words), probe.reading, numbers, without_hooks, certain, received, uses)
     constant = frozenset(place for place, same in probe.constant.items() if not same)
-    return _Attempt(row_map, None, shared, constant - not_layers, way, uses, doubtful)
+    return _Attempt(row_map, None, shared, constant - lookups.keys(), way, uses, doubtful)
 
 
 def _choices(
@@ -346,24 +407,26 @@ def _choices(
     # An input may have a dimension of that size by chance, such as one position encoding a time point.
     if batch_dim is None and any(len(dims) > 1 for dims in choices):
         choices = [dims if dims == (None,) else (*dims, None) for dims in choices]
-    if batch_dim is not None:
-        for position in [i for i, dims in enumerate(choices) if dims != (None,)][1:]:
-            choices[position] = (*choices[position], None)
+    if batch_dim is not None and sum(dims != (None,) for dims in choices) > 1:
+        choices = [dims if dims == (None,) else (*dims, None) for dims in choices]
     return choices
 
 
 def _readings(
     choices: Sequence[Sequence[int | None]],
+    inputs: Sequence[Tensor],
     lookups: Mapping[Place, Indices],
     kinds: Mapping[Indices, Sequence[Along]],
     unmarked: Collection[Place],
 ) -> Iterator[tuple[tuple[int | None, ...], dict[Place, Along]]]:
-    """Ways to read inputs and lookups in which something has samples: dimensions, and how lookups hold them.
+    """Ways to read inputs and lookups in which something has samples: dimensions, and how lookups hold them; likely ones first.
 
     Parameters
     ----------
     choices : sequence of sequence of int or None
         As of `_choices`.
+    inputs : sequence of Tensor
+        The inputs.
     lookups : mapping of (str, str) to Indices
         What is looked up in each table.
     kinds : mapping of Indices to sequence of Along
@@ -373,7 +436,8 @@ def _readings(
     """
     if math.prod(map(len, choices)) * math.prod(map(len, kinds.values())) > MAX_HYPOTHESES:
         raise WatchError("too many dimensions of the inputs could index samples: say which with batch_dim=.")
-    for dims, chosen in itertools.product(itertools.product(*choices), itertools.product(*kinds.values())):
+    of_inputs = sorted(itertools.product(*choices), key=lambda dims: _rank(dims, inputs))
+    for dims, chosen in itertools.product(of_inputs, itertools.product(*kinds.values())):
         of_kind = dict(zip(kinds, chosen, strict=True))
         alongs = {
             place: Along(0, marked=False) if place in unmarked else of_kind[lookup] for place, lookup in lookups.items()
@@ -403,10 +467,11 @@ def _no_samples(
     )
 
 
-def _several_readings(readings: Sequence[Reading]) -> SeveralReadings:
+def _several_readings(readings: Sequence[Reading], batch_dim: int | None) -> SeveralReadings:
+    which = "say which with batch_dim=" if batch_dim is None else "begin with a batch of another size, or give rows="
     return SeveralReadings(
         "the samples could lie along more than one dimension of the model's inputs "
-        f"({' or '.join(str(each.batch_dims) for each in readings)}): say which with batch_dim=."
+        f"({' or '.join(str(each.dims if batch_dim is not None else each.batch_dims) for each in readings)}): {which}."
     )
 
 

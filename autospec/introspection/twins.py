@@ -30,13 +30,13 @@ class Way:
     ----------
     followed, states
         As for `OwnUses`.
-    shared : int or None
-        Number of an input that is taken to be of all samples, though it has a dimension of their number.
+    shared : frozenset of int
+        Numbers of inputs that are taken to be of all samples, though they have a dimension of their number.
     """
 
     followed: frozenset[Place] = frozenset()
     states: bool = True
-    shared: int | None = None
+    shared: frozenset[int] = frozenset()
 
 
 def _twin(model: nn.Module, all_hooks: bool = False) -> nn.Module:

@@ -1303,6 +1303,84 @@ def test_an_input_that_all_samples_share(regions):
     assert autospec.testing.check(model, (x, coordinates), LABELS, batch_dim=0, quiet=True).passed
 
 
+class Placed(nn.Module):
+    """Coordinates of regions are an argument; there is an output for each region."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.place, self.read, self.head, self.first = nn.Linear(3, 6), nn.Linear(INPUTS, 6), nn.Linear(6, 3), first
+
+    def forward(self, *given):
+        coordinates, x = given if self.first else given[::-1]
+        return self.head(torch.tanh(self.read(x) + self.place(coordinates)))
+
+
+@pytest.mark.parametrize(("first", "options"), [(False, {}), (True, {}), (True, {"batch_dim": 0})])
+def test_a_batch_of_as_many_samples_as_regions_is_read_as_the_one_before(first, options):
+    torch.manual_seed(0)
+    regions, labels = 6, {9: LABELS, 6: LABELS[:6]}
+    model, coordinates = Placed(first), torch.randn(regions, 3)
+    batches = [torch.randn(count, regions, INPUTS) for count in (9, 6)]
+    watched, twin = copy.deepcopy(model), copy.deepcopy(model).double()
+    with autospec.watch(watched, ["a", "b"], singular_values="all", quiet=True, **options) as watcher:
+        for x in batches:
+            watcher.set_groups(labels[len(x)])
+            loss_of(watched(*((coordinates, x) if first else (x, coordinates)))).backward()
+            watcher.step()
+            watched.zero_grad()
+    for step, x in enumerate(batches):
+        wide = (coordinates.double(), x.double())
+        losses = loss_by_sample(twin(*(wide if first else wide[::-1])))
+        for group, member in members(labels[len(x)], len(x)).items():
+            (share,) = torch.autograd.grad(losses[torch.from_numpy(member)].sum(), twin.place.weight, retain_graph=True)
+            found = (
+                watcher.trajectories["layers/place.weight/gradient"].isel(step=step).sel(group=group).dropna("index")
+            )
+            assert error(found.values, svdvals(share)) < 1e-6
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_as_many_regions_as_samples_at_once_are_refused_or_told_apart(first):
+    torch.manual_seed(0)
+    model, coordinates, x = Placed(first), torch.randn(N, 3), torch.randn(N, N, INPUTS)
+    given = (coordinates, x) if first else (x, coordinates)
+    with (
+        autospec.watch(model, LABELS, quiet=True),
+        pytest.raises(WatchError, match=r"more than one dimension.*batch_dim="),
+    ):
+        model(*given)
+    check = autospec.testing.check(model, given, LABELS, batch_dim=0, quiet=True)
+    assert check.passed
+    assert check.not_compared == {}
+
+
+UNKNOWN = {
+    "new_ones": lambda model, x: x.new_ones(N, 3),
+    "ones_like": lambda model, x: torch.ones_like(x[0, :, :3]),
+    "a list": lambda model, x: model.listed[0],
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_constants_that_are_not_known_for_such_decide_nothing(name):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place, self.read, self.head = nn.Linear(3, 6), nn.Linear(INPUTS, 6), nn.Linear(6, 3)
+            self.listed = [torch.randn(N, 3)]
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.read(x) + self.place(UNKNOWN[name](self, x))))
+
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(N, N, INPUTS)
+    with (
+        autospec.watch(model, LABELS, quiet=True),
+        pytest.raises(WatchError, match=r"more than one dimension.*batch_dim="),
+    ):
+        model(x)
+
+
 @pytest.mark.parametrize("case", ["positions-the same layer", "prototypes-graph", "cat", "queries", "made by layers"])
 def test_the_check_compares_what_is_made_of_what_all_samples_share(case):
     torch.manual_seed(0)
