@@ -325,7 +325,7 @@ class _Copies(FollowedWeights):
         product = call.func in (*LINEAR, *MATMUL) and not all(id(weight) in self.followed for weight in weights)
         rows = [t for t in given if self.is_data(t) or (product and self.may_be_rows(t))]
         if not rows:
-            result = call.made()
+            result, call = self.drawn(call)
             self.note(call, result)
             return result
         device = weights[0].device

@@ -228,12 +228,11 @@ class Probe:
                 chosen = torch.from_numpy(np.flatnonzero(marks)).to(tensor.device)
                 data.index_fill_(dim, chosen, complex(math.nan, math.nan) if data.is_complex() else math.nan)
         args, kwargs = replaced(self.args, marked), replaced(self.kwargs, marked)
-        shared = self.reading.shared_inputs(args, kwargs)
         looked_up = lookups_marked(self.twin, self.reading.lookups, len(word), word, self.origins)
         self.shapes.clear()
         if begun is None:
             self.unreached.clear()
-        seeing = _nan_rows(self.twin, len(word), self.watched, self.uses, shared, self.shapes, self.unreached, begun)
+        seeing = self._nan_rows(args, kwargs, len(word), begun)
         attention = sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext()
         with (
             unchanged(self.twin),
@@ -250,6 +249,72 @@ class Probe:
             if can_be_nan(each)
         ]
         return seen
+
+    @contextmanager
+    def _nan_rows(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        samples: int,
+        begun: tuple[Place, int, np.ndarray] | None,
+    ) -> Iterator[dict[Place, list[np.ndarray]]]:
+        """Collect, for each use of each watched parameter, which entries of its batch hold a NaN, its input's shape, and that without any.
+
+        Where NaN is to begin in a use that is no layer's, it begins here.
+        """
+        twin, uses = self.twin, self.uses
+        seen: dict[Place, list[np.ndarray]] = {}
+        handles: list[RemovableHandle] = []
+
+        def note(place: Place, call: LayerCall, parameter: str) -> None:
+            marks = call.marks(parameter).cpu().numpy()
+            if begun is None and not marks.any():
+                given = call.inputs[0].detach()
+                self.unreached[place, len(seen.get(place, ()))] = (
+                    given.unsqueeze(-1) if isinstance(call, SpreadCall) else given
+                )
+            seen.setdefault(place, []).append(marks)
+            self.shapes.setdefault(place, []).append(tuple(call.inputs[0].shape))
+
+        def on_use(place: Place, call: LayerCall, output: Tensor) -> Tensor | None:
+            note(place, call, place[1])
+            if begun is None or begun[:2] != (place, len(seen[place]) - 1):
+                return None
+            output = output.detach().clone()
+            entries = call.entries(place[1], output)
+            if entries.untyped_storage().data_ptr() != output.untyped_storage().data_ptr():
+                raise WatchError("only what is a view of an output can be made NaN.")
+            entries[torch.from_numpy(begun[2]).to(output.device)] = math.nan
+            return output
+
+        weights = weights_at(twin, uses.places)
+        followed = weights_at(twin, uses.followed)
+        mode = (
+            FunctionalUses(twin, weights, samples, uses.states, on_use, lambda *_: None, followed) if weights else None
+        )
+        if mode is not None:
+            mode.known_numbers = set(map(id, tensors_in((args, kwargs))))
+            mode.share(self.reading.shared_inputs(args, kwargs))
+            handles += layers_noted(weights_by_layer(twin, set(map(id, weights))), lambda: mode.within)
+        for name, module in twin.named_modules():
+            rule = rule_for(module)
+            if rule is None:
+                continue
+
+            def on_call(call: LayerCall, name: str = name) -> None:
+                if not torch.is_grad_enabled():  # such a call is none in training
+                    return
+                for parameter in call.parameters:
+                    if (name, parameter) in self.watched and (name, parameter) not in uses.followed:
+                        note((name, parameter), call, parameter)
+
+            handles += rule.attach(module, on_call)
+        try:
+            with mode or nullcontext():
+                yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def rows(self, words: np.ndarray) -> dict[Place, list[np.ndarray]]:
         """Sample of each row, in every use of every watched matrix; raise WatchError if a row is not one sample's."""
@@ -279,7 +344,6 @@ class Probe:
                 found[key].append(_filled(decoded, patterns, words))
                 if key != RETURNED and (found[key][-1] == -2).any():
                     raise UntracedRows(f"Rows of the input of '{key[0] or key[1]}' mix several samples.")
-        whole = {key for key, calls in found.items() if all((of == -1).all() for of in calls)}
         unknown = [(key, call) for key, calls in found.items() for call, of in enumerate(calls) if (of == -1).any()]
         refusal: UntracedRows | None = None
         for key, call in unknown:
@@ -292,7 +356,7 @@ class Probe:
                 refusal = refusal or error
                 self.shared.update([key] if none else ())
             else:
-                if key in whole:
+                if none:
                     self.constant[key] = self.constant.get(key, True) and self._same_for_all(key, call, words.shape[1])
         if refusal is not None:
             raise refusal
@@ -329,8 +393,13 @@ class Probe:
         )
 
     def _same_for_all(self, place: Place, call: int, samples: int) -> bool:
-        """Whether one use received the same rows for each sample, but not all the same, so along one dimension of that size alone."""
+        """Whether one use received the same rows for each sample, but not all the same, so along one dimension of that size alone.
+
+        Or zeros, as a first state is.
+        """
         given = self.unreached[place, call]
+        if not given.any():
+            return True
         sizes = list(enumerate(given.shape[:-1]))
         alike = [dim for dim, _ in sizes if torch.equal(given, given.narrow(dim, 0, 1).expand_as(given))]
         return len(alike) < len(sizes) and [given.shape[dim] for dim in alike if given.shape[dim] > 1] == [samples]
@@ -370,7 +439,7 @@ def _in_order(shape: tuple[int, ...], samples: int) -> Iterator[np.ndarray]:
 def _begun(
     twin: nn.Module, begun: tuple[Place, int, np.ndarray] | None, seen: Mapping[Place, list[np.ndarray]]
 ) -> Iterator[None]:
-    """Make rows of the output of one use of a layer NaN; uses are counted by what `_nan_rows` has seen."""
+    """Make rows of the output of one use of a layer NaN; uses are counted by what `Probe._nan_rows` has seen."""
     if begun is None:
         yield
         return
@@ -443,70 +512,6 @@ def _filled(samples: np.ndarray, patterns: np.ndarray, words: np.ndarray) -> np.
         if known.all() and np.array_equal(patterns.any(axis=others), words):
             return np.where(unknown, expected, samples)
     return samples
-
-
-@contextmanager
-def _nan_rows(
-    twin: nn.Module,
-    samples: int,
-    watched: Collection[Place],
-    uses: OwnUses,
-    shared: Sequence[Tensor],
-    shapes: dict[Place, list[tuple[int, ...]]],
-    unreached: dict[tuple[Place, int], Tensor],
-    begun: tuple[Place, int, np.ndarray] | None,
-) -> Iterator[dict[Place, list[np.ndarray]]]:
-    """Collect, for each use of each watched parameter, which entries of its batch hold a NaN, its input's shape, and that without any.
-
-    Where NaN is to begin in a use that is no layer's, it begins here.
-    """
-    seen: dict[Place, list[np.ndarray]] = {}
-    handles: list[RemovableHandle] = []
-
-    def note(place: Place, call: LayerCall, parameter: str) -> None:
-        marks = call.marks(parameter).cpu().numpy()
-        if begun is None and not marks.any():
-            given = call.inputs[0].detach()
-            unreached[place, len(seen.get(place, ()))] = given.unsqueeze(-1) if isinstance(call, SpreadCall) else given
-        seen.setdefault(place, []).append(marks)
-        shapes.setdefault(place, []).append(tuple(call.inputs[0].shape))
-
-    def on_use(place: Place, call: LayerCall, output: Tensor) -> Tensor | None:
-        note(place, call, place[1])
-        if begun is None or begun[:2] != (place, len(seen[place]) - 1):
-            return None
-        output = output.detach().clone()
-        entries = call.entries(place[1], output)
-        if entries.untyped_storage().data_ptr() != output.untyped_storage().data_ptr():
-            raise WatchError("only what is a view of an output can be made NaN.")
-        entries[torch.from_numpy(begun[2]).to(output.device)] = math.nan
-        return output
-
-    weights = weights_at(twin, uses.places)
-    followed = weights_at(twin, uses.followed)
-    mode = FunctionalUses(twin, weights, samples, uses.states, on_use, lambda *_: None, followed) if weights else None
-    if mode is not None:
-        mode.share(shared)
-        handles += layers_noted(weights_by_layer(twin, set(map(id, weights))), lambda: mode.within)
-    for name, module in twin.named_modules():
-        rule = rule_for(module)
-        if rule is None:
-            continue
-
-        def on_call(call: LayerCall, name: str = name) -> None:
-            if not torch.is_grad_enabled():  # such a call is none in training
-                return
-            for parameter in call.parameters:
-                if (name, parameter) in watched and (name, parameter) not in uses.followed:
-                    note((name, parameter), call, parameter)
-
-        handles += rule.attach(module, on_call)
-    try:
-        with mode or nullcontext():
-            yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def sequences_in(packed: PackedSequence) -> int:

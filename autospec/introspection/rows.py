@@ -180,22 +180,22 @@ def map_rows(
             if found is not None and found.reading.dims == known.reading.dims:
                 return found
     first = attempt(Way())
-    if first.found is None:
-        return _found_in_another_way(first, attempt, another, watched)
     # A constant that is taken for a state, or for rows of samples, may decide what is read as samples; so may an input that all share.
-    others = [another(Way(states=False))] if first.uses.took_states else []
-    tried = [first]
-    for number, states in itertools.product(first.inputs, (True, False)):
+    others = [another(Way(states=False))] if first.found is not None and first.uses.took_states else []
+    tried = [first if first.found is not None else _found_in_another_way(first, attempt, another, watched)]
+    for number, states in itertools.product(first.inputs if first.found is not None else (), (True, False)):
         try:
-            tried.append(attempt(Way(states=states, shared=frozenset([number]))))
-            others.append(tried[-1].found or _found_in_another_way(tried[-1], attempt, another, watched))
+            start = attempt(Way(states=states, shared=frozenset([number])))
+            tried.append(start if start.found is not None else _found_in_another_way(start, attempt, another, watched))
         except SeveralReadings:
             raise
         except WatchError:
             continue
+    others += [each.found for each in tried[1:]]
     if batch_dim is None:
-        others += [another(each.way, set(watched) - each.constant) for each in tried if each.found and each.constant]
-    best = first.found
+        others += [another(each.way, set(watched) - each.constant) for each in tried if each.constant]
+    best = tried[0].found
+    assert best is not None
     for other in others:
         if other is None or not _read_otherwise(best, other):
             continue
@@ -211,7 +211,7 @@ def _found_in_another_way(
     attempt: Callable[[Way], _Attempt],
     another: Callable[[Way, Collection[Place]], RowMap | None],
     watched: Collection[Place],
-) -> RowMap:
+) -> _Attempt:
     """Trace rows in other ways than in one that did not do; raise WatchError if none does.
 
     Parameters
@@ -238,7 +238,7 @@ def _found_in_another_way(
                 reason = reason or (None if isinstance(error, UntracedRows) else error)
                 continue
             if again.found is not None:
-                return again.found
+                return again
             reason = reason or (None if again.untraced else again.refusal)
             waiting.append(again)
     rest = set(watched) - first.shared

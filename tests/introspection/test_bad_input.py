@@ -78,9 +78,9 @@ class OwnConvolution(nn.Conv1d):
         return super()._conv_forward(x, weight.index_select(0, x.argmax(1)[:3] // 9), bias)
 
 
-class Dropped(nn.Linear):
+class Noisy(nn.Linear):
     def forward(self, x):
-        return nn.functional.linear(x, nn.functional.dropout(self.weight), self.bias)
+        return nn.functional.linear(x, torch.normal(self.weight, 0.1), self.bias)
 
 
 class OwnLSTM(nn.LSTM):
@@ -245,7 +245,7 @@ MISTAKES = {
         ["no rule for '0.parametrizations.weight.original1' (ParametrizationList)"],
     ),
     "a weight that is drawn anew": (
-        lambda: Dropped(4, 3),
+        lambda: Noisy(4, 3),
         LABELS,
         {},
         ["draws parts of 'weight' at random", "layers=['!weight']"],

@@ -1233,11 +1233,12 @@ def test_tokens_join_those_of_each_sample(spread, join):
 
 def assert_same_training(model, x):
     """Watching leaves the weights after a few steps as they are, bitwise."""
-    plain, watched = (
-        weights_after_training(copy.deepcopy(model), x, loss_of, labels, steps=3, lr=0.1) for labels in (None, LABELS)
-    )
-    for name, value in plain.items():
-        assert torch.equal(value, watched[name]), name
+    states = []
+    for labels in (None, LABELS):
+        torch.manual_seed(3)
+        states.append(weights_after_training(copy.deepcopy(model), x, loss_of, labels, steps=3, lr=0.1))
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
 
 
 class BiasedScores(nn.Module):
@@ -1379,6 +1380,119 @@ def test_constants_that_are_not_known_for_such_decide_nothing(name):
         pytest.raises(WatchError, match=r"more than one dimension.*batch_dim="),
     ):
         model(x)
+
+
+def test_a_batch_of_one_sample_has_the_tokens_for_itself():
+    torch.manual_seed(0)
+    model, batches = Joined(SPREAD["expand"], "cat"), [torch.randn(count, T, INPUTS) for count in (N, 1)]
+    watched, twin = copy.deepcopy(model), copy.deepcopy(model).double()
+    with autospec.watch(watched, ["a", "b"], singular_values="all", quiet=True) as watcher:
+        for x in batches:
+            watcher.set_groups(LABELS[: len(x)])
+            watched.zero_grad()
+            loss_of(watched(x)).backward()
+            watcher.step()
+    names = list(watcher.trajectories["layers"].children)
+    loss_of(twin(batches[1].double())).backward()
+    for name in names:
+        found = watcher.trajectories[f"layers/{name}/gradient"].isel(step=1).sel(group="a").dropna("index").values
+        assert error(found, svdvals(twin.get_parameter(name).grad)) < 1e-6, name
+
+
+def test_outputs_that_are_joined_along_the_samples_have_their_own_adjoints():
+    """Where derivatives lie in memory one after the other, that of the second is a part of a larger tensor."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(INPUTS, 6), nn.Linear(INPUTS, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            both = torch.cat([self.first(x), self.second(x)], 0)
+            return self.head(torch.tanh(both).unflatten(0, (2, len(x))).sum(0))
+
+    torch.manual_seed(0)
+    model, x = Branches(), torch.randn(N, T, INPUTS)
+    tree = record(Problem(model, x, loss_of, LABELS))
+    assert_definition(tree, model, x)
+    assert tree.attrs["audit"]["outside"] == {}
+
+
+GRID = torch.tensor([[0, 1], [1, 2], [2, 0], [3, 1]])
+
+
+class OfConstants(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.register_buffer("constants", torch.randn(T, INPUTS))
+        self.first, self.second, self.read = nn.Linear(INPUTS, 7), nn.Linear(7, 6), nn.Linear(INPUTS, 6)
+        self.table, self.head, self.kind = nn.Parameter(torch.randn(4, 6)), nn.Linear(6, 3), kind
+
+    def forward(self, x):
+        hidden = self.first(self.constants)
+        if self.kind == "in place":
+            hidden = F.relu(hidden, inplace=True)
+        elif self.kind == "in place, by position":
+            hidden = nn.functional.leaky_relu(hidden, 0.1, True)
+        elif self.kind == "dropout":
+            hidden = F.dropout(hidden, 0.4, self.training)
+        shared, data = self.second(hidden), self.read(x)
+        if self.kind == "tied":
+            data = torch.tanh(data @ self.second.weight) @ self.second.weight.T
+        elif self.kind == "an index from elsewhere":  # of the table's rows
+            shared = shared + self.table[GRID].sum(1)
+        return self.head(torch.tanh(data + shared))
+
+
+@pytest.mark.parametrize("kind", ["in place", "in place, by position", "tied", "an index from elsewhere", "dropout"])
+def test_what_is_computed_of_constants_in_several_ways(kind):
+    torch.manual_seed(0)
+    model, x = OfConstants(kind), torch.randn(N, T, INPUTS)
+    model.table.requires_grad_(kind == "an index from elsewhere")
+    assert_same_training(model, x)
+    own = copy.deepcopy(model).double()
+    state = torch.get_rng_state()
+    with autospec.watch(model, LABELS, singular_values="all", quiet=True) as watcher:
+        loss_of(model(x)).backward()
+        watcher.step()
+    torch.set_rng_state(state)
+    mask = F.dropout(torch.ones(T, 7), 0.4)  # what was drawn
+    if kind == "dropout":
+        own.kind, own.first = "", nn.Sequential(own.first, Times(mask.double()))
+    losses = loss_by_sample(own(x.double()))
+    for group, member in members(LABELS, N).items():
+        for name in watcher.trajectories["layers"].children:
+            weight = own.get_parameter(name if kind != "dropout" else name.replace("first.", "first.0."))
+            (share,) = torch.autograd.grad(losses[torch.from_numpy(member)].sum(), weight, retain_graph=True)
+            assert error(spectrum(watcher.trajectories, name, "gradient", group), svdvals(share)) < 1e-6, name
+    if kind != "dropout":
+        assert autospec.testing.check(model, x, LABELS, quiet=True).passed
+
+
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def test_the_reason_is_said_why_a_layer_of_constants_cannot_be_followed():
+    class Kernel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("times", torch.linspace(0, 1, T).unsqueeze(1))
+            self.make, self.head = nn.Linear(1, INPUTS), nn.Linear(INPUTS, 3)
+
+        def forward(self, x):
+            kernel = torch.fft.rfft(self.make(self.times), n=2 * T, dim=0)
+            return self.head(torch.fft.irfft(torch.fft.rfft(x, n=2 * T, dim=1) * kernel, n=2 * T, dim=1)[:, :T])
+
+    model = Kernel()
+    said = r"'make\.weight' in mul\(\).*layers=\['!make\.weight'\]"
+    with autospec.watch(model, LABELS, quiet=True), pytest.raises(WatchError, match=said):
+        model(torch.randn(N, T, INPUTS))
 
 
 @pytest.mark.parametrize("case", ["positions-the same layer", "prototypes-graph", "cat", "queries", "made by layers"])

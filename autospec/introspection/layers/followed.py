@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..arguments import PLAIN, replaced, tensors_in
 from ..copies import constants_of
+from ..generators import restore_random_state, torch_random_state
 from ..hooks import Hook, LookingOn, outside_graphs
 from .attention import looked_through
 
@@ -31,9 +32,18 @@ FORM_ALONE = (
     *(Tensor.gt, Tensor.lt, Tensor.ge, Tensor.le, Tensor.eq, Tensor.ne),
     *(torch.argmax, torch.argmin, torch.argsort, Tensor.argmax, Tensor.argmin, Tensor.argsort, torch.sign, Tensor.sign),
 )
+DROPOUT = (F.dropout, torch.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 # Of which numbers of samples may come that are no tensors among the model's arguments.
 OF_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy)
 FORM_OF_OTHERS = (Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as)
+
+
+@functools.lru_cache(1024)
+def _place_of_inplace(func: Callable) -> int | None:
+    """Which argument of one of torch's functions that are written in Python says that it is to work in place."""
+    code = getattr(func, "__code__", None)
+    names = code.co_varnames[: code.co_argcount] if code is not None else ()
+    return names.index("inplace") if "inplace" in names else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +57,11 @@ class Call:
     @property
     def in_place(self) -> bool:
         """Whether it changes its first argument."""
-        name = getattr(self.func, "__name__", "")
-        return name.endswith("_") and not name.endswith("__") and bool(self.args) and isinstance(self.args[0], Tensor)
+        if not (self.args and isinstance(self.args[0], Tensor)):
+            return False
+        name, place = getattr(self.func, "__name__", ""), _place_of_inplace(self.func)
+        asked = self.kwargs.get("inplace", place is not None and len(self.args) > place and self.args[place])
+        return bool(asked) or (name.endswith("_") and not name.endswith("__"))
 
     @functools.cached_property
     def tensors(self) -> list[Tensor]:
@@ -213,6 +226,23 @@ class FollowedWeights(LookingOn, ABC):
     def share(self, inputs: Iterable[Tensor]) -> None:
         """Take what is given to the model, but is of all samples, for constants."""
         self._remember(self._constants, inputs)
+
+    @staticmethod
+    def drawn(call: Call) -> tuple[Any, Call]:
+        """Carry out a call that takes no data; return the call by which it can be made again, without drawing at random in dropout."""
+        if call.func not in DROPOUT or call.in_place or not call.tensors:
+            return call.made(), call
+        given, device = call.tensors[0], call.tensors[0].device
+        before = torch_random_state(device)
+        result = call.made()
+        after = torch_random_state(device)
+        if all(torch.equal(before[name], after[name]) for name in before):
+            return result, call
+        restore_random_state(before, device)
+        with torch.no_grad():
+            mask = call.made({id(given): torch.ones_like(given)})
+        restore_random_state(after, device)
+        return result, Call(torch.mul, (given, mask), {})
 
     @abstractmethod
     def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:

@@ -77,13 +77,17 @@ class FunctionalUses(FollowedWeights):
         if reading is None and with_data:
             result, done = self._look_up(call)
             return result if done else self._carry_out_with_rows(call, given)
+        if reading is None:
+            result, call = self.drawn(call)
+            self.note(call, result)
+            return result
         result = call.made(placed)
-        calls = self._calls(reading, result) if reading is not None and isinstance(result, Tensor) else None
+        calls = self._calls(reading, result) if isinstance(result, Tensor) else None
         if calls is None and not with_data:
             self.note(call, result)
             return result
         reported = []
-        if reading is not None and calls is not None:
+        if calls is not None:
             reported, bias = [reading.weight], reading.bias
             if isinstance(bias, Tensor) and bias.ndim == 1 and self._weights([bias]):
                 added = self._bias(reading, bias, result)
@@ -107,6 +111,8 @@ class FunctionalUses(FollowedWeights):
 
     def _lies_for_samples(self, table: Tensor) -> bool:
         """Whether what is made of weights may lie there for each sample, having been spread."""
+        if self.samples == 1:
+            return True
         # As many of each sample may lie one after the other, as heads of an attention.
         counts = self.samples is None or any(size % self.samples == 0 for size in table.shape[:-1])
         return table.ndim > 1 and counts and self.made[id(table)].spread

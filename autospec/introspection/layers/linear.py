@@ -66,7 +66,10 @@ class LinearCall(LayerCall):
         """Rows of the input and of the derivative at the output."""
         activation, adjoint = self.inputs[0], adjoints[0]
         assert adjoint is not None
-        adjoint = adjoint if self._lies is None else adjoint.contiguous().as_strided(*self._lies)
+        if self._lies is not None:
+            shape, strides, offset = self._lies
+            adjoint = adjoint.contiguous()  # which may be a part of a larger one, as after torch.cat
+            adjoint = adjoint.as_strided(shape, strides, adjoint.storage_offset() + offset)
         adjoint = self.entries(parameter, adjoint)
         adjoint = adjoint.reshape(-1, adjoint.shape[-1])
         activation = activation.reshape(-1, activation.shape[-1]).to(adjoint.dtype)
