@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -119,6 +119,12 @@ class _Attempt:
     inputs: Sequence[int]
     untraced: bool = False
 
+    @property
+    def row_map(self) -> RowMap:
+        """The result, of an attempt that has one."""
+        assert self.found is not None
+        return self.found
+
 
 def map_rows(
     model: nn.Module,
@@ -162,90 +168,106 @@ def map_rows(
     own = {id(t): _copied(t) for t in tensors_in((args, kwargs)) if t.layout == torch.strided}
     args, kwargs = replaced(args, own), replaced(kwargs, own)  # the model may change its input in place
 
-    def attempt(way: Way, watched: Collection[Place] = watched) -> _Attempt:
-        return _attempt(model, args, kwargs, samples, watched, batch_dim, all_hooks, known, way)
+    return _Tracer(model, args, kwargs, samples, watched, batch_dim, all_hooks, known).rows()
 
-    def another(way: Way, watched: Collection[Place] = watched) -> RowMap | None:
+
+@dataclass(frozen=True, eq=False)
+class _Tracer:
+    """Traces the rows of one batch in as many ways as are needed; attributes as the parameters of `map_rows`."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    samples: int
+    watched: Collection[Place]
+    batch_dim: int | None
+    all_hooks: bool
+    known: RowMap | None
+
+    def rows(self) -> RowMap:
+        """Find the rows in the way in which they were found before, or in the first that does and leaves no doubt."""
+        for way in _ways_of(self.known, self.watched):
+            before = self._found(way)
+            if before is not None and self.known is not None and before.reading.dims == self.known.reading.dims:
+                return before
+        attempt = self._in_some_way(Way())
+        best, inputs = attempt.row_map, inputs_in(self.args, self.kwargs)
+        for other in self._doubts(attempt):
+            if not _read_otherwise(best, other):
+                continue
+            ranks = [_rank(each.reading.dims, inputs) for each in (best, other)]
+            if self.batch_dim is None or ranks[0] == ranks[1]:
+                raise _several_readings([best.reading, other.reading], self.batch_dim)
+            best = best if ranks[0] < ranks[1] else other
+        return best
+
+    def _doubts(self, attempt: _Attempt) -> Iterator[RowMap]:
+        """What else may be found, where a constant was taken for a state or for rows of samples, or an input may be everybody's."""
+        tried = [attempt]
+        if attempt.way == Way():
+            if attempt.uses.took_states and (found := self._found(Way(states=False))) is not None:
+                yield found
+            for number, states in itertools.product(attempt.inputs, (True, False)):
+                try:
+                    tried.append(self._in_some_way(Way(states=states, shared=frozenset([number]))))
+                except SeveralReadings:
+                    raise
+                except WatchError:
+                    continue
+                yield tried[-1].row_map
+        for each in tried if self.batch_dim is None else ():
+            if each.constant and (found := self._found(each.way, set(self.watched) - each.constant)) is not None:
+                yield found
+
+    def _attempt(self, way: Way, watched: Collection[Place] | None = None) -> _Attempt:
+        given = self.model, self.args, self.kwargs, self.samples, self.watched if watched is None else watched
+        return _attempt(*given, self.batch_dim, self.all_hooks, self.known, way)
+
+    def _found(self, way: Way, watched: Collection[Place] | None = None) -> RowMap | None:
         try:
-            return attempt(way, watched).found
+            return self._attempt(way, watched).found
         except SeveralReadings:
             raise
         except WatchError:
             return None
 
+    def _in_some_way(self, way: Way) -> _Attempt:
+        """Trace rows in a way, or in one of those that may do where it does not; raise WatchError if none does."""
+        first = self._attempt(way)
+        if first.found is not None:
+            return first
+        tried, waiting, reason = {way}, [first], None
+        while waiting and len(tried) < MAX_WAYS:
+            for other in _ways_after(waiting.pop(0)):
+                if other in tried:
+                    continue
+                tried.add(other)
+                try:
+                    again = self._attempt(other)
+                except SeveralReadings:
+                    raise
+                except WatchError as error:
+                    reason = reason or (None if isinstance(error, UntracedRows) else error)
+                    continue
+                if again.found is not None:
+                    return again
+                reason = reason or (None if again.untraced else again.refusal)
+                waiting.append(again)
+        rest = set(self.watched) - first.shared
+        if first.shared and rest and self._found(Way(), rest) is not None:
+            raise _cannot_be_spread(min(first.shared))
+        assert first.refusal is not None
+        raise (reason or first.refusal) if first.untraced else first.refusal
+
+
+def _ways_of(known: RowMap | None, watched: Collection[Place]) -> Iterator[Way]:
+    """The way in which rows were found, for a batch in which more may have as many entries as there are samples."""
     if known is not None:
         shared = frozenset(number for number, dim in enumerate(known.reading.dims) if dim is None)
-        for states in (known.uses.states, False) if known.uses.states else (False,):
-            found = another(Way(known.uses.followed & set(watched), states, shared))
-            if found is not None and found.reading.dims == known.reading.dims:
-                return found
-    first = attempt(Way())
-    # A constant that is taken for a state, or for rows of samples, may decide what is read as samples; so may an input that all share.
-    others = [another(Way(states=False))] if first.found is not None and first.uses.took_states else []
-    tried = [first if first.found is not None else _found_in_another_way(first, attempt, another, watched)]
-    for number, states in itertools.product(first.inputs if first.found is not None else (), (True, False)):
-        try:
-            start = attempt(Way(states=states, shared=frozenset([number])))
-            tried.append(start if start.found is not None else _found_in_another_way(start, attempt, another, watched))
-        except SeveralReadings:
-            raise
-        except WatchError:
-            continue
-    others += [each.found for each in tried[1:]]
-    if batch_dim is None:
-        others += [another(each.way, set(watched) - each.constant) for each in tried if each.constant]
-    best = tried[0].found
-    assert best is not None
-    for other in others:
-        if other is None or not _read_otherwise(best, other):
-            continue
-        ranks = [_rank(each.reading.dims, inputs_in(args, kwargs)) for each in (best, other)]
-        if batch_dim is None or ranks[0] == ranks[1]:
-            raise _several_readings([best.reading, other.reading], batch_dim)
-        best = best if ranks[0] < ranks[1] else other
-    return best
-
-
-def _found_in_another_way(
-    first: _Attempt,
-    attempt: Callable[[Way], _Attempt],
-    another: Callable[[Way, Collection[Place]], RowMap | None],
-    watched: Collection[Place],
-) -> _Attempt:
-    """Trace rows in other ways than in one that did not do; raise WatchError if none does.
-
-    Parameters
-    ----------
-    first : _Attempt
-        What came of that.
-    attempt, another : callable
-        Try a way, or one without some of the matrices.
-    watched : collection of (str, str)
-        The matrices.
-    """
-    tried, waiting = {first.way}, [first]
-    refusal, reason = first.refusal, None
-    while waiting and len(tried) < MAX_WAYS:
-        for way in _ways_after(waiting.pop(0)):
-            if way in tried:
-                continue
-            tried.add(way)
-            try:
-                again = attempt(way)
-            except SeveralReadings:
-                raise
-            except WatchError as error:
-                reason = reason or (None if isinstance(error, UntracedRows) else error)
-                continue
-            if again.found is not None:
-                return again
-            reason = reason or (None if again.untraced else again.refusal)
-            waiting.append(again)
-    rest = set(watched) - first.shared
-    if first.shared and rest and another(Way(), rest) is not None:
-        raise _cannot_be_spread(min(first.shared))
-    assert refusal is not None
-    raise (reason or refusal) if first.untraced else refusal
+        followed = known.uses.followed & set(watched)
+        yield Way(followed, known.uses.states, shared)
+        if known.uses.states:
+            yield Way(followed, False, shared)
 
 
 def _ways_after(attempt: _Attempt) -> Iterator[Way]:
