@@ -89,6 +89,20 @@ class Own(nn.Module):
         return self.second(torch.tanh((x + self.positions) @ self.first))
 
 
+class Joined(nn.Module):
+    """Learned tokens and projected positions, a matrix for each part, and dropout of what all samples share."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions = nn.Parameter(torch.ones(2, 7)), nn.Parameter(torch.ones(8, 7))
+        self.place, self.drop = nn.Linear(7, 7), nn.Dropout(0.1)
+        self.parts = nn.Parameter(torch.ones(8, 7, 4))
+
+    def forward(self, x):
+        joined = torch.cat([self.tokens.expand(len(x), -1, -1), x], 1) + self.drop(self.place(self.positions))
+        return torch.einsum("bpi,pio->bpo", torch.tanh(joined), self.parts)
+
+
 SERIES = (N, 6, 7)
 MODELS = {
     "MLP of many rows": (lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU(inplace=True), nn.Linear(5, 7)), (N, 7)),
@@ -108,6 +122,7 @@ MODELS = {
     "LSTMCell": (lambda: Loop(nn.LSTMCell(7, 4)), SERIES),
     "GRUCell": (lambda: Loop(nn.GRUCell(7, 4)), SERIES),
     "weights of its own": (Own, SERIES),
+    "tokens and parts": (Joined, SERIES),
     "Embedding, few words": (lambda: Words(9), (N, 6)),
     "Embedding, many words": (lambda: Words(900), (N, 6)),
 }
