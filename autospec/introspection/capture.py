@@ -417,6 +417,7 @@ class Capture:
                 self._paused = False
                 self.seconds += time.perf_counter() - begin
             self._known = found if found.certain else self._known
+            self._drop_what_was_misread(found)
             if found.by_content:  # what one batch does not show, another has shown
                 self._by_content[signature] = tuple(sorted({*self._by_content.get(signature, ()), *found.by_content}))
             content = self._content(signature, args, kwargs)
@@ -425,6 +426,24 @@ class Capture:
             self.audit.probed(found, self.groups.missing)
             self._observe(found.without_hooks)
         return self._row_maps[signature, content]
+
+    def _drop_what_was_misread(self, found: RowMap) -> None:
+        """Forget maps in which an input holds samples that, as a batch of another size shows, all samples share."""
+        wrong = {
+            key: dims
+            for key, each in self._row_maps.items()
+            if len(dims := each.reading.dims) == len(found.reading.dims)
+            and any(dims[number] is not None for number in found.reading.shared)
+        }
+        for key in wrong:
+            del self._row_maps[key]
+        if wrong:
+            sizes = sorted({signature[0] for signature, _ in wrong})
+            warnings.warn(
+                f"an input that all samples share was taken for one of the samples in batches of {', '.join(map(str, sizes))}, which have as "
+                "many: what was recorded of these is wrong. Begin with a batch of another size, or leave out the layers that it enters.",
+                stacklevel=2,
+            )
 
     @property
     def shared_inputs(self) -> frozenset[int]:

@@ -385,7 +385,8 @@ class Probe:
                 return expected
         if place in self.uses.places:
             raise UntracedRows(
-                f"What the model takes of '{qualified_name(place)}' for each sample, as by a lookup, does not show which one it reaches."
+                f"Rows of '{qualified_name(place)}' are given to samples, as by a lookup or expand(), but which sample gets which cannot "
+                "be told."
             )
         raise UntracedRows(
             f"Rows of the input of '{place[0] or place[1]}' belong to no sample: NaN of none reaches them, as where "

@@ -149,7 +149,7 @@ MISTAKES = {
         lambda: OwnConvolution(N, 3, 1),
         LABELS,
         {},
-        ["takes of 'weight' for each sample", "does not show which one it reaches", "layers="],
+        ["Rows of 'weight' are given to samples", "which sample gets which cannot be told", "layers="],
     ),
     "a Linear with its own forward pass, skipped": (
         lambda: OwnForward(4, 3),

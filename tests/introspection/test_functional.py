@@ -1166,6 +1166,90 @@ def test_weights_that_are_looked_up_by_samples_indices(name):
     assert autospec.testing.check(model, (x, subjects), LABELS, quiet=True).passed
 
 
+COLUMNS = torch.stack([torch.randperm(INPUTS, generator=torch.Generator().manual_seed(i)) for i in range(N)])
+NOT_ROWS = {
+    "a padding index": lambda x, w, s: x + F.embedding(s, w, padding_idx=0).unsqueeze(1),
+    "columns by an ellipsis": lambda x, w, s: x + w[s[:, None], COLUMNS, ...].unsqueeze(1),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ROWS)
+def test_lookups_that_do_not_give_whole_rows_are_refused_by_name(name):
+    model, subjects = BySubject(NOT_ROWS[name], 4, INPUTS), torch.tensor([0, 1, 1, 3, 0, 2, 2, 1, 3])
+    with autospec.watch(model, LABELS, quiet=True), pytest.raises(WatchError, match=r"'weight' in \w+\(\)"):
+        model(torch.randn(N, T, INPUTS), subjects)
+
+
+BROADCAST = {
+    "one part for all": (lambda x, w: torch.einsum("bpi,pio->bpo", x, w), (1, PART, 2)),
+    "a vector with many matrices": (lambda x, w: (x.mean((0, 1)) @ w).mean(0) + x[..., :2], (4, PART, 2)),
+}
+
+
+@pytest.mark.parametrize("name", BROADCAST)
+def test_products_that_broadcast_are_refused_by_name(name):
+    use, shape = BROADCAST[name]
+    model = Parts(use, 2, *shape[1:])
+    model.weight = nn.Parameter(torch.randn(shape)) if shape[0] > 1 else nn.Parameter(torch.randn(2, PART, 2))
+    model.use = use if shape[0] > 1 else (lambda x, w: use(x, w[:1]) + use(x, w[1:]))
+    with autospec.watch(model, LABELS, quiet=True), pytest.raises(WatchError, match=r"'weight' in (einsum|matmul)\(\)"):
+        model(torch.randn(N, PARTS, PART))
+
+
+@pytest.mark.parametrize("count", [4, 3, 1])
+def test_a_batch_of_another_size_has_the_rows_of_its_parts(count):
+    """Matrices that were stacked are no tokens, though the batch has as many samples as they have rows."""
+
+    class Stacked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ParameterList([nn.Parameter(torch.randn(4, 2)) for _ in range(3)])
+
+        def forward(self, x):
+            return torch.einsum("bpi,pio->bpo", x, torch.stack(list(self.parts)))
+
+    torch.manual_seed(0)
+    model, batches = Stacked(), [torch.randn(many, 3, 4) for many in (N, count)]
+    labels = [LABELS, LABELS[:count]]
+    with autospec.watch(model, ["a", "b"], statistics=STATISTICS, singular_values="all", quiet=True) as watcher:
+        for x, groups in zip(batches, labels, strict=True):
+            watcher.set_groups(groups)
+            loss_of(model(x)).backward()
+            watcher.step()
+    found = watcher.trajectories["layers/parts.0/activation"].isel(step=1).sel(group="all").dropna("index").values
+    assert error(found, svdvals(batches[1].flatten(1))) < 1e-6
+
+
+def test_an_input_that_was_taken_for_one_of_the_samples_is_noticed_at_the_next_size():
+    class Dots(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.place = nn.Linear(INPUTS, 4), nn.Linear(3, 4)
+
+        def forward(self, x, coordinates):
+            return self.first(x) @ self.place(coordinates).T
+
+    torch.manual_seed(0)
+    model, coordinates = Dots(), torch.randn(6, 3)
+    twin = copy.deepcopy(model).double()
+    batches = [torch.randn(count, INPUTS) for count in (6, 9, 6)]
+    with autospec.watch(model, ["a", "b"], singular_values="all", quiet=True) as watcher:
+        for step, x in enumerate(batches):
+            watcher.set_groups(LABELS[: len(x)])
+            model.zero_grad()
+            said = pytest.warns(UserWarning, match="in batches of 6") if step == 1 else contextlib.nullcontext()
+            with said:
+                output = model(x, coordinates)
+            loss_of(output).backward()
+            watcher.step()
+    for step in (1, 2):
+        losses = loss_by_sample(twin(batches[step].double(), coordinates.double()))
+        inside = torch.tensor([label == "a" for label in LABELS[: len(losses)]])
+        (share,) = torch.autograd.grad(losses[inside].sum(), twin.place.weight)
+        found = watcher.trajectories["layers/place.weight/gradient"].isel(step=step).sel(group="a").dropna("index")
+        assert error(found.values, svdvals(share)) < 1e-6
+
+
 def test_columns_that_are_looked_up_are_refused_by_name():
     use, shape = LOOKED_UP["parts of a matrix"]
     subjects = torch.tensor([0, 1, 1, 3, 0, 2, 2, 1, 3])

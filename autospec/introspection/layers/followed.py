@@ -32,13 +32,22 @@ FORM_ALONE = (
     *(Tensor.gt, Tensor.lt, Tensor.ge, Tensor.le, Tensor.eq, Tensor.ne),
     *(torch.argmax, torch.argmin, torch.argsort, Tensor.argmax, Tensor.argmin, Tensor.argsort, torch.sign, Tensor.sign),
 )
+# Where each number of a table meets one of data, or several, which broadcasting gives it; sums keep nothing for the backward pass.
+SUMS = (torch.add, Tensor.add, Tensor.add_, torch.sub, Tensor.sub, Tensor.sub_, torch.rsub)
+ELEMENTWISE = (
+    *SUMS,
+    *(torch.mul, Tensor.mul, Tensor.mul_, torch.div, Tensor.div, Tensor.div_, torch.where, Tensor.where),
+)
+SPREADING = (
+    *(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat, torch.tile, Tensor.tile),
+    *(torch.repeat_interleave, Tensor.repeat_interleave),
+)
 DROPOUT = (F.dropout, torch.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 # Of which numbers of samples may come that are no tensors among the model's arguments.
 OF_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy)
 FORM_OF_OTHERS = (Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as)
 
 
-@functools.lru_cache(1024)
 def _place_of_inplace(func: Callable) -> int | None:
     """Which argument of one of torch's functions that are written in Python says that it is to work in place."""
     code = getattr(func, "__code__", None)
@@ -132,9 +141,15 @@ class Made:
 
     @property
     def spread(self) -> bool:
-        """Whether something of which it is made was given more numbers than there were, as for each sample the same."""
-        made_of = [(each, [of.tensor.numel() for of in each.of.values()]) for each in self.in_order()]
-        return any(sizes and each.tensor.numel() > max(sizes) for each, sizes in made_of)
+        """Whether something of which it is made was given further rows or dimensions, as for each sample the same."""
+        return any(each.by is not None and (each.by.func in SPREADING or each._broadcast) for each in self.in_order())
+
+    @property
+    def _broadcast(self) -> bool:
+        """Whether it became larger by meeting a constant, or has more dimensions."""
+        before = [made.tensor for made in self.of.values()]
+        larger = all(each.numel() < self.tensor.numel() or each.ndim < self.tensor.ndim for each in before)
+        return self.by is not None and self.by.func in ELEMENTWISE and larger
 
     def in_order(self) -> list[Made]:
         """It after all that it is computed of, each once."""
@@ -230,19 +245,21 @@ class FollowedWeights(LookingOn, ABC):
     @staticmethod
     def drawn(call: Call) -> tuple[Any, Call]:
         """Carry out a call that takes no data; return the call by which it can be made again, without drawing at random in dropout."""
-        if call.func not in DROPOUT or call.in_place or not call.tensors:
+        if call.func not in DROPOUT or not call.tensors:
             return call.made(), call
         given, device = call.tensors[0], call.tensors[0].device
+        # Ones that lie as it does: kernels draw in the order of what lies in memory.
+        room = 1 + sum((size - 1) * stride for size, stride in zip(given.shape, given.stride(), strict=True))
+        ones = torch.ones(max(room, 0), dtype=given.dtype, device=device).as_strided(given.shape, given.stride())
         before = torch_random_state(device)
-        result = call.made()
-        after = torch_random_state(device)
-        if all(torch.equal(before[name], after[name]) for name in before):
-            return result, call
-        restore_random_state(before, device)
         with torch.no_grad():
-            mask = call.made({id(given): torch.ones_like(given)})
-        restore_random_state(after, device)
-        return result, Call(torch.mul, (given, mask), {})
+            mask = call.made({id(given): ones})
+        after = torch_random_state(device)
+        drew = not all(torch.equal(before[name], after[name]) for name in before)
+        if drew:
+            restore_random_state(before, device)
+        result = call.made()
+        return result, Call(Tensor.mul_ if call.in_place else torch.mul, (given, mask), {}) if drew else call
 
     @abstractmethod
     def carry_out(self, call: Call, weights: Sequence[nn.Parameter]) -> Any:
@@ -358,7 +375,7 @@ class FollowedWeights(LookingOn, ABC):
         # Of what somebody else has changed in between, as by a view of it, what it holds is not known.
         followed = all(each.unchanged for each in of.values() if each is not changed)
         if changed is not None:
-            followed = followed and changed.tensor._version == changed.version + 1
+            followed = followed and changed.tensor._version <= changed.version + 1
         constants = [(t, version_of(t)) for t in given if id(t) not in of or of[id(t)].is_weight]
         for number, tensor in enumerate(made):
             if id(tensor) not in self.made or (changed is not None and not changed.is_weight):

@@ -23,15 +23,9 @@ from ..generators import restore_random_state, torch_random_state
 from ..spectra import float64
 from .call import LayerCall, Place, qualified_name
 from .embedding import BiasCall
-from .followed import Call, FollowedWeights, Made
+from .followed import ELEMENTWISE, SUMS, Call, FollowedWeights, Made
 from .readings import Reading, as_it_is, looked_up, mask_of_scores, readings_of, rows_looked_up, spread_over
 
-# Where each number of a table meets one of data, or several, which broadcasting gives it; sums keep nothing for the backward pass.
-SUMS = (torch.add, Tensor.add, Tensor.add_, torch.sub, Tensor.sub, Tensor.sub_, torch.rsub)
-ELEMENTWISE = (
-    *SUMS,
-    *(torch.mul, Tensor.mul, Tensor.mul_, torch.div, Tensor.div, Tensor.div_, torch.where, Tensor.where),
-)
 # Largest deviation of a weight that is computed again, in units of its largest number: that, or so many roundings.
 COMPUTED_AGAIN, ROUNDINGS = 1e-3, 16
 
@@ -111,8 +105,6 @@ class FunctionalUses(FollowedWeights):
 
     def _lies_for_samples(self, table: Tensor) -> bool:
         """Whether what is made of weights may lie there for each sample, having been spread."""
-        if self.samples == 1:
-            return True
         # As many of each sample may lie one after the other, as heads of an attention.
         counts = self.samples is None or any(size % self.samples == 0 for size in table.shape[:-1])
         return table.ndim > 1 and counts and self.made[id(table)].spread
@@ -120,7 +112,7 @@ class FunctionalUses(FollowedWeights):
     def _look_up(self, call: Call) -> tuple[Any, bool]:
         """Carry out a lookup of a table's rows by an index of data; return what it returns, and whether it was one."""
         found = None if _transformed() else rows_looked_up(call)
-        if found is None or id(found[0]) not in self.made or len(self._weights(call.tensors)) == 0:
+        if found is None or id(found[0]) not in self.made:
             return None, False
         table, again = found
         result = call.made()
@@ -197,7 +189,7 @@ class FunctionalUses(FollowedWeights):
                 continue
             if not self._weights([weight]) or not self.may_be_rows(data):
                 continue
-            if not (reading.separate and self._lies_for_samples(weight)):
+            if not (reading.separate and self.samples is not None and self._lies_for_samples(weight)):
                 return reading
         return None
 

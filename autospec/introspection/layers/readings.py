@@ -177,7 +177,9 @@ def rows_looked_up(call: Call) -> tuple[Tensor, Callable[[Tensor], Tensor]] | No
     if func is F.embedding:
         given = _named("input weight padding_idx max_norm norm_type scale_grad_by_freq sparse", args, kwargs)
         rest = {key: each for key, each in given.items() if key not in ("input", "weight", "norm_type")}
-        if any(each not in (None, False) for each in rest.values()):  # not all that is looked up has a share then
+        if any(
+            each is not None and each is not False for each in rest.values()
+        ):  # not all that is looked up has a share then
             return None
         return given["weight"], lambda table: F.embedding(given["input"], table)
     given = _named("input dim index", args, kwargs)
@@ -191,42 +193,30 @@ def rows_looked_up(call: Call) -> tuple[Tensor, Callable[[Tensor], Tensor]] | No
     if func in SELECT and whole:
         return table, lambda other: torch.index_select(other, dim, index)
     if func in GATHER and whole and index.ndim and index.stride(-1) == 0 and index.shape[-1] == table.shape[-1]:
-        return table, lambda other: torch.gather(other, dim, index)
+        return table, lambda other: torch.gather(other, dim, index[..., :1])
     return None
 
 
 def _takes_whole_rows(key: tuple[Any, ...], ndim: int) -> bool:
     """Whether an index into a tensor leaves its last dimension as it is, and last."""
-    beyond = [each is Ellipsis for each in key]
-    if any(beyond):
-        after = key[beyond.index(True) + 1 :]
-        return not after or (isinstance(after[-1], slice) and after[-1] == slice(None))
     taken = sum(
-        each.ndim if isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) else each is not None
+        each.ndim
+        if isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8)
+        else each is not None and each is not Ellipsis
         for each in key
     )
-    last = key[-1]
-    return taken < ndim or (isinstance(last, slice) and last == slice(None))
+    last, shortened = key[-1], any(each is Ellipsis for each in key)
+    whole = isinstance(last, slice) and last == slice(None)
+    return whole or (taken < ndim and (last is Ellipsis or not shortened))
 
 
 def looked_up(table: Tensor, result: Tensor, again: Callable[[Tensor], Tensor]) -> Reading | None:
     """A lookup of whole rows of a table, as `rows_looked_up` has found it."""
-    width = table.shape[-1]
-    rows = table.numel() // max(width, 1)
-    numbers = torch.arange(rows, device=table.device).view(*table.shape[:-1], 1).expand(table.shape)
-    index = again(numbers)
-    if table.ndim < 2 or index.ndim < 1 or index.shape[-1] != width:
+    numbers = torch.arange(table[..., 0].numel(), device=table.device).view(*table.shape[:-1], 1)
+    index = again(numbers)[..., 0] if table.ndim > 1 else numbers
+    if index.shape != result.shape[:-1] or result.shape[-1] != table.shape[-1]:
         return None
-
-    def lies(parameter: nn.Parameter) -> tuple[tuple[int, int] | None, bool] | None:
-        found = _rows_of(parameter.detach().reshape(len(parameter), -1), table.detach().reshape(rows, width))
-        return None if found is None or found[1] else found
-
-    def report(name: str, _: torch.Size, part: tuple[int, int] | None, __: bool, result: Tensor) -> SpreadCall:
-        first, total = part or (0, rows)
-        return SpreadCall(name, result, index[..., 0] + first, result, total)
-
-    return Reading(table, table, as_it_is, lies, report)
+    return _rows_met(table, as_it_is, index, lambda made: (made, made))
 
 
 def mask_of_scores(call: Call) -> tuple[Tensor, torch.Size, Tensor] | None:
@@ -250,19 +240,47 @@ def spread_over(shape: torch.Size, data: Tensor, table: Tensor) -> tuple[Tensor,
 
     own = form(table.detach())
     width = own.shape[-1] if own.ndim else 1  # 1 where one number meets whole rows
-    rows = own.numel() // max(width, 1)
-    index = torch.arange(rows, device=own.device).view(own.shape[:-1]).expand(shape[:-1])
+    index = torch.arange(own.numel() // max(width, 1), device=own.device).view(own.shape[:-1]).expand(shape[:-1])
     placed = table.expand(shape)
+    return placed, _rows_met(table, form, index, lambda _: (data.expand(shape), placed), width != shape[-1])
+
+
+def _rows_met(
+    table: Tensor,
+    form: Callable[[Tensor], Tensor],
+    index: Tensor,
+    met: Callable[[Tensor], tuple[Tensor, Tensor]],
+    narrow: bool = False,
+) -> Reading:
+    """Rows of a table that meet data, each at some places.
+
+    Parameters
+    ----------
+    table : Tensor
+        The table.
+    form : callable
+        Leaves each row of it once.
+    index : Tensor of int
+        Which row there is at each place.
+    met : callable
+        Takes what was returned; returns the data, and the rows where they are met.
+    narrow : bool
+        As for `SpreadCall`.
+    """
+    own = form(table.detach())
+    width = own.shape[-1] if own.ndim else 1
+    rows = own.numel() // max(width, 1)
 
     def lies(parameter: nn.Parameter) -> tuple[tuple[int, int] | None, bool] | None:
         found = _rows_of(parameter.detach().reshape(len(parameter), -1), own.reshape(rows, width))
         return None if found is None or found[1] else found
 
-    def report(name: str, _: torch.Size, part: tuple[int, int] | None, __: bool, ___: Tensor) -> SpreadCall:
+    def report(name: str, _: torch.Size, part: tuple[int, int] | None, __: bool, result: Tensor) -> SpreadCall:
         first, total = part or (0, rows)
-        return SpreadCall(name, data.expand(shape), index + first, placed, total, width != shape[-1])
+        data, placed = met(result)
+        return SpreadCall(name, data, index + first, placed, total, narrow)
 
-    return placed, Reading(data, table, form, lies, report)
+    return Reading(table, table, form, lies, report)
 
 
 def _rows_of(whole: Tensor, matrix: Tensor) -> tuple[tuple[int, int] | None, bool] | None:
@@ -331,7 +349,7 @@ def _readings_of_matmul(left: Tensor, right: Tensor) -> Iterator[Reading]:
     batch = "abcdefgh"[:many]
     for data, weight, rows, matrix in ((left, right, "xy", "yz"), (right, left, "yz", "xy")):
         of_data, of_weight = (batch[many - each.ndim + 2 :] for each in (data, weight))
-        if weight.ndim > 2 and 1 not in weight.shape[:-2]:
+        if data.ndim > 1 and weight.ndim > 2 and 1 not in weight.shape[:-2]:
             # What the data have once for all parts has no letter for these.
             once = [dim for dim, each in enumerate(of_data) if data.shape[dim] == 1 and each in of_weight]
             of_data = "".join(each for dim, each in enumerate(of_data) if dim not in once)
@@ -348,8 +366,12 @@ def _by_letters(given: Tensor, data: Tensor, weight: Tensor, seen: str, letters:
     outputs = [each for each in outputs if each not in parts]
     rows = [each for each in made if each not in letters]
     once = all(len(set(term)) == len(term) for term in (seen, letters, made))
-    if not (once and inputs and len(letters) == weight.ndim and sorted(seen) == sorted(rows + parts + inputs)):
+    fits = len(letters) == weight.ndim and sorted(seen) == sorted(rows + parts + inputs)
+    if not (once and inputs and fits):
         return
+    sizes = dict(zip(seen, data.shape, strict=True))
+    if any(sizes.get(letter, size) != size for letter, size in zip(letters, weight.shape, strict=True)):
+        return  # what is one for all is broadcast
     as_rows = _permuted(data, [seen.index(each) for each in rows + parts + inputs], len(rows))
     form = functools.partial(
         _as_matrix,
