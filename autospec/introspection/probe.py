@@ -176,7 +176,7 @@ class Probe:
     constant : dict of (str, str) to bool
         Matrices of which a use received rows none of which a sample reaches, but whose samples `rows` has found by what they reach; and
         whether they were the same for all samples, as what is spread over the batch.
-    shared : set of (str, str)
+    untraced : set of (str, str)
         Matrices of which a use received such rows, whose samples it has not found.
     """
 
@@ -193,7 +193,7 @@ class Probe:
     shapes: dict[Place, list[tuple[int, ...]]] = field(default_factory=dict)
     unreached: dict[tuple[Place, int], Tensor] = field(default_factory=dict)
     constant: dict[Place, bool] = field(default_factory=dict)
-    shared: set[Place] = field(default_factory=set)
+    untraced: set[Place] = field(default_factory=set)
 
     def given(self, others: Mapping[int, Tensor | np.ndarray], samples: int) -> Probe:
         """The same with other tensors in place of some, by their identities; raise WatchError if lookups get them otherwise."""
@@ -354,7 +354,7 @@ class Probe:
                 found[key][call] = self._by_what_they_reach(key, call, found, words)
             except UntracedRows as error:
                 refusal = refusal or error
-                self.shared.update([key] if none else ())
+                self.untraced.update([key] if none else ())
             else:
                 if none:
                     self.constant[key] = self.constant.get(key, True) and self._same_for_all(key, call, words.shape[1])

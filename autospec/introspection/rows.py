@@ -91,33 +91,32 @@ class _Attempt:
 
     Attributes
     ----------
-    found : RowMap or None
-        The result.
-    refusal : WatchError or None
-        Why there is none.
-    shared : frozenset of (str, str)
-        Lookups of watched tables that all samples may share.
-    constant : frozenset of (str, str)
-        Matrices of layers that receive rows none of which a sample reaches, and whose samples were not found; or, where all were found,
-        those of which these rows are not the same for all samples.
     way : Way
-        What was tried.
+        The way.
     uses : OwnUses
         Weights that the model uses itself.
+    tables : frozenset of (str, str)
+        Watched tables whose lookups all samples may share.
+    found : RowMap or None
+        The result.
+    constant : frozenset of (str, str)
+        Of the matrices whose rows were found, those that receive constants which are not the same for all samples.
     inputs : sequence of int
         Inputs that may be of all samples, though they have a dimension of their number.
-    untraced : bool
-        Whether it was refused because rows could not be told.
+    refusal : WatchError or None
+        Why there is no result.
+    untraced : frozenset of (str, str)
+        Matrices that receive rows none of which a sample reaches, and whose samples were not found.
     """
 
-    found: RowMap | None
-    refusal: WatchError | None
-    shared: frozenset[Place]
-    constant: frozenset[Place]
     way: Way
     uses: OwnUses
+    tables: frozenset[Place]
     inputs: Sequence[int]
-    untraced: bool = False
+    found: RowMap | None = None
+    constant: frozenset[Place] = frozenset()
+    refusal: WatchError | None = None
+    untraced: frozenset[Place] = frozenset()
 
     @property
     def row_map(self) -> RowMap:
@@ -251,13 +250,14 @@ class _Tracer:
                     continue
                 if again.found is not None:
                     return again
-                reason = reason or (None if again.untraced else again.refusal)
+                reason = reason or (None if isinstance(again.refusal, UntracedRows) else again.refusal)
                 waiting.append(again)
-        rest = set(self.watched) - first.shared
-        if first.shared and rest and self._found(Way(), rest) is not None:
-            raise _cannot_be_spread(min(first.shared))
-        assert first.refusal is not None
-        raise (reason or first.refusal) if first.untraced else first.refusal
+        rest = set(self.watched) - first.tables
+        if first.tables and rest and self._found(Way(), rest) is not None:
+            raise _cannot_be_spread(min(first.tables))
+        if reason is not None and isinstance(first.refusal, UntracedRows):
+            raise reason
+        raise first.refusal or AssertionError("unreachable")
 
 
 def _ways_of(known: RowMap | None, watched: Collection[Place]) -> Iterator[Way]:
@@ -276,7 +276,7 @@ def _ways_after(attempt: _Attempt) -> Iterator[Way]:
     A width that is the number of samples by chance makes a state of what is none.
     """
     before, shared = attempt.way.followed, attempt.way.shared
-    for followed in (before | attempt.shared, before | attempt.shared | attempt.constant):
+    for followed in (before | attempt.tables, before | attempt.tables | attempt.untraced):
         for states in (True, False) if followed or attempt.uses.places else (True,):
             yield Way(followed, states, shared)
     for number in attempt.inputs:
@@ -320,7 +320,7 @@ def _attempt(
     shared_inputs = tuple(number for number, dims in enumerate(choices) if dims == (None,))
     words = code_words(samples)
     accepted: list[tuple[Probe, dict[Place, list[np.ndarray]]]] = []
-    unreached: set[Place] = set()
+    untraced: set[Place] = set()
     refusal: WatchError | None = None
     with (
         generators_kept(inputs),
@@ -373,7 +373,9 @@ def _attempt(
                     try:
                         found = probe.rows(words)
                     except UntracedRows:
-                        probe = replace(probe, plain_attention=True, shapes={}, unreached={}, constant={}, shared=set())
+                        probe = replace(
+                            probe, plain_attention=True, shapes={}, unreached={}, constant={}, untraced=set()
+                        )
                         found = probe.rows(words)
                     _same_result(model, probe, samples)
                     accepted.append((probe, found))
@@ -381,18 +383,18 @@ def _attempt(
                     spread = [place for place, along in reading.lookups.items() if along.shared and along.marked]
                     failed = error.__cause__ is not None and bool(spread)
                     refusal = refusal or (_cannot_be_spread(spread[0]) if failed else error)
-                    unreached |= probe.shared
+                    untraced |= probe.untraced
             if accepted:
                 break
-    shared = frozenset(place for place, of in options.items() if place in watched and any(a.shared for a in of))
-    untraced = refusal is None or isinstance(refusal, UntracedRows)
+    tables = frozenset(place for place, of in options.items() if place in watched and any(a.shared for a in of))
     if not accepted:
-        if untraced:
+        if refusal is None or isinstance(refusal, UntracedRows):
             ways = "batch_dim= or rows=" if batch_dim is None else "rows="
-            refusal = WatchError(
+            refusal = UntracedRows(
                 f"{refusal or ''} Say where the samples are with {ways}, or leave the layer out with layers=."
             )
-        return _Attempt(None, refusal, shared, frozenset(unreached - lookups.keys()), way, uses, doubtful, untraced)
+        layers = frozenset(untraced - lookups.keys())
+        return _Attempt(way, uses, tables, doubtful, refusal=refusal, untraced=layers)
     if known is not None and any(not same_rows(found, accepted[0][1]) for _, found in accepted):
         accepted = [each for each in accepted if each[0].reading == known.reading] or accepted
     if any(not same_rows(found, accepted[0][1]) for _, found in accepted):
@@ -415,7 +417,7 @@ def _attempt(
     certain = len(accepted) == 1
     row_map = RowMap(found, len(words), probe.reading, numbers, without_hooks, certain, received, uses)
     constant = frozenset(place for place, same in probe.constant.items() if not same)
-    return _Attempt(row_map, None, shared, constant - lookups.keys(), way, uses, doubtful)
+    return _Attempt(way, uses, tables, doubtful, row_map, constant - lookups.keys())
 
 
 def _choices(
