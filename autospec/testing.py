@@ -182,8 +182,7 @@ def check(
     watched = list(tree["layers"].children)
     order = _another_order(samples)
     moved, shared = _in_order(batch, order, options.get("batch_dim"), watcher.shared_inputs)
-    followed = _given_what_is_shared(model, batch, moved, samples, watched, shared)
-    owners = _owners(model, batch, moved, order, rows, watched, followed, shared)
+    owners, followed = _owners(model, batch, moved, order, rows, watched, shared)
     for number, group in enumerate(names):
         everyone = np.ones(samples, dtype=bool)
         member = everyone if assignment is None else assignment.members[assignment.cells][:, number]
@@ -404,16 +403,6 @@ def _another_order(samples: int) -> Tensor:
     return order.roll(1) if torch.equal(order, torch.arange(samples)) else order
 
 
-def _given_what_is_shared(
-    model: nn.Module, batch: Any, moved: Any, samples: int, watched: Sequence[str], shared: Sequence[Tensor]
-) -> set[str]:
-    """Layers of which a call returns the same, in the same order, whatever the samples, as of a table of positions."""
-    plain, again = (_outputs(model, given, samples, watched, (), shared, SEED) for given in (batch, moved))
-    layers = {name for name, module in model.named_modules() if rule_for(module) is not None}
-    common = layers & plain.keys() & again.keys() if samples > 1 else ()
-    return {name for name in common if any(map(torch.equal, plain[name], again[name]))}
-
-
 def _owners(
     model: nn.Module,
     batch: Any,
@@ -421,15 +410,25 @@ def _owners(
     order: Tensor,
     rows: Mapping[str, Tensor],
     watched: Sequence[str],
-    followed: Collection[str],
     shared: Sequence[Tensor],
-) -> dict[str, list[Tensor | None]]:
+) -> tuple[dict[str, list[Tensor | None]], set[str]]:
     """Sample of each entry of each output of each layer, call by call, to be broadcast; None where that cannot be told.
 
-    By the layers' names, and, of what is done with a weight outside of its layer, by the weight's.
+    By the layers' names, and, of what is done with a weight outside of its layer, by the weight's.  And the layers that are given what
+    all samples share, such as a table of positions: a call of theirs returns the same, in the same order, whatever the samples.
     """
-    ways = ((batch, SEED), (batch, SEED + 1), (moved, SEED))
-    plain, again, other = (_outputs(model, given, len(order), watched, followed, shared, seed) for given, seed in ways)
+    followed: set[str] = set()
+
+    def outputs(given: Any, seed: int) -> dict[str, list[Tensor]]:
+        return _outputs(model, given, len(order), watched, followed, shared, seed)
+
+    plain, other = outputs(batch, SEED), outputs(moved, SEED)
+    layers = {name for name, module in model.named_modules() if rule_for(module) is not None}
+    common = layers & plain.keys() & other.keys() if len(order) > 1 else ()
+    followed = {name for name in common if any(map(torch.equal, plain[name], other[name]))}
+    if followed:  # what they return is seen where it meets data
+        plain, other = outputs(batch, SEED), outputs(moved, SEED)
+    again = outputs(batch, SEED + 1)
     found: dict[str, list[Tensor | None]] = {}
     for name, of_module in plain.items():
         measured = [
@@ -440,7 +439,7 @@ def _owners(
             _owner_of_rows(output, given) if owner is None and given is not None else owner
             for output, owner in zip(of_module, measured, strict=False)
         ]
-    return found
+    return found, followed
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -195,6 +195,10 @@ class Probe:
     constant: dict[Place, bool] = field(default_factory=dict)
     untraced: set[Place] = field(default_factory=set)
 
+    def anew(self, **changes: Any) -> Probe:
+        """The same with some changes, which has seen nothing."""
+        return replace(self, shapes={}, unreached={}, constant={}, untraced=set(), **changes)
+
     def given(self, others: Mapping[int, Tensor | np.ndarray], samples: int) -> Probe:
         """The same with other tensors in place of some, by their identities; raise WatchError if lookups get them otherwise."""
         args, kwargs = replaced(self.args, others), replaced(self.kwargs, others)
@@ -210,7 +214,7 @@ class Probe:
         if self.as_given != {place for place, lookup in lookups.items() if lookup.given}:
             raise WatchError("the model brings other numbers to its lookups in another way.")
         origins = origins_of(self.twin, args, kwargs, samples, self.origins)
-        return replace(self, args=args, kwargs=kwargs, origins=origins, shapes={})
+        return self.anew(args=args, kwargs=kwargs, origins=origins)
 
     def reached(
         self, word: np.ndarray, begun: tuple[Place, int, np.ndarray] | None = None

@@ -373,9 +373,7 @@ def _attempt(
                     try:
                         found = probe.rows(words)
                     except UntracedRows:
-                        probe = replace(
-                            probe, plain_attention=True, shapes={}, unreached={}, constant={}, untraced=set()
-                        )
+                        probe = probe.anew(plain_attention=True)
                         found = probe.rows(words)
                     _same_result(model, probe, samples)
                     accepted.append((probe, found))
@@ -429,10 +427,9 @@ def _choices(
         (0,) if id(t) in packed else _candidate_dims(t, samples, batch_dim) for t in inputs
     ]
     # An input may have a dimension of that size by chance, such as one position encoding a time point.
-    if batch_dim is None and any(len(dims) > 1 for dims in choices):
-        choices = [dims if dims == (None,) else (*dims, None) for dims in choices]
-    if batch_dim is not None and sum(dims != (None,) for dims in choices) > 1:
-        choices = [dims if dims == (None,) else (*dims, None) for dims in choices]
+    hold = [dims for dims in choices if dims != (None,)]
+    if any(len(dims) > 1 for dims in hold) if batch_dim is None else len(hold) > 1:
+        choices = [(*dims, None) if dims in hold else dims for dims in choices]
     return choices
 
 
