@@ -298,8 +298,6 @@ class _Copies(FollowedWeights):
         Takes the names, what a function returned, and a function that does the same with the copies; returns what shall stand in.
     followed : iterable of Parameter
         As for `FollowedWeights`.
-    shared : iterable of Tensor
-        What the model is called with that all samples share.
     """
 
     def __init__(
@@ -309,11 +307,9 @@ class _Copies(FollowedWeights):
         samples: int,
         on_use: Callable[[Sequence[str], Any, Callable[[], Any]], Any],
         followed: Iterable[nn.Parameter],
-        shared: Iterable[Tensor],
     ) -> None:
         super().__init__(model, copies, samples, followed=followed)
         self._remember(self._fresh, (copied for _, copied in copies.values()))  # layers may be run with them
-        self.share(shared)
         self.copies, self.on_use = copies, on_use
         self._values: dict[Made, Tensor] = {}
 
@@ -385,7 +381,8 @@ def _outputs(
 
     weights = {twin.get_parameter(name): name for name in watched}
     copies = {weight: (name, weight) for weight, name in weights.items()}
-    mode = _Copies(twin, copies, samples, on_use, _weights_of(twin, followed), shared)
+    mode = _Copies(twin, copies, samples, on_use, _weights_of(twin, followed))
+    mode.receive(batch, shared)
     layers_noted(weights_by_layer(twin), lambda: mode.within)
     with generators_kept(list(model.parameters())), torch.enable_grad(), without_short_cuts(), mode:
         seed_random_numbers(seed)
@@ -527,7 +524,8 @@ def _shares_by_copies(
         return _mixed(result, again(), inside, uses.following(known[0])) if known else result
 
     of_weights = {weights[name]: (name, copied) for name, copied in copies.items()}
-    mode = _Copies(twin, of_weights, len(member), on_use, _weights_of(twin, followed), shared)
+    mode = _Copies(twin, of_weights, len(member), on_use, _weights_of(twin, followed))
+    mode.receive(batch, shared)
     layers_noted(weights_by_layer(twin), lambda: mode.within)
     for name, module in list(twin.named_modules()):
         rule = rule_for(module)

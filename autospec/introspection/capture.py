@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from .arguments import as_array, content_of, signature_of, tensors_in, whole_numbers
+from .arguments import as_array, content_of, signature_of, whole_numbers
 from .audit import Audit
 from .copies import partly_compiled
 from .errors import WatchError
@@ -258,9 +258,7 @@ class Capture:
         samples = None if self.assignment is None else len(self.assignment.cells)
         followed, refused = weights_at(self.model, uses.followed), self._refused.setdefault
         mode = FunctionalUses(self.model, weights, samples, uses.states, on_call, refused, followed, compare=first)
-        mode.known_numbers = set(map(id, tensors_in((args, kwargs))))
-        if row_map is not None:
-            mode.share(row_map.reading.shared_inputs(args, kwargs))
+        mode.receive((args, kwargs), row_map.reading.shared_inputs(args, kwargs) if row_map is not None else ())
         self._functional = mode
         self._note_layers(mode, frozenset(map(id, weights)))
         if parametrize._cache:

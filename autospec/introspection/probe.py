@@ -297,8 +297,7 @@ class Probe:
             FunctionalUses(twin, weights, samples, uses.states, on_use, lambda *_: None, followed) if weights else None
         )
         if mode is not None:
-            mode.known_numbers = set(map(id, tensors_in((args, kwargs))))
-            mode.share(self.reading.shared_inputs(args, kwargs))
+            mode.receive((args, kwargs), self.reading.shared_inputs(args, kwargs))
             handles += layers_noted(weights_by_layer(twin, set(map(id, weights))), lambda: mode.within)
         for name, module in twin.named_modules():
             rule = rule_for(module)

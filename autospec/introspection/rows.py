@@ -527,7 +527,7 @@ def _same_result(model: nn.Module, probe: Probe, samples: int) -> None:
         tables = weights_at(twin, probe.uses.spread if spread else ())
         nothing = (lambda *_: None, lambda *_: None)
         mode = FunctionalUses(twin, tables, samples, probe.uses.states, *nothing, tables)
-        mode.share(reading.shared_inputs(args, kwargs))
+        mode.receive((args, kwargs), reading.shared_inputs(args, kwargs))
         with (
             generators_kept(placed),
             unchanged(twin),

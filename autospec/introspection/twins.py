@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .arguments import tensors_in
 from .copies import copy_model, unchanged
 from .errors import WatchError
 from .hooks import Hook
@@ -86,8 +85,7 @@ def running_twin(
                     parameter.requires_grad_(False)
         try:
             uses = _Uses(twin, samples, watched, way)
-            uses.mode.share(shared)
-            passed = functools.partial(uses.find, args, kwargs)
+            passed = functools.partial(uses.find, args, kwargs, shared)
             lookups = lookups_in(twin, args, kwargs, passed, uses.mode.is_constant)
             spread = frozenset(place for place, elementwise in uses.found.items() if elementwise)
             took_states = uses.mode.took_states
@@ -146,10 +144,10 @@ class _Uses:
     def _on_call(self, place: Place, call: LayerCall, _: Tensor) -> None:
         self.found[place] = self.found.get(place, False) or isinstance(call, SpreadCall)
 
-    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], shared: Sequence[Tensor]) -> None:
         """Make a forward pass; refuse what cannot be watched."""
         handles = layers_noted(weights_by_layer(self.twin), lambda: self.mode.within)
-        self.mode.known_numbers = set(map(id, tensors_in((args, kwargs))))
+        self.mode.receive((args, kwargs), shared)
         try:
             with unchanged(self.twin), self.mode:
                 self.twin(*args, **kwargs)

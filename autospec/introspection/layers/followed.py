@@ -234,13 +234,14 @@ class FollowedWeights(LookingOn, ABC):
         # What is computed of weights where autograd does not follow.
         self._values_of: dict[int, tuple[nn.Parameter, ...]] = {}
         # Inputs, and what has been made in this pass: other whole numbers, in a closure say, were there before.
-        self.known_numbers: set[int] | None = None
+        self._of_this_pass: set[int] = set()
         self.within: list[Collection[int]] = []
         self.took_states = False
 
-    def share(self, inputs: Iterable[Tensor]) -> None:
-        """Take what is given to the model, but is of all samples, for constants."""
-        self._remember(self._constants, inputs)
+    def receive(self, given: Any, shared: Iterable[Tensor] = ()) -> None:
+        """Take what the model is about to be called with, of which some tensors are of all samples: these are constants."""
+        self._of_this_pass = set(map(id, tensors_in(given)))
+        self._remember(self._constants, shared)
 
     @staticmethod
     def drawn(call: Call) -> tuple[Any, Call]:
@@ -278,11 +279,9 @@ class FollowedWeights(LookingOn, ABC):
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         call = Call(func, args, kwargs or {})
-        if self.known_numbers is None:
-            return self._called(call)
         self._remember(self._constants, (t for t in call.tensors if self._was_there(t) and not self.holds(t)))
         result = self._called(call)
-        self.known_numbers.update(map(id, tensors_in(result)))
+        self._of_this_pass.update(map(id, tensors_in(result)))
         return result
 
     def _called(self, call: Call) -> Any:
@@ -349,8 +348,7 @@ class FollowedWeights(LookingOn, ABC):
         return self.holds(tensor) or self._was_there(tensor)
 
     def _was_there(self, tensor: Tensor) -> bool:
-        before = self.known_numbers is not None and id(tensor) not in self.known_numbers
-        return before and not (tensor.is_floating_point() or tensor.is_complex())
+        return id(tensor) not in self._of_this_pass and not (tensor.is_floating_point() or tensor.is_complex())
 
     def note(self, call: Call, result: Any) -> None:
         """Note what a call has made of weights, or of constants, as weights are where autograd does not follow."""
