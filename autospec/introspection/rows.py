@@ -6,9 +6,10 @@ hold the samples; what holds for all batches of the same shapes is kept apart fr
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -93,8 +94,8 @@ class _Attempt:
     ----------
     way : Way
         The way.
-    uses : OwnUses
-        Weights that the model uses itself.
+    uses : OwnUses or None
+        Weights that the model uses itself; None if the way was refused before that was known.
     tables : frozenset of (str, str)
         Watched tables whose lookups all samples may share.
     found : RowMap or None
@@ -110,9 +111,9 @@ class _Attempt:
     """
 
     way: Way
-    uses: OwnUses
-    tables: frozenset[Place]
-    inputs: Sequence[int]
+    uses: OwnUses | None = None
+    tables: frozenset[Place] = frozenset()
+    inputs: Sequence[int] = ()
     found: RowMap | None = None
     constant: frozenset[Place] = frozenset()
     refusal: WatchError | None = None
@@ -120,8 +121,9 @@ class _Attempt:
 
     @property
     def row_map(self) -> RowMap:
-        """The result, of an attempt that has one."""
-        assert self.found is not None
+        """The result; raise WatchError if there is none."""
+        if self.found is None:
+            raise self.refusal or AssertionError("unreachable")
         return self.found
 
 
@@ -183,81 +185,212 @@ class _Tracer:
     all_hooks: bool
     known: RowMap | None
 
+    @functools.cached_property
+    def inputs(self) -> list[Tensor]:
+        """The floating-point tensors among the arguments."""
+        return inputs_in(self.args, self.kwargs)
+
+    @functools.cached_property
+    def words(self) -> np.ndarray:
+        """A code word for each sample."""
+        return code_words(self.samples)
+
     def rows(self) -> RowMap:
         """Find the rows in the way in which they were found before, or in the first that does and leaves no doubt."""
         for way in _ways_of(self.known, self.watched):
-            before = self._found(way)
+            before = self._tried(way).found
             if before is not None and self.known is not None and before.reading.dims == self.known.reading.dims:
                 return before
         attempt = self._in_some_way(Way())
-        best, inputs = attempt.row_map, inputs_in(self.args, self.kwargs)
+        best = attempt.row_map
         for other in self._doubts(attempt):
-            if not _read_otherwise(best, other):
+            if other is None or not _read_otherwise(best, other):
                 continue
-            ranks = [_rank(each.reading.dims, inputs) for each in (best, other)]
+            ranks = [_rank(each.reading.dims, self.inputs) for each in (best, other)]
             if self.batch_dim is None or ranks[0] == ranks[1]:
                 raise _several_readings([best.reading, other.reading], self.batch_dim)
             best = best if ranks[0] < ranks[1] else other
         return best
 
-    def _doubts(self, attempt: _Attempt) -> Iterator[RowMap]:
+    def _doubts(self, attempt: _Attempt) -> Iterator[RowMap | None]:
         """What else may be found, where a constant was taken for a state or for rows of samples, or an input may be everybody's."""
         tried = [attempt]
         if attempt.way == Way():
-            if attempt.uses.took_states and (found := self._found(Way(states=False))) is not None:
-                yield found
+            if attempt.uses is not None and attempt.uses.took_states:
+                yield self._tried(Way(states=False)).found
             for number, states in itertools.product(attempt.inputs, (True, False)):
-                try:
-                    tried.append(self._in_some_way(Way(states=states, shared=frozenset([number]))))
-                except SeveralReadings:
-                    raise
-                except WatchError:
-                    continue
-                yield tried[-1].row_map
+                tried.append(self._in_some_way(Way(states=states, shared=frozenset([number]))))
+                yield tried[-1].found
         for each in tried if self.batch_dim is None else ():
-            if each.constant and (found := self._found(each.way, set(self.watched) - each.constant)) is not None:
-                yield found
-
-    def _attempt(self, way: Way, watched: Collection[Place] | None = None) -> _Attempt:
-        given = self.model, self.args, self.kwargs, self.samples, self.watched if watched is None else watched
-        return _attempt(*given, self.batch_dim, self.all_hooks, self.known, way)
-
-    def _found(self, way: Way, watched: Collection[Place] | None = None) -> RowMap | None:
-        try:
-            return self._attempt(way, watched).found
-        except SeveralReadings:
-            raise
-        except WatchError:
-            return None
+            if each.constant:
+                yield self._tried(each.way, set(self.watched) - each.constant).found
 
     def _in_some_way(self, way: Way) -> _Attempt:
-        """Trace rows in a way, or in one of those that may do where it does not; raise WatchError if none does."""
-        first = self._attempt(way)
-        if first.found is not None:
-            return first
+        """Trace rows in a way, or in one of those that may do where it does not."""
+        first = self._tried(way)
         tried, waiting, reason = {way}, [first], None
-        while waiting and len(tried) < MAX_WAYS:
+        while first.found is None and waiting and len(tried) < MAX_WAYS:
             for other in _ways_after(waiting.pop(0)):
                 if other in tried:
                     continue
                 tried.add(other)
-                try:
-                    again = self._attempt(other)
-                except SeveralReadings:
-                    raise
-                except WatchError as error:
-                    reason = reason or (None if isinstance(error, UntracedRows) else error)
-                    continue
+                again = self._tried(other)
                 if again.found is not None:
                     return again
                 reason = reason or (None if isinstance(again.refusal, UntracedRows) else again.refusal)
                 waiting.append(again)
         rest = set(self.watched) - first.tables
-        if first.tables and rest and self._found(Way(), rest) is not None:
-            raise _cannot_be_spread(min(first.tables))
+        if first.found is None and first.tables and rest and self._tried(Way(), rest).found is not None:
+            return replace(first, refusal=_cannot_be_spread(min(first.tables)))
         if reason is not None and isinstance(first.refusal, UntracedRows):
-            raise reason
-        raise first.refusal or AssertionError("unreachable")
+            return replace(first, refusal=reason)
+        return first
+
+    def _tried(self, way: Way, watched: Collection[Place] | None = None) -> _Attempt:
+        """Trace rows of what is watched, or of a part of it, in one way; raise SeveralReadings, but no other WatchError."""
+        try:
+            return self._attempt(way, self.watched if watched is None else watched)
+        except SeveralReadings:
+            raise
+        except WatchError as error:
+            return _Attempt(way, refusal=error)
+
+    @contextmanager
+    def _with_copies(self) -> Iterator[set[nn.Module]]:
+        """Let copies of the model run without a change of anything else; as for `kept_apart`."""
+        with (
+            generators_kept(self.inputs),
+            torch.enable_grad(),
+            without_short_cuts(),
+            kept_apart(self.model, evaluated=True) as copied,
+        ):
+            yield copied
+
+    def _attempt(self, way: Way, watched: Collection[Place]) -> _Attempt:
+        args, kwargs, inputs, samples, batch_dim = self.args, self.kwargs, self.inputs, self.samples, self.batch_dim
+        choices = _choices(args, kwargs, inputs, samples, batch_dim)
+        if not way.shared <= set(range(len(choices))):
+            raise UntracedRows("The model has other inputs than before.")
+        choices = [(None,) if number in way.shared else dims for number, dims in enumerate(choices)]
+        doubtful = [number for number, dims in enumerate(choices) if None in dims and len(dims) > 1]
+        doubtful = doubtful if sum(len(dims) > 1 for dims in choices) > 1 else []
+        shared_inputs = tuple(number for number, dims in enumerate(choices) if dims == (None,))
+        with self._with_copies() as copied:
+            twin, lookups, uses, all_hooks = running_twin(
+                self.model,
+                copied,
+                args,
+                kwargs,
+                [inputs[i] for i in shared_inputs],
+                samples,
+                watched,
+                self.all_hooks,
+                way,
+            )
+            if not way.followed - lookups.keys() <= uses.places:
+                raise UntracedRows("What a layer makes of rows of no sample meets no data.")
+            as_given = {place for place, lookup in lookups.items() if lookup.given}
+            origins = origins_of(twin, args, kwargs, samples, [place for place in lookups if place not in as_given])
+            for place, calls in origins.items():
+                along = set.intersection(*(call.dims(samples, batch_dim) for call in calls))
+                lookups[place] = replace(lookups[place], dims=tuple(sorted(along)))
+            # With as many positions as samples an index of either may be one of positions.
+            sides = [*(len(dims) for dims in choices), *(lookup.shape.count(samples) for lookup in lookups.values())]
+            by_size = batch_dim is not None or max(sides, default=0) < 2
+
+            def likely(lookup: Indices) -> tuple[Along, ...]:
+                sure = by_size or lookup.given or len(lookup.shape) > 1
+                return (likely_readings if sure else possible_readings)(lookup, samples, batch_dim)
+
+            def possible(lookup: Indices) -> tuple[Along, ...]:
+                return possible_readings(lookup, samples, batch_dim)
+
+            options = {place: likely(lookup) for place, lookup in lookups.items()}
+            if all(dims == (None,) for dims in choices) and not any(
+                along.along_samples for each in options.values() for along in each
+            ):
+                raise _no_samples(args, kwargs, inputs, samples, batch_dim)
+            fix_statistics(twin)
+            unmarked = {
+                place
+                for place, lookup in lookups.items()
+                if place in way.followed or (place not in watched and samples not in lookup.shape and not lookup.dims)
+            }
+
+            def probes(round_: Callable[[Indices], tuple[Along, ...]]) -> Iterator[Probe]:
+                # Lookups of one kind and shape are read in one way.
+                kinds = {lookup: round_(lookup) for place, lookup in lookups.items() if place not in way.followed}
+                for dims, alongs in _readings(choices, inputs, lookups, kinds, unmarked):
+                    reading = Reading(dims, alongs, shared_inputs)
+                    yield Probe(twin, args, kwargs, inputs, reading, watched, uses, origins, as_given)
+
+            accepted, untraced, refusal = self._accepted(map(probes, (likely, possible)))
+        tables = frozenset(place for place, of in options.items() if place in watched and any(a.shared for a in of))
+        if not accepted:
+            if refusal is None or isinstance(refusal, UntracedRows):
+                ways = "batch_dim= or rows=" if batch_dim is None else "rows="
+                refusal = UntracedRows(
+                    f"{refusal or ''} Say where the samples are with {ways}, or leave the layer out with layers=."
+                )
+            layers = frozenset(untraced - lookups.keys())
+            return _Attempt(way, uses, tables, doubtful, refusal=refusal, untraced=layers)
+        if self.known is not None and any(not same_rows(found, accepted[0][1]) for _, found in accepted):
+            accepted = [each for each in accepted if each[0].reading == self.known.reading] or accepted
+        if any(not same_rows(found, accepted[0][1]) for _, found in accepted):
+            raise _several_readings([probe.reading for probe, _ in accepted], batch_dim)
+        probe, found = accepted[0]
+        row_map = replace(
+            self._row_map(probe, found),
+            without_hooks=() if all_hooks else tuple(modules_with_other_hooks(self.model)),
+            certain=len(accepted) == 1,
+        )
+        constant = frozenset(place for place, same in probe.constant.items() if not same)
+        return _Attempt(way, uses, tables, doubtful, row_map, constant - lookups.keys())
+
+    def _accepted(
+        self, rounds: Iterable[Iterable[Probe]]
+    ) -> tuple[list[tuple[Probe, dict[Place, list[np.ndarray]]]], set[Place], WatchError | None]:
+        """Of the first round that has any: the probes by which each row is one sample's, and the rows.
+
+        With the matrices whose rows no other probe traced to samples, and why the first of these was refused.
+        """
+        accepted: list[tuple[Probe, dict[Place, list[np.ndarray]]]] = []
+        untraced: set[Place] = set()
+        refusal: WatchError | None = None
+        for probes in rounds:
+            for probe in probes:
+                reading = probe.reading
+                before = accepted[0][0].reading.dims if accepted else reading.dims
+                if self.batch_dim is not None and _rank(reading.dims, self.inputs) > _rank(before, self.inputs):
+                    break
+                try:
+                    try:
+                        found = probe.rows(self.words)
+                    except UntracedRows:
+                        probe = probe.anew(plain_attention=True)
+                        found = probe.rows(self.words)
+                    _same_result(self.model, probe, self.samples)
+                    accepted.append((probe, found))
+                except WatchError as error:
+                    spread = [place for place, along in reading.lookups.items() if along.shared and along.marked]
+                    failed = error.__cause__ is not None and bool(spread)
+                    refusal = refusal or (_cannot_be_spread(spread[0]) if failed else error)
+                    untraced |= probe.untraced
+            if accepted:
+                break
+        return accepted, untraced, refusal
+
+    def _row_map(self, probe: Probe, found: dict[Place, list[np.ndarray]]) -> RowMap:
+        """What a probe has found, if it holds for the next pass, too."""
+        received = dict(probe.shapes)
+        with self._with_copies() as copied:
+            copied.update(probe.twin.modules())
+            numbers = by_content(probe, self.words, found)
+            refuse_what_moves_on(probe, self.words, found)
+            # With several processes the model may talk to the others, who have no pass to spare at the same time.
+            if self.model.training and self.samples > 1 and not several_processes():
+                refuse_mixing_in_training(self.model, probe, self.samples, found)
+        return RowMap(found, len(self.words), probe.reading, numbers, shapes=received, uses=probe.uses)
 
 
 def _ways_of(known: RowMap | None, watched: Collection[Place]) -> Iterator[Way]:
@@ -275,6 +408,8 @@ def _ways_after(attempt: _Attempt) -> Iterator[Way]:
 
     A width that is the number of samples by chance makes a state of what is none.
     """
+    if attempt.uses is None:
+        return
     before, shared = attempt.way.followed, attempt.way.shared
     for followed in (before | attempt.tables, before | attempt.tables | attempt.untraced):
         for states in (True, False) if followed or attempt.uses.places else (True,):
@@ -296,126 +431,6 @@ def _read_otherwise(found: RowMap, other: RowMap) -> bool:
     return not same_rows(
         {place: found.samples[place] for place in common}, {place: other.samples[place] for place in common}
     )
-
-
-def _attempt(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    samples: int,
-    watched: Collection[Place],
-    batch_dim: int | None,
-    all_hooks: bool,
-    known: RowMap | None,
-    way: Way,
-) -> _Attempt:
-    """Trace rows in one way; as for `map_rows`."""
-    inputs = inputs_in(args, kwargs)
-    choices = _choices(args, kwargs, inputs, samples, batch_dim)
-    if not way.shared <= set(range(len(choices))):
-        raise UntracedRows("The model has other inputs than before.")
-    choices = [(None,) if number in way.shared else dims for number, dims in enumerate(choices)]
-    doubtful = [number for number, dims in enumerate(choices) if None in dims and len(dims) > 1]
-    doubtful = doubtful if sum(len(dims) > 1 for dims in choices) > 1 else []
-    shared_inputs = tuple(number for number, dims in enumerate(choices) if dims == (None,))
-    words = code_words(samples)
-    accepted: list[tuple[Probe, dict[Place, list[np.ndarray]]]] = []
-    untraced: set[Place] = set()
-    refusal: WatchError | None = None
-    with (
-        generators_kept(inputs),
-        torch.enable_grad(),
-        without_short_cuts(),
-        kept_apart(model, evaluated=True) as copied,
-    ):
-        twin, lookups, uses, all_hooks = running_twin(
-            model, copied, args, kwargs, [inputs[i] for i in shared_inputs], samples, watched, all_hooks, way
-        )
-        if not way.followed - lookups.keys() <= uses.places:
-            raise UntracedRows("What a layer makes of rows of no sample meets no data.")
-        as_given = {place for place, lookup in lookups.items() if lookup.given}
-        origins = origins_of(twin, args, kwargs, samples, [place for place in lookups if place not in as_given])
-        for place, calls in origins.items():
-            along = set.intersection(*(call.dims(samples, batch_dim) for call in calls))
-            lookups[place] = replace(lookups[place], dims=tuple(sorted(along)))
-        # With as many positions as samples an index of either may be one of positions.
-        sides = [*(len(dims) for dims in choices), *(lookup.shape.count(samples) for lookup in lookups.values())]
-        by_size = batch_dim is not None or max(sides, default=0) < 2
-
-        def likely(lookup: Indices) -> tuple[Along, ...]:
-            sure = by_size or lookup.given or len(lookup.shape) > 1
-            return (likely_readings if sure else possible_readings)(lookup, samples, batch_dim)
-
-        def possible(lookup: Indices) -> tuple[Along, ...]:
-            return possible_readings(lookup, samples, batch_dim)
-
-        options = {place: likely(lookup) for place, lookup in lookups.items()}
-        if all(dims == (None,) for dims in choices) and not any(
-            along.along_samples for each in options.values() for along in each
-        ):
-            raise _no_samples(args, kwargs, inputs, samples, batch_dim)
-        fix_statistics(twin)
-        unmarked = {
-            place
-            for place, lookup in lookups.items()
-            if place in way.followed or (place not in watched and samples not in lookup.shape and not lookup.dims)
-        }
-        for round_ in (likely, possible):
-            # Lookups of one kind and shape are read in one way.
-            kinds = {lookup: round_(lookup) for place, lookup in lookups.items() if place not in way.followed}
-            for dims, alongs in _readings(choices, inputs, lookups, kinds, unmarked):
-                before = accepted[0][0].reading.dims if accepted else dims
-                if batch_dim is not None and _rank(dims, inputs) > _rank(before, inputs):
-                    break
-                reading = Reading(dims, alongs, shared_inputs)
-                probe = Probe(twin, args, kwargs, inputs, reading, watched, uses, origins, as_given)
-                try:
-                    try:
-                        found = probe.rows(words)
-                    except UntracedRows:
-                        probe = probe.anew(plain_attention=True)
-                        found = probe.rows(words)
-                    _same_result(model, probe, samples)
-                    accepted.append((probe, found))
-                except WatchError as error:
-                    spread = [place for place, along in reading.lookups.items() if along.shared and along.marked]
-                    failed = error.__cause__ is not None and bool(spread)
-                    refusal = refusal or (_cannot_be_spread(spread[0]) if failed else error)
-                    untraced |= probe.untraced
-            if accepted:
-                break
-    tables = frozenset(place for place, of in options.items() if place in watched and any(a.shared for a in of))
-    if not accepted:
-        if refusal is None or isinstance(refusal, UntracedRows):
-            ways = "batch_dim= or rows=" if batch_dim is None else "rows="
-            refusal = UntracedRows(
-                f"{refusal or ''} Say where the samples are with {ways}, or leave the layer out with layers=."
-            )
-        layers = frozenset(untraced - lookups.keys())
-        return _Attempt(way, uses, tables, doubtful, refusal=refusal, untraced=layers)
-    if known is not None and any(not same_rows(found, accepted[0][1]) for _, found in accepted):
-        accepted = [each for each in accepted if each[0].reading == known.reading] or accepted
-    if any(not same_rows(found, accepted[0][1]) for _, found in accepted):
-        raise _several_readings([probe.reading for probe, _ in accepted], batch_dim)
-    probe, found = accepted[0]
-    received = dict(probe.shapes)
-    with (
-        generators_kept(inputs),
-        torch.enable_grad(),
-        without_short_cuts(),
-        kept_apart(model, evaluated=True) as copied,
-    ):
-        copied.update(probe.twin.modules())
-        numbers = by_content(probe, words, found)
-        refuse_what_moves_on(probe, words, found)
-        # With several processes the model may talk to the others, who have no pass to spare at the same time.
-        if model.training and samples > 1 and not several_processes():
-            refuse_mixing_in_training(model, probe, samples, found)
-    without_hooks = () if all_hooks else tuple(modules_with_other_hooks(model))
-    certain = len(accepted) == 1
-    row_map = RowMap(found, len(words), probe.reading, numbers, without_hooks, certain, received, uses)
-    constant = frozenset(place for place, same in probe.constant.items() if not same)
-    return _Attempt(way, uses, tables, doubtful, row_map, constant - lookups.keys())
 
 
 def _choices(
