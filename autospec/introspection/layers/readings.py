@@ -239,10 +239,15 @@ def spread_over(shape: torch.Size, data: Tensor, table: Tensor) -> tuple[Tensor,
         return tensor
 
     own = form(table.detach())
-    width = own.shape[-1] if own.ndim else 1  # 1 where one number meets whole rows
-    index = torch.arange(own.numel() // max(width, 1), device=own.device).view(own.shape[:-1]).expand(shape[:-1])
+    rows, width = _in_rows(own).shape
+    index = torch.arange(rows, device=own.device).view(own.shape[:-1]).expand(shape[:-1])
     placed = table.expand(shape)
     return placed, _rows_met(table, form, index, lambda _: (data.expand(shape), placed), width != shape[-1])
+
+
+def _in_rows(table: Tensor) -> Tensor:
+    """A table as a matrix, whose rows have one number where a single one meets whole rows."""
+    return table.reshape(math.prod(table.shape[:-1]), table.shape[-1] if table.ndim else 1)
 
 
 def _rows_met(
@@ -267,16 +272,14 @@ def _rows_met(
     narrow : bool
         As for `SpreadCall`.
     """
-    own = form(table.detach())
-    width = own.shape[-1] if own.ndim else 1
-    rows = own.numel() // max(width, 1)
+    own = _in_rows(form(table.detach()))
 
     def lies(parameter: nn.Parameter) -> tuple[tuple[int, int] | None, bool] | None:
-        found = _rows_of(parameter.detach().reshape(len(parameter), -1), own.reshape(rows, width))
+        found = _rows_of(parameter.detach().reshape(len(parameter), -1), own)
         return None if found is None or found[1] else found
 
     def report(name: str, _: torch.Size, part: tuple[int, int] | None, __: bool, result: Tensor) -> SpreadCall:
-        first, total = part or (0, rows)
+        first, total = part or (0, len(own))
         data, placed = met(result)
         return SpreadCall(name, data, index + first, placed, total, narrow)
 
