@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autospec
 from autospec.introspection import WatchError
-from autospec.introspection.pending import Shares
+from autospec.introspection.shares import Shares
 from autospec.testing import check
 
 LABELS = list("aabbbc") * 4

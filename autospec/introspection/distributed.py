@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import WatchError
-from .pending import IndexStack, Pending, RowStack
+from .pending import Pending
+from .stacks import IndexStack, RowStack
 from .uses import WatchedLayer
 from .workspace import Workspace
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils.hooks import RemovableHandle
 
 
 def do_nothing(*_: Any) -> None:
@@ -84,3 +86,73 @@ class LookingOn(TorchFunctionMode):
         _pop_mode()
         for mode in reversed(above):
             _push_mode(mode)
+
+
+class Replacements:
+    """Notices other hooks of modules that replace what these receive or return.
+
+    Attributes
+    ----------
+    seen : bool
+        Whether there was any since `observe`.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._handles: list[RemovableHandle] = []
+
+    def observe(self, modules: Iterable[nn.Module], returned: Callable[[Any], Any]) -> None:
+        """Begin to look.
+
+        Parameters
+        ----------
+        modules : iterable of Module
+            The modules.
+        returned : callable
+            Takes what a module's hooks leave as its output; returns what stood there before the watcher put that in its place.
+        """
+        self.stop()
+        self.seen = False
+        for module in modules:
+            given: list[Any] = []
+            made: list[Any] = []
+
+            def begins(_: nn.Module, args: Any, kwargs: Any, given: list[Any] = given) -> None:
+                given[:] = [*args, *kwargs.values()]
+
+            def goes_on(_: nn.Module, args: Any, kwargs: Any, given: list[Any] = given) -> None:
+                self._compare(given, [*args, *kwargs.values()])
+
+            def ends(_: nn.Module, __: Any, output: Any, made: list[Any] = made) -> None:
+                made[:] = [output]
+
+            def goes_out(_: nn.Module, __: Any, output: Any, made: list[Any] = made) -> None:
+                self._compare(made, [returned(output)])
+
+            self._handles += [
+                module.register_forward_pre_hook(Hook(begins), prepend=True, with_kwargs=True),
+                module.register_forward_pre_hook(Hook(goes_on), with_kwargs=True),
+                module.register_forward_hook(Hook(ends), prepend=True),
+                module.register_forward_hook(Hook(goes_out)),
+            ]
+
+    def stop(self) -> None:
+        """Look no longer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _compare(self, before: list[Any], after: list[Any]) -> None:
+        same = len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
+        self.seen = self.seen or not same
+        before.clear()
+
+
+def backward_pass() -> int:
+    """Return the number of the backward pass that is running; later ones have larger numbers."""
+    return torch._C._current_graph_task_id()
+
+
+def transformed() -> bool:
+    """Whether torch.func is running the call, with tensors of its own, and will return the gradients."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

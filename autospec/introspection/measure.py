@@ -15,8 +15,10 @@ from torch import Tensor
 
 from .audit import Audit
 from .errors import WatchError
-from .pending import IndexStack, Pending, RowStack, cells_of_groups, together
+from .pending import Pending
+from .sorting import cells_of_groups
 from .spectra import leading_directions, noise_floor, principal_angles, singular_values, smaller_gram
+from .stacks import IndexStack, RowStack, together
 from .tracked import Block, leading_values, worthwhile
 from .tree import Record
 from .uses import ConstantInput, WatchedLayer

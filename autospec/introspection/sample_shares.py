@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import as_array
-from .audit import Audit
 from .capture import Capture
 from .copies import copy_model, kept_apart
 from .errors import WatchError
 from .factors import Factors, Product
+from .gathering import Gathering
 from .generators import generators_kept
 from .groups import Assignment, Groups
 from .parameters import find_parameters
-from .pending import Pending, Sorting
+from .pending import Pending
+from .sorting import Sorting
 from .spectra import BLOCKS, CANCELLED, SMALLEST_IN_BLOCKS, float64, smaller_gram
 from .uses import WatchedLayer
 from .workspace import Workspace
@@ -463,11 +464,12 @@ def sample_shares(
     twin = copy_model(model)
     found = [WatchedLayer(parameter) for parameter in find_parameters(twin, layers, unknown)]
     given = {name: as_array(value).reshape(-1) for name, value in (rows or {}).items()}
-    capture = Capture(twin, found, ("gradient",), given, batch_dim, False, False, False, Audit(None))
+    gathering = Gathering(found, ("gradient",))
+    gathering.make_pending = functools.partial(_Gathered, samples=samples)
+    capture = Capture(twin, gathering, given, batch_dim)
     capture.groups = Groups(None)
     capture.assignment = _each_sample_a_cell(samples)
     capture.recording = True
-    capture.make_pending = functools.partial(_Gathered, samples=samples)
     if valid is not None:
         mask = as_array(valid).astype(bool)
         if mask.ndim != 2 or len(mask) != samples:
@@ -482,7 +484,7 @@ def sample_shares(
             if not capture.forwards:
                 raise WatchError("no call of the model was seen: loss(model) must call the model that it is given.")
             torch.autograd.backward(value, inputs=[layer.parameter for layer in learned])
-        if capture.valid is not None and not capture.masked:
+        if capture.valid is not None and not gathering.masked:
             raise WatchError(
                 f"valid= has {capture.valid.shape[1]} positions, but no watched layer has as many rows a sample."
             )

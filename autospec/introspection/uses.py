@@ -17,8 +17,9 @@ from .groups import Assignment
 from .layers import LayerCall
 from .lookups import Place
 from .parameters import WatchedParameter
-from .pending import Pending, Sorting
+from .pending import Pending
 from .rows import RowMap
+from .sorting import Sorting
 from .workspace import Where, where
 
 
@@ -127,6 +128,13 @@ class Use:
     constant: ConstantInput | None
     dtype: torch.dtype | None
     backward: int
+
+    def let_go(self) -> None:
+        """Let go of what the graph's hooks hold."""
+        self.arrival.adjoints = []
+        self.call.forget()
+        if self.arrival.inputs_were_held and not self.call.inputs_are_held:
+            self.call.release()  # the graph has been freed
 
 
 class WatchedLayer(WatchedParameter):

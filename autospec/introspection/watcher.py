@@ -22,6 +22,7 @@ from .audit import Audit
 from .capture import Capture
 from .distributed import Processes
 from .errors import WatchError
+from .gathering import Gathering
 from .groups import Groups, listed
 from .measure import CONTRASTS, Measurement
 from .parameters import find_parameters
@@ -135,19 +136,17 @@ class Watcher:
         self._measurement = Measurement(self._layers, self._statistics, wanted, angles, solver)
         for layer in self._layers:
             self._measurement.index(layer)  # refuses singular values that a layer does not have
-        self._capture = Capture(
-            self._model,
+        self._gathering = Gathering(
             self._layers,
             self._statistics,
-            rows=given,
-            batch_dim=batch_dim,
             unfolded=activation == "unfolded",
             per_position=bool(per_position),
             spatial=per_position == "space",
             audit=self._audit,
         )
         if solver == "tracked":
-            self._capture.follows = self._measurement.follows
+            self._gathering.follows = self._measurement.follows
+        self._capture = Capture(self._model, self._gathering, given, batch_dim)
         self._attributes = dict(attributes or {})
         if taken := OWN_ATTRIBUTES & set(self._attributes):
             raise WatchError(
@@ -306,26 +305,25 @@ class Watcher:
         if self._capture.recording:
             if all(layer.pending is None for layer in self._layers):
                 raise WatchError(self._why_nothing_arrived())
-            if self._capture.valid is not None and not self._capture.masked:
+            if self._capture.valid is not None and not self._gathering.masked:
                 raise WatchError(
                     f"valid= has {self._capture.valid.shape[1]} positions, but no watched layer has as many rows a sample: give "
                     "one column for each time step or token."
                 )
-            sizes = self._capture.group_sizes()
+            sizes = self._gathering.group_sizes()
             if self._processes is not None:
                 self._processes.require_all(self._outer)
-                self._processes.join(self._layers, self._capture.workspace)
+                self._processes.join(self._layers, self._gathering.workspace)
                 sizes = self._processes.total(sizes)
-            self._measurement.audit = self._audit if self._capture.audited is not None else None
+            self._measurement.audit = self._audit if self._gathering.audited is not None else None
             record = self._measurement.record(self._count, sizes)
             self._recorded += 1
             (self._records if self._sink is None else self._buffer).append(record)
             calibrating = self._budget is not None and self._budget.every is None
-            if self._measurement.due or self._capture.audited is not None or calibrating:
+            if self._measurement.due or self._gathering.audited is not None or calibrating:
                 self._finish()  # a step that is timed bears the whole of its cost
             self._prove(record)
         self._capture.clear()
-        self._capture.masked = False
         self._notice_missing_labels()
         end = time.perf_counter()
         self._seconds["watching"] += end - begin
@@ -362,7 +360,6 @@ class Watcher:
         ``zero_grad()`` has the same effect, but only at the next backward pass; this lets go of the memory at once.
         """
         self._capture.clear()
-        self._capture.masked = False
 
     @property
     def trajectories(self) -> xr.DataTree:
@@ -409,8 +406,8 @@ class Watcher:
             "statistics": sorted(self._statistics),
             "singular_values": list(wanted) if isinstance(wanted, tuple) else wanted,
             "options": {
-                "activation": "unfolded" if self._capture.unfolded else "channels",
-                "per_position": "space" if self._capture.spatial else self._capture.per_position,
+                "activation": "unfolded" if self._gathering.unfolded else "channels",
+                "per_position": "space" if self._gathering.spatial else self._gathering.per_position,
                 "angles": self._angles,
             },
         }
@@ -454,8 +451,8 @@ class Watcher:
         reached = [layer.name for layer in self._layers if layer.rank_limit is not None]
         learned = [name for name in learned if name in reached] or learned
         due = self._capture.recording and self._audit.due(self._recorded) and learned
-        self._capture.audited = self._audit.chosen(learned, self._count) if due else None
-        self._capture.guard_due = self._capture.recording and self._audit.guard_due(self._recorded)
+        self._gathering.audited = self._audit.chosen(learned, self._count) if due else None
+        self._gathering.guard_due = self._capture.recording and self._audit.guard_due(self._recorded)
 
     def _set_labels(self, labels: Any, valid: Any, rows: Mapping[str, Any] | None) -> None:
         capture = self._capture
@@ -505,9 +502,9 @@ class Watcher:
 
     def _prove(self, record: Record) -> None:
         """Audit the record, if it is due, and compare with the gradient that arrived, if there is reason to."""
-        if not self._capture.guarded:
+        if not self._gathering.guarded:
             return
-        if self._capture.audited is not None:
+        if self._gathering.audited is not None:
             self._audit.audited(self._count, any(layer.pending and layer.pending.exact for layer in self._layers))
         for layer in self._layers:
             if layer.pending is None:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autospec.introspection import capture
-from autospec.introspection.pending import Shares, Sorting
+from autospec.introspection import gathering
+from autospec.introspection.shares import Shares
+from autospec.introspection.sorting import Sorting
 
 from .families import CONVOLUTIONS, LABELS, Calls, N, convolution, normal, problem, weighted
 from .oracle import (
@@ -105,7 +106,7 @@ def test_unfolding_changes_the_activation_alone(case):
 
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_large_items_are_not_sorted_and_give_the_same_shares(case, monkeypatch):
-    monkeypatch.setattr(capture, "LARGE_ITEM", 0)
+    monkeypatch.setattr(gathering, "LARGE_ITEM", 0)
     runs = []
     monkeypatch.setattr(Sorting, "as_they_lie", classmethod(spied(Sorting.as_they_lie.__func__, runs)))
     made = CONVOLUTIONS[case]()

@@ -270,7 +270,7 @@ def test_padding_that_lies_elsewhere_at_each_step_leaves_nothing_behind():
             tokens = tokens * (torch.rand(tokens.shape, generator=generator) < 0.7)
             model(tokens).square().mean().backward()
             watcher.step()
-            kept.append(len(watcher._capture._sortings))
+            kept.append(len(watcher._gathering._sortings))
     assert len(set(kept[1:])) == 1
 
 

@@ -11,11 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import autospec
-from autospec.introspection import factors, pending
+from autospec.introspection import factors
 from autospec.introspection.audit import Audit
 from autospec.introspection.factors import Convolution, Product
-from autospec.introspection.pending import Pending, Shares, Sorting, together
+from autospec.introspection.pending import Pending
+from autospec.introspection.shares import Shares, add_wide_product
+from autospec.introspection.sorting import Sorting
 from autospec.introspection.spectra import gram_by_rows, singular_values
+from autospec.introspection.stacks import together
 from autospec.introspection.workspace import Workspace
 
 from .oracle import members
@@ -234,7 +237,7 @@ def test_a_sum_over_many_images_keeps_its_digits(kind, layout):
 @pytest.mark.parametrize("uses", [1, 2])
 def test_a_product_of_many_rows_is_summed_in_pieces(uses, monkeypatch):
     """Rows of two kinds that oppose each other a hundred times as much as their sum is large, more than a piece of each."""
-    monkeypatch.setattr(pending, "TERMS", 64)
+    monkeypatch.setattr("autospec.introspection.shares.TERMS", 64)
     activation = draw(1200, 12) + 2
     adjoint = (draw(1200, 9, seed=1) + 1) * torch.tensor([1.0, -1.0]).repeat(600)[:, None]
     shares = Shares((9, 12), Workspace())
@@ -415,8 +418,10 @@ def test_a_group_that_diverged_spares_the_others_where_products_are_formed_by_sa
 @pytest.mark.parametrize("opposition", [0.3, 1e-4])
 def test_products_by_sample_are_formed_again_where_groups_cancel(opposition, monkeypatch):
     repaired = []
-    original = pending.add_wide_product
-    monkeypatch.setattr(pending, "add_wide_product", lambda *rest: repaired.append(1) or original(*rest))
+    original = add_wide_product
+    monkeypatch.setattr(
+        "autospec.introspection.shares.add_wide_product", lambda *rest: repaired.append(1) or original(*rest)
+    )
     grid = factors.Grid(50, torch.tensor([0, 1, 0, 1, 2, 2]))
     members = [[True, True, False], [True, True, True], [True, False, True]]  # all, a or b, b or c
     keys = [np.array(member).tobytes() for member in members]
@@ -501,7 +506,7 @@ def test_samples_of_many_positions_are_cut_into_equal_parts(positions, terms):
 
 def test_repair_is_told_by_the_rounding_of_pieces(monkeypatch):
     """A sum that the pieces' rounding would spoil is formed again."""
-    monkeypatch.setattr(pending, "ROUNDED", 1e-30)
+    monkeypatch.setattr("autospec.introspection.shares.ROUNDED", 1e-30)
     repaired = []
     original = Shares._wide_share
     monkeypatch.setattr(Shares, "_wide_share", lambda self, cells: repaired.append(cells) or original(self, cells))

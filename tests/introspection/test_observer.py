@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import autospec
 from autospec.introspection import WatchError
 from autospec.introspection import measure as measure_module
-from autospec.introspection.pending import Shares
+from autospec.introspection.shares import Shares
 
 from .oracle import Problem, assert_exact, error, members, record, share_by_copies, spectrum, svdvals
 

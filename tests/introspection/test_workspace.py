@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import autospec
-from autospec.introspection import capture, pending, spectra, watcher, workspace
-from autospec.introspection.pending import Sorting
+from autospec.introspection import gathering, shares, spectra, stacks, watcher, workspace
+from autospec.introspection.sorting import Sorting
 from autospec.introspection.workspace import LARGEST_KEPT, Workspace
 
 from .families import FAMILIES, Branches
@@ -34,7 +34,7 @@ def test_spectra_are_the_same_where_every_sorted_copy_counts_as_large(case, monk
         "give_back",
         lambda self, tensor: given_back.append(tensor.shape) or original(self, tensor.fill_(1e9)),
     )
-    for module in (workspace, pending):
+    for module in (workspace, shares):
         monkeypatch.setattr(module, "LARGEST_KEPT", 0)
     large = record(made, **options)
     if case in ("Linear, 3-D", "3-D network", "LSTM, twice", "Attention", "Linear, one input"):
@@ -67,7 +67,7 @@ def test_an_input_of_several_layers_is_sorted_and_multiplied_out_once(unused, la
         return grams(rows, room)
 
     monkeypatch.setattr(Sorting, "sort", counted_sort)
-    for module in (pending, capture):  # where it is asked for, and where it is forgotten
+    for module in (stacks, gathering):  # where it is asked for, and where it is forgotten
         monkeypatch.setattr(module, "column_gram", counted_gram)
     with autospec.watch(model, labels, statistics=("gradient", "activation"), audit=100, quiet=True) as watching:
         for _ in range(3):
@@ -88,9 +88,9 @@ def test_nothing_is_kept_for_a_layer_that_the_loss_does_not_use_beyond_one_backw
         held = []
         for _ in range(4):
             model(x).square().sum().backward()
-            held.append((len(watching._capture._sorted_inputs), len(watching._capture.workspace._known)))
+            held.append((len(watching._gathering._sorted_inputs), len(watching._gathering.workspace._known)))
         watching.step()
-        assert watching._capture._sorted_inputs == {}
+        assert watching._gathering._sorted_inputs == {}
     assert held[1:] == held[:1] * 3
     assert held[0][0] == unused
 
@@ -105,7 +105,7 @@ def test_evaluations_of_the_loss_between_two_updates_take_no_more_memory_than_on
         optimizer.zero_grad()
         loss = (model(x) - 1).square().mean()
         loss.backward()
-        held.append(sum(map(len, watching._capture.workspace._tensors.values())))
+        held.append(sum(map(len, watching._gathering.workspace._tensors.values())))
         return loss
 
     with autospec.watch(model, ["a", "b", "c", "d"] * 16, quiet=True) as watching:

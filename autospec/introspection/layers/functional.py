@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..arguments import can_be_nan, instances_in
 from ..errors import WatchError
 from ..generators import restore_random_state, torch_random_state
+from ..hooks import transformed
 from ..spectra import float64
 from .call import LayerCall, Place, qualified_name
 from .embedding import BiasCall
@@ -97,7 +98,7 @@ class FunctionalUses(FollowedWeights):
         for table in given:
             if table is not written and self._weights([table]) and self._lies_for_samples(table):
                 spread, reading = spread_over(table.shape, table, table)
-                calls = None if _transformed() else self._calls(reading, spread)
+                calls = None if transformed() else self._calls(reading, spread)
                 if calls is not None:
                     placed[id(table)] = self._report(calls, spread)
         self._refuse(call, (t for t in given if id(t) not in placed))
@@ -111,7 +112,7 @@ class FunctionalUses(FollowedWeights):
 
     def _look_up(self, call: Call) -> tuple[Any, bool]:
         """Carry out a lookup of a table's rows by an index of data; return what it returns, and whether it was one."""
-        found = None if _transformed() else rows_looked_up(call)
+        found = None if transformed() else rows_looked_up(call)
         if found is None or id(found[0]) not in self.made:
             return None, False
         table, again = found
@@ -162,7 +163,7 @@ class FunctionalUses(FollowedWeights):
         data = [t for t in given if self.is_data(t) and t.is_floating_point()]
         # Checkpointing compares what is kept with what is when the call is made again, without anybody looking on.
         kept = call.func not in SUMS and _hooks_on_saved_tensors()
-        if len(tables) != 1 or not data or kept or _transformed():
+        if len(tables) != 1 or not data or kept or transformed():
             return None
         (table,) = tables.values()
         # Products of complex numbers are rounded otherwise where one is spread.
@@ -183,7 +184,7 @@ class FunctionalUses(FollowedWeights):
 
     def _reading(self, call: Call) -> Reading | None:
         """How a tensor that is made of weights meets data in a product or a convolution."""
-        for reading in readings_of(call) if not _transformed() else ():
+        for reading in readings_of(call) if not transformed() else ():
             data, weight = reading.data, reading.weight
             if not (isinstance(data, Tensor) and isinstance(weight, Tensor)) or data.layout != torch.strided:
                 continue
@@ -311,11 +312,6 @@ def _hooks_on_saved_tensors() -> bool:
     while frame is not None and checkpoint is not None and frame.f_code.co_filename != checkpoint.__file__:
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None and checkpoint is not None
-
-
-def _transformed() -> bool:
-    """Whether torch.func is running the call, with tensors of its own."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _inputs_first(parameter: nn.Parameter, value: Tensor, formed: Tensor) -> bool:
