@@ -27,7 +27,7 @@ from autospec.introspection.groups import Groups
 from autospec.introspection.layers import layers_noted, rule_for, weights_by_layer
 from autospec.introspection.layers.followed import Call, FollowedWeights, Made
 from autospec.introspection.layers.readings import LINEAR, MATMUL
-from autospec.introspection.lookups import dims_of_size
+from autospec.introspection.rows import dims_of_size
 
 STEPS = 3
 SEED = 0

@@ -46,7 +46,14 @@ def test_the_architecture_names_every_module():
     for file in (ROOT / "autospec").iterdir():
         if file.suffix == ".py" and file.name not in ("__init__.py", "__main__.py"):
             assert f"`{file.name}`" in text or f"{file.name}`" in text, file.name
-    for folder in ("introspection", "statistics", "statistics/calibration", "training"):
+    for folder in (
+        "introspection",
+        "introspection/layers",
+        "introspection/rows",
+        "statistics",
+        "statistics/calibration",
+        "training",
+    ):
         for file in (ROOT / "autospec" / folder).glob("*.py"):
             assert file.name == "__init__.py" or f"`{file.name}`" in text, file
 

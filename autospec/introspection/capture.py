@@ -30,12 +30,9 @@ from .layers import (
     rule_for,
     weights_by_layer,
 )
-from .lookups import Place
-from .probe import OwnUses, weights_at
-from .row_maps import RowMaps
-from .rows import RowMap
+from .layers.call import Place
+from .rows import OwnUses, RowMap, RowMaps, refused_uses, weights_at
 from .spectra import irregular
-from .twins import refused_uses
 from .uses import Arrival, ConstantInput, Forward, Use, WatchedLayer
 from .workspace import where
 

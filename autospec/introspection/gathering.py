@@ -19,9 +19,8 @@ from .errors import WatchError
 from .factors import NARROW, Computed, Convolution, Factors, Lookup, Product, shares_by_position, single, walk
 from .groups import Assignment
 from .hooks import backward_pass, may_be_compiled
-from .orders import alike
 from .pending import Pending
-from .rows import several_processes
+from .rows import alike, several_processes
 from .scaling import LossScale
 from .sorting import Items, Layout, Sorting
 from .spectra import column_gram, float64

@@ -15,7 +15,7 @@ from .audit import cancels, sum_of_shares
 from .errors import WatchError
 from .groups import Assignment
 from .layers import LayerCall
-from .lookups import Place
+from .layers.call import Place
 from .parameters import WatchedParameter
 from .pending import Pending
 from .rows import RowMap

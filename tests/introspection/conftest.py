@@ -23,5 +23,5 @@ def probes(monkeypatch):
         calls.append(args)
         return map_rows(*args)
 
-    monkeypatch.setattr("autospec.introspection.row_maps.map_rows", counted)
+    monkeypatch.setattr("autospec.introspection.rows.row_maps.map_rows", counted)
     return calls

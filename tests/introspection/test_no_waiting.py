@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autospec
-from autospec.introspection import capture, measure, row_maps
+from autospec.introspection import capture, measure
 from autospec.introspection.audit import Audit
 from autospec.introspection.measure import Measurement
 from autospec.introspection.rows import map_rows
@@ -153,7 +153,7 @@ def like_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: tensor.device == DEVICE))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(row_maps, "map_rows", traced)
+    monkeypatch.setattr("autospec.introspection.rows.row_maps.map_rows", traced)
     monkeypatch.setattr(Audit, "due", lambda audit, recorded: False)
     monkeypatch.setattr(Audit, "guard_due", lambda audit, recorded: False)
     monkeypatch.setattr(Measurement, "finish", finish)

@@ -14,7 +14,7 @@ from torch import nn
 
 import autospec
 from autospec.introspection import WatchError
-from autospec.introspection.probe import code_words, decode
+from autospec.introspection.rows.probe import code_words, decode
 
 from .oracle import (
     Problem,

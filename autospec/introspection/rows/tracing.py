@@ -1,4 +1,4 @@
-"""Which rows of a layer's input belong to which sample: established by a probe, never assumed.
+"""All ways to trace rows to samples, until one leaves no doubt.
 
 A copy of the model in evaluation mode runs a few times with some samples made NaN, for every way in which its inputs may
 hold the samples; what holds for all batches of the same shapes is kept apart from what goes by the numbers in them.
@@ -20,12 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .arguments import can_be_nan, instances_in, replaced, tensors_in
-from .copies import kept_apart, unchanged, without_short_cuts
-from .errors import SeveralReadings, UntracedRows, WatchError
-from .generators import generators_kept
-from .layers import FunctionalUses
-from .layers.call import qualified_name
+from ..arguments import can_be_nan, instances_in, replaced, tensors_in
+from ..copies import kept_apart, unchanged, without_short_cuts
+from ..errors import SeveralReadings, UntracedRows, WatchError
+from ..generators import generators_kept
+from ..layers import FunctionalUses
+from ..layers.call import qualified_name
+from ..spectra import irregular
 from .lookups import (
     Along,
     Indices,
@@ -38,7 +39,6 @@ from .lookups import (
 )
 from .orders import by_content, refuse_mixing_in_training, refuse_what_moves_on, same_rows
 from .probe import OwnUses, Probe, Reading, code_words, inputs_in, sequences_in, weights_at
-from .spectra import irregular
 from .twins import Way, fix_statistics, modules_with_other_hooks, running_twin
 
 MAX_HYPOTHESES = 64

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .copies import copy_model, unchanged
-from .errors import WatchError
-from .hooks import Hook
-from .layers import FunctionalUses, LayerCall, SpreadCall, layers_noted, weights_by_layer
-from .layers.call import qualified_name
+from ..copies import copy_model, unchanged
+from ..errors import WatchError
+from ..hooks import Hook
+from ..layers import FunctionalUses, LayerCall, SpreadCall, layers_noted, weights_by_layer
+from ..layers.call import qualified_name
 from .lookups import Indices, Place, lookups_in
 from .probe import OwnUses, finite, weights_at
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arguments import as_array, of_packing, replaced, tensors_in
-from .copies import unchanged
-from .layers import rule_for
-from .layers.call import Place
+from ..arguments import as_array, of_packing, replaced, tensors_in
+from ..copies import unchanged
+from ..layers import rule_for
+from ..layers.call import Place
 
 
 @dataclass(frozen=True)

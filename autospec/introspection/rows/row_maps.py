@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .arguments import as_array, content_of, signature_of, whole_numbers
+from ..arguments import as_array, content_of, signature_of, whole_numbers
 from .lookups import Place
-from .rows import RowMap, map_rows
+from .tracing import RowMap, map_rows
 
 # Row maps of batches of different shapes, before the oldest are given up.
 ROW_MAPS_KEPT = 512

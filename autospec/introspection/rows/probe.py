@@ -22,11 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
-from .arguments import can_be_nan, instances_in, replaced, tensors_in
-from .copies import unchanged, without_validation
-from .errors import UntracedRows, WatchError
-from .layers import FunctionalUses, LayerCall, SpreadCall, layers_noted, rule_for, weights_by_layer
-from .layers.call import hold_nan, qualified_name
+from ..arguments import can_be_nan, instances_in, replaced, tensors_in
+from ..copies import unchanged, without_validation
+from ..errors import UntracedRows, WatchError
+from ..layers import FunctionalUses, LayerCall, SpreadCall, layers_noted, rule_for, weights_by_layer
+from ..layers.call import hold_nan, qualified_name
 from .lookups import Along, Origin, Place, lookups_in, lookups_marked, origins_of
 
 # Characters of another error that a sentence quotes.

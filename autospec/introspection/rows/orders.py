@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .arguments import as_array, content_of, of_packing, whole_numbers
-from .copies import moves_on
-from .errors import WatchError
+from ..arguments import as_array, content_of, of_packing, whole_numbers
+from ..copies import moves_on
+from ..errors import WatchError
 from .lookups import Place
 from .probe import Probe
 
