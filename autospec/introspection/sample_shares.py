@@ -19,7 +19,7 @@ from .arguments import as_array
 from .capture import Capture
 from .copies import copy_model, kept_apart
 from .errors import WatchError
-from .factors import Factors, Product
+from .factors import Computed, Factors, Product
 from .gathering import Gathering
 from .generators import generators_kept
 from .groups import Assignment, Groups
@@ -45,7 +45,8 @@ class SampleShares(ABC):
     shape : (int, int)
         Shape of a share.
     rows : ndarray of int, shape (samples,)
-        Rows that each sample contributed: the rank of its share is at most this.
+        Rows that each sample contributed, or as many as the rank of its share can be where that is more, because the
+        weight is computed of the parameter.
     dtype : torch.dtype
         The type in which the model computed.
     """
@@ -370,7 +371,7 @@ class _Gathered(Pending):
         self.samples = samples
         self.products: list[tuple[Product, np.ndarray]] = []
         self.matrices: Tensor | None = None
-        self.rows_of: dict[int, int] = {}
+        self.ranks: dict[int, int] = {}
 
     def add(
         self,
@@ -394,7 +395,9 @@ class _Gathered(Pending):
             if self.matrices is None:
                 self.matrices = share.new_zeros(self.samples, *self.shape)
             self.matrices[number] += share
-            self.rows_of[number] = self.rows_of.get(number, 0) + part.rows
+            # What a weight is computed by may raise the rank of a parameter's share.
+            rank = min(self.shape) if isinstance(part, Computed) else part.rows
+            self.ranks[number] = self.ranks.get(number, 0) + rank
 
     @property
     def keeps_rows(self) -> bool:
@@ -405,8 +408,8 @@ class _Gathered(Pending):
         dtype = self.dtype or torch.float32
         parts: list[StackedShares] = []
         if self.matrices is not None:
-            rows = np.array([self.rows_of.get(number, 0) for number in range(self.samples)])
-            parts.append(StackedShares(self.matrices, rows, dtype))
+            ranks = np.array([self.ranks.get(number, 0) for number in range(self.samples)])
+            parts.append(StackedShares(self.matrices, ranks, dtype))
         if self.products:
             activation = torch.cat([float64(factors.activation) for factors, _ in self.products])
             adjoint = torch.cat([float64(factors.adjoint_rows()) for factors, _ in self.products])

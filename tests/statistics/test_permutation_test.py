@@ -19,7 +19,7 @@ from autospec.statistics.permutation_test import (
     evaluate,
     permutation_test,
 )
-from autospec.statistics.permutations import compare, draw_conditional_labellings, draw_labellings
+from autospec.statistics.permutations import compare, draw_conditional_labellings, draw_labellings, group_sizes
 from autospec.statistics.table import COLUMNS
 from tests.introspection.families import FAMILIES, N
 from tests.introspection.oracle import share_by_copies
@@ -100,6 +100,27 @@ def test_wide_and_high_matrices_give_the_same():
     for name in ("first", "second", "contrast", "cosine"):
         for other in forms[1:]:
             assert getattr(forms[0], name) == pytest.approx(getattr(other, name), abs=1e-12)
+
+
+def test_shares_of_a_weight_that_is_computed_may_have_more_values_than_rows():
+    model, x = nn.utils.parametrizations.weight_norm(nn.Linear(9, 7)).double(), torch.randn(6, 9).double()
+
+    def loss(model, members=slice(None)):
+        return model(x[members]).tanh().square().sum()
+
+    name = "parametrizations.weight.original1"
+    comparison = compare(["a", "b"] * 3, "a", "b")
+    labellings = draw_labellings(comparison, 10, seed=0)
+    shares = {name: sample_shares(model, loss, 6)[name]}
+    found = measures.labelled_spectra(shares[name], labellings.in_first, *group_sizes(labellings, np.ones(6)))
+    for b, members in enumerate(labellings.in_first):
+        for spectra, chosen in ((found.first, members), (found.second, ~members)):
+            share = torch.autograd.grad(loss(model, torch.from_numpy(chosen)), model.parametrizations.weight.original1)
+            right = torch.linalg.svdvals(share[0]).numpy()
+            assert right[6] > 1e-3 * right[0]
+            assert spectra[b] == pytest.approx(right, rel=1e-9)
+    table = permutation_test([0], lambda _: shares, comparison, labellings).table
+    assert table.set_index("statistic").loc["contrast", "p"].notna().sum() == 7
 
 
 def test_dead_units_and_inner_products_leave_every_p_as_it_is():
