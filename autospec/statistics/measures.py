@@ -75,6 +75,9 @@ def labelled_spectra(
         spectra[:, part, : len(whole)] = torch.stack([singular_values([gram])[0] for gram in grams]).cpu().numpy()
         first, second, twice = (each.diagonal(dim1=1, dim2=2).sum(1) for each in (*grams[:2], cross))
         cosine[part] = ((twice / 2 - first) / (first * second).sqrt()).clamp(-1, 1).cpu().numpy()
+    rows, everyone = in_first @ shares.rows, np.full(len(in_first), shares.rows.sum())
+    for each, rank in zip(spectra, (rows, everyone - rows, everyone), strict=True):
+        each[np.arange(count) >= rank[:, None]] = 0  # roots of rounding, which would count in the effective rank
     return LabelledSpectra(spectra[0], spectra[1], spectra[2], cosine)
 
 

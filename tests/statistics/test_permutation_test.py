@@ -102,6 +102,25 @@ def test_wide_and_high_matrices_give_the_same():
             assert getattr(forms[0], name) == pytest.approx(getattr(other, name), abs=1e-12)
 
 
+def test_values_beyond_the_rows_of_a_group_are_zero():
+    generator = torch.Generator().manual_seed(0)
+    activation, adjoint = (torch.randn(24, width, generator=generator).double() for width in (50, 40))
+    sample = np.repeat(np.arange(12), 2)
+    factored = FactoredShares(activation, adjoint, sample, 12, torch.float32)
+    in_first = np.random.default_rng(0).permuted(np.tile(np.arange(12) < 4, (5, 1)), axis=1)
+    matrices = factored.stacked().matrices
+    for shares in (factored, factored.stacked()):
+        found = measures.labelled_spectra(shares, in_first, in_first.sum(1), (~in_first).sum(1))
+        for each, rank in ((found.first, 8), (found.second, 16), (found.contrast, 24)):
+            assert each.shape == (5, 40)
+            assert (each[:, :rank] > 0.1).all()
+            assert not each[:, rank:].any()
+        for b, members in enumerate(in_first):
+            right = torch.linalg.svdvals(matrices[torch.from_numpy(members)].sum(0)).numpy()
+            entropy = stats.entropy(right[:8])
+            assert measures.effective_rank(found.first[b]) == pytest.approx(np.exp(entropy), rel=1e-10)
+
+
 def test_shares_of_a_weight_that_is_computed_may_have_more_values_than_rows():
     model, x = nn.utils.parametrizations.weight_norm(nn.Linear(9, 7)).double(), torch.randn(6, 9).double()
 
