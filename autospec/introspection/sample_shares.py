@@ -30,8 +30,8 @@ from .spectra import BLOCKS, CANCELLED, SMALLEST_IN_BLOCKS, float64, smaller_gra
 from .uses import WatchedLayer
 from .workspace import Workspace
 
-# Numbers formed at a time by `group_sums`.
-CHUNK = 2**22
+# Numbers formed at a time by `group_sums`; and of groups' inner products on the processor, about what its cache holds.
+CHUNK, IN_CACHE = 2**22, 2**19
 # Groups with more rows than this part of all, and narrow factors, are summed with weights, which spares the copy of rows.
 MANY_ROWS = 0.75
 FEW_COLUMNS = 32
@@ -286,16 +286,17 @@ class FactoredShares(SampleShares):
         usual = inner.trace() * narrow.square().sum() / len(narrow) ** 2
         numbers = most * (len(narrow) + most + 2 * narrow.shape[1]) + 3 * narrow.shape[1] ** 2
         count = max(1, CHUNK // numbers)
+        few = max(1, IN_CACHE // numbers) if self.device.type == "cpu" else count
         for start in range(0, len(members), count):
             part = slice(start, min(start + count, len(members)))
             others, index, rows = self._fewer_rows(members[part])
-            between = inner[index].gather(2, index[:, None].expand(-1, index.shape[1], -1))
-            own = _lower_product(rows, between @ rows)
+            both = whole.new_empty(len(index), len(whole), 2 * len(whole))
+            for some, which, out in zip(rows.split(few), index.split(few), both.split(few), strict=True):
+                torch.bmm(some.mT, torch.cat([_half_of_products(inner, which, some), with_total[which]], 2), out=out)
+            own, cross = (each + each.mT for each in both.split(len(whole), 2))
             if not bool((own.diagonal(dim1=1, dim2=2).sum(1) > CANCELLED**2 * usual * index.shape[1]).all()):
                 yield part, *_grams(self._sums(members[part]), self.total())
                 continue
-            cross = rows.mT @ with_total[index]
-            cross = cross + cross.mT
             yield (part, whole - cross + own, 2 * whole - cross) if others else (part, own, cross)
 
     def _narrow_and_wide(self) -> tuple[Tensor, Tensor]:
@@ -350,14 +351,27 @@ def _reduced(rows: Tensor) -> Tensor:
     return rows
 
 
-def _lower_product(rows: Tensor, other: Tensor) -> Tensor:
-    """Compute the lower triangle of the symmetric products ``rows.mT @ other``, each of shape (groups, s, s)."""
-    size = rows.shape[2]
-    result = rows.new_zeros(len(rows), size, size)
+def _half_of_products(inner: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """Multiply rows with a half of their inner products, which with its transpose makes the whole: lower blocks, half of the diagonal's.
+
+    Parameters
+    ----------
+    inner : Tensor
+        Inner products of all rows, symmetric.
+    index : Tensor of int
+        Which of them each group has, shape (groups, count).
+    rows : Tensor
+        What is multiplied, shape (groups, count, s).
+    """
+    size = index.shape[1]
+    result = torch.empty_like(rows)
     block = size if size < SMALLEST_IN_BLOCKS else -(-size // BLOCKS)
     for start in range(0, size, block):
         stop = min(start + block, size)
-        result[:, start:stop, :stop] = rows[:, :, start:stop].mT @ other[:, :, :stop]
+        columns = index[:, None, :stop].expand(-1, stop - start, -1)
+        between = inner[index[:, start:stop]].gather(2, columns)
+        between[:, :, start:] /= 2
+        result[:, start:stop] = between @ rows[:, :stop]
     return result
 
 

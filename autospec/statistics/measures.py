@@ -101,10 +101,11 @@ def gram_matrices(
         Three of shape (B, s, s), of which the lower triangles are valid.
     """
     second = torch.sub(whole, cross).add_(own)
-    # The contrast is G_a (1 / N_a + 1 / N_b) - S / N_b, here times N_b / (1 / N_a + 1 / N_b), which leaves fewer products.
-    scale = (1 + size_second / size_first)[:, None, None]
-    contrast = (own * scale).sub_(cross).add_(whole / scale).mul_(scale / size_second.square()[:, None, None])
-    return own, second, contrast
+    # The contrast is G_a (1 / N_a + 1 / N_b) - S / N_b.
+    of_first, of_whole = ((1 / size)[:, None, None] for size in (size_first, size_second))
+    of_first = of_first + of_whole
+    contrast = (own * of_first.square()).addcmul_(cross, of_first * of_whole, value=-1)
+    return own, second, contrast.addcmul_(whole, of_whole.square())
 
 
 def effective_rank(spectrum: np.ndarray) -> np.ndarray:

@@ -195,8 +195,12 @@ def many(request):
     return request.param, shares, shares.stacked().matrices
 
 
-def test_gram_matrices_of_groups_are_those_of_their_sums(many, monkeypatch):
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_gram_matrices_of_groups_are_those_of_their_sums(many, in_blocks, monkeypatch):
     name, shares, matrices = many
+    if in_blocks:
+        monkeypatch.setattr("autospec.introspection.sample_shares.SMALLEST_IN_BLOCKS", 4)
+        monkeypatch.setattr("autospec.introspection.sample_shares.IN_CACHE", 1)
     members = np.random.default_rng(0).permuted(np.tile(np.arange(40) % 2 == 0, (7, 1)), axis=1)
     if name == "cancelled":
         members[:] = np.arange(40) % 20 < 8
