@@ -19,7 +19,7 @@ from .arguments import as_array
 from .capture import Capture
 from .copies import copy_model, kept_apart
 from .errors import WatchError
-from .factors import Computed, Factors, Product
+from .factors import Factors, Product
 from .gathering import Gathering
 from .generators import generators_kept
 from .groups import Assignment, Groups
@@ -45,20 +45,27 @@ class SampleShares(ABC):
     shape : (int, int)
         Shape of a share.
     rows : ndarray of int, shape (samples,)
-        Rows that each sample contributed, or as many as the rank of its share can be where that is more, because the
-        weight is computed of the parameter.
+        Rows that each sample contributed.
     dtype : torch.dtype
         The type in which the model computed.
+    computed : bool
+        Whether the weight is computed of the parameter, which may raise the rank of a share above the number of rows.
     """
 
     shape: tuple[int, int]
     rows: np.ndarray
     dtype: torch.dtype
+    computed: bool = False
 
     @property
     def samples(self) -> int:
         """Number of samples."""
         return len(self.rows)
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """How large the rank of each sample's share can be at most, shape (samples,); of a sum of shares, the sum of these."""
+        return np.where(self.rows > 0, min(self.shape), 0) if self.computed else self.rows
 
     @abstractmethod
     def weighted_sums(self, weights: Tensor) -> Tensor:
@@ -165,10 +172,12 @@ class StackedShares(SampleShares):
         Rows that each sample contributed.
     dtype : torch.dtype
         The type in which the model computed.
+    computed : bool
+        Whether the weight is computed of the parameter.
     """
 
-    def __init__(self, matrices: Tensor, rows: np.ndarray, dtype: torch.dtype) -> None:
-        self.matrices, self.rows, self.dtype = matrices, rows, dtype
+    def __init__(self, matrices: Tensor, rows: np.ndarray, dtype: torch.dtype, computed: bool = False) -> None:
+        self.matrices, self.rows, self.dtype, self.computed = matrices, rows, dtype, computed
         self.shape = (matrices.shape[1], matrices.shape[2])
 
     def weighted_sums(self, weights: Tensor) -> Tensor:  # noqa: D102
@@ -182,7 +191,8 @@ class StackedShares(SampleShares):
             matrices = self.matrices.new_zeros(int(unit.max()) + 1, *self.shape)
             target = torch.from_numpy(unit[kept]).to(self.device)
             matrices.index_add_(0, target, self.matrices[torch.from_numpy(kept)])
-        return StackedShares(matrices, np.bincount(unit[kept], self.rows[kept]).astype(np.int64), self.dtype)
+        rows = np.bincount(unit[kept], self.rows[kept]).astype(np.int64)
+        return StackedShares(matrices, rows, self.dtype, self.computed)
 
     def reduced(self) -> StackedShares:
         """The same without rows and columns that are zero in every share, such as words that do not occur."""
@@ -190,7 +200,7 @@ class StackedShares(SampleShares):
         first, second = used.any(2).any(0), used.any(1).any(0)
         if bool(first.all()) and bool(second.all()):
             return self
-        return StackedShares(self.matrices[:, first][:, :, second], self.rows, self.dtype)
+        return StackedShares(self.matrices[:, first][:, :, second], self.rows, self.dtype, self.computed)
 
     @property
     def device(self) -> torch.device:  # noqa: D102
@@ -385,7 +395,7 @@ class _Gathered(Pending):
         self.samples = samples
         self.products: list[tuple[Product, np.ndarray]] = []
         self.matrices: Tensor | None = None
-        self.ranks: dict[int, int] = {}
+        self.rows_of: dict[int, int] = {}
 
     def add(
         self,
@@ -409,9 +419,7 @@ class _Gathered(Pending):
             if self.matrices is None:
                 self.matrices = share.new_zeros(self.samples, *self.shape)
             self.matrices[number] += share
-            # What a weight is computed by may raise the rank of a parameter's share.
-            rank = min(self.shape) if isinstance(part, Computed) else part.rows
-            self.ranks[number] = self.ranks.get(number, 0) + rank
+            self.rows_of[number] = self.rows_of.get(number, 0) + part.rows
 
     @property
     def keeps_rows(self) -> bool:
@@ -422,8 +430,8 @@ class _Gathered(Pending):
         dtype = self.dtype or torch.float32
         parts: list[StackedShares] = []
         if self.matrices is not None:
-            ranks = np.array([self.ranks.get(number, 0) for number in range(self.samples)])
-            parts.append(StackedShares(self.matrices, ranks, dtype))
+            rows = np.array([self.rows_of.get(number, 0) for number in range(self.samples)])
+            parts.append(StackedShares(self.matrices, rows, dtype, self.computed))
         if self.products:
             activation = torch.cat([float64(factors.activation) for factors, _ in self.products])
             adjoint = torch.cat([float64(factors.adjoint_rows()) for factors, _ in self.products])
@@ -437,7 +445,7 @@ class _Gathered(Pending):
         if len(parts) == 1:
             return parts[0]
         first, second = parts
-        return StackedShares(first.matrices + second.matrices, first.rows + second.rows, dtype)
+        return StackedShares(first.matrices + second.matrices, first.rows + second.rows, dtype, self.computed)
 
 
 def sample_shares(

@@ -75,8 +75,8 @@ def labelled_spectra(
         spectra[:, part, : len(whole)] = torch.stack([singular_values([gram])[0] for gram in grams]).cpu().numpy()
         first, second, twice = (each.diagonal(dim1=1, dim2=2).sum(1) for each in (*grams[:2], cross))
         cosine[part] = ((twice / 2 - first) / (first * second).sqrt()).clamp(-1, 1).cpu().numpy()
-    rows, everyone = in_first @ shares.rows, np.full(len(in_first), shares.rows.sum())
-    for each, rank in zip(spectra, (rows, everyone - rows, everyone), strict=True):
+    ranks, everyone = in_first @ shares.ranks, np.full(len(in_first), shares.ranks.sum())
+    for each, rank in zip(spectra, (ranks, everyone - ranks, everyone), strict=True):
         each[np.arange(count) >= rank[:, None]] = 0  # roots of rounding, which would count in the effective rank
     return LabelledSpectra(spectra[0], spectra[1], spectra[2], cosine)
 
@@ -201,13 +201,13 @@ def deciding(statistic: str, values: int) -> slice:
     return slice(1, 2) if statistic == "effective_rank" and values > 1 else slice(0, 1)
 
 
-def values_possible(statistic: str, shape: tuple[int, int], rows: tuple[np.ndarray, np.ndarray]) -> int:
-    """How many values of a measure the groups' rows allow under every labelling to differ from zero."""
+def values_possible(statistic: str, shape: tuple[int, int], ranks: tuple[np.ndarray, np.ndarray]) -> int:
+    """How many values of a measure the ranks of the groups' shares allow under every labelling to differ from zero."""
     if statistic not in SPECTRAL:
         return 1
     if statistic == "contrast":
-        return int(min(*shape, rows[0][0] + rows[1][0]))
-    return int(min(*shape, rows[0].min(), rows[1].min()))
+        return int(min(*shape, ranks[0][0] + ranks[1][0]))
+    return int(min(*shape, ranks[0].min(), ranks[1].min()))
 
 
 def checked(statistics: Collection[str]) -> tuple[str, ...]:

@@ -128,11 +128,11 @@ class NullDistributions:
     def _layer(self, of_samples: SampleShares) -> dict[str, Values]:
         shares = of_samples.of_units(self.comparison.unit)
         sizes = group_sizes(self.labellings, self.comparison.sizes)
-        rows = group_sizes(self.labellings, shares.rows)
+        rows, ranks = (group_sizes(self.labellings, each) for each in (shares.rows, shares.ranks))
         spectra = measures.labelled_spectra(shares, self.labellings.in_first, *sizes)
         found = {}
         for name in self.statistics:
-            possible = measures.values_possible(name, shares.shape, rows)
+            possible = measures.values_possible(name, shares.shape, ranks)
             values = measures.measure(spectra, name, *sizes)[:, :possible].astype(np.float32)
             above = measures.resolved(spectra, name, *sizes, shares.shape, rows, shares.dtype)[:, :possible]
             finite = np.isfinite(values).all(0)

@@ -131,6 +131,7 @@ def test_shares_of_a_weight_that_is_computed_may_have_more_values_than_rows():
     comparison = compare(["a", "b"] * 3, "a", "b")
     labellings = draw_labellings(comparison, 10, seed=0)
     shares = {name: sample_shares(model, loss, 6)[name]}
+    assert (set(shares[name].rows), set(shares[name].ranks)) == ({1}, {7})
     found = measures.labelled_spectra(shares[name], labellings.in_first, *group_sizes(labellings, np.ones(6)))
     for b, members in enumerate(labellings.in_first):
         for spectra, chosen in ((found.first, members), (found.second, ~members)):
