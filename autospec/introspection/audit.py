@@ -89,13 +89,25 @@ class Audit:
         self._found["steps"].append(step)
         self._missed = not compared
 
-    def guard(self, name: str, pending: Pending) -> None:
-        """Compare the sum of the shares with the gradient that arrived; warn of what came from no row."""
+    def guard(self, name: str, pending: Pending, total: Tensor | None = None, stacklevel: int = 5) -> None:
+        """Compare the sum of the shares with the gradient that arrived; warn of what came from no row.
+
+        Parameters
+        ----------
+        name : str
+            Of the parameter.
+        pending : Pending
+            What has arrived for it.
+        total : Tensor, optional
+            The sum of the shares, where ``pending`` does not hold them.
+        stacklevel : int
+            Frames from here to the code that is warned, and one more.
+        """
         if pending.arrived is None or pending.unnoted:
             return
         if pending.left_out is not None:
-            self._left_out(name, pending.left_out, pending.arrived)
-        total, unit = sum_of_shares(pending)
+            self._left_out(name, pending.left_out, pending.arrived, stacklevel)
+        total, unit = (total, rounding_of_sum(pending, [total])) if total is not None else sum_of_shares(pending)
         outside = torch.linalg.matrix_norm(pending.arrived - total)
         deviation = float(outside) / unit if unit else 0.0
         if deviation > GUARD_TOLERANCE and pending.by_kernel is not None:
@@ -106,9 +118,9 @@ class Audit:
         if deviation <= GUARD_TOLERANCE:
             self._found["largest_guard_deviation"] = max(self._found["largest_guard_deviation"], deviation)
             return
-        self._outside(name, float(outside / torch.linalg.matrix_norm(pending.arrived)), stacklevel=5)
+        self._outside(name, float(outside / torch.linalg.matrix_norm(pending.arrived)), stacklevel)
 
-    def _left_out(self, name: str, left_out: Tensor, rest: Tensor) -> None:
+    def _left_out(self, name: str, left_out: Tensor, rest: Tensor, stacklevel: int) -> None:
         """Warn of a mask that leaves out what the layer learns from."""
         size = float(torch.linalg.matrix_norm(left_out + rest))
         fraction = float(torch.linalg.matrix_norm(left_out)) / size if size else 0.0
@@ -121,7 +133,7 @@ class Audit:
             f"rows that valid= leaves out hold {_percent(fraction)} of the gradient of '{name}', and the groups' shares do not "
             "contain them: either the loss depends on these positions, or the layer's rows lie in another order than the "
             "columns of valid=, as where a series is turned round; leave the layer out with layers=, or valid= away.",
-            stacklevel=6,
+            stacklevel=stacklevel + 1,
         )
 
     def penalised(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
@@ -218,7 +230,12 @@ def sum_of_shares(pending: Pending) -> tuple[Tensor, float]:
     matrices = [float64(pending.shares.matrix([key])) for key in pending.shares.counts]
     total = torch.stack(matrices).sum(0)
     # The gradient is one sum over all rows: with many groups it is larger than each of their shares.
-    scale = max(float(torch.linalg.matrix_norm(matrix)) for matrix in (*matrices, total))
+    return total, rounding_of_sum(pending, [*matrices, total])
+
+
+def rounding_of_sum(pending: Pending, matrices: Sequence[Tensor]) -> float:
+    """What the rounding of a gradient may be that is as large as the largest of some matrices."""
+    scale = max(float(torch.linalg.matrix_norm(matrix)) for matrix in matrices)
     rounding = torch.finfo(pending.dtype or torch.float32).eps
     unit = rounding * scale * max(sum(pending.rows.values()), *pending.shape) ** 0.5
     unit *= ROUNDING_OF_COMPUTED if pending.computed else 1
@@ -226,7 +243,7 @@ def sum_of_shares(pending: Pending) -> tuple[Tensor, float]:
     squares = pending.shares.rounding_of_products(list(pending.shares.counts), 0.0)
     walk = float(pending.walk) ** 0.5
     factors = walk * sum(pending.rows.values()) ** 0.5
-    return total, max(
+    return max(
         unit,
         (squares or 0.0) ** 0.5,
         rounding * ROUNDING_OF_WALK * walk,

@@ -411,6 +411,8 @@ class _Gathered(Pending):
         """Add one use of the parameter: rows of products as they are, other shares as matrices."""
         numbers = [_sample_number(key) for key in sorting.keys]
         factors = factors.as_stored()
+        for key, count in zip(sorting.keys, sorting.counts, strict=True):
+            self.rows[key] = self.rows.get(key, 0) + factors.rows_of(count)
         if isinstance(factors, Product):
             self.products.append((factors, np.repeat(numbers, sorting.counts)))
             return
@@ -461,6 +463,8 @@ def sample_shares(
 ) -> dict[str, SampleShares]:
     """Run one forward and backward pass and return every sample's share of every watched parameter's gradient.
 
+    What of a gradient comes from no sample's row, as of a penalty on the weights, is in no share; a warning says so.
+
     The share of a sample is that of a group to which it belongs alone: with its own copy of the parameter, all
     copies equal, the derivative of the loss of the whole batch with respect to that copy.
 
@@ -487,20 +491,20 @@ def sample_shares(
         If the model cannot be watched, or the rows of a layer cannot be traced to samples.
     """
     twin = copy_model(model)
-    found = [WatchedLayer(parameter) for parameter in find_parameters(twin, layers, unknown)]
+    watched = [WatchedLayer(parameter) for parameter in find_parameters(twin, layers, unknown)]
     given = {name: as_array(value).reshape(-1) for name, value in (rows or {}).items()}
-    gathering = Gathering(found, ("gradient",))
+    gathering = Gathering(watched, ("gradient",))
     gathering.make_pending = functools.partial(_Gathered, samples=samples)
     capture = Capture(twin, gathering, given, batch_dim)
     capture.groups = Groups(None)
     capture.assignment = _each_sample_a_cell(samples)
-    capture.recording = True
+    capture.recording = gathering.guard_due = True
     if valid is not None:
         mask = as_array(valid).astype(bool)
         if mask.ndim != 2 or len(mask) != samples:
             raise WatchError(f"valid= has the shape {mask.shape}: give one row for each of the {samples} samples.")
         capture.valid = mask
-    learned = [layer for layer in found if layer.parameter.requires_grad]
+    learned = [layer for layer in watched if layer.parameter.requires_grad]
     capture.attach()
     try:
         with generators_kept(list(twin.parameters())), torch.enable_grad(), kept_apart(model) as copied:
@@ -513,7 +517,12 @@ def sample_shares(
             raise WatchError(
                 f"valid= has {capture.valid.shape[1]} positions, but no watched layer has as many rows a sample."
             )
-        return {layer.name: layer.pending.result() for layer in learned if isinstance(layer.pending, _Gathered)}
+        found = {}
+        for layer in learned:
+            if isinstance(layer.pending, _Gathered):
+                shares = found[layer.name] = layer.pending.result()
+                gathering.audit.guard(layer.name, layer.pending, shares.total(), stacklevel=4)
+        return found
     finally:
         capture.detach()
 

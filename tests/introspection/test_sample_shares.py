@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -279,3 +280,19 @@ def test_what_cannot_be_traced_is_refused():
     twin = copy.deepcopy(model)
     with pytest.raises(WatchError, match="no call of the model"):
         sample_shares(model, lambda model: twin(x).sum(), 10)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Conv1d(4, 3, 2)], ids=["product", "convolution"])
+def test_a_part_of_a_gradient_that_comes_from_no_sample_is_said(layer):
+    x = torch.randn(10, 4) if isinstance(layer, nn.Linear) else torch.randn(10, 4, 6)
+
+    def penalised(model):
+        return model(x).square().mean() + model.weight.square().sum()
+
+    with pytest.warns(UserWarning, match=r"% of the gradient of 'weight' comes from no sample's row") as said:
+        shares = sample_shares(layer, penalised, 10)["weight"]
+    assert [each.filename for each in said] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = sample_shares(layer, lambda model: model(x).square().mean(), 10)["weight"]
+    torch.testing.assert_close(shares.total(), plain.total())
