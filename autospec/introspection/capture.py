@@ -508,8 +508,6 @@ class Capture:
             if not use.arrival.waiting:
                 use.let_go()
 
-    # ------------------------------------------------------------------ rows
-
 
 def _at(position: int, function: Callable[[int, Tensor | None], None]) -> Callable[[Tensor], None]:
     return lambda adjoint: function(position, adjoint)

@@ -48,8 +48,8 @@ class Gathering:
         Whether rows of a convolution's activation are patches.
     per_position, spatial : bool
         Whether shares are kept for each position in time or of a token, and in space.
-    audit : Audit
-        Decides which steps are audited.
+    audit : Audit, optional
+        Decides which steps are audited, and is told what is found.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Hooks that stay with their module when the model is copied or pickled."""
+"""What looks on while a model runs: hooks, and modes that see torch's calls; and what torch says of a pass that is running."""
 
 from __future__ import annotations
 
@@ -154,5 +154,5 @@ def backward_pass() -> int:
 
 
 def transformed() -> bool:
-    """Whether torch.func is running the call, with tensors of its own, and will return the gradients."""
+    """Whether torch.func is running the call, with tensors of its own; gradients it returns."""
     return torch._C._functorch.peek_interpreter_stack() is not None
