@@ -375,7 +375,7 @@ def _half_of_products(inner: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """
     size = index.shape[1]
     result = torch.empty_like(rows)
-    block = size if size < SMALLEST_IN_BLOCKS else -(-size // BLOCKS)
+    block = max(size, 1) if size < SMALLEST_IN_BLOCKS else -(-size // BLOCKS)
     for start in range(0, size, block):
         stop = min(start + block, size)
         columns = index[:, None, :stop].expand(-1, stop - start, -1)
@@ -395,7 +395,6 @@ class _Gathered(Pending):
         self.samples = samples
         self.products: list[tuple[Product, np.ndarray]] = []
         self.matrices: Tensor | None = None
-        self.rows_of: dict[int, int] = {}
 
     def add(
         self,
@@ -412,7 +411,7 @@ class _Gathered(Pending):
         numbers = [_sample_number(key) for key in sorting.keys]
         factors = factors.as_stored()
         for key, count in zip(sorting.keys, sorting.counts, strict=True):
-            self.rows[key] = self.rows.get(key, 0) + factors.rows_of(count)
+            self.rows[key] = self.rows.get(key, 0) + factors.rows_of(count) * counted
         if isinstance(factors, Product):
             self.products.append((factors, np.repeat(numbers, sorting.counts)))
             return
@@ -421,7 +420,6 @@ class _Gathered(Pending):
             if self.matrices is None:
                 self.matrices = share.new_zeros(self.samples, *self.shape)
             self.matrices[number] += share
-            self.rows_of[number] = self.rows_of.get(number, 0) + part.rows
 
     @property
     def keeps_rows(self) -> bool:
@@ -431,8 +429,9 @@ class _Gathered(Pending):
         """What has arrived, in the form in which sums over samples cost least."""
         dtype = self.dtype or torch.float32
         parts: list[StackedShares] = []
+        rows = np.zeros(self.samples, dtype=np.int64)
+        rows[[_sample_number(key) for key in self.rows]] = list(self.rows.values())
         if self.matrices is not None:
-            rows = np.array([self.rows_of.get(number, 0) for number in range(self.samples)])
             parts.append(StackedShares(self.matrices, rows, dtype, self.computed))
         if self.products:
             activation = torch.cat([float64(factors.activation) for factors, _ in self.products])
@@ -447,7 +446,7 @@ class _Gathered(Pending):
         if len(parts) == 1:
             return parts[0]
         first, second = parts
-        return StackedShares(first.matrices + second.matrices, first.rows + second.rows, dtype, self.computed)
+        return StackedShares(first.matrices + second.matrices, rows, dtype, self.computed)
 
 
 def sample_shares(

@@ -40,7 +40,7 @@ class LabelledSpectra:
     first, second, contrast : ndarray, shape (labellings, singular values)
         Descending; the contrast is :math:`G_a / N_a - G_b / N_b`.
     cosine : ndarray, shape (labellings,)
-        Between the two groups' shares.
+        Between the two groups' shares; NaN where one has none.
     """
 
     first: np.ndarray
@@ -76,6 +76,7 @@ def labelled_spectra(
         first, second, twice = (each.diagonal(dim1=1, dim2=2).sum(1) for each in (*grams[:2], cross))
         cosine[part] = ((twice / 2 - first) / (first * second).sqrt()).clamp(-1, 1).cpu().numpy()
     ranks, everyone = in_first @ shares.ranks, np.full(len(in_first), shares.ranks.sum())
+    cosine[(ranks == 0) | (ranks == everyone)] = np.nan
     for each, rank in zip(spectra, (ranks, everyone - ranks, everyone), strict=True):
         each[np.arange(count) >= rank[:, None]] = 0  # roots of rounding, which would count in the effective rank
     return LabelledSpectra(spectra[0], spectra[1], spectra[2], cosine)

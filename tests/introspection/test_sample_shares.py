@@ -227,6 +227,20 @@ def test_gram_matrices_of_groups_are_those_of_their_sums(many, in_blocks, monkey
             assert float((cross - right - right.mT).abs().max()) < 10 * tolerance * max(size, float(right.abs().max()))
 
 
+@pytest.mark.parametrize("everyone", [False, True])
+def test_groups_without_rows_have_no_gram_matrix(everyone):
+    """As a group may be none of whose samples an expert has seen, or the other of two."""
+    activation, adjoint = torch.randn(4, 60).double(), torch.randn(4, 40).double()
+    shares = FactoredShares(activation, adjoint, np.arange(4), 40, torch.float32)
+    members = np.full((3, 40), everyone)
+    members[:, 30:] = not everyone  # of samples without rows
+    ((part, own, cross),) = shares.group_grams(members)
+    whole = (total := shares.total()) @ total.T
+    assert (part.start, part.stop) == (0, 3)
+    for found, right in ((own, whole), (cross, 2 * whole)):
+        torch.testing.assert_close(found.tril(), (right * everyone).tril().expand(3, -1, -1), rtol=1e-12, atol=1e-12)
+
+
 def test_units_add_up_and_samples_are_left_out(forms):
     unit = np.array([1, 0, -1, 1, 0, 2])
     expected = torch.stack([forms[2][unit == number].sum(0) for number in range(3)])

@@ -121,6 +121,18 @@ def test_values_beyond_the_rows_of_a_group_are_zero():
             assert measures.effective_rank(found.first[b]) == pytest.approx(np.exp(entropy), rel=1e-10)
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_group_without_rows_has_no_direction(first):
+    shares = FactoredShares(torch.randn(3, 50).double(), torch.randn(3, 40).double(), np.arange(3), 12, torch.float32)
+    members = np.full((2, 12), first)
+    members[0, 5:] = members[1, 1:] = not first  # the second labelling divides the samples with rows
+    found = measures.labelled_spectra(shares, members, members.sum(1), (~members).sum(1))
+    with_none, other = (found.second, found.first) if first else (found.first, found.second)
+    assert not with_none[0].any()
+    assert (other[0, :3] > 0.1).all()
+    assert np.isnan(found.cosine).tolist() == [True, False]
+
+
 def test_shares_of_a_weight_that_is_computed_may_have_more_values_than_rows():
     model, x = nn.utils.parametrizations.weight_norm(nn.Linear(9, 7)).double(), torch.randn(6, 9).double()
 
