@@ -19,7 +19,7 @@ from .arguments import as_array
 from .capture import Capture
 from .copies import copy_model, kept_apart
 from .errors import WatchError
-from .factors import Factors, Product
+from .factors import Factors, Lookup, Product
 from .gathering import Gathering
 from .generators import generators_kept
 from .groups import Assignment, Groups
@@ -351,6 +351,49 @@ class FactoredShares(SampleShares):
         return max(1, (len(self.sample) + min(self.shape)) * sum(self.shape))
 
 
+class LookedUpShares(SampleShares):
+    """Shares in a table of which some rows are looked up: zero in all others.
+
+    Parameters
+    ----------
+    of_used : StackedShares
+        The shares in the rows that are looked up, each of shape (used, width).
+    used : Tensor of int, shape (used,)
+        Which rows of the table these are.
+    size : int
+        Rows of the table.
+    """
+
+    def __init__(self, of_used: StackedShares, used: Tensor, size: int) -> None:
+        self.of_used, self.used = of_used, used
+        self.rows, self.dtype = of_used.rows, of_used.dtype
+        self.shape = (size, of_used.shape[1])
+
+    def weighted_sums(self, weights: Tensor) -> Tensor:  # noqa: D102
+        sums = self.of_used.weighted_sums(weights)
+        return sums.new_zeros(len(sums), *self.shape).index_copy_(1, self.used, sums)
+
+    def of_units(self, unit: np.ndarray) -> LookedUpShares:  # noqa: D102
+        return LookedUpShares(self.of_used.of_units(unit), self.used, self.shape[0])
+
+    def reduced(self) -> StackedShares:
+        """The same without rows that are not looked up."""
+        return self.of_used.reduced()
+
+    def stacked(self) -> StackedShares:
+        """One matrix for each sample."""
+        everyone = torch.eye(self.samples, dtype=torch.float64, device=self.device)
+        return StackedShares(self.weighted_sums(everyone), self.rows, self.dtype)
+
+    @property
+    def device(self) -> torch.device:  # noqa: D102
+        return self.used.device
+
+    @property
+    def numbers_formed(self) -> int:  # noqa: D102
+        return max(1, self.shape[0] * self.shape[1])
+
+
 def _reduced(rows: Tensor) -> Tensor:
     """Rows with the same inner products and no more columns than needed."""
     used = (rows != 0).any(0)
@@ -394,6 +437,7 @@ class _Gathered(Pending):
         super().__init__(shape, workspace)
         self.samples = samples
         self.products: list[tuple[Product, np.ndarray]] = []
+        self.lookups: list[tuple[Lookup, np.ndarray]] = []
         self.matrices: Tensor | None = None
 
     def add(
@@ -407,13 +451,16 @@ class _Gathered(Pending):
         backward: int = -1,
         counted: bool = True,
     ) -> None:
-        """Add one use of the parameter: rows of products as they are, other shares as matrices."""
+        """Add one use of the parameter: rows of products and lookups as they are, other shares as matrices."""
         numbers = [_sample_number(key) for key in sorting.keys]
         factors = factors.as_stored()
         for key, count in zip(sorting.keys, sorting.counts, strict=True):
             self.rows[key] = self.rows.get(key, 0) + factors.rows_of(count) * counted
         if isinstance(factors, Product):
             self.products.append((factors, np.repeat(numbers, sorting.counts)))
+            return
+        if isinstance(factors, Lookup):
+            self.lookups.append((factors, np.repeat(numbers, sorting.counts)))
             return
         for number, part in zip(numbers, factors.split(sorting.counts), strict=True):
             share = part.in_float64().share()
@@ -423,7 +470,7 @@ class _Gathered(Pending):
 
     @property
     def keeps_rows(self) -> bool:
-        return bool(self.products)
+        return bool(self.products or self.lookups)
 
     def result(self) -> SampleShares:
         """What has arrived, in the form in which sums over samples cost least."""
@@ -443,10 +490,25 @@ class _Gathered(Pending):
             if not parts and factored <= self.samples * self.shape[0] * self.shape[1]:
                 return products
             parts.append(products.stacked())
+        if self.lookups:
+            looked_up = self._looked_up(dtype)
+            if not parts:
+                return looked_up
+            parts.append(looked_up.stacked())
         if len(parts) == 1:
             return parts[0]
-        first, second = parts
-        return StackedShares(first.matrices + second.matrices, rows, dtype, self.computed)
+        return StackedShares(torch.stack([part.matrices for part in parts]).sum(0), rows, dtype, self.computed)
+
+    def _looked_up(self, dtype: torch.dtype) -> LookedUpShares:
+        index = torch.cat([factors.activation for factors, _ in self.lookups])
+        adjoint = torch.cat([float64(factors.adjoint) for factors, _ in self.lookups])
+        sample = np.concatenate([numbers for _, numbers in self.lookups])
+        used, place = torch.unique(index, return_inverse=True)
+        place = place + torch.from_numpy(sample).to(index.device) * len(used)
+        matrices = adjoint.new_zeros(self.samples * len(used), adjoint.shape[1]).index_add_(0, place, adjoint)
+        rows = np.bincount(sample, minlength=self.samples)
+        shares = StackedShares(matrices.unflatten(0, (self.samples, len(used))), rows, dtype)
+        return LookedUpShares(shares, used, self.shape[0])
 
 
 def sample_shares(

@@ -11,7 +11,7 @@ from torch import nn
 
 import autospec
 from autospec.introspection import WatchError
-from autospec.introspection.sample_shares import FactoredShares, StackedShares, sample_shares
+from autospec.introspection.sample_shares import FactoredShares, LookedUpShares, StackedShares, sample_shares
 
 from .families import FAMILIES, N
 from .oracle import Problem, share_by_copies
@@ -310,3 +310,29 @@ def test_a_part_of_a_gradient_that_comes_from_no_sample_is_said(layer):
         warnings.simplefilter("error")
         plain = sample_shares(layer, lambda model: model(x).square().mean(), 10)["weight"]
     torch.testing.assert_close(shares.total(), plain.total())
+
+
+def test_a_large_table_takes_room_for_the_rows_that_are_looked_up():
+    table = nn.Embedding(10**6, 3, padding_idx=0)  # 2 GB, were there a matrix for each of the samples
+    ids = torch.randint(1, 10**6, (100, 4))
+    ids[:, 3], ids[7] = ids[0, 0], 0
+    model = nn.Sequential(table, nn.Flatten(), nn.Linear(12, 2))
+    shares = sample_shares(model, lambda model: model(ids).tanh().square().mean(), 100)["0.weight"]
+    assert isinstance(shares, LookedUpShares)
+    assert (shares.shape, shares.samples, shares.rows[7]) == ((10**6, 3), 100, 0)
+    assert shares.reduced().matrices.numel() < 100 * 400 * 3
+    unit = np.arange(100) % 50 - 1  # two sessions of each, and two samples of nobody
+    member = (np.arange(49) < 20)[None]
+    (gradient,) = torch.autograd.grad(
+        model.double()(ids).tanh().square().flatten(1).sum(1)[torch.from_numpy(np.isin(unit, np.arange(20)))].sum()
+        / 200,
+        table.weight,
+    )
+    units = shares.of_units(unit)
+    for each in (units, units.reduced()):
+        ((_, sums),) = each.group_sums(member)
+        expected = torch.linalg.svdvals(gradient)
+        torch.testing.assert_close(torch.linalg.svdvals(sums[0]), expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(sums[0].norm(), gradient.norm(), rtol=1e-5, atol=0)
+    ((_, sums),) = units.group_sums(member)
+    torch.testing.assert_close(sums[0], gradient, rtol=1e-4, atol=1e-9)
