@@ -89,38 +89,19 @@ class Audit:
         self._found["steps"].append(step)
         self._missed = not compared
 
-    def guard(self, name: str, pending: Pending, total: Tensor | None = None, stacklevel: int = 5) -> None:
-        """Compare the sum of the shares with the gradient that arrived; warn of what came from no row.
-
-        Parameters
-        ----------
-        name : str
-            Of the parameter.
-        pending : Pending
-            What has arrived for it.
-        total : Tensor, optional
-            The sum of the shares, where ``pending`` does not hold them.
-        stacklevel : int
-            Frames from here to the code that is warned, and one more.
-        """
+    def guard(self, name: str, pending: Pending) -> None:
+        """Compare the sum of the shares with the gradient that arrived; warn of what came from no row."""
         if pending.arrived is None or pending.unnoted:
             return
         if pending.left_out is not None:
-            self._left_out(name, pending.left_out, pending.arrived, stacklevel)
-        total, unit = (total, rounding_of_sum(pending, [total])) if total is not None else sum_of_shares(pending)
-        outside = torch.linalg.matrix_norm(pending.arrived - total)
-        deviation = float(outside) / unit if unit else 0.0
-        if deviation > GUARD_TOLERANCE and pending.by_kernel is not None:
-            outside = torch.linalg.matrix_norm(pending.arrived - float64(pending.by_kernel))
-            deviation = float(outside) / unit
-        if not np.isfinite(deviation):
-            return
-        if deviation <= GUARD_TOLERANCE:
+            self._left_out(name, pending.left_out, pending.arrived)
+        deviation, fraction = deviation_of_sum(pending, *sum_of_shares(pending))
+        if deviation > GUARD_TOLERANCE:
+            self._outside(name, fraction, stacklevel=5)
+        else:
             self._found["largest_guard_deviation"] = max(self._found["largest_guard_deviation"], deviation)
-            return
-        self._outside(name, float(outside / torch.linalg.matrix_norm(pending.arrived)), stacklevel)
 
-    def _left_out(self, name: str, left_out: Tensor, rest: Tensor, stacklevel: int) -> None:
+    def _left_out(self, name: str, left_out: Tensor, rest: Tensor) -> None:
         """Warn of a mask that leaves out what the layer learns from."""
         size = float(torch.linalg.matrix_norm(left_out + rest))
         fraction = float(torch.linalg.matrix_norm(left_out)) / size if size else 0.0
@@ -133,7 +114,7 @@ class Audit:
             f"rows that valid= leaves out hold {_percent(fraction)} of the gradient of '{name}', and the groups' shares do not "
             "contain them: either the loss depends on these positions, or the layer's rows lie in another order than the "
             "columns of valid=, as where a series is turned round; leave the layer out with layers=, or valid= away.",
-            stacklevel=stacklevel + 1,
+            stacklevel=6,
         )
 
     def penalised(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
@@ -215,6 +196,34 @@ class Audit:
 def _percent(fraction: float) -> str:
     """A part in words: 104 %, 2.5 %, 0.069 %."""
     return f"{100 * fraction:.0f} %" if fraction >= 0.1 else f"{100 * fraction:.2g} %"
+
+
+def deviation_of_sum(pending: Pending, total: Tensor, unit: float) -> tuple[float, float]:
+    """How far the sum of shares is from the gradient that arrived, which does not have to be finite.
+
+    Parameters
+    ----------
+    pending : Pending
+        What has arrived.
+    total : Tensor
+        The sum.
+    unit : float
+        What its rounding may be, from `rounding_of_sum`.
+
+    Returns
+    -------
+    float, float
+        In units of the rounding, 0 where that is not finite; and as a part of the gradient.
+    """
+    assert pending.arrived is not None
+    outside = torch.linalg.matrix_norm(pending.arrived - total)
+    deviation = float(outside) / unit if unit else 0.0
+    if deviation > GUARD_TOLERANCE and pending.by_kernel is not None:
+        outside = torch.linalg.matrix_norm(pending.arrived - float64(pending.by_kernel))
+        deviation = float(outside) / unit
+    if not np.isfinite(deviation):
+        return 0.0, 0.0
+    return deviation, float(outside / torch.linalg.matrix_norm(pending.arrived)) if deviation else 0.0
 
 
 def cancels(pending: Pending) -> bool:

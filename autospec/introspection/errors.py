@@ -11,3 +11,7 @@ class UntracedRows(WatchError):
 
 class SeveralReadings(WatchError):
     """The samples could lie along several dimensions of the inputs."""
+
+
+class NoSamples(WatchError):
+    """No input of the model has as many entries as there should be samples."""

@@ -7,6 +7,7 @@ share is kept, as a matrix or as its factors, and the groups' shares are product
 from __future__ import annotations
 
 import functools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import as_array
+from .audit import GUARD_TOLERANCE, deviation_of_sum, rounding_of_sum
 from .capture import Capture
 from .copies import copy_model, kept_apart
-from .errors import WatchError
+from .errors import NoSamples, WatchError
 from .factors import Factors, Lookup, Product
 from .gathering import Gathering
 from .generators import generators_kept
@@ -190,7 +192,8 @@ class StackedShares(SampleShares):
         else:
             matrices = self.matrices.new_zeros(int(unit.max()) + 1, *self.shape)
             target = torch.from_numpy(unit[kept]).to(self.device)
-            matrices.index_add_(0, target, self.matrices[torch.from_numpy(kept)])
+            everyone = len(kept) == len(unit)
+            matrices.index_add_(0, target, self.matrices if everyone else self.matrices[torch.from_numpy(kept)])
         rows = np.bincount(unit[kept], self.rows[kept]).astype(np.int64)
         return StackedShares(matrices, rows, self.dtype, self.computed)
 
@@ -198,6 +201,8 @@ class StackedShares(SampleShares):
         """The same without rows and columns that are zero in every share, such as words that do not occur."""
         used = self.matrices != 0
         first, second = used.any(2).any(0), used.any(1).any(0)
+        if not bool(first.any()):  # a matrix has a row and a column
+            first[:1] = second[:1] = True
         if bool(first.all()) and bool(second.all()):
             return self
         return StackedShares(self.matrices[:, first][:, :, second], self.rows, self.dtype, self.computed)
@@ -399,7 +404,7 @@ def _reduced(rows: Tensor) -> Tensor:
     used = (rows != 0).any(0)
     used[:1] |= ~used.any()  # a matrix has a column
     rows = rows if bool(used.all()) else rows[:, used]
-    if len(rows) < rows.shape[1] and bool(torch.isfinite(rows).all()):  # LAPACK may not return from NaN
+    if 0 < len(rows) < rows.shape[1] and bool(torch.isfinite(rows).all()):  # LAPACK may not return from NaN
         return torch.linalg.qr(rows.T, mode="r").R.T.contiguous()
     return rows
 
@@ -566,26 +571,52 @@ def sample_shares(
             raise WatchError(f"valid= has the shape {mask.shape}: give one row for each of the {samples} samples.")
         capture.valid = mask
     learned = [layer for layer in watched if layer.parameter.requires_grad]
+    if not learned:
+        raise WatchError("no watched parameter of the model learns: let them, with requires_grad_().")
     capture.attach()
     try:
         with generators_kept(list(twin.parameters())), torch.enable_grad(), kept_apart(model) as copied:
             copied.update(twin.modules())
-            value = loss(twin)
+            try:
+                value = loss(twin)
+            except NoSamples as error:
+                raise WatchError(
+                    f"samples={samples} does not fit the batch: no input with which loss(model) calls the model has a dimension of that size."
+                ) from error
             if not capture.forwards:
                 raise WatchError("no call of the model was seen: loss(model) must call the model that it is given.")
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise WatchError(
+                    f"loss(model) returned {what}{' without a gradient' if isinstance(value, Tensor) and not value.requires_grad else ''}: "
+                    "return the loss of the whole batch, one number, as backward() would be called on it."
+                )
             torch.autograd.backward(value, inputs=[layer.parameter for layer in learned])
         if capture.valid is not None and not gathering.masked:
             raise WatchError(
                 f"valid= has {capture.valid.shape[1]} positions, but no watched layer has as many rows a sample."
             )
-        found = {}
-        for layer in learned:
-            if isinstance(layer.pending, _Gathered):
-                shares = found[layer.name] = layer.pending.result()
-                gathering.audit.guard(layer.name, layer.pending, shares.total(), stacklevel=4)
+        found = {layer.name: layer.pending.result() for layer in learned if isinstance(layer.pending, _Gathered)}
+        _warn_of_what_is_outside({layer.name: layer.pending for layer in learned if layer.pending is not None}, found)
         return found
     finally:
         capture.detach()
+
+
+def _warn_of_what_is_outside(pending: Mapping[str, Pending], found: Mapping[str, SampleShares]) -> None:
+    """Warn of gradients a part of which is in no share; in the same words at each step, so that Python says it once."""
+    outside = []
+    for name, shares in found.items():
+        total = shares.total()
+        unit = rounding_of_sum(pending[name], [total])
+        if pending[name].arrived is not None and deviation_of_sum(pending[name], total, unit)[0] > GUARD_TOLERANCE:
+            outside.append(name)
+    if outside:
+        warnings.warn(
+            f"a part of the gradient of {', '.join(map(repr, outside))} comes from no sample's row, as that of a penalty on the weights "
+            "does, and is in no sample's share.",
+            stacklevel=3,
+        )
 
 
 def _each_sample_a_cell(samples: int) -> Assignment:

@@ -285,7 +285,7 @@ def test_reduced_shares_that_are_not_finite_stay_as_they_are(forms):
 
 def test_what_cannot_be_traced_is_refused():
     model, x = nn.Linear(5, 2), torch.randn(10, 5)
-    with pytest.raises(WatchError, match="9 labels"):
+    with pytest.raises(WatchError, match="samples=9 does not fit the batch"):
         sample_shares(model, lambda model: model(x).sum(), 9)
     with pytest.raises(WatchError, match="valid= has the shape"):
         sample_shares(model, lambda model: model(x).sum(), 10, valid=np.ones(10))
@@ -297,19 +297,47 @@ def test_what_cannot_be_traced_is_refused():
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Conv1d(4, 3, 2)], ids=["product", "convolution"])
-def test_a_part_of_a_gradient_that_comes_from_no_sample_is_said(layer):
+def test_a_part_of_a_gradient_that_comes_from_no_sample_is_said_once(layer):
     x = torch.randn(10, 4) if isinstance(layer, nn.Linear) else torch.randn(10, 4, 6)
-
-    def penalised(model):
-        return model(x).square().mean() + model.weight.square().sum()
-
-    with pytest.warns(UserWarning, match=r"% of the gradient of 'weight' comes from no sample's row") as said:
-        shares = sample_shares(layer, penalised, 10)["weight"]
-    assert [each.filename for each in said] == [__file__]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for weight in (0.1, 1.0, 2.0):
+            shares = sample_shares(layer, lambda m, w=weight: m(x).square().mean() + w * m.weight.square().sum(), 10)
+    ((sentence, file),) = [(str(each.message), each.filename) for each in said]
+    assert sentence.startswith("a part of the gradient of 'weight' comes from no sample's row")
+    assert file == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plain = sample_shares(layer, lambda model: model(x).square().mean(), 10)["weight"]
-    torch.testing.assert_close(shares.total(), plain.total())
+        plain = sample_shares(layer, lambda model: model(x).square().mean(), 10)
+    torch.testing.assert_close(shares["weight"].total(), plain["weight"].total())
+
+
+LOSSES = {
+    "a number": (lambda model, x: float(model(x).sum()), "returned float: return the loss"),
+    "a loss of each sample": (
+        lambda model, x: model(x).square().mean(1),
+        r"returned a tensor of shape \(10,\): return the loss",
+    ),
+    "detached": (lambda model, x: model(x).sum().detach(), "without a gradient: return the loss"),
+    "of a part of the batch": (
+        lambda model, x: model(x[:9]).sum(),
+        "samples=10 does not fit the batch",
+    ),
+    "of another model": (lambda model, x: x.sum(), "no call of the model was seen"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_that_do_not_fit_are_refused(loss):
+    of, said = LOSSES[loss]
+    x = torch.randn(10, 4)
+    with pytest.raises(WatchError, match=said):
+        sample_shares(nn.Linear(4, 3), lambda model: of(model, x), 10)
+
+
+def test_a_model_of_which_nothing_learns_is_refused():
+    with pytest.raises(WatchError, match="no watched parameter of the model learns"):
+        sample_shares(nn.Linear(4, 3).requires_grad_(False), lambda model: model(torch.randn(9, 4)).sum(), 9)
 
 
 def test_a_large_table_takes_room_for_the_rows_that_are_looked_up():

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..arguments import can_be_nan, instances_in, replaced, tensors_in
 from ..copies import kept_apart, unchanged, without_short_cuts
-from ..errors import SeveralReadings, UntracedRows, WatchError
+from ..errors import NoSamples, SeveralReadings, UntracedRows, WatchError
 from ..generators import generators_kept
 from ..layers import FunctionalUses
 from ..layers.call import qualified_name
@@ -494,7 +494,7 @@ def _no_samples(
             f"the model's inputs hold the {samples} samples in whole numbers alone (inputs: {shapes}), which are traced through "
             "nn.Embedding alone: give the model dense floating-point input, or rows= for every watched layer."
         )
-    return WatchError(
+    return NoSamples(
         f"groups has {samples} labels, but no input of the model has a dimension {where} {samples} "
         f"(inputs: {shapes}): give one label for each sample of the batch, in the batch's order, with set_groups() where "
         "batches differ. Whole numbers are "
