@@ -76,7 +76,9 @@ def resampled(shares: SampleShares, comparison: Comparison, times: np.ndarray) -
             for weights in (first, second)
         )
         for row, sums in enumerate((a, b)):
-            largest[row, part] = torch.linalg.matrix_norm(sums, 2).cpu().numpy()
+            finite = torch.isfinite(sums).all(2).all(1)  # LAPACK may not return from NaN
+            norms = torch.linalg.matrix_norm(sums.where(finite[:, None, None], 0), 2)
+            largest[row, part] = norms.where(finite, torch.nan).cpu().numpy()
         inner = (a * b).sum((1, 2)) / (torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(b))
         cosine[part] = inner.cpu().numpy()
     with np.errstate(divide="ignore", invalid="ignore"):  # a share of zero

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from autospec.introspection.sample_shares import StackedShares
 from autospec.statistics.build import build_tests
 from autospec.statistics.permutations import compare
 from autospec.statistics.permute import shares_at
@@ -125,6 +126,18 @@ def test_drawn_subjects_weigh_as_often_as_they_are_drawn(tmp_path):
             half = stats.norm.ppf(0.975) * np.std(scale(found[1:]), ddof=1)
             ends = [each[name]["low"], each[name]["high"]]
             assert ends == pytest.approx([back(scale(found[0]) - half), back(scale(found[0]) + half)])
+
+
+def test_a_training_that_diverged_has_no_intervals():
+    comparison = compare(["a", "b"] * 10, "a", "b")
+    fine, wrong = torch.randn(2, 20, 3, 4).double()
+    wrong[3] = torch.nan
+    fine, wrong = ({"w": StackedShares(each, np.ones(20, int), torch.float32)} for each in (fine, wrong))
+    found = resampled(wrong["w"], comparison, drawn_subjects(comparison.in_first, 60, seed=0))
+    for name in ("log2_ratio", "cosine"):
+        assert np.isnan(found[name]).all()
+        assert population_intervals([fine], comparison, seed=0)[0][name]["low"] is not None
+        assert population_intervals([fine, wrong], comparison, seed=0)[0][name]["estimate"] is None
 
 
 @pytest.mark.parametrize("cosine", [False, True])
