@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,12 +77,14 @@ class NullDistributions:
     statistics : sequence of str
         Out of `autospec.statistics.measures.STATISTICS`.
     checkpoint : path-like, optional
-        Folder with one file a step; steps that it holds already are taken from there.
+        Folder with one file a step; steps that it holds already are taken from there.  It knows the comparison, the
+        labellings and the statistics, but not the network: each training needs a folder of its own.
 
     Raises
     ------
     UserError
-        If a statistic is not known, or the folder holds another test.
+        If a statistic is not known, the labellings are those of another comparison, or the folder holds another test
+        or what cannot be read.
     """
 
     def __init__(
@@ -92,6 +95,10 @@ class NullDistributions:
         checkpoint: str | Path | None = None,
     ) -> None:
         self.comparison, self.labellings = comparison, labellings
+        if not np.array_equal(labellings.in_first[0], comparison.in_first):
+            raise UserError(
+                f"the labellings are those of another comparison than '{comparison.name}': draw them for this one."
+            )
         self.statistics = measures.checked(statistics)
         self.steps: dict[int, dict[Key, Values]] = {}
         self.averaged = 1
@@ -113,6 +120,8 @@ class NullDistributions:
         """
         if step in self.steps:
             return
+        if not shares:
+            raise UserError(f"there is no layer's share at step {step}: give those of at least one layer.")
         found: dict[Key, Values] = {}
         for layer, of_samples in shares.items():
             count, labels = of_samples.samples, len(self.comparison.unit)
@@ -154,7 +163,11 @@ class NullDistributions:
             np.savez(temporary, **arrays)  # type: ignore[arg-type]
 
     def _load(self, file: Path) -> tuple[int, dict[Key, Values]]:
-        with np.load(file) as arrays:
+        try:
+            opened = np.load(file)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{file} cannot be read ({error}): remove it, and its step is computed again.") from error
+        with opened as arrays:
             if str(arrays["identity"]) != self._identity():
                 raise UserError(
                     f"{file} belongs to another comparison, other statistics or labellings: remove its folder."
@@ -175,8 +188,10 @@ def average_over_seeds(distributions: Sequence[NullDistributions]) -> NullDistri
     Raises
     ------
     UserError
-        If the runs' labellings, steps, layers or statistics are not the same.
+        If there is no run, or the runs' labellings, steps, layers, their shapes or statistics are not the same.
     """
+    if not distributions:
+        raise UserError("there is no seed to average over: give the distributions of at least one.")
     first = distributions[0]
     result = NullDistributions(first.comparison, first.labellings, first.statistics)
     result.averaged = len(distributions)
@@ -193,6 +208,10 @@ def average_over_seeds(distributions: Sequence[NullDistributions]) -> NullDistri
         result.steps[step] = {}
         for key in found:
             each = [other.steps[step][key] for other in distributions]
+            if len({part.values.shape for part in each}) > 1:
+                raise UserError(
+                    f"'{key[0]}' does not have as many singular values for each seed: average over networks of one size."
+                )
             values = np.stack([part.values for part in each]).mean(0, dtype=np.float64).astype(np.float32)
             tested, above = (np.all([getattr(part, name) for part in each], axis=0) for name in ("tested", "above"))
             result.steps[step][key] = Values(values, tested, above)
@@ -255,10 +274,13 @@ def evaluate(
     Raises
     ------
     UserError
-        If there is no step, or alpha is no probability.
+        If there is no step, alpha is no probability, or a number is not positive.
     """
     if not 0 < alpha < 1 or not 0 < cluster_quantile < 1:
         raise UserError(f"alpha={alpha} and cluster_quantile={cluster_quantile}: both are between 0 and 1.")
+    for name, number in (("singular_values", singular_values), ("comparisons", comparisons)):
+        if number is not None and number < 1:
+            raise UserError(f"{name}={number}: give at least 1.")
     if not distributions.steps:
         raise UserError("no step was recorded for the permutation test: give it at least one.")
     labellings = distributions.labellings
@@ -391,6 +413,17 @@ def _messages(distributions: NullDistributions, tests: int, alpha: float, compar
     messages = [labellings.message, *distributions.comparison.warnings]
     if distributions.averaged > 1:
         messages.append(f"statistics are means over {distributions.averaged} seeds, under the same labellings")
+    diverged = {
+        (step, layer)
+        for step, layer, statistic, each in _in_order(distributions)
+        if statistic in (*measures.SPECTRAL, "distance") and not np.isfinite(each.values).all()
+    }
+    if diverged:
+        steps, layers = (sorted({key[place] for key in diverged}) for place in (0, 1))
+        messages.append(
+            f"the gradients of {len(layers)} layers were not finite at {len(steps)} steps, the first of them {steps[0]}, as those of a "
+            "network that diverged are not: these were not tested"
+        )
     for message in (labellings.refused, null.too_few_labellings(len(labellings), tests, alpha, comparisons)):
         if message:
             messages.append(message)
@@ -433,9 +466,12 @@ def permutation_test(
     Tests
     """
     distributions = NullDistributions(comparison, labellings, statistics, checkpoint)
+    steps = list(steps)
     for step in steps:
         if step not in distributions.steps:
             distributions.add(step, shares_at(step))
+    # The checkpoint may hold more.
+    distributions.steps = {step: found for step, found in distributions.steps.items() if step in steps}
     return evaluate(
         distributions,
         alpha=alpha,

@@ -114,12 +114,21 @@ def compare(
     Raises
     ------
     UserError
-        If a group does not exist or is too small, the columns differ in length, a subject has two labels or two
-        strata, a stratum is missing, or no other labelling is possible.
+        If a group does not exist or is too small, the columns differ in length, a subject is in both groups or in two
+        strata, a stratum is missing, or no other labelling is possible.  (A subject's samples with other labels count
+        in neither group.)
     """
     first, second = str(first), str(second)
     column_of_labels = np.asarray(labels, dtype=object)
+    if column_of_labels.ndim != 1:
+        raise UserError(f"labels has the shape {column_of_labels.shape}: give a list with one label for each sample.")
     count = len(column_of_labels)
+    if strata is not None:
+        if not isinstance(strata, Mapping | pd.DataFrame) or any(strata[name] is None for name in strata):
+            raise UserError(
+                "strata is to hold columns by name: {'site': [one for each sample]}, say, or a table of them."
+            )
+        strata = {str(name): np.asarray(strata[name], dtype=object) for name in strata}
     named = [None if absent else str(label) for label, absent in _with_absent(column_of_labels)]
     present = sorted({value for value in named if value is not None})
     columns = {"subjects": subjects, **(strata or {})}

@@ -526,6 +526,7 @@ def test_bad_input_is_refused_in_one_sentence(run, options, message):
     options = {"steps": shares, **options}
     if "labels" in options:
         comparison = compare(options.pop("labels"), "a", "b")
+        labellings = draw_labellings(comparison, 19, seed=0)
     with pytest.raises(UserError, match=message):
         permutation_test(options.pop("steps"), shares.get, comparison, labellings, **options)
 
@@ -630,3 +631,84 @@ def test_a_wrong_model_of_the_label_is_caught_where_squares_show_it_and_not_wher
     # The limit of the guard, which docs/calibration.md states with its numbers.
     assert refused["wave"] < 0.5 * repetitions
     assert rejected["wave"] > 0.2 * repetitions
+
+
+def of_weights(*weights):
+    """Shares of one step of layers of the given matrices, one for each sample."""
+    return {
+        str(i): StackedShares(each.double(), np.ones(len(each), int), torch.float32) for i, each in enumerate(weights)
+    }
+
+
+def forty():
+    comparison = compare(["a", "b"] * 20, "a", "b")
+    return comparison, draw_labellings(comparison, 19, seed=0)
+
+
+def test_a_layer_without_a_gradient_spares_the_others():
+    """As at the first update of a last layer that begins with zeros, or of an expert that nobody of both groups reaches."""
+    comparison = compare(["a", "b"] * 20 + [None] * 3, "a", "b")
+    labellings = draw_labellings(comparison, 19, seed=0)
+    ones = torch.ones(3, 50, dtype=torch.float64)
+    shares = {
+        **of_weights(torch.randn(43, 3, 4), torch.zeros(43, 3, 4)),
+        "expert": FactoredShares(ones, ones, np.arange(40, 43), 43, torch.float32),
+    }
+    table = permutation_test([0], lambda _: shares, comparison, labellings).table
+    tested = table[table["p"].notna()]
+    assert set(tested["layer"]) == {"0"}
+    assert tested["statistic"].value_counts()["contrast"] == 3
+    assert set(table["layer"]) == {"0", "1", "expert"}
+
+
+def test_labellings_of_another_comparison_are_refused():
+    labels = ["a"] * 10 + ["b"] * 10
+    mixed = compare(["a", "b"] * 10, "a", "b")
+    for other in (draw_labellings(mixed, 19, 0), draw_labellings(compare(labels[3:], "a", "b"), 19, 0)):
+        with pytest.raises(UserError, match="those of another comparison than 'a - b'"):
+            NullDistributions(compare(labels, "a", "b"), other)
+
+
+def test_a_network_that_diverged_is_said_to_have():
+    comparison, labellings = forty()
+    fine, wrong = torch.randn(2, 40, 3, 4)
+    wrong[5] = torch.nan
+    runs = []
+    for weights in (fine, wrong):
+        runs.append(NullDistributions(comparison, labellings))
+        runs[-1].add(10, of_weights(fine))
+        runs[-1].add(20, of_weights(weights))
+    assert not any("finite" in message for message in evaluate(runs[0]).messages)
+    for each in (runs[1], average_over_seeds(runs)):
+        found = evaluate(each)
+        assert any("1 layers were not finite at 1 steps, the first of them 20" in said for said in found.messages)
+        assert set(found.table[found.table["p"].notna()]["step"]) == {10}
+
+
+def test_a_checkpoint_gives_the_steps_that_are_asked_for(tmp_path):
+    comparison, labellings = forty()
+    drawn = {step: of_weights(torch.randn(40, 3, 4)) for step in (0, 10, 20)}
+    permutation_test([0, 10, 20], drawn.get, comparison, labellings, checkpoint=tmp_path)
+    some = permutation_test([20, 0], drawn.get, comparison, labellings, checkpoint=tmp_path)
+    plain = permutation_test([0, 20], drawn.get, comparison, labellings)
+    pd.testing.assert_frame_equal(some.table, plain.table)
+    (tmp_path / "step-000000010.npz").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"step-000000010\.npz cannot be read"):
+        permutation_test([0], drawn.get, comparison, labellings, checkpoint=tmp_path)
+
+
+def test_numbers_and_shares_that_make_no_test_are_refused():
+    comparison, labellings = forty()
+    distributions = NullDistributions(comparison, labellings)
+    with pytest.raises(UserError, match="no layer's share at step 3"):
+        distributions.add(3, {})
+    distributions.add(3, of_weights(torch.randn(40, 3, 4)))
+    for name in ("comparisons", "singular_values"):
+        with pytest.raises(UserError, match=f"{name}=0: give at least 1"):
+            evaluate(distributions, **{name: 0})
+    with pytest.raises(UserError, match="no seed to average over"):
+        average_over_seeds([])
+    narrow = NullDistributions(comparison, labellings)
+    narrow.add(3, of_weights(torch.randn(40, 2, 4)))
+    with pytest.raises(UserError, match="does not have as many singular values for each seed"):
+        average_over_seeds([distributions, narrow])

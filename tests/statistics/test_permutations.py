@@ -119,6 +119,31 @@ def test_subjects_with_unequal_numbers_of_samples_exchange_no_labels():
         )
 
 
+COLUMNS_THAT_DO_NOT_FIT = {
+    "labels as a column": ({"labels": np.array([["a"], ["b"]] * 4)}, r"labels has the shape \(8, 1\): give a list"),
+    "labels as a text": ({"labels": "abab"}, r"labels has the shape \(\): give a list"),
+    "a stratum without a name": ({"strata": pd.Series(["x", "y"] * 4)}, "strata is to hold columns by name"),
+    "a stratum that is not there": ({"strata": {"site": None}}, "strata is to hold columns by name"),
+    "a stratum that is too short": ({"strata": {"site": ["x"] * 7}}, "'site' has 7 entries, but there are 8 labels"),
+}
+
+
+@pytest.mark.parametrize("case", COLUMNS_THAT_DO_NOT_FIT)
+def test_columns_that_do_not_fit_are_refused(case):
+    given, said = COLUMNS_THAT_DO_NOT_FIT[case]
+    with pytest.raises(UserError, match=said):
+        compare(**{"labels": ["a", "b"] * 4, "first": "a", "second": "b", **given})
+
+
+def test_strata_may_be_a_table():
+    site = ["x", "x", "y", "y"] * 4
+    table, columns = (
+        compare(["a", "b"] * 8, "a", "b", strata=each) for each in (pd.DataFrame({"site": site}), {"site": site})
+    )
+    assert table.stratum.tolist() == columns.stratum.tolist()
+    assert len(set(table.stratum)) == 2
+
+
 def test_the_level_holds_where_one_group_was_scanned_more_often():
     rejected = Counter()
     for study in range(400):
