@@ -419,10 +419,13 @@ def _messages(distributions: NullDistributions, tests: int, alpha: float, compar
         if statistic in (*measures.SPECTRAL, "distance") and not np.isfinite(each.values).all()
     }
     if diverged:
-        steps, layers = (sorted({key[place] for key in diverged}) for place in (0, 1))
+        steps, layers = ({key[place] for key in diverged} for place in (0, 1))
+        some = [
+            f"{len(each)} {word}{'s' if len(each) > 1 else ''}" for each, word in ((layers, "layer"), (steps, "step"))
+        ]
         messages.append(
-            f"the gradients of {len(layers)} layers were not finite at {len(steps)} steps, the first of them {steps[0]}, as those of a "
-            "network that diverged are not: these were not tested"
+            f"the gradients of {some[0]} were not finite at {some[1]}, first at {min(steps)}, as those of a network that diverged are "
+            "not: these were not tested"
         )
     for message in (labellings.refused, null.too_few_labellings(len(labellings), tests, alpha, comparisons)):
         if message:

@@ -297,9 +297,10 @@ def draw_labellings(comparison: Comparison, permutations: int, seed: int) -> Lab
 
 
 def _check_count(permutations: int, seed: int) -> None:
-    if permutations < 1 or seed < 0:
+    whole = all(isinstance(each, int | np.integer) for each in (permutations, seed))
+    if not whole or permutations < 1 or seed < 0:
         raise UserError(
-            f"permutations={permutations} and seed={seed}: ask for at least one permutation, and a seed of 0 or more."
+            f"permutations={permutations} and seed={seed}: ask for at least one permutation, and a seed of 0 or more, both whole."
         )
 
 

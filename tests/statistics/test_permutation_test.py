@@ -681,7 +681,7 @@ def test_a_network_that_diverged_is_said_to_have():
     assert not any("finite" in message for message in evaluate(runs[0]).messages)
     for each in (runs[1], average_over_seeds(runs)):
         found = evaluate(each)
-        assert any("1 layers were not finite at 1 steps, the first of them 20" in said for said in found.messages)
+        assert any("gradients of 1 layer were not finite at 1 step, first at 20" in said for said in found.messages)
         assert set(found.table[found.table["p"].notna()]["step"]) == {10}
 
 

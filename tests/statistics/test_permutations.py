@@ -194,6 +194,9 @@ def test_equal_labels_and_no_permutations_are_refused():
         compare(["a"] * 8, "a", "b")
     with pytest.raises(UserError, match="permutations=0"):
         draw_labellings(big(), 0, seed=0)
+    for numbers in ((99.0, 0), (99, None)):
+        with pytest.raises(UserError, match="both whole"):
+            draw_labellings(big(), *numbers)
 
 
 # ---------------------------------------------------------------------- confounders
