@@ -496,7 +496,7 @@ class _Gathered(Pending):
                 return products
             parts.append(products.stacked())
         if self.lookups:
-            looked_up = self._looked_up(dtype)
+            looked_up = self._looked_up(rows, dtype)
             if not parts:
                 return looked_up
             parts.append(looked_up.stacked())
@@ -504,14 +504,13 @@ class _Gathered(Pending):
             return parts[0]
         return StackedShares(torch.stack([part.matrices for part in parts]).sum(0), rows, dtype, self.computed)
 
-    def _looked_up(self, dtype: torch.dtype) -> LookedUpShares:
+    def _looked_up(self, rows: np.ndarray, dtype: torch.dtype) -> LookedUpShares:
         index = torch.cat([factors.activation for factors, _ in self.lookups])
         adjoint = torch.cat([float64(factors.adjoint) for factors, _ in self.lookups])
         sample = np.concatenate([numbers for _, numbers in self.lookups])
         used, place = torch.unique(index, return_inverse=True)
         place = place + torch.from_numpy(sample).to(index.device) * len(used)
         matrices = adjoint.new_zeros(self.samples * len(used), adjoint.shape[1]).index_add_(0, place, adjoint)
-        rows = np.bincount(sample, minlength=self.samples)
         shares = StackedShares(matrices.unflatten(0, (self.samples, len(used))), rows, dtype)
         return LookedUpShares(shares, used, self.shape[0])
 
@@ -586,10 +585,13 @@ def sample_shares(
             if not capture.forwards:
                 raise WatchError("no call of the model was seen: loss(model) must call the model that it is given.")
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-                what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                what = type(value).__name__
+                if isinstance(value, Tensor):
+                    what = (
+                        f"a tensor of shape {tuple(value.shape)}{'' if value.requires_grad else ' without a gradient'}"
+                    )
                 raise WatchError(
-                    f"loss(model) returned {what}{' without a gradient' if isinstance(value, Tensor) and not value.requires_grad else ''}: "
-                    "return the loss of the whole batch, one number, as backward() would be called on it."
+                    f"loss(model) returned {what}: return the loss of the whole batch, one number, as backward() would be called on it."
                 )
             torch.autograd.backward(value, inputs=[layer.parameter for layer in learned])
         if capture.valid is not None and not gathering.masked:
@@ -613,8 +615,8 @@ def _warn_of_what_is_outside(pending: Mapping[str, Pending], found: Mapping[str,
             outside.append(name)
     if outside:
         warnings.warn(
-            f"a part of the gradient of {', '.join(map(repr, outside))} comes from no sample's row, as that of a penalty on the weights "
-            "does, and is in no sample's share.",
+            f"a part of the gradient of {', '.join(map(repr, outside))} comes from no sample's row, and is in no sample's share: leave a "
+            "penalty on weights out of the loss that is given here, or, where there is none, such layers with layers=.",
             stacklevel=3,
         )
 
