@@ -51,6 +51,15 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.mps.set_rng_state(state["mps"])
 
 
+def undone_draws(before: dict[str, Any], device: torch.device) -> bool:
+    """Put torch's random numbers back to what `torch_random_state` returned, if some have been drawn since; whether some have."""
+    after = torch_random_state(device)
+    drew = not all(torch.equal(before[name], after[name]) for name in before)
+    if drew:
+        restore_random_state(before, device)
+    return drew
+
+
 @contextmanager
 def generators_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Put every random number generator back as it was, also of the devices of the tensors."""

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..arguments import PLAIN, replaced, tensors_in
 from ..copies import constants_of
-from ..generators import restore_random_state, torch_random_state
+from ..generators import torch_random_state, undone_draws
 from ..hooks import Hook, LookingOn, outside_graphs
 from .attention import looked_through
 
@@ -255,10 +255,7 @@ class FollowedWeights(LookingOn, ABC):
         before = torch_random_state(device)
         with torch.no_grad():
             mask = call.made({id(given): ones})
-        after = torch_random_state(device)
-        drew = not all(torch.equal(before[name], after[name]) for name in before)
-        if drew:
-            restore_random_state(before, device)
+        drew = undone_draws(before, device)
         result = call.made()
         return result, Call(Tensor.mul_ if call.in_place else torch.mul, (given, mask), {}) if drew else call
 

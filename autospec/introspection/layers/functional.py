@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..arguments import can_be_nan, instances_in
 from ..errors import WatchError
-from ..generators import restore_random_state, torch_random_state
+from ..generators import torch_random_state, undone_draws
 from ..hooks import transformed
 from ..spectra import float64
 from .call import LayerCall, Place, qualified_name
@@ -257,10 +257,7 @@ class FunctionalUses(FollowedWeights):
             except Exception as error:
                 raise WatchError(f"what the model makes of {uses} cannot be computed again ({error}): {out}") from error
             finally:
-                after = torch_random_state(device)
-                drawn = not all(torch.equal(before[name], after[name]) for name in before)
-                if drawn:
-                    restore_random_state(before, device)
+                drawn = undone_draws(before, device)
             value, _ = self._again[made]
             if drawn:
                 raise random

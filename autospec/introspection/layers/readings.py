@@ -177,9 +177,8 @@ def rows_looked_up(call: Call) -> tuple[Tensor, Callable[[Tensor], Tensor]] | No
     if func is F.embedding:
         given = _named("input weight padding_idx max_norm norm_type scale_grad_by_freq sparse", args, kwargs)
         rest = {key: each for key, each in given.items() if key not in ("input", "weight", "norm_type")}
-        if any(
-            each is not None and each is not False for each in rest.values()
-        ):  # not all that is looked up has a share then
+        # With any of these not all that is looked up has a share.
+        if any(each is not None and each is not False for each in rest.values()):
             return None
         return given["weight"], lambda table: F.embedding(given["input"], table)
     given = _named("input dim index", args, kwargs)

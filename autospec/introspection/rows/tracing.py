@@ -168,7 +168,6 @@ def map_rows(
     """
     own = {id(t): _copied(t) for t in tensors_in((args, kwargs)) if t.layout == torch.strided}
     args, kwargs = replaced(args, own), replaced(kwargs, own)  # the model may change its input in place
-
     return _Tracer(model, args, kwargs, samples, watched, batch_dim, all_hooks, known).rows()
 
 
