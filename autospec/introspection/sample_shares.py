@@ -107,9 +107,9 @@ class SampleShares(ABC):
         """Where the shares are."""
 
     @property
-    @abstractmethod
     def numbers_formed(self) -> int:
         """Numbers that `group_sums` forms for each group."""
+        return max(1, self.shape[0] * self.shape[1])
 
     def group_sums(self, members: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
         """Sums over the members of many groups, in bounded memory.
@@ -210,10 +210,6 @@ class StackedShares(SampleShares):
     @property
     def device(self) -> torch.device:  # noqa: D102
         return self.matrices.device
-
-    @property
-    def numbers_formed(self) -> int:  # noqa: D102
-        return max(1, self.shape[0] * self.shape[1])
 
 
 class FactoredShares(SampleShares):
@@ -393,10 +389,6 @@ class LookedUpShares(SampleShares):
     @property
     def device(self) -> torch.device:  # noqa: D102
         return self.used.device
-
-    @property
-    def numbers_formed(self) -> int:  # noqa: D102
-        return max(1, self.shape[0] * self.shape[1])
 
 
 def _reduced(rows: Tensor) -> Tensor:
@@ -598,8 +590,9 @@ def sample_shares(
             raise WatchError(
                 f"valid= has {capture.valid.shape[1]} positions, but no watched layer has as many rows a sample."
             )
-        found = {layer.name: layer.pending.result() for layer in learned if isinstance(layer.pending, _Gathered)}
-        _warn_of_what_is_outside({layer.name: layer.pending for layer in learned if layer.pending is not None}, found)
+        gathered = {layer.name: layer.pending for layer in learned if isinstance(layer.pending, _Gathered)}
+        found = {name: pending.result() for name, pending in gathered.items()}
+        _warn_of_what_is_outside(gathered, found)
         return found
     finally:
         capture.detach()
@@ -610,8 +603,8 @@ def _warn_of_what_is_outside(pending: Mapping[str, Pending], found: Mapping[str,
     outside = []
     for name, shares in found.items():
         total = shares.total()
-        unit = rounding_of_sum(pending[name], [total])
-        if pending[name].arrived is not None and deviation_of_sum(pending[name], total, unit)[0] > GUARD_TOLERANCE:
+        deviation, _ = deviation_of_sum(pending[name], total, rounding_of_sum(pending[name], [total]))
+        if deviation > GUARD_TOLERANCE:
             outside.append(name)
     if outside:
         warnings.warn(

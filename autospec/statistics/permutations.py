@@ -123,15 +123,13 @@ def compare(
     if column_of_labels.ndim != 1:
         raise UserError(f"labels has the shape {column_of_labels.shape}: give a list with one label for each sample.")
     count = len(column_of_labels)
-    if strata is not None:
-        if not isinstance(strata, Mapping | pd.DataFrame) or any(strata[name] is None for name in strata):
-            raise UserError(
-                "strata is to hold columns by name: {'site': [one for each sample]}, say, or a table of them."
-            )
-        strata = {str(name): np.asarray(strata[name], dtype=object) for name in strata}
+    strata = {} if strata is None else strata
+    if not isinstance(strata, Mapping | pd.DataFrame) or any(strata[name] is None for name in strata):
+        raise UserError("strata is to hold columns by name: {'site': [one for each sample]}, say, or a table of them.")
+    strata = {str(name): np.asarray(strata[name], dtype=object) for name in strata}
     named = [None if absent else str(label) for label, absent in _with_absent(column_of_labels)]
     present = sorted({value for value in named if value is not None})
-    columns = {"subjects": subjects, **(strata or {})}
+    columns = {"subjects": subjects, **strata}
     for name, column in columns.items():
         if column is not None and len(column) != count:
             raise UserError(
@@ -163,8 +161,7 @@ def compare(
                 f"{max(minimum, SMALLEST_GROUP)} that a test needs: leave it out or merge it with another."
             )
     stratum = np.zeros(len(ids), dtype=np.int64)
-    for name, column in (strata or {}).items():
-        values = np.asarray(column, dtype=object)
+    for name, values in strata.items():
         if pd.isna(values[rows]).any():
             raise UserError(f"the stratum '{name}' is missing for some samples: leave them out or give it.")
         value_of = _one_value_each(values, unit, ids, f"value of '{name}'").astype(str)

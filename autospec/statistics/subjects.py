@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from autospec.introspection.sample_shares import CHUNK, SampleShares
+from autospec.introspection.spectra import singular_values, smaller_gram
 from autospec.statistics.permutations import Comparison
 
 LEVEL = 0.95
@@ -76,9 +77,7 @@ def resampled(shares: SampleShares, comparison: Comparison, times: np.ndarray) -
             for weights in (first, second)
         )
         for row, sums in enumerate((a, b)):
-            finite = torch.isfinite(sums).all(2).all(1)  # LAPACK may not return from NaN
-            norms = torch.linalg.matrix_norm(sums.where(finite[:, None, None], 0), 2)
-            largest[row, part] = norms.where(finite, torch.nan).cpu().numpy()
+            largest[row, part] = singular_values([smaller_gram(sums)])[0][:, 0].cpu().numpy()
         inner = (a * b).sum((1, 2)) / (torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(b))
         cosine[part] = inner.cpu().numpy()
     with np.errstate(divide="ignore", invalid="ignore"):  # a share of zero
