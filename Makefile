@@ -24,6 +24,7 @@ test: $(VENV)/.ready-test $(VENV)/.ready-slurm
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 tests/device
 
 bench: $(VENV)/.ready-test
 	$(BIN)/python benchmarks/cost.py $(BENCH_OPTIONS)

@@ -193,7 +193,7 @@ def check(
             if not bool(torch.isfinite(share).all()):
                 found.not_compared[name] = "its gradient is not finite"
                 continue
-            exact = torch.linalg.svdvals(share.double().cpu()).numpy()
+            exact = torch.linalg.svdvals(share.cpu().double()).numpy()
             values = values.isel(index=(values["index"] <= len(exact)).values)
             recorded = values.sel(group=group).dropna("index")
             scale = max(exact[0], 1e-3 * float(values.sel(group="all")[0]))

@@ -172,7 +172,7 @@ class Audit:
             error = float(np.abs(recorded[group, usable] - exact[index[usable] - 1]).max() / scale)
             # Where rows cancel altogether, the largest value is itself no more than rounding.
             wrong = error > WRONG and error * scale > GUARD_TOLERANCE * sum_of_shares(pending)[1]
-            self._deviates(f"gradients of '{name}'", error, wrong, total.is_cuda, stacklevel=5)
+            self._deviates(f"gradients of '{name}'", error, wrong, not total.is_cpu, stacklevel=5)
 
     def compare_followed(self, what: str, recorded: Tensor, exact: Tensor, on_gpu: bool) -> None:
         """Compare values that the tracked solver followed with those of a decomposition, each (groups, values)."""

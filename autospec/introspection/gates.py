@@ -189,7 +189,7 @@ def _scan_lstm(
 
 def _tanh(x: Tensor, out: Tensor) -> Tensor:
     """Hyperbolic tangent by exp(2x) - 1, which torch computes in a third of the tangent's time on a processor, to the same digits."""
-    if x.is_cuda:
+    if not x.is_cpu:
         return torch.tanh(x, out=out)
     torch.clamp(x, max=40, out=out).mul_(2).expm1_()  # from 40 on it is 1, and exp(2x) still finite
     return out.div_(out + 2)

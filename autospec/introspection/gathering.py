@@ -23,7 +23,7 @@ from .pending import Pending
 from .rows import alike, several_processes
 from .scaling import LossScale
 from .sorting import Items, Layout, Sorting
-from .spectra import column_gram, float64
+from .spectra import column_gram, float64, has_float64
 from .uses import SortedInput, Source, Use, WatchedLayer, unused_calls
 from .workspace import LARGEST_KEPT, Workspace
 
@@ -187,7 +187,7 @@ class Gathering:
         pending.unnoted = pending.unnoted or not self.guarded
         if self.guarded:
             flat = float64(gradient.to_dense() if gradient.is_sparse else gradient).reshape(layer.shape)
-            flat = flat if scale is None else flat / scale
+            flat = _unscaled(flat, scale)
             # Of float64 that is the user's own .grad, which clipping or zeroing would change until the step is closed.
             pending.arrived = flat.clone() if pending.arrived is None else pending.arrived + flat
 
@@ -210,6 +210,8 @@ class Gathering:
             factors = Computed(factors.activation, factors.adjoint, factors.with_(none, none), use.call.computed)
         if not len(factors.adjoint):
             return False
+        if not has_float64(factors.adjoint.device):  # in which shares and Gram matrices are summed up
+            factors = factors.converted(Tensor.cpu)
         types = use.dtype, use.call.outputs[0].dtype, factors.adjoint.dtype, layer.parameter.dtype
         pending.dtype = _coarsest(pending.dtype, *types)
         pending.computed = pending.computed or use.call.computed is not None
@@ -219,18 +221,18 @@ class Gathering:
             self._give_up_adjoint(layer, pending)
         layer.inputs.append(use.constant)
         layout = self._layout(factors, use, pending, alone)
-        sorting = self._sorting(layer, use, len(factors.activation), layout)
+        sorting = self._sorting(layer, use, factors, layout)
         self.masked = self.masked or sorting.masked
         if sorting.left_out is not None and self.guarded:
             out = sorting.left_out
             left = factors.with_(factors.activation[out], factors.adjoint[out]).converted(single).in_float64()
-            share = left.share() if scale is None else left.share() / scale
+            share = _unscaled(left.share(), scale)
             pending.arrived = -share if pending.arrived is None else pending.arrived - share
             pending.left_out = share if pending.left_out is None else pending.left_out + share
-        if self.guarded and sorting.left_out is None and factors.in_pieces:
+        if self.guarded and sorting.left_out is None and factors.in_pieces and layer.parameter.is_cpu:
             # torch's own sum of so many terms may be further off than the guard admits: the same sum, by the same kernel.
             share = factors.with_(single(factors.activation), single(factors.adjoint)).share()
-            share = share if scale is None else share / scale
+            share = _unscaled(share, scale)
             pending.by_kernel = share if pending.by_kernel is None else pending.by_kernel + share
         kept = layer.sorted_input
         if use.constant is not None and kept is not None and kept[1] is sorting and kept[0].same(use.constant):
@@ -248,7 +250,7 @@ class Gathering:
             adjoint = latest[2]
         else:
             adjoint = sorting.sort(single(factors.adjoint), self.workspace)
-            adjoint = adjoint if scale is None else adjoint / scale
+            adjoint = _unscaled(adjoint, scale)
             self._latest_adjoint = (factors.adjoint, sorting, adjoint)
         factors = factors.with_(activation, adjoint)
         if self.guarded:
@@ -362,9 +364,9 @@ class Gathering:
         shape = factors.adjoint.shape[1], factors.activation.shape[1]
         return "grid" if first and min(shape) >= NARROW and math.prod(shape) <= LARGEST_BY_SAMPLE else None
 
-    def _sorting(self, layer: WatchedLayer, use: Use, items: int, layout: Layout | None) -> Sorting:
+    def _sorting(self, layer: WatchedLayer, use: Use, factors: Factors, layout: Layout | None) -> Sorting:
         """How to sort the items of one use by cell; computed once for each assignment of groups."""
-        forward = use.forward
+        forward, items, device = use.forward, len(factors.activation), factors.adjoint.device
         if forward.assignment is None or forward.row_map is None:
             return self._without_groups(items)
         # While the labels and the row map stay, so does the order; packed sequences bring another layout each time.
@@ -374,7 +376,6 @@ class Gathering:
         cache = self._sortings
         uses = use.number, forward.calls.get(use.place)
         key = (layout, *use.call.order_key(use.place), *uses, forward.row_map, items, use.call.layout())
-        device = layer.parameter.device
         if key not in cache:
             found = self._items(layer, use, items)
             there = None
@@ -425,6 +426,11 @@ class Gathering:
                 "give rows= with the sample of each row, to set_groups() where it changes from batch to batch."
             )
         return Items(layer.name, samples, known)
+
+
+def _unscaled(tensor: Tensor, scale: Tensor | None) -> Tensor:
+    """Derivatives of the loss itself, from those of what it was multiplied to; they may be on the processor, for float64."""
+    return tensor if scale is None else tensor / scale.to(tensor.device)
 
 
 def _coarsest(*dtypes: torch.dtype | None) -> torch.dtype:

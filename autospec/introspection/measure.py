@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,12 +44,22 @@ class _Job:
 
 
 @dataclass
+class _Other:
+    """Gram matrices of something else, or numbers that are known, and what takes them into the record."""
+
+    tensor: Tensor
+    put: Callable[[np.ndarray], None]
+    is_gram: bool = True
+
+
+@dataclass
 class _Open:
     """A record whose decompositions have not been carried out."""
 
     record: Record
     jobs: list[_Job]
     dtypes: dict[str, torch.dtype]
+    others: list[_Other] = field(default_factory=list)
 
 
 class Measurement:
@@ -159,17 +169,18 @@ class Measurement:
             for statistic in ("activation", "adjoint"):
                 if statistic in self.statistics:
                     self._factor_jobs(opened, layer, pending, statistic, present, cells_of)
-        self._open.append(opened)
-        self._open_bytes += sum(job.grams.nbytes for job in opened.jobs if job.grams is not None)
         for layer in self.layers:
             if layer.pending is not None:
-                self._more(record, layer, layer.pending)
+                self._more(opened, layer, layer.pending)
+        self._open.append(opened)
+        self._open_bytes += sum(job.grams.nbytes for job in opened.jobs if job.grams is not None)
+        self._open_bytes += sum(other.tensor.nbytes for other in opened.others)
         return record
 
     @property
     def due(self) -> bool:
         """Whether enough has been put off for `finish`."""
-        most = BYTES_TOGETHER_ON_A_GPU if self.layers[0].parameter.is_cuda else BYTES_TOGETHER
+        most = BYTES_TOGETHER if self.layers[0].parameter.is_cpu else BYTES_TOGETHER_ON_A_GPU
         return len(self._open) >= STEPS_TOGETHER or self._open_bytes >= most
 
     def _factor_jobs(
@@ -241,7 +252,7 @@ class Measurement:
         if self.audit is not None and found.iterations:
             exact = leading_values(matrices, count, None).values
             what = f"{statistic}s of '{layer.name}'"
-            self.audit.compare_followed(what, found.values, exact, matrices[0].is_cuda)
+            self.audit.compare_followed(what, found.values, exact, not matrices[0].is_cpu)
         self.iterations[found.iterations] = self.iterations.get(found.iterations, 0) + 1
         return [_Job(layer, statistic, groups, None, found.values)]
 
@@ -277,6 +288,10 @@ class Measurement:
             by_form.setdefault(form, []).append(each)
         for same in by_form.values():
             self._store(same)
+        for each in opened:
+            for other in each.others:
+                found = singular_values([other.tensor])[0] if other.is_gram else other.tensor
+                other.put(found.cpu().numpy())
         if "contrast" in self.statistics and "gradient" in self.statistics:
             for each in opened:
                 self._contrast_floors(each.record)
@@ -289,8 +304,8 @@ class Measurement:
         On the CPU the last bit of LAPACK's results depends on where a matrix lies in memory, and a training that is
         resumed shall record the same bits: there each job, which is alike at every step, has a call of its own.
         """
-        together = [job for job in jobs if job.grams is not None and job.grams.is_cuda]
-        alone = [[job] for job in jobs if job.grams is not None and not job.grams.is_cuda]
+        together = [job for job in jobs if job.grams is not None and not job.grams.is_cpu]
+        alone = [[job] for job in jobs if job.grams is not None and job.grams.is_cpu]
         for some in [together, *alone]:
             grams = [job.grams for job in some if job.grams is not None]
             for job, values in zip(some, singular_values(grams), strict=True):
@@ -378,53 +393,65 @@ class Measurement:
 
     # ------------------------------------------------------------------ what goes beyond one spectrum a group
 
-    def _more(self, record: Record, layer: WatchedLayer, pending: Pending) -> None:
+    def _more(self, opened: _Open, layer: WatchedLayer, pending: Pending) -> None:
         positions = max((len(total) for total in pending.by_position.values()), default=0)
         layer.has_positions = layer.has_positions or positions > 1
         if positions and layer.has_positions:
-            record.by_position[layer.name] = self._by_position(layer, pending)
+            self._by_position(opened, layer, pending)
         if any(statistic in self.statistics for statistic in CONTRASTS):
-            self._contrasts(record, layer, pending)
+            self._contrasts(opened, layer, pending)
 
-    def _by_position(self, layer: WatchedLayer, pending: Pending) -> np.ndarray:
+    def _by_position(self, opened: _Open, layer: WatchedLayer, pending: Pending) -> None:
         cells_of = self._cells_of(tuple(pending.rows))
         positions = max(len(total) for total in pending.by_position.values())
         index = self.index(layer)
         index = index[index <= min(layer.shape)]
-        result = np.full((len(self.groups), positions, len(self.index(layer))), np.nan, dtype=np.float32)
-        for group, cells in enumerate(cells_of):
-            if not cells:
-                continue
-            totals = [pending.by_position[key] for key in cells]
+        present = [group for group, cells in enumerate(cells_of) if cells]
+        grams = []
+        for group in present:
+            totals = [pending.by_position[key] for key in cells_of[group]]
             total = totals[0].new_zeros(positions, *layer.shape)
             for each in totals:
                 total[: len(each)] += each
-            values = singular_values([smaller_gram(total)])[0].cpu().numpy()
-            result[group, :, : len(index)] = values[:, index - 1]
-        return result
+            grams.append(smaller_gram(total))
+        result = np.full((len(self.groups), positions, len(self.index(layer))), np.nan, dtype=np.float32)
 
-    def _contrasts(self, record: Record, layer: WatchedLayer, pending: Pending) -> None:
+        def put(values: np.ndarray) -> None:
+            result[present, :, : len(index)] = values[..., index - 1]
+
+        opened.record.by_position[layer.name] = result
+        opened.others.append(_Other(torch.stack(grams), put))
+
+    def _contrasts(self, opened: _Open, layer: WatchedLayer, pending: Pending) -> None:
         cells_of = self._cells_of(tuple(pending.rows))
         present = sorted({group for pair in self.pairs for group in pair if cells_of[group]})
         if not present:
             return
         shares = pending.shares.matrices([cells_of[group] for group in present])
         matrices = dict(zip(present, shares, strict=True))
-        index = self.index(layer)
+        index, record = self.index(layer), opened.record
         usable = index <= min(layer.shape)
         pairs = [(a, b) for a, b in self.pairs if a in matrices and b in matrices]
-        sizes = record.group_size
-        if "contrast" in self.statistics:
-            grams = [smaller_gram(matrices[a] / int(sizes[a]) - matrices[b] / int(sizes[b])) for a, b in pairs]
-            for (a, b), values in zip(pairs, singular_values(grams), strict=True):
-                spectrum = np.full(len(index), np.nan, dtype=np.float32)
-                spectrum[usable] = values.cpu().numpy()[index[usable] - 1]
-                record.contrasts[self._pair(a, b), layer.name, "gradient"] = spectrum
-        if "cosine" in self.statistics:
+        names, sizes = [self._pair(a, b) for a, b in pairs], record.group_size
+        if "contrast" in self.statistics and pairs:
+            differences = (matrices[a] / int(sizes[a]) - matrices[b] / int(sizes[b]) for a, b in pairs)
+
+            def put_spectra(values: np.ndarray) -> None:
+                for name, of_pair in zip(names, values, strict=True):
+                    spectrum = np.full(len(index), np.nan, dtype=np.float32)
+                    spectrum[usable] = of_pair[index[usable] - 1]
+                    record.contrasts[name, layer.name, "gradient"] = spectrum
+
+            opened.others.append(_Other(torch.stack(list(map(smaller_gram, differences))), put_spectra))
+        if "cosine" in self.statistics and pairs:
             norms = {group: torch.linalg.vector_norm(matrix) for group, matrix in matrices.items()}
-            for a, b in pairs:
-                cosine = (matrices[a] * matrices[b]).sum() / (norms[a] * norms[b])
-                record.contrasts[self._pair(a, b), layer.name, "cosine"] = np.asarray(float(cosine), np.float32)
+            cosines = [(matrices[a] * matrices[b]).sum() / (norms[a] * norms[b]) for a, b in pairs]
+
+            def put_cosines(values: np.ndarray) -> None:
+                for name, value in zip(names, values, strict=True):
+                    record.contrasts[name, layer.name, "cosine"] = np.asarray(value, np.float32)
+
+            opened.others.append(_Other(torch.stack(cosines), put_cosines, is_gram=False))
         if "angles" in self.statistics:
             # Subspaces as large as the whole space have no angle between them.
             outputs, inputs = layer.shape[::-1] if layer.inputs_first else layer.shape

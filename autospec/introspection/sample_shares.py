@@ -497,8 +497,8 @@ class _Gathered(Pending):
         return StackedShares(torch.stack([part.matrices for part in parts]).sum(0), rows, dtype, self.computed)
 
     def _looked_up(self, rows: np.ndarray, dtype: torch.dtype) -> LookedUpShares:
-        index = torch.cat([factors.activation for factors, _ in self.lookups])
         adjoint = torch.cat([float64(factors.adjoint) for factors, _ in self.lookups])
+        index = torch.cat([factors.activation for factors, _ in self.lookups]).to(adjoint.device)
         sample = np.concatenate([numbers for _, numbers in self.lookups])
         used, place = torch.unique(index, return_inverse=True)
         place = place + torch.from_numpy(sample).to(index.device) * len(used)

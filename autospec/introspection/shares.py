@@ -29,8 +29,11 @@ from .spectra import PIECE, float64, gram_by_rows, gram_of_few, irregular, small
 from .stacks import together
 from .workspace import LARGEST_KEPT, Workspace
 
-# Products of at most this many numbers are formed in float64 from the start.
-SMALL = 2**20
+# Products of at most this many numbers are formed in float64 from the start; on a GPU, which would have to be waited for to know
+# whether they cancel, so are products of rows of more.
+SMALL, SMALL_ON_A_GPU = 2**20, 2**28
+# The same holds for convolutions on a GPU if their patches have no more numbers than this.
+PATCHES_ON_A_GPU = 2**24
 # A sum of shares this much smaller than they are has lost too much to float32, and is formed again in float64.
 CANCELLED = 0.2
 # The same where the rounding is known, relative to the share: every spectrum keeps to 1e-6.
@@ -75,10 +78,10 @@ class Shares:
     def add(self, factors: Factors, sorting: Sorting, backward: int = -1) -> None:
         """Add the items of one use in one backward pass, sorted by cell; they may not be modified afterwards."""
         self._walks = None
-        given, (factors, sorting) = factors, self._by_rows(factors.as_stored(), sorting)
-        counts = self.counts
+        given, counts = factors, self.counts
         for key, count in zip(sorting.keys, sorting.counts, strict=True):
             counts[key] = counts.get(key, 0) + factors.rows_of(count)
+        factors, sorting = self._by_rows(factors.as_stored(), sorting)
         if sorting.grid is not None:
             assert isinstance(factors, Product)
             self._add_by_sample(factors, sorting, sorting.grid)
@@ -98,12 +101,14 @@ class Shares:
             )
             self.batch = None  # the gradient of one use alone says what the batch's share is
             few = max(counts.values()) < FEW_ROWS * min(self.shape)
-            if not self.formed and (few or (self.constant and not self.products and self._rows_are_cheaper())):
+            if factors.adjoint.is_cpu:  # their Gram matrix serves where the share does not nearly cancel
+                few = few or (self.constant and not self.products and self._rows_are_cheaper())
+            if not self.formed and few:
                 for key, adjoint, activation in parts:
                     self.products.setdefault(key, []).append((adjoint, activation))
                 return
             self._form()
-            long = max(sorting.counts) > TERMS and factors.adjoint.device.type == "cpu"
+            long = max(sorting.counts) > TERMS and factors.adjoint.is_cpu
             if long and self._takes_pieces(factors.adjoint.dtype):
                 for key, adjoint, activation in parts:
                     self._add_long_product(key, adjoint, activation)
@@ -136,16 +141,16 @@ class Shares:
                 matrix += share
 
     def _by_rows(self, factors: Factors, sorting: Sorting) -> tuple[Factors, Sorting]:
-        """A convolution as a product of patches where these are few: the deep layers of a network have many channels, few positions."""
-        if (
-            not isinstance(factors, Convolution)
-            or self.formed
-            or factors.groups > 1
-            or min(self.shape) < FEWEST_CHANNELS
-        ):
+        """A convolution as a product of patches where these are few, or where the product can be in float64.
+
+        The deep layers of a network have many channels, few positions.
+        """
+        if not isinstance(factors, Convolution) or factors.groups > 1:
             return factors, sorting
         counts = [factors.rows_of(count) for count in sorting.counts]
-        if max(counts) >= FEW_ROWS * min(self.shape):
+        few = not self.formed and min(self.shape) >= FEWEST_CHANNELS and max(counts) < FEW_ROWS * min(self.shape)
+        wide = self._dtype_on_a_gpu(factors.adjoint) and sum(counts) * self.shape[1] <= PATCHES_ON_A_GPU
+        if not few and not wide:
             return factors, sorting
         return factors.as_product(), replace(sorting, counts=counts, _tables={})
 
@@ -207,7 +212,7 @@ class Shares:
         """
         products = [pair for pairs in self.products.values() for pair in pairs]
         alone = not self.formed and not self.lookups and len(products) == len(self.products)
-        if not products or not alone or gradient.is_cuda or gradient.dtype != products[0][0].dtype:
+        if not products or not alone or not gradient.is_cpu or gradient.dtype != products[0][0].dtype:
             return
         if sum(self.counts.values()) < FEW_ROWS * min(self.shape):  # the whole batch's rows are few, too
             return
@@ -245,13 +250,18 @@ class Shares:
         r"""Add :math:`\Delta^\top A` of some rows of cells (paper, Eq. 1)."""
         wide = torch.float64 if narrow(*self.shape, max(self.counts.values(), default=0)) else None
         for key, adjoint, activation in parts:
-            matrix, first = self._place(key, adjoint, wide if adjoint.device.type == "cpu" else None)
+            matrix, first = self._place(key, adjoint, wide if adjoint.is_cpu else self._dtype_on_a_gpu(adjoint))
             if adjoint.dtype != matrix.dtype:
                 adjoint, activation = adjoint.to(matrix.dtype), activation.to(matrix.dtype)
             if first:
                 torch.mm(adjoint.T, activation, out=matrix)
             else:
                 matrix.addmm_(adjoint.T, activation)
+
+    def _dtype_on_a_gpu(self, like: Tensor) -> torch.dtype | None:
+        """float64 for products that cost a GPU little in it; None for others, and on the processor."""
+        small = sum(self.counts.values()) * math.prod(self.shape) <= SMALL_ON_A_GPU
+        return torch.float64 if small and not like.is_cpu else None
 
     def _takes_pieces(self, dtype: torch.dtype) -> bool:
         """Whether shares are, or may be, float64 matrices to which sums of products in single precision are added."""
@@ -283,7 +293,7 @@ class Shares:
             return self._matrices[slot], False
         slot = self.slots[key] = len(self.slots) + 1  # the first place is for the sum
         if self.room is None or len(self.room) <= slot:
-            small = sum(self.counts.values()) * math.prod(self.shape) <= SMALL and like.device.type != "mps"
+            small = sum(self.counts.values()) * math.prod(self.shape) <= SMALL
             if self.room is not None:
                 dtype = self.room.dtype
             elif dtype is None:
@@ -311,6 +321,8 @@ class Shares:
         pairs = [pair for key in cells for pair in self.products.get(key, ())]
         if pairs:
             adjoint, activation = (together(side) for side in zip(*pairs, strict=True))
+            dtype = self._dtype_on_a_gpu(adjoint) or (adjoint.dtype if total is None else total.dtype)
+            adjoint, activation = adjoint.to(dtype), activation.to(dtype)
             total = adjoint.T @ activation if total is None else total.addmm(adjoint.T, activation)
         for key in cells:
             for lookup in self.lookups.get(key, ()):
@@ -402,7 +414,7 @@ class Shares:
     ) -> None:
         """Form again in float64 what has nearly cancelled, as the batch's gradient does near a stationary point."""
         exact = self.room is not None and self.room.dtype == torch.float64 and not self.squares
-        if not self.held or exact or grams.is_cuda:
+        if not self.held or exact or not grams.is_cpu:
             return
         norms = grams.diagonal(dim1=1, dim2=2).sum(1).sqrt().tolist()
         of_cell = {key: _norm(gram) for key, gram in (known or {}).items()}
@@ -497,7 +509,7 @@ class Shares:
         index = torch.cat([lookup.activation for lookup in lookups])
         adjoint = torch.cat([float64(lookup.adjoint) for lookup in lookups])
         index, count = index.to(adjoint.device), min(len(index), lookups[0].size)
-        if not adjoint.is_cuda:
+        if adjoint.is_cpu:
             there, index = torch.unique(index, return_inverse=True)
             count = len(there)
         elif count == len(index):  # counting those that differ would wait for the device

@@ -37,6 +37,13 @@ SHIFT = 1e-16
 CANCELLED = 0.3
 # Numbers that are converted to float64 at a time: what fits into a core's cache.
 PIECE = 2**17
+# Kinds of devices that have no float64: Apple's.
+WITHOUT_FLOAT64 = {"mps"}
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; what is recorded of another's tensors is computed on the processor."""
+    return device.type not in WITHOUT_FLOAT64
 
 
 _irregular_vectors: dict[torch.dtype, Tensor] = {}
@@ -53,7 +60,7 @@ def irregular(count: int, dtype: torch.dtype) -> Tensor:
 
 def float64(matrix: Tensor, workspace: Workspace | None = None) -> Tensor:
     """Convert to float64, or complex128, on the CPU where the device has no such type (Apple's)."""
-    matrix = matrix.cpu() if matrix.device.type == "mps" else matrix
+    matrix = matrix if has_float64(matrix.device) else matrix.cpu()
     if matrix.is_complex():
         return matrix.to(torch.complex128)
     if workspace is None or matrix.dtype == torch.float64:
@@ -63,7 +70,7 @@ def float64(matrix: Tensor, workspace: Workspace | None = None) -> Tensor:
 
 def _float64_for_now(matrix: Tensor, workspace: Workspace | None) -> Tensor:
     """The same until the next such call, in memory that stays in the processor's cache."""
-    if workspace is None or matrix.dtype == torch.float64 or matrix.device.type == "mps":
+    if workspace is None or matrix.dtype == torch.float64:
         return float64(matrix)
     return workspace.scratch("float64", tuple(matrix.shape), torch.float64, matrix.device).copy_(matrix)
 
@@ -143,9 +150,8 @@ def column_gram(rows: Tensor, workspace: Workspace) -> Tensor:
     count = max(1, PIECE // (width * positions))
     if len(rows) <= count and not image:
         return times_own_transpose(float64(rows).mT)
-    device = torch.device("cpu") if rows.device.type == "mps" else rows.device
-    total = torch.zeros(width, width, dtype=torch.float64, device=device)
-    room = workspace.scratch("float64", (min(count, len(rows)) * positions * width,), torch.float64, device)
+    total = torch.zeros(width, width, dtype=torch.float64, device=rows.device)
+    room = workspace.scratch("float64", (min(count, len(rows)) * positions * width,), torch.float64, rows.device)
     for piece in rows.split(count):
         wide = room[: piece.numel()]
         if image:
@@ -189,7 +195,7 @@ def gram_of_few(activation: Tensor, adjoint: Tensor, workspace: Workspace, const
         Shape (N, N), float64; by a QR decomposition, which costs twice as much, where the factors nearly cancel, since the
         error here is relative to the product of their norms.
     """
-    if activation.is_cuda:  # the choice below would wait for the device
+    if not activation.is_cpu:  # the choice below would wait for the device
         return smaller_gram(reduced_factor(activation, adjoint))
     factor = workspace.memo(activation, row_factor, lasting=constant)
     result = factor.mT @ (workspace.memo(adjoint, smaller_gram) @ factor)
@@ -242,10 +248,10 @@ def reduced_factor(activation: Tensor, adjoint: Tensor) -> Tensor:
     Tensor
         Shape (..., N, max(inputs, outputs)), float64.
     """
-    narrow, wide = sorted((activation, adjoint), key=lambda factor: factor.shape[-1])
+    narrow, wide = map(float64, sorted((activation, adjoint), key=lambda factor: factor.shape[-1]))
     finite = torch.isfinite(narrow).flatten(-2).all(-1)[..., None, None]
     solvable = torch.where(finite, narrow, 0.0)  # LAPACK may not return from NaN
-    reduced = torch.linalg.qr(float64(solvable).mT, mode="r").R @ float64(wide)
+    reduced = torch.linalg.qr(solvable.mT, mode="r").R @ wide
     return torch.where(finite, reduced, math.nan)
 
 

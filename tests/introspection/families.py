@@ -21,7 +21,8 @@ def weighted(output: Any) -> Tensor:
     """A generic loss of all outputs together: no symmetry, no constant part."""
     parts = [t.flatten() for t in flat(output)]
     whole = torch.cat(parts)
-    return (torch.linspace(0.5, 1.5, len(whole), dtype=whole.dtype) * (whole - 0.3).square()).mean()
+    weights = torch.linspace(0.5, 1.5, len(whole), dtype=whole.dtype).to(whole.device)
+    return (weights * (whole - 0.3).square()).mean()
 
 
 def flat(value: Any) -> list[Tensor]:
@@ -427,13 +428,13 @@ def recurrent_layers() -> dict[str, Callable[[], Problem]]:
 # ---------------------------------------------------------------------- attention
 
 
-def padding_mask() -> Tensor:
+def padding_mask(device: torch.device | None = None) -> Tensor:
     """True where a token is padding."""
-    return torch.arange(T) >= torch.tensor(LENGTHS).unsqueeze(1)
+    return (torch.arange(T) >= torch.tensor(LENGTHS).unsqueeze(1)).to(device)
 
 
-def causal_mask() -> Tensor:
-    return torch.ones(T, T, dtype=torch.bool).triu(1)
+def causal_mask(device: torch.device | None = None) -> Tensor:
+    return torch.ones(T, T, dtype=torch.bool).triu(1).to(device)
 
 
 def attention(
@@ -466,7 +467,7 @@ class Bert(nn.Module):
         self.pooler, self.head = nn.Linear(E, E), nn.Linear(E, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.words(x) + self.positions(torch.arange(x.shape[1])) + self.types((x > 9).long())
+        hidden = self.words(x) + self.positions(torch.arange(x.shape[1], device=x.device)) + self.types((x > 9).long())
         hidden = self.encoder(self.norm(hidden), src_key_padding_mask=x == 0)
         return self.head(torch.tanh(self.pooler(hidden[:, 0])))
 
@@ -508,9 +509,11 @@ def attentions() -> dict[str, Callable[[], Problem]]:
         "Attention, widths, time first": lambda: attention(
             lambda layer, x: layer(x, x[..., :5], x[..., :3]), kdim=5, vdim=3, batch_first=False
         ),
-        "Attention, padding mask": lambda: attention(lambda layer, x: layer(x, x, x, key_padding_mask=padding_mask())),
+        "Attention, padding mask": lambda: attention(
+            lambda layer, x: layer(x, x, x, key_padding_mask=padding_mask(x.device))
+        ),
         "Attention, attention mask": lambda: attention(
-            lambda layer, x: layer(x, x, x, attn_mask=causal_mask(), need_weights=False)[0]
+            lambda layer, x: layer(x, x, x, attn_mask=causal_mask(x.device), need_weights=False)[0]
         ),
         "Attention, bias_k": lambda: attention(add_bias_kv=True, add_zero_attn=True),
         "Attention, bias_k and widths": lambda: attention(

@@ -1,43 +1,23 @@
-"""Nothing in a recorded step waits for a GPU: steps run on tensors without values, so whatever asks for one fails.
+"""Nothing in a recorded step waits for a GPU.
 
-Tensors on torch's "meta" device have shapes and no numbers.  They stand for a GPU's here, whose numbers the processor
-can have only by waiting until the GPU has computed them; a copy to the device, which waits too, is noticed by a mode.
-What is allowed to wait is replaced: the probe of the first step, its audit, the guard of every 64th, and the
-decompositions that are put off.
+What is allowed to wait are the probe and the audit of the first step, the guard of every 64th, and the decompositions
+that are put off.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import autospec
-from autospec.introspection import capture, measure
-from autospec.introspection.audit import Audit
-from autospec.introspection.measure import Measurement
-from autospec.introspection.rows import map_rows
+from autospec.introspection import capture
+from autospec.introspection.measure import STEPS_TOGETHER
+
+from .simulated import NAME, moved, refusing_to_wait, waits
 
 N = 24
 LABELS = ["a", "b", "b", "c"] * 6
-DEVICE = torch.device("meta")
-TOGETHER = 3
-
-
-class Copies(TorchDispatchMode):
-    """Refuses copies between the processor and the device, but for those that need not be waited for."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        tensors = [value for value in (*args, result) if isinstance(value, torch.Tensor)]
-        if len({tensor.device for tensor in tensors if tensor.ndim}) > 1 and not kwargs.get("non_blocking"):
-            raise AssertionError(f"{func} brings numbers from one device to the other")
-        return result
 
 
 class Reader(nn.Module):
@@ -107,6 +87,7 @@ SERIES = (N, 6, 7)
 MODELS = {
     "MLP of many rows": (lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU(inplace=True), nn.Linear(5, 7)), (N, 7)),
     "MLP of few rows": (lambda: nn.Sequential(nn.Linear(70, 40), nn.Tanh(), nn.Linear(40, 70)), (N, 70)),
+    "MLP of data that stay the same": (lambda: nn.Sequential(nn.Linear(70, 8), nn.ReLU(), nn.Linear(8, 70)), (N, 70)),
     "MLP over time": (lambda: nn.Sequential(nn.Linear(7, 50), nn.BatchNorm1d(6), nn.Linear(50, 7)), SERIES),
     "a wide layer": (lambda: nn.Linear(600, 600), (N, 20, 600)),
     "1D CNN": (lambda: nn.Sequential(nn.Conv1d(6, 5, 3, padding=1), nn.ReLU(), nn.Conv1d(5, 3, 3, stride=2)), SERIES),
@@ -128,39 +109,6 @@ MODELS = {
 }
 
 
-@pytest.fixture
-def like_a_gpu(monkeypatch):
-    """Let meta tensors pass for a GPU's, and let what may wait run on a copy on the processor, or not at all."""
-
-    def traced(model, args, kwargs, *rest):
-        twin = copy.deepcopy(model).to_empty(device="cpu")
-        for tensor in (*twin.parameters(), *twin.buffers()):
-            tensor.data.fill_(1)
-        return map_rows(twin, tuple(map(numbers_like, args)), kwargs, *rest)
-
-    def numbers_like(argument):
-        if argument.is_floating_point():
-            return torch.ones_like(argument, device="cpu")
-        return (torch.arange(argument.numel()) % 9).reshape(argument.shape)  # not the same words for every sample
-
-    finished = []
-
-    def finish(measurement):
-        finished.append(len(measurement._open))
-        measurement._open, measurement._open_bytes = [], 0
-        return []
-
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: tensor.device == DEVICE))
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr("autospec.introspection.rows.row_maps.map_rows", traced)
-    monkeypatch.setattr(Audit, "due", lambda audit, recorded: False)
-    monkeypatch.setattr(Audit, "guard_due", lambda audit, recorded: False)
-    monkeypatch.setattr(Measurement, "finish", finish)
-    monkeypatch.setattr(measure, "STEPS_TOGETHER", TOGETHER)
-    return finished
-
-
 def take(steps, model, x, watcher):
     """Train for some steps."""
     for _ in range(steps):
@@ -170,50 +118,73 @@ def take(steps, model, x, watcher):
 
 
 def on_the_device(name):
+    """A model and its batch."""
+    torch.manual_seed(0)
     make, shape = MODELS[name]
-    with DEVICE:
-        return make(), torch.zeros(shape, dtype=torch.long if "Embedding" in name else None)
+    x = torch.randint(9, shape) if "Embedding" in name else torch.randn(shape)
+    return moved(make()), x.to(NAME)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_recorded_step_waits_for_nothing(name, like_a_gpu):
+def test_a_recorded_step_waits_for_nothing(name):
     model, x = on_the_device(name)
     groups = {"letter": LABELS, "half": ["x", "y"] * 12}
     with autospec.watch(model, groups, quiet=True) as watcher:
-        take(1, model, x, watcher)  # the probe, and tables of which row is whose
-        with Copies():
-            take(2 * TOGETHER, model, x, watcher)
-    assert like_a_gpu == [TOGETHER, TOGETHER, 1]
+        take(1, model, x, watcher)
+        with refusing_to_wait():
+            take(STEPS_TOGETHER - 1, model, x, watcher)
+        before = waits()
+        take(1, model, x, watcher)
+        assert waits() > before  # all of them are decomposed
+        with refusing_to_wait():
+            take(STEPS_TOGETHER - 1, model, x, watcher)
+    for layer in watcher.trajectories["layers"].children.values():
+        assert layer.sizes["step"] == 2 * STEPS_TOGETHER
+        assert bool(layer["gradient"].isel(index=0).notnull().all())
 
 
-@pytest.mark.parametrize("options", [{"statistics": ["gradient"]}, {"singular_values": "all"}, {"audit": 2}], ids=str)
-def test_less_and_more_than_all_three_wait_for_nothing(options, like_a_gpu):
-    model, x = on_the_device("MLP of few rows")
-    for labels in (LABELS, None):
+FURTHER = [
+    {"statistics": ["gradient"]},
+    {"statistics": ["gradient", "contrast", "cosine"]},
+    {"singular_values": "all"},
+    {"per_position": True},
+    {"activation": "unfolded"},
+    {"audit": 2},
+]
+
+
+@pytest.mark.parametrize("options", FURTHER, ids=str)
+@pytest.mark.parametrize("name", ["MLP of few rows", "MLP over time", "1D CNN"])
+def test_less_and_more_than_all_three_wait_for_nothing(name, options):
+    model, x = on_the_device(name)
+    without = [] if "per_position" in options else [None]  # which needs samples
+    for labels in (LABELS, *without):
         with autospec.watch(model, labels, quiet=True, **options) as watcher:
             take(1, model, x, watcher)
-            with Copies():
-                take(TOGETHER - 1, model, x, watcher)
+            with refusing_to_wait():
+                take(1, model, x, watcher)
 
 
-def test_labels_of_a_new_batch_bring_a_table_of_rows_and_nothing_else(like_a_gpu):
+def test_labels_of_a_new_batch_bring_a_table_of_rows_and_nothing_else():
     model, x = on_the_device("MLP of many rows")
     with autospec.watch(model, LABELS, quiet=True) as watcher:
         take(1, model, x, watcher)
-        with Copies():
-            for shift in range(1, TOGETHER):
+        with refusing_to_wait():
+            for shift in range(1, 4):
                 watcher.set_groups([*LABELS[shift:], *LABELS[:shift]])
                 take(1, model, x, watcher)
 
 
 @pytest.mark.parametrize("waiting", ["a choice by a number", "a number read", "a table brought"])
-def test_the_way_for_processors_is_noticed_to_wait(waiting, like_a_gpu, monkeypatch):
+def test_waiting_is_noticed(waiting, monkeypatch):
     model, x = on_the_device("MLP of few rows")
     if waiting == "a choice by a number":
-        monkeypatch.setattr(torch.Tensor, "is_cuda", False)
+        monkeypatch.setattr(torch.Tensor, "is_cpu", True)
     elif waiting == "a number read":
         monkeypatch.setattr(capture, "_checksum", lambda tensor: tensor.sum().item())
     else:
-        monkeypatch.setattr(capture, "_checksum", lambda tensor: (tensor + torch.zeros(70).to(DEVICE)) is None)
-    with autospec.watch(model, LABELS, quiet=True) as watcher, Copies(), pytest.raises((RuntimeError, AssertionError)):
-        take(2, model, x, watcher)
+        monkeypatch.setattr(capture, "_checksum", lambda tensor: (tensor + torch.zeros(70).to(NAME)) is None)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        take(1, model, x, watcher)
+        with refusing_to_wait(), pytest.raises(RuntimeError, match="waits for the device"):
+            take(1, model, x, watcher)

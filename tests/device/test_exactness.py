@@ -1,0 +1,75 @@
+"""Shares that nearly cancel, as near a stationary point, are exact without the processor looking at them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import autospec
+
+from .simulated import NAME, moved, refusing_to_wait, without_float64
+
+N = 24
+LABELS = ["a", "b", "b", "c"] * (N // 4)
+LEFT = 1e-4
+"""What is left of a gradient when the two halves of each group have been added."""
+
+
+MODELS = {
+    "many rows": (lambda: nn.Linear(7, 5), (N, 20, 7)),
+    "few rows": (lambda: nn.Linear(60, 70), (N, 60)),
+    "few rows of a group, many of the batch": (lambda: nn.Linear(40, 16), (N, 40)),
+    "convolution": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (N, 4, 50)),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(4, 3, 3, stride=2), (N, 4, 8, 9)),
+}
+
+
+def halves(*shape):
+    """The same tensor for both halves of the batch."""
+    half = torch.randn(shape[0] // 2, *shape[1:])
+    return torch.cat([half, half])
+
+
+def gradients(model, x, weights):
+    model.zero_grad()
+    output = model(x)
+    (output * weights.to(output)).sum().backward()
+
+
+@pytest.mark.parametrize("limited", [False, True], ids=["float64", "no float64"])
+@pytest.mark.parametrize("case", MODELS)
+def test_what_nearly_cancels_is_exact(case, limited):
+    torch.manual_seed(0)
+    make, shape = MODELS[case]
+    model = make()
+    x = halves(*shape)
+    weights = halves(*model(x).shape)
+    weights[N // 2 :] *= -(1 + LEFT)
+    exact = copy.deepcopy(model).double()
+    expected = {}
+    for group in ("all", "a", "b", "c"):
+        member = torch.tensor([group in ("all", label) for label in LABELS])
+        gradients(exact, x.double(), weights.double() * member.view(-1, *[1] * (weights.ndim - 1)))
+        expected[group] = {
+            name: torch.linalg.svdvals(p.grad.flatten(1)).numpy() for name, p in exact.named_parameters() if p.ndim > 1
+        }
+    there, x, weights = moved(model), x.to(NAME), weights.to(NAME)
+    waiting = contextlib.nullcontext if limited else refusing_to_wait
+    with (
+        without_float64() if limited else contextlib.nullcontext(),
+        autospec.watch(there, LABELS, statistics=["gradient"], quiet=True) as watcher,
+    ):
+        gradients(there, x, weights)
+        watcher.step()
+        with waiting():
+            gradients(there, x, weights)
+            watcher.step()
+    for group, of_group in expected.items():
+        for name, values in of_group.items():
+            recorded = watcher.trajectories[f"layers/{name}/gradient"].sel(group=group, step=1).dropna("index").values
+            assert np.abs(recorded - values[: len(recorded)]).max() < 1e-6 * values[0], (name, group)
