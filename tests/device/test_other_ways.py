@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 
 import numpy as np
 import pandas as pd
@@ -97,6 +98,24 @@ def test_scaled_losses_micro_batches_and_masks_give_the_same_record(limited):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)), normal(N, T, 7)
     assert_same(recorded(moved(copy.deepcopy(model)), x.to(NAME)), recorded(model, x))
+
+
+@pytest.mark.parametrize("converged", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_components_are_those_of_the_processor(dtype, converged, monkeypatch):
+    module = importlib.import_module("autospec.ica.moo_icar")
+    generator = np.random.default_rng(0)
+    references = generator.laplace(size=(5, 800))
+    bold = generator.normal(size=(40, 5)) @ (references + generator.laplace(size=(5, 800))) + generator.normal(
+        size=(40, 800)
+    )
+    expected = autospec.ica.moo_icar(bold, references, dtype=dtype, converged=converged)
+    monkeypatch.setattr(module, "device_of", lambda device: torch.device(NAME))
+    found = autospec.ica.moo_icar(bold, references, dtype=dtype, converged=converged)
+    assert found.device == NAME
+    tolerance = 1e-4 if dtype == "float32" else 1e-9
+    for one, other in ((found.maps, expected.maps), (found.timecourses, expected.timecourses)):
+        np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max())
 
 
 def test_training_of_the_workflow_gives_the_same_trajectories(limited, tmp_path, monkeypatch):
