@@ -22,6 +22,7 @@ from .hooks import backward_pass, may_be_compiled
 from .pending import Pending
 from .rows import alike, several_processes
 from .scaling import LossScale
+from .shares import wide_on_a_gpu
 from .sorting import Items, Layout, Sorting
 from .spectra import column_gram, float64, has_float64
 from .uses import SortedInput, Source, Use, WatchedLayer, unused_calls
@@ -171,7 +172,8 @@ class Gathering:
             if not use.arrival.waiting:
                 self._input_was_read(use)
                 use.let_go()
-                self.workspace.forget(column_gram, [there.result for there in self._sorted_inputs.values()])
+                for computed in (column_gram, _double):
+                    self.workspace.forget(computed, [there.result for there in self._sorted_inputs.values()])
                 if (
                     self._latest_adjoint is not None
                     and self._latest_adjoint[1].order is not None
@@ -255,6 +257,8 @@ class Gathering:
         factors = factors.with_(activation, adjoint)
         if self.guarded:
             pending.walk = pending.walk + walk(factors)
+        if wide_on_a_gpu(factors, layer.shape):
+            factors = factors.converted(lambda side: self.workspace.memo(side, _double))
         constant = use.constant is not None and len(layer.inputs) == 1
         shares = self.shares or self.guarded
         follows = None if self.follows is None else functools.partial(self.follows, layer)
@@ -431,6 +435,10 @@ class Gathering:
 def _unscaled(tensor: Tensor, scale: Tensor | None) -> Tensor:
     """Derivatives of the loss itself, from those of what it was multiplied to; they may be on the processor, for float64."""
     return tensor if scale is None else tensor / scale.to(tensor.device)
+
+
+def _double(tensor: Tensor, _: Workspace) -> Tensor:
+    return tensor.double()
 
 
 def _coarsest(*dtypes: torch.dtype | None) -> torch.dtype:

@@ -15,6 +15,7 @@ from .factors import (
     ROUNDING_OF_SUM,
     ROUNDING_OF_WALK,
     TERMS,
+    Computed,
     Convolution,
     Factors,
     Grid,
@@ -30,10 +31,8 @@ from .stacks import together
 from .workspace import LARGEST_KEPT, Workspace
 
 # Products of at most this many numbers are formed in float64 from the start; on a GPU, which would have to be waited for to know
-# whether they cancel, so are products of rows of more.
-SMALL, SMALL_ON_A_GPU = 2**20, 2**28
-# The same holds for convolutions on a GPU if their patches have no more numbers than this.
-PATCHES_ON_A_GPU = 2**24
+# whether they cancel, so are products of more, of convolutions if their patches have no more numbers than this.
+SMALL, SMALL_ON_A_GPU, PATCHES_ON_A_GPU = 2**20, 2**28, 2**24
 # A sum of shares this much smaller than they are has lost too much to float32, and is formed again in float64.
 CANCELLED = 0.2
 # The same where the rounding is known, relative to the share: every spectrum keeps to 1e-6.
@@ -46,6 +45,14 @@ ROUNDING_OF_IMAGE = 8.0
 FEW_ROWS = 0.75
 # Convolutions with a smaller side are formed all the same, which takes fewer calls.
 FEWEST_CHANNELS = 48
+
+
+def wide_on_a_gpu(factors: Factors, shape: tuple[int, int]) -> bool:
+    """Whether the factors of one use of a parameter of that shape are on a GPU, and few enough to form the share in float64."""
+    if factors.adjoint.is_cpu or factors.rows * math.prod(shape) > SMALL_ON_A_GPU:
+        return False
+    used = factors.of_weight if isinstance(factors, Computed) else factors
+    return not isinstance(used, Convolution) or (used.groups == 1 and used.rows * shape[1] <= PATCHES_ON_A_GPU)
 
 
 class Shares:
@@ -149,8 +156,7 @@ class Shares:
             return factors, sorting
         counts = [factors.rows_of(count) for count in sorting.counts]
         few = not self.formed and min(self.shape) >= FEWEST_CHANNELS and max(counts) < FEW_ROWS * min(self.shape)
-        wide = self._dtype_on_a_gpu(factors.adjoint) and sum(counts) * self.shape[1] <= PATCHES_ON_A_GPU
-        if not few and not wide:
+        if not few and not wide_on_a_gpu(factors, self.shape):
             return factors, sorting
         return factors.as_product(), replace(sorting, counts=counts, _tables={})
 
@@ -250,18 +256,13 @@ class Shares:
         r"""Add :math:`\Delta^\top A` of some rows of cells (paper, Eq. 1)."""
         wide = torch.float64 if narrow(*self.shape, max(self.counts.values(), default=0)) else None
         for key, adjoint, activation in parts:
-            matrix, first = self._place(key, adjoint, wide if adjoint.is_cpu else self._dtype_on_a_gpu(adjoint))
+            matrix, first = self._place(key, adjoint, wide if adjoint.is_cpu else None)
             if adjoint.dtype != matrix.dtype:
                 adjoint, activation = adjoint.to(matrix.dtype), activation.to(matrix.dtype)
             if first:
                 torch.mm(adjoint.T, activation, out=matrix)
             else:
                 matrix.addmm_(adjoint.T, activation)
-
-    def _dtype_on_a_gpu(self, like: Tensor) -> torch.dtype | None:
-        """float64 for products that cost a GPU little in it; None for others, and on the processor."""
-        small = sum(self.counts.values()) * math.prod(self.shape) <= SMALL_ON_A_GPU
-        return torch.float64 if small and not like.is_cpu else None
 
     def _takes_pieces(self, dtype: torch.dtype) -> bool:
         """Whether shares are, or may be, float64 matrices to which sums of products in single precision are added."""
@@ -321,8 +322,6 @@ class Shares:
         pairs = [pair for key in cells for pair in self.products.get(key, ())]
         if pairs:
             adjoint, activation = (together(side) for side in zip(*pairs, strict=True))
-            dtype = self._dtype_on_a_gpu(adjoint) or (adjoint.dtype if total is None else total.dtype)
-            adjoint, activation = adjoint.to(dtype), activation.to(dtype)
             total = adjoint.T @ activation if total is None else total.addmm(adjoint.T, activation)
         for key in cells:
             for lookup in self.lookups.get(key, ()):

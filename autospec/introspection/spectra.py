@@ -35,8 +35,8 @@ SMALLEST_FOR_NUMPY = 256
 # its factors a share may be, in the mean over rows, for the shift not to matter.
 SHIFT = 1e-16
 CANCELLED = 0.3
-# Numbers that are converted to float64 at a time: what fits into a core's cache.
-PIECE = 2**17
+# Numbers that are converted to float64 at a time: what fits into a core's cache; on a GPU every piece costs several launches.
+PIECE, PIECE_ON_A_GPU = 2**17, 2**25
 # Kinds of devices that have no float64: Apple's.
 WITHOUT_FLOAT64 = {"mps"}
 
@@ -80,12 +80,12 @@ def times_own_transpose(matrix: Tensor) -> Tensor:
 
     numpy recognises such a product and computes one triangle of it, in half to two thirds of torch's time.
     """
-    if matrix.device.type == "cpu" and numpy_has_one_thread():
+    if matrix.is_cpu and numpy_has_one_thread():
         array = matrix.numpy()
         with np.errstate(all="ignore"):  # what is not finite stays so, and is told of once
             return torch.from_numpy(np.matmul(array, array.swapaxes(-1, -2)))
     size = matrix.shape[-2]
-    if size < SMALLEST_IN_BLOCKS:
+    if size < SMALLEST_IN_BLOCKS or not matrix.is_cpu:
         return matrix @ matrix.mT
     result = matrix.new_empty(*matrix.shape[:-1], size)
     block = -(-size // BLOCKS)
@@ -147,10 +147,10 @@ def column_gram(rows: Tensor, workspace: Workspace) -> Tensor:
     image = rows.ndim == 3
     width = rows.shape[1]
     positions = rows.shape[2] if image else 1
-    count = max(1, PIECE // (width * positions))
+    count = max(1, (PIECE if rows.is_cpu else PIECE_ON_A_GPU) // (width * positions))
     if len(rows) <= count and not image:
         return times_own_transpose(float64(rows).mT)
-    total = torch.zeros(width, width, dtype=torch.float64, device=rows.device)
+    total: Tensor | None = None
     room = workspace.scratch("float64", (min(count, len(rows)) * positions * width,), torch.float64, rows.device)
     for piece in rows.split(count):
         wide = room[: piece.numel()]
@@ -160,7 +160,9 @@ def column_gram(rows: Tensor, workspace: Workspace) -> Tensor:
             wide = wide.flatten(1)
         else:
             wide = wide.view(len(piece), width).copy_(piece).mT
-        total += times_own_transpose(wide)
+        product = times_own_transpose(wide)
+        total = product if total is None else total.add_(product)
+    assert total is not None  # there is one piece at least
     return total
 
 

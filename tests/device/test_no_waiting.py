@@ -1,4 +1,4 @@
-"""Nothing in a recorded step waits for a GPU.
+"""Nothing in a recorded step waits for a GPU, and a GPU waits for no more than it must.
 
 What is allowed to wait are the probe and the audit of the first step, the guard of every 64th, and the decompositions
 that are put off.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import autospec
 from autospec.introspection import capture
@@ -141,6 +142,38 @@ def test_a_recorded_step_waits_for_nothing(name):
     for layer in watcher.trajectories["layers"].children.values():
         assert layer.sizes["step"] == 2 * STEPS_TOGETHER
         assert bool(layer["gradient"].isel(index=0).notnull().all())
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is asked of the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", ["linear", "1D CNN", "3D CNN"])
+def test_a_step_asks_no_more_of_the_device_for_more_rows(case):
+    """What is cut into pieces for a processor's cache would keep a GPU waiting for its orders."""
+    layer, shape = {
+        "linear": (nn.Linear(100, 120), (N, 1, 100)),
+        "1D CNN": (nn.Conv1d(100, 120, 3), (N, 100, 1)),
+        "3D CNN": (nn.Conv3d(4, 8, 3), (N, 4, 6, 6, 1)),
+    }[case]
+    model, counts = moved(nn.Sequential(layer, nn.Tanh())), []
+    for longer in (140, 280):
+        lengthened = [1, longer, 1] if case == "linear" else [1] * (len(shape) - 1) + [longer]
+        x = torch.randn(shape).repeat(lengthened).to(NAME)
+        with autospec.watch(model, LABELS, quiet=True) as watcher:
+            take(2, model, x, watcher)
+            with Operations() as operations:
+                take(1, model, x, watcher)
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
 
 
 FURTHER = [
