@@ -140,8 +140,8 @@ def _scan_lstm(
     slopes = room(steps, sequences, 4, width)
     projected = None if weights.hr is None else room(steps, sequences, width)
     # Where h is known, gates of several steps at once: as many as stay in the processor's cache until all is done with them.
-    count = 1 if hidden is None else max(1, NUMBERS // (sequences * 4 * width))
-    count = min(count, steps)
+    count = steps if not x.is_cpu else max(1, NUMBERS // (sequences * 4 * width))
+    count = 1 if hidden is None else min(count, steps)
 
     def scratch(purpose: str, *shape: int) -> Tensor:
         return workspace.scratch(purpose, shape, x.dtype, x.device)

@@ -1,0 +1,107 @@
+"""How many operations a step asks of a GPU: ``python benchmarks/operations.py``.
+
+Each costs the processor some microseconds, however small it is, and a small network's training waits for nothing else.  They
+are counted without a GPU, on the device that is one in name of ``tests/device``, where the ways for GPUs are taken: those that
+move or compute numbers, not those that look at them differently.  Adam's are few, as on a GPU, where it updates all weights
+together.  The device has no fused recurrent layer, so torch's own LSTM counts step by step there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import CASES
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import autospec
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.device.simulated import NAME, library, moved
+
+LOOKS = {
+    "view",
+    "_unsafe_view",
+    "detach",
+    "alias",
+    "as_strided",
+    "split",
+    "split_with_sizes",
+    "slice",
+    "select",
+    "unbind",
+}
+LOOKS |= {
+    "expand",
+    "t",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "diagonal",
+    "empty",
+    "empty_like",
+    "empty_strided",
+}
+LOOKS |= {"new_empty", "new_empty_strided", "unfold", "_reshape_alias"}
+STATISTICS = {"gradient": ("gradient",), "all three": ("gradient", "activation", "adjoint")}
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that move or compute numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.count += func.overloadpacket.__name__ not in LOOKS
+        return func(*args, **(kwargs or {}))
+
+
+def operations(model: nn.Module, x: Tensor, target: Tensor, name: str, watcher: autospec.Watcher | None) -> int:
+    """Operations of a step after three others."""
+    optimizer = torch.optim.Adam(model.parameters(), foreach=True)
+    for _ in range(4):
+        with Operations() as found:
+            optimizer.zero_grad()
+            CASES[name].loss(model(x), target).backward()
+            if watcher is not None:
+                watcher.step()
+            optimizer.step()
+    return found.count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", "An output with one or more elements was resized")  # by the processor's loss
+    library()
+    print(f"`python benchmarks/operations.py`; torch {torch.__version__}.\n")
+    print("| model | plain step | and recording the gradient | and recording all three |\n|---|---|---|---|")
+    for name in options.models:
+        case = CASES[name]
+        torch.manual_seed(0)
+        x, target, labels = case.make_data()
+        inputs = torch.from_numpy(x).to(NAME)
+        answer = inputs if target is None else torch.from_numpy(target).to(NAME)
+        model = moved(case.make_model())
+        plain = operations(model, inputs, answer, name, None)
+        more = []
+        for statistics in STATISTICS.values():
+            with autospec.watch(model, list(labels), statistics=statistics, quiet=True) as watcher:
+                more.append(operations(model, inputs, answer, name, watcher) - plain)
+        print(f"| {case.title} | {plain} | + {more[0]} | + {more[1]} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
