@@ -251,6 +251,8 @@ def reduced_factor(activation: Tensor, adjoint: Tensor) -> Tensor:
         Shape (..., N, max(inputs, outputs)), float64.
     """
     narrow, wide = map(float64, sorted((activation, adjoint), key=lambda factor: factor.shape[-1]))
+    if not narrow.is_cpu:  # a GPU's decomposition spreads NaN, and ends
+        return torch.linalg.qr(narrow.mT, mode="r").R @ wide
     finite = torch.isfinite(narrow).flatten(-2).all(-1)[..., None, None]
     solvable = torch.where(finite, narrow, 0.0)  # LAPACK may not return from NaN
     reduced = torch.linalg.qr(solvable.mT, mode="r").R @ wide
