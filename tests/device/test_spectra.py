@@ -9,18 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import autospec
-from tests.introspection.families import FAMILIES, LABELS
+from tests.introspection.families import EVERYTHING, FAMILIES
+from tests.introspection.oracle import train_watched
 
 from .simulated import NAME, moved, without_float64
 
-EVERYTHING = {
-    "statistics": autospec.introspection.STATISTICS,
-    "singular_values": "all",
-    "per_position": "space",
-    "activation": "unfolded",
-    "audit": 1,
-}
 WAYS = {
     "everything": (EVERYTHING, contextlib.nullcontext),
     "tracked": ({"solver": "tracked", "singular_values": 2}, contextlib.nullcontext),
@@ -35,19 +28,10 @@ TOLERANCE, ABSOLUTE = 3e-6, {"cosine": 3e-6, "alignment": 3e-6, "angles": 1e-3}
 
 
 def train(made, device, options=None):
-    """Train a copy for three steps; return its weights, and what was recorded."""
+    """Train a copy; return its weights, and what was recorded."""
     model = copy.deepcopy(made.model)
     model, x = (moved(model), made.x.to(device)) if device == NAME else (model, made.x)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    watching = contextlib.nullcontext() if options is None else autospec.watch(model, LABELS, quiet=True, **options)
-    with watching as watcher:
-        for step in range(3):
-            optimizer.zero_grad()
-            torch.manual_seed(step)
-            made.loss_of_output(model(x)).backward()
-            if watcher is not None:
-                watcher.step()
-            optimizer.step()
+    watcher = train_watched(made, model, x, options)
     return [parameter.detach().cpu() for parameter in model.parameters()], watcher and watcher.trajectories
 
 

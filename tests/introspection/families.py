@@ -10,11 +10,21 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
+import autospec
+
 from .oracle import Problem, shared_by
 
 N, T, E = 12, 5, 8
 LABELS = ["a", "b", "b", "c"] * 3
 LENGTHS = [3, 5, 1, 4, 2, 5, 3, 1, 2, 4, 5, 3]
+EVERYTHING: dict[str, Any] = {
+    "statistics": autospec.introspection.STATISTICS,
+    "singular_values": "all",
+    "per_position": "space",
+    "activation": "unfolded",
+    "audit": 1,
+}
+"""Options with which all that there is is recorded."""
 
 
 def weighted(output: Any) -> Tensor:

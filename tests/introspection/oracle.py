@@ -520,3 +520,20 @@ class WrittenOut:
         output = self.project("out_proj.weight", (weights @ v).transpose(1, 2).flatten(2), layer.out_proj.bias)
         output = output if layer.batch_first else output.transpose(0, 1)
         return output, (weights.mean(1) if average_attn_weights else weights) if need_weights else None
+
+
+def train_watched(problem: Problem, model: nn.Module, x: Tensor, options: Mapping[str, Any] | None = None) -> Any:
+    """Train a model on the problem's batch for three steps; with options it is watched, and the watcher comes back."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watching = (
+        contextlib.nullcontext() if options is None else autospec.watch(model, problem.labels, quiet=True, **options)
+    )
+    with watching as watcher:
+        for step in range(3):
+            optimizer.zero_grad()
+            torch.manual_seed(step)
+            problem.loss_of_output(model(x)).backward()
+            if watcher is not None:
+                watcher.step()
+            optimizer.step()
+    return watcher

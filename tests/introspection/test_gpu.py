@@ -1,6 +1,5 @@
 """The same on a GPU: exact, and the training unchanged."""
 
-import contextlib
 import copy
 
 import pytest
@@ -9,8 +8,8 @@ from torch import nn
 
 import autospec
 
-from .families import FAMILIES
-from .families import LABELS as OF_FAMILIES
+from .families import EVERYTHING, FAMILIES
+from .oracle import train_watched
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,21 +60,10 @@ def test_spectra_are_those_of_the_gradient():
 CASES = [name for name in FAMILIES if not (name.startswith(("RNN", "GRU", "LSTM")) and "dropout" in name)]
 
 
-def train_family(made, options=None, device="cuda"):
-    """Train a copy for three steps; return its weights, and the watcher."""
-    model, x = copy.deepcopy(made.model).to(device), made.x.to(device)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    watching = (
-        contextlib.nullcontext() if options is None else autospec.watch(model, OF_FAMILIES, quiet=True, **options)
-    )
-    with watching as watcher:
-        for step in range(3):
-            optimizer.zero_grad()
-            torch.manual_seed(step)
-            made.loss_of_output(model(x)).backward()
-            if watcher is not None:
-                watcher.step()
-            optimizer.step()
+def train_family(made, options=None):
+    """Train a copy; return its weights, and the watcher."""
+    model = copy.deepcopy(made.model).cuda()
+    watcher = train_watched(made, model, made.x.cuda(), options)
     return list(model.parameters()), watcher
 
 
@@ -85,9 +73,7 @@ def test_every_family_is_exact_and_its_training_unchanged(case):
     torch.manual_seed(0)
     made = FAMILIES[case]()
     (first, _), (second, _) = train_family(made), train_family(made)
-    weights, watcher = train_family(
-        made, {"audit": 1, "statistics": autospec.introspection.STATISTICS, "per_position": "space"}
-    )
+    weights, watcher = train_family(made, EVERYTHING)
     if all(map(torch.equal, first, second)):  # sums of some kernels depend on which thread comes first
         assert all(map(torch.equal, weights, first))
     audit = watcher.trajectories.attrs["audit"]

@@ -14,6 +14,7 @@ import autospec
 from .families import (
     CONVOLUTIONS,
     EMBEDDINGS,
+    EVERYTHING,
     FAMILIES,
     LABELS,
     LINEAR,
@@ -49,15 +50,6 @@ def test_gradient_spectra_are_those_of_weights_copied_for_the_group(case):
 def test_spectra_are_those_of_the_rows_of_the_very_step(case):
     made = (LINEAR | CONVOLUTIONS | EMBEDDINGS)[case]()
     assert_exact(record(made), made, TABLE)
-
-
-EVERYTHING = {
-    "statistics": autospec.introspection.STATISTICS,
-    "singular_values": "all",
-    "per_position": "space",
-    "activation": "unfolded",
-    "audit": 1,
-}
 
 
 def train(made, watcher=None):
