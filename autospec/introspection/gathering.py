@@ -18,9 +18,9 @@ from .audit import Audit
 from .errors import WatchError
 from .factors import NARROW, Computed, Convolution, Factors, Lookup, Product, shares_by_position, single, walk
 from .groups import Assignment
-from .hooks import backward_pass, may_be_compiled
+from .hooks import backward_pass, may_be_compiled, several_processes
 from .pending import Pending
-from .rows import alike, several_processes
+from .rows import alike
 from .scaling import LossScale
 from .shares import wide_on_a_gpu
 from .sorting import Items, Layout, Sorting

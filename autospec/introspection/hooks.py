@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
@@ -15,6 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 def do_nothing(*_: Any) -> None:
     """Stand for a hook in a copy."""
+
+
+def several_processes() -> bool:
+    """Whether this process trains together with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def may_be_compiled() -> bool:

@@ -547,6 +547,12 @@ def sample_shares(
     WatchError
         If the model cannot be watched, or the rows of a layer cannot be traced to samples.
     """
+    frozen = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+    if frozen:
+        raise WatchError(
+            f"'{frozen[0]}' was made under torch.inference_mode(), so nothing can be differentiated with respect to it: make, or load, "
+            "the model outside of it."
+        )
     twin = copy_model(model)
     watched = [WatchedLayer(parameter) for parameter in find_parameters(twin, layers, unknown)]
     given = {name: as_array(value).reshape(-1) for name, value in (rows or {}).items()}
@@ -585,7 +591,14 @@ def sample_shares(
                 raise WatchError(
                     f"loss(model) returned {what}: return the loss of the whole batch, one number, as backward() would be called on it."
                 )
-            torch.autograd.backward(value, inputs=[layer.parameter for layer in learned])
+            try:
+                torch.autograd.backward(value, inputs=[layer.parameter for layer in learned])
+            except RuntimeError as error:
+                if "backward through the graph a second time" not in str(error):
+                    raise
+                raise WatchError(
+                    "loss(model) has called backward() by itself: let it return the loss alone."
+                ) from error
         if capture.valid is not None and not gathering.masked:
             raise WatchError(
                 f"valid= has {capture.valid.shape[1]} positions, but no watched layer has as many rows a sample."

@@ -118,6 +118,8 @@ class NullDistributions:
         shares : mapping of str to SampleShares
             One share a sample, of every layer.
         """
+        if not isinstance(step, int | np.integer):
+            raise UserError(f"step={step!r}: give the number of the step, as an integer.")
         if step in self.steps:
             return
         if not shares:

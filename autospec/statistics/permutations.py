@@ -439,6 +439,10 @@ def means_of_units(confounders: Mapping[str, Any], unit: np.ndarray, sizes: np.n
     rows = unit >= 0
     columns = {}
     for name, column in confounders.items():
+        if np.ndim(column) != 1:
+            raise UserError(
+                f"the confounder '{name}' has the shape {np.shape(column)}: give one number for each sample, and each column a name."
+            )
         if len(column) != len(rows):
             raise UserError(
                 f"the confounder '{name}' has {len(column)} entries for {len(rows)} samples: give one for each."

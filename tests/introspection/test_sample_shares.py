@@ -312,6 +312,12 @@ def test_a_part_of_a_gradient_that_comes_from_no_sample_is_said_once(layer):
     torch.testing.assert_close(shares["weight"].total(), plain["weight"].total())
 
 
+def gone_backward(model, x):
+    loss = model(x).square().mean()
+    loss.backward()
+    return loss
+
+
 LOSSES = {
     "a number": (lambda model, x: float(model(x).sum()), "returned float: return the loss"),
     "a loss of each sample": (
@@ -323,6 +329,7 @@ LOSSES = {
         lambda model, x: model(x[:9]).sum(),
         "samples=10 does not fit the batch",
     ),
+    "gone backward": (gone_backward, r"has called backward\(\) by itself"),
     "of another model": (lambda model, x: x.sum(), "no call of the model was seen"),
 }
 
@@ -333,6 +340,13 @@ def test_losses_that_do_not_fit_are_refused(loss):
     x = torch.randn(10, 4)
     with pytest.raises(WatchError, match=said):
         sample_shares(nn.Linear(4, 3), lambda model: of(model, x), 10)
+
+
+def test_a_model_made_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        model = nn.Linear(4, 3)
+    with pytest.raises(WatchError, match=r"'weight' was made under torch.inference_mode\(\)"):
+        sample_shares(model, lambda model: model(torch.randn(9, 4)).sum(), 9)
 
 
 def test_a_model_of_which_nothing_learns_is_refused():

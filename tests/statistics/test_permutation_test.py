@@ -700,6 +700,8 @@ def test_a_checkpoint_gives_the_steps_that_are_asked_for(tmp_path):
 def test_numbers_and_shares_that_make_no_test_are_refused():
     comparison, labellings = forty()
     distributions = NullDistributions(comparison, labellings)
+    with pytest.raises(UserError, match="step='3': give the number"):
+        distributions.add("3", of_weights(torch.randn(40, 3, 4)))
     with pytest.raises(UserError, match="no layer's share at step 3"):
         distributions.add(3, {})
     distributions.add(3, of_weights(torch.randn(40, 3, 4)))

@@ -314,6 +314,7 @@ def test_labels_that_are_numbers_are_named_as_they_are():
         ({"age": np.ones(60)}, "the confounder 'age' is the same for all"),
         ({"age": [np.nan, *range(59)]}, "the confounder 'age' is missing"),
         ({"age": ["old"] * 60}, "the confounder 'age' is not a number"),
+        ({"age": np.zeros((60, 2))}, r"the confounder 'age' has the shape \(60, 2\): give one number"),
         ({"age": np.arange(5)}, "the confounder 'age' has 5 entries for 60 samples"),
     ],
 )

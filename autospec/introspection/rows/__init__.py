@@ -6,7 +6,7 @@ from .lookups import dims_of_size
 from .orders import alike
 from .probe import OwnUses, weights_at
 from .row_maps import RowMaps
-from .tracing import RowMap, map_rows, several_processes
+from .tracing import RowMap, map_rows
 from .twins import refused_uses
 
 __all__ = [
@@ -17,6 +17,5 @@ __all__ = [
     "dims_of_size",
     "map_rows",
     "refused_uses",
-    "several_processes",
     "weights_at",
 ]

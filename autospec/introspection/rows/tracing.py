@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -24,6 +23,7 @@ from ..arguments import can_be_nan, instances_in, replaced, tensors_in
 from ..copies import kept_apart, unchanged, without_short_cuts
 from ..errors import NoSamples, SeveralReadings, UntracedRows, WatchError
 from ..generators import generators_kept
+from ..hooks import several_processes
 from ..layers import FunctionalUses
 from ..layers.call import qualified_name
 from ..spectra import irregular
@@ -516,11 +516,6 @@ def _copied(tensor: Tensor) -> Tensor:
     if not tensor.requires_grad:
         return copied
     return copied.requires_grad_() if tensor.is_leaf else copied.requires_grad_().clone()
-
-
-def several_processes() -> bool:
-    """Whether this process trains together with others."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _same_result(model: nn.Module, probe: Probe, samples: int) -> None:
