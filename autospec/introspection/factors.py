@@ -164,7 +164,9 @@ def walk(factors: Factors) -> Tensor:
     if isinstance(factors, Computed):
         share = factors.of_weight.share()
         some = irregular(share.numel(), share.dtype).to(share.device).view_as(share)
-        return walk(factors.of_weight) * square(factors.pulled_back(some)) / square(some)
+        # What is carried back is rounded even where nothing comes of it, as of a softmax over numbers with one derivative.
+        before = walk(factors.of_weight) + square(share)
+        return before * square(factors.pulled_back(some)) / square(some)
     times = math.prod(factors.kernel[2:]) if isinstance(factors, Convolution) else 1
     return square(factors.adjoint) * square(factors.activation) * (times / max(factors.rows, 1))
 

@@ -247,3 +247,29 @@ def test_nothing_is_kept_alive_by_weights_that_are_computed():
         finally:
             gc.enable()
     assert counts[1:] == counts[1:2] * 4
+
+
+class Assigned(nn.Module):
+    """A soft assignment of inputs to outputs."""
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+
+    def forward(self, x):
+        return F.linear(x, self.weight.softmax(0))
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (200, 3)], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_gradient_that_is_rounding_of_nothing_is_not_said_to_come_from_elsewhere(shape, seed):
+    torch.manual_seed(seed)
+    model, x = Assigned(*shape), torch.randn(200, shape[1]) + 100
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with autospec.watch(model, ["a", "b"] * 100, quiet=True) as watcher:
+            model(x).sum(1).mean().backward()  # each input is assigned as a whole, whatever the weight
+            watcher.step()
+        sample_shares(model, lambda model: model(x).sum(1).mean(), 200)
+    assert model.weight.grad.any()
+    assert watcher.trajectories.attrs["audit"]["outside"] == {}
