@@ -25,31 +25,34 @@ import autospec
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.device.simulated import NAME, library, moved
 
-LOOKS = {
-    "view",
-    "_unsafe_view",
-    "detach",
-    "alias",
-    "as_strided",
-    "split",
-    "split_with_sizes",
-    "slice",
-    "select",
-    "unbind",
-}
-LOOKS |= {
-    "expand",
-    "t",
-    "transpose",
-    "permute",
-    "unsqueeze",
-    "squeeze",
-    "diagonal",
-    "empty",
-    "empty_like",
-    "empty_strided",
-}
-LOOKS |= {"new_empty", "new_empty_strided", "unfold", "_reshape_alias"}
+LOOKS = frozenset(
+    [
+        "view",
+        "_unsafe_view",
+        "_reshape_alias",
+        "detach",
+        "alias",
+        "as_strided",
+        "split",
+        "split_with_sizes",
+        "slice",
+        "select",
+        "unbind",
+        "expand",
+        "t",
+        "transpose",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "diagonal",
+        "unfold",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+    ]
+)
 STATISTICS = {"gradient": ("gradient",), "all three": ("gradient", "activation", "adjoint")}
 
 

@@ -172,7 +172,7 @@ class Gathering:
             if not use.arrival.waiting:
                 self._input_was_read(use)
                 use.let_go()
-                for computed in (column_gram, _double):
+                for computed in (column_gram, _double, _on_the_processor):
                     self.workspace.forget(computed, [there.result for there in self._sorted_inputs.values()])
                 if (
                     self._latest_adjoint is not None
@@ -213,7 +213,7 @@ class Gathering:
         if not len(factors.adjoint):
             return False
         if not has_float64(factors.adjoint.device):  # in which shares and Gram matrices are summed up
-            factors = factors.converted(Tensor.cpu)
+            factors = factors.converted(lambda side: self.workspace.memo(side, _on_the_processor))
         types = use.dtype, use.call.outputs[0].dtype, factors.adjoint.dtype, layer.parameter.dtype
         pending.dtype = _coarsest(pending.dtype, *types)
         pending.computed = pending.computed or use.call.computed is not None
@@ -439,6 +439,10 @@ def _unscaled(tensor: Tensor, scale: Tensor | None) -> Tensor:
 
 def _double(tensor: Tensor, _: Workspace) -> Tensor:
     return tensor.double()
+
+
+def _on_the_processor(tensor: Tensor, _: Workspace) -> Tensor:
+    return tensor.cpu()
 
 
 def _coarsest(*dtypes: torch.dtype | None) -> torch.dtype:

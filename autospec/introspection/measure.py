@@ -17,7 +17,7 @@ from .audit import Audit
 from .errors import WatchError
 from .pending import Pending
 from .sorting import cells_of_groups
-from .spectra import leading_directions, noise_floor, principal_angles, singular_values, smaller_gram
+from .spectra import has_float64, leading_directions, noise_floor, principal_angles, singular_values, smaller_gram
 from .stacks import IndexStack, RowStack, together
 from .tracked import Block, leading_values, worthwhile
 from .tree import Record
@@ -33,23 +33,32 @@ BYTES_TOGETHER_ON_A_GPU = 2**28  # to decompose, the processor waits for it
 
 
 @dataclass
-class _Job:
-    """Spectra of one layer for some groups: Gram matrices, or the values where they are known already."""
+class _Spectra:
+    """Gram matrices, or the values where they are known already."""
+
+    grams: Tensor | None
+    values: Tensor | None
+
+    @property
+    def bytes(self) -> int:
+        """Memory that is held until they are decomposed."""
+        return 0 if self.grams is None else self.grams.nbytes
+
+
+@dataclass
+class _Job(_Spectra):
+    """Spectra of one layer for some groups."""
 
     layer: WatchedLayer
     statistic: str
     groups: list[int]
-    grams: Tensor | None
-    values: Tensor | None = None
 
 
 @dataclass
-class _Other:
-    """Gram matrices of something else, or numbers that are known, and what takes them into the record."""
+class _Other(_Spectra):
+    """Other numbers of a layer, and what takes them into the record."""
 
-    tensor: Tensor
     put: Callable[[np.ndarray], None]
-    is_gram: bool = True
 
 
 @dataclass
@@ -165,7 +174,7 @@ class Measurement:
             present = [group for group, cells in enumerate(cells_of) if cells]
             if "gradient" in self.statistics:
                 for positions, grams in pending.shares.grams([cells_of[group] for group in present]):
-                    opened.jobs.append(_Job(layer, "gradient", [present[i] for i in positions], grams))
+                    opened.jobs.append(_Job(grams, None, layer, "gradient", [present[i] for i in positions]))
             for statistic in ("activation", "adjoint"):
                 if statistic in self.statistics:
                     self._factor_jobs(opened, layer, pending, statistic, present, cells_of)
@@ -173,15 +182,18 @@ class Measurement:
             if layer.pending is not None:
                 self._more(opened, layer, layer.pending)
         self._open.append(opened)
-        self._open_bytes += sum(job.grams.nbytes for job in opened.jobs if job.grams is not None)
-        self._open_bytes += sum(other.tensor.nbytes for other in opened.others)
+        self._open_bytes += sum(each.bytes for each in (*opened.jobs, *opened.others))
         return record
 
     @property
     def due(self) -> bool:
         """Whether enough has been put off for `finish`."""
-        most = BYTES_TOGETHER if self.layers[0].parameter.is_cpu else BYTES_TOGETHER_ON_A_GPU
-        return len(self._open) >= STEPS_TOGETHER or self._open_bytes >= most
+        return len(self._open) >= STEPS_TOGETHER or self._open_bytes >= self._most_bytes
+
+    @property
+    def _most_bytes(self) -> int:
+        parameter = self.layers[0].parameter
+        return BYTES_TOGETHER if parameter.is_cpu or not has_float64(parameter.device) else BYTES_TOGETHER_ON_A_GPU
 
     def _factor_jobs(
         self,
@@ -210,14 +222,14 @@ class Measurement:
                 groups, grams = by_size.setdefault(len(gram), ([], []))
                 groups.append(group)
                 grams.append(gram)
-            jobs += [_Job(layer, statistic, groups, torch.stack(grams)) for groups, grams in by_size.values()]
+            jobs += [_Job(torch.stack(grams), None, layer, statistic, groups) for groups, grams in by_size.values()]
         if statistic == "activation":
             for indices in pending.indices.values():
                 for group in present:
                     index_stacks = [indices[key] for key in cells_of[group] if key in indices]
                     if index_stacks:
                         values = IndexStack.merged_spectrum(index_stacks).unsqueeze(0)
-                        jobs.append(_Job(layer, statistic, [group], None, values))
+                        jobs.append(_Job(None, values, layer, statistic, [group]))
         if constant is not None:
             self._constants[layer.name] = (constant, jobs)
         opened.jobs += jobs
@@ -254,7 +266,7 @@ class Measurement:
             what = f"{statistic}s of '{layer.name}'"
             self.audit.compare_followed(what, found.values, exact, not matrices[0].is_cpu)
         self.iterations[found.iterations] = self.iterations.get(found.iterations, 0) + 1
-        return [_Job(layer, statistic, groups, None, found.values)]
+        return [_Job(None, found.values, layer, statistic, groups)]
 
     def follows(self, layer: WatchedLayer, counts: Sequence[int], width: int) -> bool:
         """Whether the tracked solver will need rows as they are, of which so many have come for each cell."""
@@ -276,7 +288,9 @@ class Measurement:
         """Carry out the decompositions that were put off; return the records."""
         opened, self._open, self._open_bytes = self._open, [], 0
         unsolved = list({id(job): job for each in opened for job in each.jobs if job.values is None}.values())
-        self._solve(unsolved)
+        others = [other for each in opened for other in each.others]
+        self._solve([*unsolved, *others])
+        self._put(others)
         # Steps whose jobs are alike are stored together.
         by_form: dict[tuple[tuple[str, str, tuple[int, ...], int], ...], list[_Open]] = {}
         for each in opened:
@@ -288,17 +302,19 @@ class Measurement:
             by_form.setdefault(form, []).append(each)
         for same in by_form.values():
             self._store(same)
-        for each in opened:
-            for other in each.others:
-                found = singular_values([other.tensor])[0] if other.is_gram else other.tensor
-                other.put(found.cpu().numpy())
         if "contrast" in self.statistics and "gradient" in self.statistics:
             for each in opened:
                 self._contrast_floors(each.record)
         return [each.record for each in opened]
 
     @staticmethod
-    def _solve(jobs: list[_Job]) -> None:
+    def _put(others: list[_Other]) -> None:
+        for other in others:
+            assert other.values is not None
+            other.put(other.values.cpu().numpy())
+
+    @staticmethod
+    def _solve(jobs: Sequence[_Spectra]) -> None:
         """Decompose; on a GPU all matrices of equal size in one call.
 
         On the CPU the last bit of LAPACK's results depends on where a matrix lies in memory, and a training that is
@@ -401,6 +417,16 @@ class Measurement:
         if any(statistic in self.statistics for statistic in CONTRASTS):
             self._contrasts(opened, layer, pending)
 
+    def _add(self, opened: _Open, other: _Other) -> None:
+        """Put other spectra off, on a GPU and while they are small: on the processor nothing is gained by waiting."""
+        opened.others.append(other)
+        there = other.grams if other.values is None else other.values
+        assert there is not None
+        if there.is_cpu or sum(each.bytes for each in opened.others) >= self._most_bytes:
+            self._solve(opened.others)
+            self._put(opened.others)
+            opened.others = []
+
     def _by_position(self, opened: _Open, layer: WatchedLayer, pending: Pending) -> None:
         cells_of = self._cells_of(tuple(pending.rows))
         positions = max(len(total) for total in pending.by_position.values())
@@ -420,7 +446,7 @@ class Measurement:
             result[present, :, : len(index)] = values[..., index - 1]
 
         opened.record.by_position[layer.name] = result
-        opened.others.append(_Other(torch.stack(grams), put))
+        self._add(opened, _Other(torch.stack(grams), None, put))
 
     def _contrasts(self, opened: _Open, layer: WatchedLayer, pending: Pending) -> None:
         cells_of = self._cells_of(tuple(pending.rows))
@@ -442,7 +468,7 @@ class Measurement:
                     spectrum[usable] = of_pair[index[usable] - 1]
                     record.contrasts[name, layer.name, "gradient"] = spectrum
 
-            opened.others.append(_Other(torch.stack(list(map(smaller_gram, differences))), put_spectra))
+            self._add(opened, _Other(torch.stack(list(map(smaller_gram, differences))), None, put_spectra))
         if "cosine" in self.statistics and pairs:
             norms = {group: torch.linalg.vector_norm(matrix) for group, matrix in matrices.items()}
             cosines = [(matrices[a] * matrices[b]).sum() / (norms[a] * norms[b]) for a, b in pairs]
@@ -451,7 +477,7 @@ class Measurement:
                 for name, value in zip(names, values, strict=True):
                     record.contrasts[name, layer.name, "cosine"] = np.asarray(value, np.float32)
 
-            opened.others.append(_Other(torch.stack(cosines), put_cosines, is_gram=False))
+            self._add(opened, _Other(None, torch.stack(cosines), put_cosines))
         if "angles" in self.statistics:
             # Subspaces as large as the whole space have no angle between them.
             outputs, inputs = layer.shape[::-1] if layer.inputs_first else layer.shape

@@ -97,7 +97,9 @@ class Shares:
             large = max(given.activation.nbytes, given.adjoint.nbytes) > LARGEST_KEPT
             # Over several backward passes holding everything would cost what micro-batches are to save.
             one_pass = not self.held or backward == self._backward
-            self.held = [*self.held, (factors, sorting)] if one_pass and not large else None
+            # What has cancelled is formed again on the processor alone.
+            keep = one_pass and not large and factors.adjoint.is_cpu
+            self.held = [*self.held, (factors, sorting)] if keep else None
             self._backward = backward
         if isinstance(factors, Product) and factors.outputs is None:
             parts = zip(

@@ -288,9 +288,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_cell_backward(const Tenso
 
 // ---------------------------------------------------------------- everything else
 
-// Operations whose result has a size, or is a choice, that depends on numbers.
-const std::array<std::string, 6> kWaiting{"aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2",
-                                          "aten::unique_dim", "aten::bincount"};
+// Operations whose result has a size that depends on numbers, or that look at numbers on a GPU themselves.
+const std::array<std::string, 14> kWaiting{
+    "aten::nonzero",       "aten::equal",       "aten::masked_select",      "aten::_unique",      "aten::_unique2",
+    "aten::unique_dim",    "aten::bincount",    "aten::unique_consecutive", "aten::multinomial",  "aten::repeat_interleave",
+    "aten::_linalg_eigh",  "aten::_linalg_svd", "aten::linalg_lstsq",       "aten::linalg_eigh"};
 
 // Operations that take an index from the processor.
 const std::array<std::string, 4> kIndexed{"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"};

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import os
 import subprocess
-import tempfile
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +28,10 @@ def library() -> ctypes.CDLL:
     torch_folder = Path(torch.__file__).parent
     folders = [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
     flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
-    content = SOURCE.read_bytes() + torch.__version__.encode()
-    built = Path(tempfile.gettempdir()) / f"autospec-simulated-device-{hashlib.sha256(content).hexdigest()[:16]}.so"
+    content = SOURCE.read_bytes() + f"{torch.__version__} {flags}".encode()
+    built = Path(__file__).parent / "__pycache__" / f"simulated-{hashlib.sha256(content).hexdigest()[:16]}.so"
     if not built.exists():
+        built.parent.mkdir(exist_ok=True)
         part = built.with_suffix(f".{os.getpid()}")
         command = ["g++", *flags, str(SOURCE), "-o", str(part), *folders, "-lc10", "-ltorch_cpu", "-ltorch"]
         subprocess.run(command, check=True)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autospec
-from autospec.introspection import capture
+from autospec.introspection import capture, spectra
 from autospec.introspection.measure import STEPS_TOGETHER
 
 from .simulated import NAME, moved, refusing_to_wait, waits
@@ -156,19 +156,21 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("case", ["linear", "1D CNN", "3D CNN"])
+@pytest.mark.parametrize("case", ["linear", "1D CNN", "3D CNN", "LSTM"])
 def test_a_step_asks_no_more_of_the_device_for_more_rows(case):
     """What is cut into pieces for a processor's cache would keep a GPU waiting for its orders."""
     layer, shape = {
         "linear": (nn.Linear(100, 120), (N, 1, 100)),
         "1D CNN": (nn.Conv1d(100, 120, 3), (N, 100, 1)),
         "3D CNN": (nn.Conv3d(4, 8, 3), (N, 4, 6, 6, 1)),
+        "LSTM": (Reader(nn.LSTM(100, 30, batch_first=True)), (1, 8, 100)),
     }[case]
     model, counts = moved(nn.Sequential(layer, nn.Tanh())), []
-    for longer in (140, 280):
-        lengthened = [1, longer, 1] if case == "linear" else [1] * (len(shape) - 1) + [longer]
+    for longer in (144, 288):
+        lengthened = {"linear": [1, longer, 1], "LSTM": [longer, 1, 1]}.get(case, [1] * (len(shape) - 1) + [longer])
         x = torch.randn(shape).repeat(lengthened).to(NAME)
-        with autospec.watch(model, LABELS, quiet=True) as watcher:
+        labels = LABELS * (len(x) // N)
+        with autospec.watch(model, labels, quiet=True) as watcher:
             take(2, model, x, watcher)
             with Operations() as operations:
                 take(1, model, x, watcher)
@@ -213,6 +215,7 @@ def test_waiting_is_noticed(waiting, monkeypatch):
     model, x = on_the_device("MLP of few rows")
     if waiting == "a choice by a number":
         monkeypatch.setattr(torch.Tensor, "is_cpu", True)
+        monkeypatch.setattr(spectra, "numpy_has_one_thread", lambda: False)
     elif waiting == "a number read":
         monkeypatch.setattr(capture, "_checksum", lambda tensor: tensor.sum().item())
     else:

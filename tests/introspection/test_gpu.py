@@ -68,8 +68,9 @@ def train_family(made, options=None):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_family_is_exact_and_its_training_unchanged(case):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+def test_every_family_is_exact_and_its_training_unchanged(case, monkeypatch):
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(backend, "allow_tf32", False)
     torch.manual_seed(0)
     made = FAMILIES[case]()
     (first, _), (second, _) = train_family(made), train_family(made)
