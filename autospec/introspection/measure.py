@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections import Counter
@@ -308,10 +309,14 @@ class Measurement:
         return [each.record for each in opened]
 
     @staticmethod
-    def _put(others: list[_Other]) -> None:
-        for other in others:
-            assert other.values is not None
-            other.put(other.values.cpu().numpy())
+    def _put(others: Sequence[_Other]) -> None:
+        """Take other numbers into their records, brought over from the device together."""
+        found = [other.values for other in others if other.values is not None]
+        if found:
+            numbers = torch.cat([values.flatten() for values in found]).cpu()
+            parts = numbers.split([values.numel() for values in found])
+            for other, values, part in zip(others, found, parts, strict=True):
+                other.put(part.view(values.shape).numpy())
 
     @staticmethod
     def _solve(jobs: Sequence[_Spectra]) -> None:
@@ -432,21 +437,20 @@ class Measurement:
         positions = max(len(total) for total in pending.by_position.values())
         index = self.index(layer)
         index = index[index <= min(layer.shape)]
-        present = [group for group, cells in enumerate(cells_of) if cells]
-        grams = []
-        for group in present:
-            totals = [pending.by_position[key] for key in cells_of[group]]
+        result = np.full((len(self.groups), positions, len(self.index(layer))), np.nan, dtype=np.float32)
+
+        def put(group: int, values: np.ndarray) -> None:
+            result[group, :, : len(index)] = values[:, index - 1]
+
+        for group, cells in enumerate(cells_of):
+            if not cells:
+                continue
+            totals = [pending.by_position[key] for key in cells]
             total = totals[0].new_zeros(positions, *layer.shape)
             for each in totals:
                 total[: len(each)] += each
-            grams.append(smaller_gram(total))
-        result = np.full((len(self.groups), positions, len(self.index(layer))), np.nan, dtype=np.float32)
-
-        def put(values: np.ndarray) -> None:
-            result[present, :, : len(index)] = values[..., index - 1]
-
+            self._add(opened, _Other(smaller_gram(total), None, functools.partial(put, group)))
         opened.record.by_position[layer.name] = result
-        self._add(opened, _Other(torch.stack(grams), None, put))
 
     def _contrasts(self, opened: _Open, layer: WatchedLayer, pending: Pending) -> None:
         cells_of = self._cells_of(tuple(pending.rows))
