@@ -172,8 +172,8 @@ class Gathering:
             if not use.arrival.waiting:
                 self._input_was_read(use)
                 use.let_go()
-                for computed in (column_gram, _double, _on_the_processor):
-                    self.workspace.forget(computed, [there.result for there in self._sorted_inputs.values()])
+                sorted_inputs = [there.result for there in self._sorted_inputs.values()]
+                self.workspace.forget((column_gram, _double, _on_the_processor), sorted_inputs)
                 if (
                     self._latest_adjoint is not None
                     and self._latest_adjoint[1].order is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -69,13 +69,13 @@ class Workspace:
             self._still[key] = self._known[key]
         return self._known[key][1]
 
-    def forget(self, function: Callable[[Tensor, Workspace], Tensor], but: Sequence[Tensor] = ()) -> None:
-        """Let go of what a function was applied to in this step, but for parts of some tensors."""
+    def forget(self, functions: Collection[Callable[[Tensor, Workspace], Tensor]], but: Sequence[Tensor] = ()) -> None:
+        """Let go of what some functions were applied to in this step, but for parts of some tensors."""
         kept = {tensor.untyped_storage().data_ptr() for tensor in but}
         self._known = {
             key: pair
             for key, pair in self._known.items()
-            if key[-1] is not function or pair[0].untyped_storage().data_ptr() in kept
+            if key[-1] not in functions or pair[0].untyped_storage().data_ptr() in kept
         }
 
     def begin_again(self) -> None:

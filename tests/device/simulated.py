@@ -9,11 +9,13 @@ import hashlib
 import os
 import subprocess
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autospec.introspection import spectra
 
@@ -90,3 +92,21 @@ def moved(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()
     return model
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is asked of the device.
+
+    Parameters
+    ----------
+    but : collection of str
+        Names of operations that do not count.
+    """
+
+    def __init__(self, but: Collection[str] = ()) -> None:
+        super().__init__()
+        self.but, self.count = but, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in self.but
+        return func(*args, **(kwargs or {}))

@@ -9,13 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import autospec
 from autospec.introspection import capture, spectra
 from autospec.introspection.measure import STEPS_TOGETHER
 
-from .simulated import NAME, moved, refusing_to_wait, waits
+from .simulated import NAME, Operations, moved, refusing_to_wait, waits
 
 N = 24
 LABELS = ["a", "b", "b", "c"] * 6
@@ -142,18 +141,6 @@ def test_a_recorded_step_waits_for_nothing(name):
     for layer in watcher.trajectories["layers"].children.values():
         assert layer.sizes["step"] == 2 * STEPS_TOGETHER
         assert bool(layer["gradient"].isel(index=0).notnull().all())
-
-
-class Operations(TorchDispatchMode):
-    """Counts what is asked of the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("case", ["linear", "1D CNN", "3D CNN", "LSTM"])
