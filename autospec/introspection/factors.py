@@ -7,8 +7,6 @@ one sample each.
 
 from __future__ import annotations
 
-import functools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .spectra import float64, irregular
+from .spectra import PIECE, float64, irregular
 from .workspace import Workspace
 
-# Numbers in the patches that are multiplied at a time: about what a core's cache holds; and positions, whose products are
-# summed in float32.
-PATCHES, TERMS = 2**19, 2**12
+# Rows whose products are summed in float32.
+TERMS = 2**12
 # Fewer outputs or inputs than this, and more terms: there MKL sums one term after the other (measured: 9 eps where they agree).
 NARROW, MANY_TERMS = 16, 2**9
 # Rounding of a product of that size in float32, in units of eps: of sums whose terms are of either sign, relative to the
@@ -82,9 +79,28 @@ class Factors(ABC):
         """The same use, whose share is formed as the parameter is stored."""
         return self
 
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Shape of the share."""
+
     @abstractmethod
     def share(self) -> Tensor:
         """The items' share of the gradient as a matrix, as torch stores the parameter."""
+
+    @abstractmethod
+    def walk(self) -> Tensor:
+        """Square of what the share would be if its terms had no common direction: its rounding is in proportion."""
+
+    def shares_by_position(self, table: Tensor) -> Tensor:
+        """Shares of each position along the tying dimension, shape (positions, *shape of the matrix).
+
+        Parameters
+        ----------
+        table : Tensor of int, shape (positions, most rows)
+            Items at each position; -1 where there are fewer.  Images know their positions themselves.
+        """
+        raise RuntimeError("these have no positions")
 
     @property
     def in_pieces(self) -> bool:
@@ -157,18 +173,13 @@ def rounding(left: Tensor, right: Tensor, sums: Tensor | float, times: float | N
     return torch.finfo(left.dtype).eps ** 2 * (ROUNDING_OF_WALK**2 * walk + ROUNDING_OF_SUM**2 * sums)
 
 
-def walk(factors: Factors) -> Tensor:
-    """Square of what a share would be if its terms had no common direction: how far their sum may be rounded is in proportion."""
-    if isinstance(factors, Lookup):
-        return square(factors.adjoint)
-    if isinstance(factors, Computed):
-        share = factors.of_weight.share()
-        some = irregular(share.numel(), share.dtype).to(share.device).view_as(share)
-        # What is carried back is rounded even where nothing comes of it, as of a softmax over numbers with one derivative.
-        before = walk(factors.of_weight) + square(share)
-        return before * square(factors.pulled_back(some)) / square(some)
-    times = math.prod(factors.kernel[2:]) if isinstance(factors, Convolution) else 1
-    return square(factors.adjoint) * square(factors.activation) * (times / max(factors.rows, 1))
+def add_wide_product(total: Tensor, adjoint: Tensor, activation: Tensor, workspace: Workspace) -> None:
+    """Add a product of rows to a float64 matrix, in float64."""
+    count = max(1, PIECE // max(adjoint.shape[1], activation.shape[1]))
+    for some, seen in zip(adjoint.split(count), activation.split(count), strict=True):
+        left = workspace.scratch("adjoint", tuple(some.shape), torch.float64, total.device).copy_(some)
+        right = workspace.scratch("activation", tuple(seen.shape), torch.float64, total.device).copy_(seen)
+        total.addmm_(left.T, right)
 
 
 @dataclass(frozen=True)
@@ -236,6 +247,50 @@ class Product(Factors):
         first, total = self.outputs
         return F.pad(product, (0, 0, first, total - first - len(product)))
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs of the whole parameter, or, transposed, inputs and outputs."""
+        stored = self.as_stored()
+        outputs = stored.adjoint.shape[1] if stored.outputs is None else stored.outputs[1]
+        return outputs, stored.activation.shape[1]
+
+    def walk(self) -> Tensor:
+        """Each row's activation meets its adjoint once."""
+        return square(self.adjoint) * square(self.activation) * (1 / max(self.rows, 1))
+
+    def shares_by_position(self, table: Tensor) -> Tensor:
+        """Products of each position's rows."""
+        stored = self.as_stored()
+        sides = (stored.adjoint_rows(), stored.activation_rows())
+        left, right = (torch.cat([side, side.new_zeros(1, side.shape[1])])[table] for side in sides)
+        return left.mT @ right
+
+    def add_pieces(
+        self, counts: Sequence[int], totals: Sequence[Tensor], workspace: Workspace, exact: bool = False
+    ) -> list[Tensor]:
+        """Add the products of some rows at a time: long sums lose digits in single precision, more on some processors."""
+        if self.transposed:
+            return self.as_stored().add_pieces(counts, totals, workspace, exact)
+        squares = []
+        sides = (self.adjoint.split_with_sizes(list(counts)), self.activation.split_with_sizes(list(counts)))
+        for total, adjoint, activation in zip(totals, *sides, strict=True):
+            if self.outputs is not None:
+                total = total.narrow(0, self.outputs[0], adjoint.shape[1])
+            squares.append(total.new_zeros(()))
+            if exact:
+                add_wide_product(total, adjoint, activation, workspace)
+                continue
+            wide = narrow(adjoint.shape[1], activation.shape[1], TERMS)
+            for some, seen in zip(adjoint.split(TERMS), activation.split(TERMS), strict=True):
+                if wide:
+                    total.addmm_(float64(some).T, float64(seen))
+                    continue
+                # With the longer side last products of many terms take a fifth less time.
+                product = some.T @ seen if some.shape[1] <= seen.shape[1] else (seen.T @ some).T
+                total += product
+                squares[-1] += rounding(some, seen, square(product))
+        return squares
+
     def add_by_sample(self, grid: Grid, total: Tensor, workspace: Workspace) -> np.ndarray:
         """Add the product of each sample's rows to the matrix of its cell, without any row being moved.
 
@@ -294,183 +349,6 @@ class Product(Factors):
 
 
 @dataclass(frozen=True)
-class Convolution(Factors):
-    """A convolution, transposed or not; an item is one entry of the convolution's batch.
-
-    Attributes
-    ----------
-    activation : Tensor
-        Shape (items, inputs, *space).
-    adjoint : Tensor
-        Shape (items, outputs, *space).
-    kernel : tuple of int
-        Shape of the parameter.
-    stride, padding, dilation : tuple of int
-        One number a dimension of space.
-    groups : int
-        Number of separate convolutions.
-    transposed : bool
-        Whether the layer is a ConvTranspose.
-    output_padding : tuple of int
-        Of a ConvTranspose.
-    margins : (tuple of int, str) or None
-        Padding that is not of zeros on both sides, as `torch.nn.functional.pad` takes it; ``padding`` is 0 then.
-    unfolded : bool
-        Whether a row of the activation is a patch, the true left factor, and not the channels at one position.
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    transposed: bool
-    output_padding: tuple[int, ...]
-    margins: tuple[tuple[int, ...], str] | None = None
-    unfolded: bool = False
-
-    def rows_of(self, items: int) -> int:
-        """Items x positions x groups."""
-        positions = (self.activation if self.transposed else self.adjoint).shape[2:]
-        return items * math.prod(positions) * self.groups
-
-    def share(self) -> Tensor:
-        """Compute the weight's gradient from these items alone, shape (first dimension, others)."""
-        gradient = torch.ops.aten.convolution_backward(
-            self.adjoint,
-            self._padded(),
-            self.adjoint.new_empty(1).expand(self.kernel),
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-            [False, True, False],
-        )[1]
-        return gradient.reshape(self.kernel[0], -1)
-
-    @property
-    def in_pieces(self) -> bool:
-        """In one and two dimensions on the CPU patches cost little, and sums of short products are exact where long are not."""
-        return len(self.kernel) <= 4 and self.groups == 1 and self.adjoint.device.type == "cpu"
-
-    def add_pieces(
-        self, counts: Sequence[int], totals: Sequence[Tensor], workspace: Workspace, exact: bool = False
-    ) -> list[Tensor]:
-        """Add the shares as products of rows and patches of a few items each, which stay in the processor's cache."""
-        rows, image = (self.activation, self.adjoint) if self.transposed else (self.adjoint, self._padded())
-        space, positions = self.kernel[2:], rows.shape[2:]
-        outputs, inputs = self.kernel[:2]
-        size, many = math.prod(space), math.prod(positions)
-        count = min(max(1, min(PATCHES // (inputs * size), TERMS) // many), max(counts))
-        exact = exact or narrow(outputs, inputs * size, count * many)
-        dtype = torch.float64 if exact else rows.dtype
-        within, padded = [slice(None), slice(None)], [count, inputs]
-        for length, taken, stride, padding, dilation, there in zip(
-            space, positions, self.stride, self.padding, self.dilation, image.shape[2:], strict=True
-        ):
-            reach = (taken - 1) * stride + (length - 1) * dilation + 1  # as far as the last position sees
-            within.append(slice(padding, padding + there))
-            padded.append(max(reach, padding + there))
-        room = workspace.scratch("image", tuple(padded), image.dtype, image.device).zero_()
-        inside = room[tuple(within)]
-        item, channel, *steps = room.stride()
-        windows = room.as_strided(
-            (inputs, *space, count, *positions),
-            (
-                channel,
-                *(step * dilation for step, dilation in zip(steps, self.dilation, strict=True)),
-                item,
-                *(step * stride for step, stride in zip(steps, self.stride, strict=True)),
-            ),
-        )
-        patches = workspace.scratch("patches", (inputs * size * count * many,), dtype, image.device)
-        sides = workspace.scratch("rows", (outputs * count * many,), dtype, image.device)
-
-        @functools.cache
-        def places(items: int) -> tuple[Tensor, ...]:
-            """Where so many items lie: images, what positions see of them, the same and rows by item, and as matrices."""
-            window = windows.narrow(1 + len(space), 0, items)
-            patch, side = patches[: window.numel()], sides[: outputs * items * many]
-            by_item = side.view(outputs, items, *positions).transpose(0, 1)
-            matrices = side.view(outputs, -1), patch.view(inputs * size, -1).T
-            return inside[:items], window, patch.view(window.shape), by_item, *matrices
-
-        squares = []
-        for total, some_rows, some_image in zip(totals, rows.split(counts), image.split(counts), strict=True):
-            products = rows.new_empty(-(-len(some_rows) // count), outputs, inputs * size, dtype=dtype)
-            parts = zip(products, some_rows.split(count), some_image.split(count), strict=True)
-            for product, some, seen in parts:
-                images, window, patch, by_item, left, right = places(len(some))
-                images.copy_(seen)
-                patch.copy_(window)
-                by_item.copy_(some)
-                torch.mm(left, right, out=product)
-            total += products.sum(0, dtype=torch.float64)
-            if exact:
-                squares.append(total.new_zeros(()))
-            else:
-                times = size / max(len(some_rows) * many, 1)
-                squares.append(rounding(some_rows, some_image, square(products), times))
-        return squares
-
-    def as_product(self) -> Product:
-        """The same for a single group with one row for each item and position, one item after the other."""
-        rows = self.activation if self.transposed else self.adjoint
-        return Product(self.patches().flatten(0, 1), rows.flatten(2).movedim(2, 1).flatten(0, 1).contiguous())
-
-    def activation_rows(self) -> Tensor:
-        """Channels at each position, shape (items, inputs, positions), or patches (items x positions, inputs)."""
-        if self.unfolded and not self.transposed:
-            return self.patches().flatten(0, 1)
-        return self.activation.flatten(2)
-
-    def adjoint_rows(self) -> Tensor:
-        """Channels at each position, shape (items, outputs, positions)."""
-        return self.adjoint.flatten(2)
-
-    def _padded(self) -> Tensor:
-        """The activation as the kernel meets it."""
-        return self.activation if self.margins is None else F.pad(self.activation, self.margins[0], self.margins[1])
-
-    def patches(self) -> Tensor:
-        """What each output position of the convolution sees, shape (items, positions, inputs x kernel).
-
-        For a transposed convolution these are the outputs that each input position reaches.
-        """
-        space = self.kernel[2:]
-        image = self.adjoint if self.transposed else self._padded()
-        positions = (self.activation if self.transposed else self.adjoint).shape[2:]
-        margins = [margin for size in reversed(self.padding) for margin in (size, size)]
-        image = F.pad(image, margins)
-        for axis, (size, stride, dilation, count) in enumerate(
-            zip(space, self.stride, self.dilation, positions, strict=True), start=2
-        ):
-            short = (count - 1) * stride + (size - 1) * dilation + 1 - image.shape[axis]
-            if short > 0:  # an output padding lengthens a transposed convolution
-                image = F.pad(image, [0, 0] * (image.ndim - 1 - axis) + [0, short])
-            starts = torch.arange(count, device=image.device) * stride
-            wanted = starts[:, None] + torch.arange(size, device=image.device) * dilation
-            # (…, positions, …) and the kernel's offsets at the end
-            image = image.index_select(axis, wanted.flatten()).unflatten(axis, wanted.shape).movedim(axis + 1, -1)
-        dimensions = len(space)
-        image = image.movedim(1, 1 + dimensions)  # (items, *positions, channels, *kernel)
-        return image.flatten(1, dimensions).flatten(2)
-
-    def shares_by_position(self) -> Tensor:
-        """One share for each output position, shape (positions, first dimension, others)."""
-        patches = self.patches()
-        rows = (self.activation if self.transposed else self.adjoint).flatten(2).movedim(2, 1)
-        if self.groups == 1:
-            return torch.einsum("npo,npi->poi", rows, patches)
-        rows = rows.unflatten(2, (self.groups, -1))
-        patches = patches.unflatten(2, (self.groups, -1))
-        return torch.einsum("npgo,npgi->pgoi", rows, patches).flatten(1, 2)
-
-
-@dataclass(frozen=True)
 class Lookup(Factors):
     """A lookup of the parameter's rows; an item is an index.
 
@@ -490,6 +368,15 @@ class Lookup(Factors):
         """The same with adjoints of another type; indices stay whole numbers."""
         adjoint = convert(self.adjoint)
         return self.with_(self.activation.to(adjoint.device), adjoint)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and width of the table."""
+        return self.size, self.adjoint.shape[1]
+
+    def walk(self) -> Tensor:
+        """Each adjoint goes to one row."""
+        return square(self.adjoint)
 
     def share(self) -> Tensor:
         """Sum the adjoints of each row, shape (size, width)."""
@@ -533,6 +420,41 @@ class Computed(Factors):
         """Carry the weight's share back."""
         return self.pulled_back(self.of_weight.share())
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As of the weight."""
+        return self.of_weight.shape
+
+    def walk(self) -> Tensor:
+        """What is carried back is rounded even where nothing comes of it, as of a softmax over numbers with one derivative."""
+        share = self.of_weight.share()
+        return (self.of_weight.walk() + square(share)) * self.gain(share)
+
+    def shares_by_position(self, table: Tensor) -> Tensor:
+        """Carry each position's share back."""
+        return torch.stack(list(map(self.pulled_back, self.of_weight.shares_by_position(table))))
+
+    @property
+    def in_pieces(self) -> bool:
+        """Products too, whose rounding is then known."""
+        return self.use.in_pieces or (isinstance(self.use, Product) and self.adjoint.is_cpu)
+
+    def add_pieces(
+        self, counts: Sequence[int], totals: Sequence[Tensor], workspace: Workspace, exact: bool = False
+    ) -> list[Tensor]:
+        """Form the weight's shares in pieces, and carry them back."""
+        shares = [self.adjoint.new_zeros(self.of_weight.shape, dtype=torch.float64) for _ in counts]
+        roundings = self.of_weight.add_pieces(counts, shares, workspace, exact)
+        for total, share in zip(totals, shares, strict=True):
+            total += self.pulled_back(share)
+        gain = self.gain(shares[0])
+        return [rounded * gain for rounded in roundings]
+
+    def gain(self, share: Tensor) -> Tensor:
+        """How much larger the square of a share without structure is when it is carried back; of a share of that form."""
+        some = irregular(share.numel(), share.dtype).to(share.device).view_as(share)
+        return square(self.pulled_back(some)) / square(some)
+
     def activation_rows(self) -> Tensor:
         """As of the weight."""
         return self.of_weight.activation_rows()
@@ -540,25 +462,3 @@ class Computed(Factors):
     def adjoint_rows(self) -> Tensor:
         """As of the weight."""
         return self.of_weight.adjoint_rows()
-
-
-def shares_by_position(factors: Factors, table: Tensor) -> Tensor:
-    """Shares of each position along the tying dimension, shape (positions, *shape of the matrix).
-
-    Parameters
-    ----------
-    factors : Product, Convolution or Computed
-        Rows of one cell; for a convolution each position in space.
-    table : Tensor of int, shape (positions, most rows)
-        Rows at each position; -1 where there are fewer.
-    """
-    if isinstance(factors, Computed):
-        return torch.stack(list(map(factors.pulled_back, shares_by_position(factors.of_weight, table))))
-    if isinstance(factors, Convolution):
-        return factors.shares_by_position()
-    factors = factors.as_stored()
-    assert isinstance(factors, Product)
-    rows = []
-    for side in (factors.adjoint_rows(), factors.activation_rows()):
-        rows.append(torch.cat([side, side.new_zeros(1, side.shape[1])])[table])
-    return rows[0].mT @ rows[1]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .audit import Audit
+from .convolutions import Convolution
 from .errors import WatchError
-from .factors import NARROW, Computed, Convolution, Factors, Lookup, Product, shares_by_position, single, walk
+from .factors import NARROW, Computed, Factors, Lookup, Product, single
 from .groups import Assignment
 from .hooks import backward_pass, may_be_compiled, several_processes
 from .pending import Pending
@@ -256,7 +257,7 @@ class Gathering:
             self._latest_adjoint = (factors.adjoint, sorting, adjoint)
         factors = factors.with_(activation, adjoint)
         if self.guarded:
-            pending.walk = pending.walk + walk(factors)
+            pending.walk = pending.walk + factors.walk()
         if wide_on_a_gpu(factors, layer.shape):
             factors = factors.converted(lambda side: self.workspace.memo(side, _double))
         constant = use.constant is not None and len(layer.inputs) == 1
@@ -277,14 +278,12 @@ class Gathering:
             layer.has_positions = layer.has_positions or isinstance(used, Convolution) or use.call.inputs[0].ndim > 2
             part = used.outputs if isinstance(used, Product) else None
             if part is not None and part[0]:  # keys and values of an attention have the queries' positions
-                last = pending.add_by_position(factors, sorting, layer.call_position, shares_by_position)
+                last = pending.add_by_position(factors, sorting, layer.call_position)
                 layer.position = max(layer.position, last)
             else:
                 layer.call_position = layer.position
                 unused = unused if part is None else (0, 0)
-                layer.position = pending.add_by_position(
-                    factors, sorting, layer.call_position, shares_by_position, *unused
-                )
+                layer.position = pending.add_by_position(factors, sorting, layer.call_position, *unused)
         if exact:
             pending.add_exact(factors, sorting)
         use.arrival.kept = use.arrival.kept or pending.keeps_rows

@@ -143,7 +143,6 @@ class Pending:
         factors: Factors,
         sorting: Sorting,
         first: int,
-        shares_by_position: Callable[[Factors, Tensor], Tensor],
         before: int = 0,
         after: int = 0,
     ) -> int:
@@ -157,8 +156,6 @@ class Pending:
             Items of each cell.
         first : int
             Positions of the uses before it.
-        shares_by_position : callable
-            Shares of a cell's items, given their table by position.
         before, after : int
             Uses before and after it that have no share but positions, as many as this one.
 
@@ -168,7 +165,7 @@ class Pending:
             Positions so far.
         """
         found = [
-            shares_by_position(part, sorting.by_position(cell, part.adjoint.device))
+            part.shares_by_position(sorting.by_position(cell, part.adjoint.device))
             for cell, part in enumerate(factors.split(sorting.counts))
         ]
         length = max(map(len, found))

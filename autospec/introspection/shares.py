@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .convolutions import Convolution
 from .factors import (
     ROUNDING_OF_SUM,
     ROUNDING_OF_WALK,
     TERMS,
     Computed,
-    Convolution,
     Factors,
     Grid,
     Lookup,
     Product,
+    add_wide_product,
     narrow,
-    rounding,
     square,
 )
 from .sorting import Sorting, groups_of_cells
-from .spectra import PIECE, float64, gram_by_rows, gram_of_few, irregular, smaller_gram
+from .spectra import float64, gram_by_rows, gram_of_few, irregular, smaller_gram
 from .stacks import together
 from .workspace import LARGEST_KEPT, Workspace
 
@@ -49,10 +49,11 @@ FEWEST_CHANNELS = 48
 
 def wide_on_a_gpu(factors: Factors, shape: tuple[int, int]) -> bool:
     """Whether the factors of one use of a parameter of that shape are on a GPU, and few enough to form the share in float64."""
-    if factors.adjoint.is_cpu or factors.rows * math.prod(shape) > SMALL_ON_A_GPU:
-        return False
     used = factors.of_weight if isinstance(factors, Computed) else factors
-    return not isinstance(used, Convolution) or (used.groups == 1 and used.rows * shape[1] <= PATCHES_ON_A_GPU)
+    groups = used.groups if isinstance(used, Convolution) else 1
+    if factors.adjoint.is_cpu or factors.rows * math.prod(shape) > SMALL_ON_A_GPU * groups:
+        return False
+    return not isinstance(used, Convolution) or used.rows * shape[1] <= PATCHES_ON_A_GPU
 
 
 class Shares:
@@ -85,7 +86,7 @@ class Shares:
     def add(self, factors: Factors, sorting: Sorting, backward: int = -1) -> None:
         """Add the items of one use in one backward pass, sorted by cell; they may not be modified afterwards."""
         self._walks = None
-        given, counts = factors, self.counts
+        given, counts, alone = factors, self.counts, not self.counts
         for key, count in zip(sorting.keys, sorting.counts, strict=True):
             counts[key] = counts.get(key, 0) + factors.rows_of(count)
         factors, sorting = self._by_rows(factors.as_stored(), sorting)
@@ -117,14 +118,10 @@ class Shares:
                     self.products.setdefault(key, []).append((adjoint, activation))
                 return
             self._form()
-            long = max(sorting.counts) > TERMS and factors.adjoint.is_cpu
-            if long and self._takes_pieces(factors.adjoint.dtype):
-                for key, adjoint, activation in parts:
-                    self._add_long_product(key, adjoint, activation)
-            else:
+            if not self._in_pieces(factors, sorting):
                 self._add_products(list(parts))
-            return
-        if factors.in_pieces and (self.room is None or self.room.dtype == torch.float64):
+                return
+        if self._in_pieces(factors, sorting):
             self._form()
             for key in sorting.keys:
                 matrix, first = self._place(key, factors.adjoint, torch.float64)
@@ -136,6 +133,8 @@ class Shares:
                 sorting.keys, factors.add_pieces(sorting.counts, totals, self.workspace), strict=True
             ):
                 self._note_rounding(key, squares)
+            if alone and self.held is None:
+                self._form_again_at_once(factors, sorting)
             return
         for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
             if isinstance(part, Lookup):
@@ -169,12 +168,11 @@ class Shares:
         form = (len(sorting.keys), *self.shape)
         shares = self.workspace.scratch("shares", form, torch.float64, factors.adjoint.device).zero_()
         squares = factors.add_by_sample(grid, shares, self.workspace)
-        if not self._all_resolved(shares, squares, groups_of_cells(tuple(sorting.keys))):
-            for cell, share in enumerate(shares.zero_()):
-                adjoint, activation = (
-                    grid.of(side)[grid.cells == cell].flatten(0, 1) for side in (factors.adjoint, factors.activation)
-                )
-                add_wide_product(share, None, adjoint, activation, self.workspace)
+        for cell in self._unresolved(shares, squares, groups_of_cells(tuple(sorting.keys))):
+            adjoint, activation = (
+                grid.of(side)[grid.cells == cell].flatten(0, 1) for side in (factors.adjoint, factors.activation)
+            )
+            add_wide_product(shares[cell].zero_(), adjoint, activation, self.workspace)
         for key, share in zip(sorting.keys, shares, strict=True):
             matrix, first = self._place(key, factors.adjoint, torch.float64)
             if first:
@@ -182,8 +180,20 @@ class Shares:
             else:
                 matrix += share
 
-    def _all_resolved(self, shares: Tensor, squares: np.ndarray, groups: Tensor) -> bool:
-        """Whether each group's share is large enough over its rounding.
+    def _form_again_at_once(self, factors: Factors, sorting: Sorting) -> None:
+        """Form again in float64 what has nearly cancelled, of one use alone, whose factors are not kept."""
+        assert self.room is not None
+        keys = list(self.slots)
+        squares = np.array([float(self.squares[key]) for key in keys])
+        for cell in self._unresolved(self.room[1 : len(keys) + 1], squares, groups_of_cells(tuple(keys))):
+            share = self._matrices[self.slots[keys[cell]]].zero_()
+            self.squares[keys[cell]] = share.new_zeros(())
+            for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
+                if key == keys[cell]:
+                    part.add_pieces([len(part.adjoint)], [share], self.workspace, exact=True)
+
+    def _unresolved(self, shares: Tensor, squares: np.ndarray, groups: Tensor) -> list[int]:
+        """Cells of groups whose share is not large enough over its rounding.
 
         Parameters
         ----------
@@ -194,12 +204,19 @@ class Shares:
         groups : Tensor of 0 and 1, shape (groups, cells), float64
             Which cells belong to each.
         """
-        sums = (groups @ shares.flatten(1)).unflatten(1, self.shape)
+        rounded = (groups @ torch.from_numpy(squares)).sqrt() * self._largest_of_rounding
+        flat = shares.flatten(1)
+        norms = (groups @ (flat @ flat.T) @ groups.T).diagonal().clamp(min=0).sqrt()
+        # The largest singular value is not below the root of their mean square.
+        groups, rounded = (each[rounded * min(self.shape) ** 0.5 > ROUNDED * norms] for each in (groups, rounded))
+        if not len(groups):
+            return []
+        sums = (groups @ flat).unflatten(1, self.shape)
         # Two steps of the power method: a lower bound of the largest singular value, and near it where one direction prevails.
         direction = sums.mT @ (sums @ irregular(self.shape[1], torch.float64)).unsqueeze(2)
         largest = (sums @ direction).flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1)
-        rounded = (groups @ torch.from_numpy(squares)).sqrt() * self._largest_of_rounding
-        return not bool((rounded > ROUNDED * largest).any())  # what is not finite cannot be mended
+        # What is not finite cannot be mended.
+        return torch.nonzero(groups[rounded > ROUNDED * largest].any(0)).flatten().tolist()
 
     @property
     def _largest_of_rounding(self) -> float:
@@ -266,24 +283,16 @@ class Shares:
             else:
                 matrix.addmm_(adjoint.T, activation)
 
-    def _takes_pieces(self, dtype: torch.dtype) -> bool:
-        """Whether shares are, or may be, float64 matrices to which sums of products in single precision are added."""
-        return dtype == torch.float32 and (self.room is None or self.room.dtype == torch.float64)
-
-    def _add_long_product(self, key: bytes, adjoint: Tensor, activation: Tensor) -> None:
-        """Add the same in pieces of some rows, since long sums lose digits in single precision, more on some processors."""
-        matrix, first = self._place(key, adjoint, torch.float64)
-        if first:
-            matrix.zero_()
-        wide = narrow(*self.shape, TERMS)
-        for some, seen in zip(adjoint.split(TERMS), activation.split(TERMS), strict=True):
-            if wide:
-                matrix.addmm_(float64(some).T, float64(seen))
-                continue
-            # With the longer side last products of many terms take a fifth less time.
-            product = some.T @ seen if some.shape[1] <= seen.shape[1] else (seen.T @ some).T
-            matrix += product
-            self._note_rounding(key, rounding(some, seen, square(product)))
+    def _in_pieces(self, factors: Factors, sorting: Sorting) -> bool:
+        """Whether shares are, or may be, float64 matrices to which sums of some products each are added."""
+        if self.room is not None and self.room.dtype != torch.float64:
+            return False
+        if isinstance(
+            factors, Product
+        ):  # others are formed at once, if they are there when they turn out to have cancelled
+            in_pieces = max(sorting.counts) > TERMS or self.held is None
+            return factors.adjoint.is_cpu and factors.adjoint.dtype == torch.float32 and in_pieces
+        return factors.in_pieces
 
     def _note_rounding(self, key: bytes, squares: Tensor) -> None:
         """Note the square of what the rounding of an addend to a cell's share may be (Frobenius)."""
@@ -496,10 +505,8 @@ class Shares:
             for key, part in zip(sorting.keys, factors.split(sorting.counts), strict=True):
                 if key not in cells:
                     continue
-                if part.in_pieces:
+                if part.in_pieces or isinstance(part, Product):
                     part.add_pieces([len(part.adjoint)], [total], self.workspace, exact=True)
-                elif isinstance(part, Product):
-                    add_wide_product(total, part.outputs, part.adjoint, part.activation, self.workspace)
                 else:
                     total += part.in_float64().share()
         return total
@@ -516,18 +523,6 @@ class Shares:
         elif count == len(index):  # counting those that differ would wait for the device
             index = torch.searchsorted(index.sort().values, index)
         return adjoint.new_zeros(count, adjoint.shape[1]).index_add_(0, index, adjoint)
-
-
-def add_wide_product(
-    total: Tensor, outputs: tuple[int, int] | None, adjoint: Tensor, activation: Tensor, workspace: Workspace
-) -> None:
-    """Add a product of rows to a float64 matrix, or to some of its rows, in float64."""
-    total = total if outputs is None else total.narrow(0, outputs[0], adjoint.shape[1])
-    count = max(1, PIECE // max(adjoint.shape[1], activation.shape[1]))
-    for some, seen in zip(adjoint.split(count), activation.split(count), strict=True):
-        left = workspace.scratch("adjoint", tuple(some.shape), torch.float64, total.device).copy_(some)
-        right = workspace.scratch("activation", tuple(seen.shape), torch.float64, total.device).copy_(seen)
-        total.addmm_(left.T, right)
 
 
 def _norm(gram: Tensor) -> float:

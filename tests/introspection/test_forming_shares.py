@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import autospec
-from autospec.introspection import factors
+from autospec.introspection import convolutions, factors
 from autospec.introspection.audit import Audit
-from autospec.introspection.factors import Convolution, Product
+from autospec.introspection.convolutions import Convolution
+from autospec.introspection.factors import Product
 from autospec.introspection.pending import Pending
-from autospec.introspection.shares import Shares, add_wide_product
+from autospec.introspection.shares import Shares
 from autospec.introspection.sorting import Sorting
 from autospec.introspection.spectra import gram_by_rows, singular_values
 from autospec.introspection.stacks import together
@@ -176,7 +177,7 @@ UNEVEN = {
 UNEVEN_TRANSPOSED = {"uneven": {"stride": (3, 1), "padding": (0, 2), "output_padding": (2, 0), "dilation": (1, 2)}}
 
 
-@pytest.mark.parametrize("piece", [factors.PATCHES, 400])
+@pytest.mark.parametrize("piece", [convolutions.PATCHES, 400])
 @pytest.mark.parametrize(
     ("kind", "options"),
     [(nn.Conv1d, form) for form in FORMS.values()]
@@ -191,7 +192,7 @@ UNEVEN_TRANSPOSED = {"uneven": {"stride": (3, 1), "padding": (0, 2), "output_pad
     ],
 )
 def test_a_convolution_in_pieces_has_the_gradient_that_autograd_has(kind, options, piece, monkeypatch):
-    monkeypatch.setattr(factors, "PATCHES", piece)
+    monkeypatch.setattr(convolutions, "PATCHES", piece)
     torch.manual_seed(0)
     flat = kind in (nn.Conv1d, nn.ConvTranspose1d)
     layer = kind(4, 6, 5 if flat else (5, 3), **options).double()
@@ -238,6 +239,7 @@ def test_a_sum_over_many_images_keeps_its_digits(kind, layout):
 def test_a_product_of_many_rows_is_summed_in_pieces(uses, monkeypatch):
     """Rows of two kinds that oppose each other a hundred times as much as their sum is large, more than a piece of each."""
     monkeypatch.setattr("autospec.introspection.shares.TERMS", 64)
+    monkeypatch.setattr("autospec.introspection.factors.TERMS", 64)
     activation = draw(1200, 12) + 2
     adjoint = (draw(1200, 9, seed=1) + 1) * torch.tensor([1.0, -1.0]).repeat(600)[:, None]
     shares = Shares((9, 12), Workspace())
@@ -418,7 +420,7 @@ def test_a_group_that_diverged_spares_the_others_where_products_are_formed_by_sa
 @pytest.mark.parametrize("opposition", [0.3, 1e-4])
 def test_products_by_sample_are_formed_again_where_groups_cancel(opposition, monkeypatch):
     repaired = []
-    original = add_wide_product
+    original = factors.add_wide_product
     monkeypatch.setattr(
         "autospec.introspection.shares.add_wide_product", lambda *rest: repaired.append(1) or original(*rest)
     )

@@ -9,7 +9,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..factors import Convolution
+from ..convolutions import Convolution
 from ..hooks import Hook
 from ..workspace import Workspace
 from .call import LayerCall, OnCall, hold_nan

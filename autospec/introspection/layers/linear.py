@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..factors import Convolution, Product
+from ..convolutions import Convolution
+from ..factors import Product
 from ..hooks import Hook
 from ..workspace import Workspace
 from .call import LayerCall, OnCall, hold_nan
