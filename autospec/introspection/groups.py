@@ -162,9 +162,17 @@ def listed(labels: Any) -> Any:
 
 def _strings(values: Any) -> list[str | None]:
     """Labels as strings; None where the label is missing."""
+    if not hasattr(values, "tolist") and hasattr(values, "__array__"):  # xarray's
+        values = np.asarray(values)
     if hasattr(values, "tolist"):  # tensors, arrays and pandas columns
         values = values.tolist()
-    if any(isinstance(value, list | tuple) for value in values):
+    dimensions = [None if isinstance(value, np.generic) else getattr(value, "ndim", None) for value in values]
+    # A list of tensors of one number each, as a data set gives them sample by sample.
+    values = [
+        value.item() if dims == 0 and hasattr(value, "item") else value
+        for value, dims in zip(values, dimensions, strict=True)
+    ]
+    if any(dims or isinstance(value, list | tuple) for value, dims in zip(values, dimensions, strict=True)):
         raise WatchError(
             "groups has more than one label for a sample: give one column of labels, or a dict of several."
         )

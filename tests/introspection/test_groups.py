@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,9 @@ N = 12
         ([10, 9, 10], ("all", "9", "10")),
         (np.array([2.5, 1.0, 2.5]), ("all", "1.0", "2.5")),
         (torch.tensor([1, 0, 1]), ("all", "0", "1")),
+        ([torch.tensor(1), torch.tensor(0), torch.tensor(1)], ("all", "0", "1")),
+        ([np.array("b"), np.array("a"), np.array("b")], ("all", "a", "b")),
+        (xr.DataArray(["b", "a", "b"], dims="subject"), ("all", "a", "b")),
         ([True, False, True], ("all", "False", "True")),
         (pd.Series(["b", "a", "b"], index=[7, 8, 9]), ("all", "a", "b")),
         (pd.Series(["low", "high", "low"], dtype=pd.CategoricalDtype(["low", "high"])), ("all", "low", "high")),
