@@ -128,8 +128,9 @@ class Audit:
             name,
             fraction,
             f"{_percent(fraction)} of the gradient of '{name}' comes from no sample's row, and the groups' shares do not contain "
-            "it: a penalty on weights or on gradients is such a part, but a use of the weight outside its layer should be "
-            "replaced by a call of the layer, or the weight left out with layers=.",
+            "it: a penalty on weights or on gradients is such a part, and what a hook of the weight's adds to its gradient or takes "
+            "from it; but a use of the weight outside its layer should be replaced by a call of the layer, or the weight left out with "
+            "layers=.",
             stacklevel=stacklevel + 1,
         )
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from .copies import partly_compiled
-from .errors import WatchError
+from .errors import FailedCopy, WatchError
 from .gathering import Gathering
 from .groups import Assignment, Groups
 from .hooks import Hook, Replacements, backward_pass, transformed
@@ -180,13 +180,14 @@ class Capture:
         for layer in self.layers:
             if not layer.handles and layer.parameter.requires_grad:
                 layer.handles = [
-                    layer.parameter.register_hook(self._gradient_hook(layer)),
-                    layer.parameter.register_post_accumulate_grad_hook(layer.note_gradient),
+                    layer.parameter.register_hook(Hook(self._gradient_hook(layer))),
+                    layer.parameter.register_post_accumulate_grad_hook(Hook(layer.note_gradient)),
                 ]
         try:
             self._forward = Forward(self.assignment, self._row_map(args, kwargs), self.forwards, self.valid, self.rows)
         except WatchError as error:
-            if model.training:
+            # What a copy fails on the model itself may, and its loop go on: it has to run.
+            if model.training and not isinstance(error, FailedCopy):
                 raise
             # A validation pass may have another batch; it matters only if a gradient comes back from it.
             self._forward = Forward(self.assignment, None, error=error)
@@ -295,6 +296,8 @@ class Capture:
                 forward.error = forward.error or refused_uses(refused)
         self._spread = {}
         self._replacements.stop()
+        if model.training and output is not None and forward is not None and isinstance(forward.error, FailedCopy):
+            raise forward.error
         # A model that has grown, or that unrolls for longer, by an attribute of its own, was traced as it was; and so was one that
         # goes by numbers which decide more than the first batch showed.
         grown = forward is not None and bool(self._called_more(forward))
@@ -466,7 +469,7 @@ class Capture:
 
         for position, output in enumerate(call.outputs):
             if output.requires_grad:
-                output.register_hook(_at(position, arrives))
+                output.register_hook(Hook(_at(position, arrives)))
         call.leave_graph()
         return replacement
 

@@ -13,5 +13,9 @@ class SeveralReadings(WatchError):
     """The samples could lie along several dimensions of the inputs."""
 
 
+class FailedCopy(WatchError):
+    """The copy of the model that rows are traced with failed, as the model itself may be about to."""
+
+
 class NoSamples(WatchError):
     """No input of the model has as many entries as there should be samples."""

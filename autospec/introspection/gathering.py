@@ -140,9 +140,9 @@ class Gathering:
             return
         if not uses:
             raise WatchError(
-                f"a gradient reached '{layer.name}' that did not come through its layer's forward pass, or another use that can be "
-                "watched: it is used outside of a call of the model, or in a torch.autograd.Function, say. Leave it out with "
-                f"layers=['!{layer.name}']"
+                f"a gradient reached '{layer.name}' that did not come through its layer's forward pass since the last step(), or another "
+                "use that can be watched: it is used outside of a call of the model, or in a torch.autograd.Function, say. Leave it out "
+                f"with layers=['!{layer.name}']; or call step() before the next forward pass"
                 + (
                     "; or it was compiled before watch() was entered: torch._dynamo.reset()."
                     if may_be_compiled()

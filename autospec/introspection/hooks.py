@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Hook:
-    """A hook that belongs to one module: a copy of the model, or a pickled one, carries a hook that does nothing.
+    """A hook that compiled code leaves its graph for, and that belongs to one module or tensor.
+
+    A copy of the model, or a pickled one, carries a hook that does nothing; what is pickled can be loaded where autospec is not.
 
     Parameters
     ----------
@@ -60,8 +63,14 @@ class Hook:
         """Do what the hook is for."""
         return self.function(*args)
 
-    def __reduce__(self) -> tuple[type[Hook], tuple[Callable[..., Any]]]:
-        return Hook, (do_nothing,)
+    def __deepcopy__(self, _: Any) -> Hook:
+        return Hook(do_nothing)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return getattr, (
+            nullcontext(),
+            "__exit__",
+        )  # the standard library's method that takes anything and does nothing
 
 
 class LookingOn(TorchFunctionMode):
@@ -160,5 +169,6 @@ def backward_pass() -> int:
 
 
 def transformed() -> bool:
-    """Whether torch.func is running the call, with tensors of its own; gradients it returns."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether torch.func is running the call, with tensors of its own, whose gradients it returns; or a graph is being exported."""
+    exported = torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+    return exported or torch._C._functorch.peek_interpreter_stack() is not None

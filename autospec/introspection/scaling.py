@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .hooks import Hook
+
 _listeners: list[LossScale] = []
 _original: list[Callable[..., Any]] = []
 
@@ -57,7 +59,7 @@ def _scale(scaler: Any, outputs: Any) -> Any:
         scale = scaler._get_scale_async()  # as a number it would have to be waited for
         for tensor in scaled if isinstance(scaled, list | tuple) else [scaled]:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(_hook(scale))
+                tensor.register_hook(Hook(_hook(scale)))
     return scaled
 
 

@@ -108,6 +108,41 @@ def test_the_model_may_be_compiled_inside_the_block_or_in_place():
         np.testing.assert_allclose(found, expected["layers/layer.weight/gradient"].values[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_function_may_hold_the_whole_step(backend):
+    model, x = make("Linear, in-place ReLU")
+    alone, eager = copy.deepcopy(model), copy.deepcopy(model)
+    expected = train(eager, eager, x)
+
+    def trained(model, watcher=None):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        @torch.compile(backend=backend)
+        def step(x):
+            loss = weighted(model(x))
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            optimizer.zero_grad()
+            step(x)
+            if watcher:
+                watcher.step()
+            optimizer.step()
+        torch._dynamo.reset()
+
+    torch.manual_seed(1)
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        trained(model, watcher)
+    torch.manual_seed(1)
+    trained(alone)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+    for layer in expected["layers"].children:
+        values = expected[f"layers/{layer}/gradient"].values
+        found = watcher.trajectories[f"layers/{layer}/gradient"].values
+        np.testing.assert_allclose(found, values, rtol=0, atol=2e-6 * np.nanmax(values), err_msg=layer)
+
+
 @pytest.mark.parametrize("watched", ["compiled", "inner"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_watching_a_model_that_was_compiled_and_called_before_is_refused_at_the_first_step(backend, watched):

@@ -810,6 +810,80 @@ def test_a_call_of_the_model_that_was_interrupted_does_not_disturb_the_next():
     assert_same(watcher.trajectories, expected)
 
 
+class Fails(nn.Module):
+    """A model for series of one length, that draws numbers and counts before it fails on others."""
+
+    def __init__(self, in_evaluation=False):
+        super().__init__()
+        self.read, self.norm, self.drop = nn.Conv1d(2, 3, 3, padding=1), nn.BatchNorm1d(3), nn.Dropout(0.2)
+        self.decide, self.in_evaluation = nn.Linear(12, 5), in_evaluation
+
+    def forward(self, x):
+        if self.in_evaluation and not self.training:
+            raise ValueError("targets are for training only")
+        return self.decide(self.drop(torch.relu(self.norm(self.read(x)))).flatten(1))
+
+
+@pytest.mark.parametrize("lengths", [[4, 3, 4], [3, 4], [4, 4, 3, 3, 4]], ids=str)
+def test_a_batch_on_which_the_model_fails_may_be_skipped_and_the_training_is_the_same(lengths):
+    def train(watched):
+        torch.manual_seed(0)
+        model, x, failures = Fails(), torch.randn(N, 2, 4), 0
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with autospec.watch(model, LABELS, quiet=True) if watched else nullcontext() as watcher:
+            for length in lengths:
+                optimizer.zero_grad()
+                try:
+                    loss = model(x[:, :, :length]).square().mean()
+                except RuntimeError:  # no WatchError
+                    failures += 1
+                    continue
+                loss.backward()
+                if watched:
+                    watcher.step()
+                optimizer.step()
+        assert failures == lengths.count(3)
+        assert not watched or watcher.trajectories.sizes["step"] == lengths.count(4)
+        return [*model.state_dict().values(), torch.get_rng_state()]
+
+    assert all(torch.equal(a, b) for a, b in zip(train(True), train(False), strict=True))
+
+
+def test_a_model_that_fails_in_evaluation_mode_alone_is_refused_with_a_way_out():
+    model, x = Fails(in_evaluation=True), torch.randn(N, 2, 4)
+    with (
+        pytest.warns(UserWarning, match="never called"),
+        autospec.watch(model, LABELS, quiet=True),
+        pytest.raises(WatchError, match=r"evaluation mode.*\(ValueError: targets are for training only\).*rows="),
+    ):
+        model(x)
+    rows = {"read.weight": range(N), "decide.weight": range(N)}
+    with autospec.watch(model, LABELS, rows=rows, quiet=True) as watcher:
+        model(x).square().mean().backward()
+        watcher.step()
+    assert watcher.trajectories.attrs["audit"]["outside"] == {}
+    with autospec.watch(model, quiet=True) as watcher:
+        model(x).square().mean().backward()
+        watcher.step()
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["with gradients", "without gradients"])
+@pytest.mark.parametrize("way", ["trace", "export"])
+def test_a_checkpoint_may_be_exported_in_the_block(way, gradients):
+    expected = record(Problem(network(), batch(), loss_of, LABELS))
+    model = network()
+    with autospec.watch(model, LABELS, quiet=True) as watcher:
+        with torch.set_grad_enabled(gradients):
+            if way == "trace":
+                traced = torch.jit.trace(model.eval(), batch(3))
+                assert torch.equal(traced(batch(3)), model(batch(3)))
+            else:
+                torch.export.export(model.eval(), (batch(3),), strict=False)  # as newer versions of torch do
+        loss_of(model.train()(batch())).backward()
+        watcher.step()
+    assert_same(watcher.trajectories, expected)
+
+
 def test_positions_count_within_each_forward_pass():
     model, x = nn.Linear(7, 5), torch.randn(N, 6, 7, generator=torch.Generator().manual_seed(1))
     parts = x.chunk(2, 1)

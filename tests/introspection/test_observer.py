@@ -687,6 +687,12 @@ def test_a_copy_of_the_model_made_in_the_block_is_not_watched_and_disturbs_nothi
     state.seek(0)
     again = torch.load(state, weights_only=False)
     assert torch.equal(again(x), model(x))
+    assert b"autospec" not in state.getvalue()  # where it is not installed, too
+    again.zero_grad()
+    with autospec.watch(again, None) as watcher:
+        loss_of(again(x)).backward()
+        watcher.step()
+    xr.testing.assert_equal(watcher.trajectories["layers/0.weight/gradient"][0], tree["layers/0.weight/gradient"][0])
 
 
 def test_nan_in_the_loss_is_recorded_as_nan_with_one_warning():

@@ -326,9 +326,8 @@ class Probe:
             try:
                 passes.append(self.reached(word))
             except Exception as error:
-                said = f"{type(error).__name__}: {error}".splitlines()[0][:LONGEST_QUOTED]
                 raise WatchError(
-                    f"the model failed on a batch in which some samples are NaN ({said}), so the rows of its layers could not be "
+                    f"the model failed on a batch in which some samples are NaN ({said(error)}), so the rows of its layers could not be "
                     "traced to samples: give rows= for every watched layer, or let it accept NaN."
                 ) from error
         found: dict[Place, list[np.ndarray]] = {}
@@ -529,6 +528,11 @@ def _samples_of_packed(packed: PackedSequence) -> np.ndarray:
     if packed.sorted_indices is not None:
         order = packed.sorted_indices.cpu().numpy()
     return np.concatenate([order[:count] for count in packed.batch_sizes.tolist()])
+
+
+def said(error: Exception) -> str:
+    """What an error is and says, on one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:LONGEST_QUOTED].rstrip(": ")
 
 
 def finite(tensor: Tensor) -> Tensor:

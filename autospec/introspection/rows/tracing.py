@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..arguments import can_be_nan, instances_in, replaced, tensors_in
 from ..copies import kept_apart, unchanged, without_short_cuts
-from ..errors import NoSamples, SeveralReadings, UntracedRows, WatchError
+from ..errors import FailedCopy, NoSamples, SeveralReadings, UntracedRows, WatchError
 from ..generators import generators_kept
 from ..hooks import several_processes
 from ..layers import FunctionalUses
@@ -246,10 +246,10 @@ class _Tracer:
         return first
 
     def _tried(self, way: Way, watched: Collection[Place] | None = None) -> _Attempt:
-        """Trace rows of what is watched, or of a part of it, in one way; raise SeveralReadings, but no other WatchError."""
+        """Trace rows of what is watched, or of a part of it, in one way; raise SeveralReadings or FailedCopy alone."""
         try:
             return self._attempt(way, self.watched if watched is None else watched)
-        except SeveralReadings:
+        except (SeveralReadings, FailedCopy):
             raise
         except WatchError as error:
             return _Attempt(way, refusal=error)
@@ -496,7 +496,7 @@ def _no_samples(
     return NoSamples(
         f"groups has {samples} labels, but no input of the model has a dimension {where} {samples} "
         f"(inputs: {shapes}): give one label for each sample of the batch, in the batch's order, with set_groups() where "
-        "batches differ. Whole numbers are "
+        "batches differ; a pass from which nothing is learned belongs under torch.no_grad(). Whole numbers are "
         "traced through nn.Embedding alone, and nothing in sparse tensors; elsewhere give the model dense floating-point input, "
         "or rows=."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..copies import copy_model, unchanged
-from ..errors import WatchError
+from ..errors import FailedCopy, WatchError
 from ..hooks import Hook
 from ..layers import FunctionalUses, LayerCall, SpreadCall, layers_noted, weights_by_layer
 from ..layers.call import qualified_name
 from .lookups import Indices, Place, lookups_in
-from .probe import OwnUses, finite, weights_at
+from .probe import OwnUses, finite, said, weights_at
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def running_twin(
 
     Gradients are enabled, so that what a model does without them can be told apart, but the copy's weights need none, which
     spares the graph.  If that fails, as where a model asks for a gradient in its forward pass, or lacks a hook that brings its
-    input into form, it is tried as it trains.
+    input into form, it is tried as it trains; raises FailedCopy if that fails, too.
     """
     for hooks, learns in dict.fromkeys([(all_hooks, False), (all_hooks, True), (True, True)]):
         twin = _twin(model, hooks)
@@ -92,9 +93,12 @@ def running_twin(
             return twin, lookups, OwnUses(frozenset(uses.found), spread, way.followed, way.states, took_states), hooks
         except WatchError:
             raise
-        except Exception:
+        except Exception as error:
             if hooks and learns:
-                raise
+                raise FailedCopy(
+                    f"the model failed in evaluation mode, in which rows are traced to samples ({said(error)}): let it accept in "
+                    "that mode what it is trained with, or give rows= for every watched layer."
+                ) from error
     raise AssertionError("unreachable")
 
 
@@ -114,7 +118,8 @@ def _is_part_of(modules: Collection[nn.Module], hook: Callable) -> bool:
     """
     of = getattr(hook, "__self__", None)
     torchs = type(hook).__module__.startswith("torch.")
-    return torchs or isinstance(hook, Hook) or (isinstance(of, nn.Module) and of in modules)
+    watchers = isinstance(hook, Hook) or isinstance(of, nullcontext)  # what is left of it where it was pickled
+    return torchs or watchers or (isinstance(of, nn.Module) and of in modules)
 
 
 def modules_with_other_hooks(model: nn.Module) -> Iterator[str]:
