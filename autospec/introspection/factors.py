@@ -82,7 +82,7 @@ class Factors(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """Shape of the share."""
+        """Shape of the matrix that is used: of the share, but where that is carried back to a parameter."""
 
     @abstractmethod
     def share(self) -> Tensor:
@@ -251,8 +251,7 @@ class Product(Factors):
     def shape(self) -> tuple[int, int]:
         """Outputs and inputs of the whole parameter, or, transposed, inputs and outputs."""
         stored = self.as_stored()
-        outputs = stored.adjoint.shape[1] if stored.outputs is None else stored.outputs[1]
-        return outputs, stored.activation.shape[1]
+        return stored.adjoint.shape[1] if stored.outputs is None else stored.outputs[1], stored.activation.shape[1]
 
     def walk(self) -> Tensor:
         """Each row's activation meets its adjoint once."""

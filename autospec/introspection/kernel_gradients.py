@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Sums of small kernels over some positions are formed side by side, so many numbers of them in a call, of copies of so many
-# numbers; other kernels' one after the other, over so many positions of several items.
-SMALL_KERNEL, SOME_POSITIONS, SUMS, COPIED, POSITIONS = 2**15, 2**7, 2**18, 2**18, 2**9
+# Sums of small kernels over some positions are formed side by side, so many numbers of them in a call, of factors of so many numbers;
+# other kernels' one after the other, over so many positions of several items.
+SMALL_KERNEL, SOME_POSITIONS, SUMS, NUMBERS, POSITIONS = 2**15, 2**7, 2**18, 2**20, 2**9
 # Rounding, in units of eps, beyond which fewer positions are summed; and positions that are not cut.
-LARGEST_ROUNDING, FEWEST = 3.5, 2**5
+LARGEST_ROUNDING, FEWEST = 4.0, 2**5
 # Entries of a kernel on which the rounding is measured, and by how much it is taken for larger.
 ENTRIES, ALLOWANCE = 64, 1.5
 
@@ -62,13 +62,14 @@ class Summation:
         Positions of a part of an item, in each dimension, whose terms torch sums at once.
     parts : int
         How many of them are summed at once, of one item or several.
-    rounding : float
-        How far such a sum is rounded, in units of eps and of what it would be if its terms had no common direction.
+    roundings : (float, float)
+        How far such a sum is rounded, in units of eps: of what it would be if its terms had no common direction, and where they
+        have one, of the sum.
     """
 
     lengths: tuple[int, ...]
     parts: int
-    rounding: float = math.nan
+    roundings: tuple[float, float] = (math.nan, math.nan)
 
 
 def kernel_gradient(
@@ -172,23 +173,21 @@ def summed(
 
     Returns
     -------
-    list of Tensor
+    list of Tensor, shape (2,)
         Of each run, what the rounding of its sums is in proportion to: the square of what they would be if their terms had no
         common direction, and that of the sums (Frobenius).
     """
     outputs, *others = kernel.shape
     size, entries = math.prod(others[1:]), math.prod(kernel.shape)
     parts = math.prod(-(-there // length) for there, length in zip(rows.shape[2:], how.lengths, strict=True))
-    squares = [rows.new_zeros(()) for _ in counts]
+    squares = [rows.new_zeros(2) for _ in counts]
     ends = list(itertools.accumulate(counts))
     runs = [(end - count, end) for end, count in zip(ends, counts, strict=True)]
     if how.parts > 1:
         items = max(2, how.parts // parts)
         spans = [(first, min(first + items, end)) for start, end in runs for first in range(start, end, items)]
     else:  # of one alone, without groups, torch has a slow way
-        items = (
-            max(1, min(SUMS // (entries * parts), COPIED // rows[0].numel())) if parts > 1 else max(2, SUMS // entries)
-        )
+        items = max(1 + (parts == 1), min(SUMS // (entries * parts), NUMBERS // (rows[0].numel() + image[0].numel())))
         spans = [(first, min(first + items, len(rows))) for first in range(0, len(rows), items)]
     for first, last in spans:
         *sides, alone = in_parts(rows[first:last], image[first:last], how.lengths, kernel)
@@ -196,9 +195,10 @@ def summed(
         for some, seen in zip(*(side.tensor_split(calls) for side in sides), strict=True):
             sums = len(some) if how.parts == 1 else 1
             left, right = (
-                torch.linalg.vector_norm(
-                    side.reshape(sums, -1, kernel.groups, side[0].numel() // kernel.groups), dim=(1, 3)
-                ).square()
+                torch.linalg.vector_norm(side.reshape(len(side) * kernel.groups, -1), dim=1)
+                .square()
+                .view(sums, -1, kernel.groups)
+                .sum(1)
                 for side in (some, seen)
             )
             walks = (left * right).sum(1) * (size * sums / (len(seen) * math.prod(seen.shape[2:])))
@@ -206,14 +206,14 @@ def summed(
             some, seen = (side.reshape(-1, sums * side.shape[1], *side.shape[2:]) for side in (some, seen))
             side_by_side = replace(alone, shape=(sums * outputs, *others), groups=sums * kernel.groups)
             products = kernel_gradient(some, seen, side_by_side).view(sums, outputs, -1)
-            walks += torch.linalg.vector_norm(products.flatten(1), dim=1).square()
+            both = torch.stack([walks, torch.linalg.vector_norm(products.flatten(1), dim=1).square()])
             for i, (start, end) in enumerate(runs):
                 if start >= last or end <= first:
                     continue
                 its = slice((max(start, first) - first) * parts, (min(end, last) - first) * parts)
                 its = its if how.parts == 1 else slice(None)
                 totals[i].add_(products[0] if sums == 1 else products[its].sum(0, dtype=torch.float64))
-                squares[i] += walks[its].sum()
+                squares[i] += both[:, its].sum(1)
     return squares
 
 
@@ -243,8 +243,8 @@ def add_gradient_of_parts(
         Of each run the square of what the rounding of its gradient may be (Frobenius).
     """
     how = summation(tuple(rows.shape[2:]), tuple(image.shape[2:]), kernel)
-    unit = torch.finfo(rows.dtype).eps * ALLOWANCE * how.rounding
-    return [unit**2 * square for square in summed(rows, image, counts, totals, how, kernel)]
+    units = (rows.new_tensor(how.roundings) * ALLOWANCE * torch.finfo(rows.dtype).eps).square()
+    return [units @ square for square in summed(rows, image, counts, totals, how, kernel)]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -269,22 +269,25 @@ def summation(positions: tuple[int, ...], space: tuple[int, ...], kernel: Kernel
     rows = torch.randn(max(2, how.parts), outputs, *positions, generator=draw)
     image = torch.randn(len(rows), inputs * kernel.groups, *space, generator=draw)
     entries = [torch.randint(size, (ENTRIES,), generator=draw).tolist() for size in kernel.shape]
-    exact = torch.stack([_entry(rows, image, entry, kernel) for entry in zip(*entries, strict=True)])
-    while True:
+
+    def rounding(rows: Tensor, image: Tensor, how: Summation) -> float:
+        """Rounding of sums, in units of eps and of the sums."""
         total = torch.zeros(outputs, math.prod(kernel.shape[1:]), dtype=torch.float64)
-        (square,) = summed(rows, image, [len(rows)], [total], how, kernel)
-        # Of the square one half is the walk's, since the numbers have no common direction.
-        unit = torch.finfo(rows.dtype).eps * math.sqrt(float(square) / 2 / math.prod(kernel.shape))
-        rounding = float((total.reshape(kernel.shape)[tuple(entries)] - exact).square().mean().sqrt()) / unit
-        if rounding <= LARGEST_ROUNDING or math.prod(how.lengths) <= FEWEST:
-            return replace(how, rounding=rounding)
+        (squares,) = summed(rows, image, [len(rows)], [total], how, kernel)
+        exact = torch.stack([_entry(rows, image, entry, kernel) for entry in zip(*entries, strict=True)])
+        error = (total.reshape(kernel.shape)[tuple(entries)] - exact).square().mean() * math.prod(kernel.shape)
+        return float((error / squares[1]).sqrt()) / torch.finfo(rows.dtype).eps
+
+    while (found := rounding(rows, image, how)) > LARGEST_ROUNDING and math.prod(how.lengths) > FEWEST:
         # Where one term is summed after the other, rounding is in proportion to the root of their number.
-        wanted = math.prod(how.lengths) * how.parts * min(0.5, (LARGEST_ROUNDING / rounding) ** 2)
+        wanted = math.prod(how.lengths) * how.parts * min(0.5, (LARGEST_ROUNDING / found) ** 2)
         parts, lengths = min(how.parts, 2), list(how.lengths)
         while math.prod(lengths) * parts > max(wanted, FEWEST):
             longest = lengths.index(max(lengths))
             lengths[longest] = -(-lengths[longest] // 2)
         how = Summation(tuple(lengths), parts)
+    agreeing = rounding(rows.abs_().add_(1), image.abs_().add_(1), how)
+    return replace(how, roundings=(found, agreeing))
 
 
 def _entry(rows: Tensor, image: Tensor, entry: Sequence[int], kernel: Kernel) -> Tensor:
