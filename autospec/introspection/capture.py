@@ -18,7 +18,7 @@ from .copies import partly_compiled
 from .errors import FailedCopy, WatchError
 from .gathering import Gathering
 from .groups import Assignment, Groups
-from .hooks import Hook, Replacements, backward_pass, transformed
+from .hooks import Hook, Replacements, backward_pass, full_precision, transformed
 from .layers import (
     FunctionalUses,
     LayerCall,
@@ -496,7 +496,8 @@ class Capture:
                     self._pass_over(layer)
                     return
                 begin = time.perf_counter()
-                self.gathering.gather(layer, gradient.detach())
+                with full_precision(gradient.device):
+                    self.gathering.gather(layer, gradient.detach())
                 self.seconds += time.perf_counter() - begin
 
         return gradient_arrives

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,16 @@ def several_processes() -> bool:
 def may_be_compiled() -> bool:
     """Whether torch's compiler has been imported: without it nothing is compiled."""
     return "torch._dynamo" in sys.modules
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Have nothing rounded to half precision that is computed beside a training, though its backward pass is within autocast."""
+    kinds = [kind for kind in {"cpu", device.type} if torch.amp.is_autocast_available(kind)]
+    kinds = [kind for kind in kinds if torch.is_autocast_enabled(kind)]
+    stack = ExitStack()
+    for kind in kinds:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack if kinds else nullcontext()
 
 
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:

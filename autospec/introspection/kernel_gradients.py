@@ -143,7 +143,7 @@ def in_parts(rows: Tensor, image: Tensor, lengths: Sequence[int], kernel: Kernel
         before - step < after <= before for (before, after), step in zip(margins, kernel.stride, strict=True)
     ):
         return rows, image, kernel
-    image = F.pad(image, [number for margin in reversed(margins) for number in margin])
+    image = _padded(image, margins)
     if not whole:
         missing = [last - there for last, there in zip(taken, rows.shape[2:], strict=True)]
         rows = F.pad(rows, [number for last in reversed(missing) for number in (0, last)])
@@ -153,6 +153,11 @@ def in_parts(rows: Tensor, image: Tensor, lengths: Sequence[int], kernel: Kernel
             rows, image = rows.unfold(axis, length, length), image.unfold(axis, seen, length * step)
         rows, image = (side.movedim(1, 1 + len(parts)).flatten(0, len(parts)) for side in (rows, image))
     return rows, image, replace(kernel, padding=(0,) * len(parts))
+
+
+def items_of_call(entries: int, numbers: int) -> int:
+    """How many items' sums one call forms, each with so many entries and factors of so many numbers."""
+    return min(SUMS // entries, NUMBERS // numbers)
 
 
 def summed(
@@ -187,7 +192,7 @@ def summed(
         items = max(2, how.parts // parts)
         spans = [(first, min(first + items, end)) for start, end in runs for first in range(start, end, items)]
     else:  # of one alone, without groups, torch has a slow way
-        items = max(1 + (parts == 1), min(SUMS // (entries * parts), NUMBERS // (rows[0].numel() + image[0].numel())))
+        items = max(1 + (parts == 1), items_of_call(entries * parts, rows[0].numel() + image[0].numel()))
         spans = [(first, min(first + items, len(rows))) for first in range(0, len(rows), items)]
     for first, last in spans:
         *sides, alone = in_parts(rows[first:last], image[first:last], how.lengths, kernel)
@@ -243,8 +248,10 @@ def add_gradient_of_parts(
         Of each run the square of what the rounding of its gradient may be (Frobenius).
     """
     how = summation(tuple(rows.shape[2:]), tuple(image.shape[2:]), kernel)
-    units = (rows.new_tensor(how.roundings) * ALLOWANCE * torch.finfo(rows.dtype).eps).square()
-    return [units @ square for square in summed(rows, image, counts, totals, how, kernel)]
+    of_walk, of_sums = ((rounding * ALLOWANCE * torch.finfo(rows.dtype).eps) ** 2 for rounding in how.roundings)
+    squares = summed(rows, image, counts, totals, how, kernel)
+    # Sums without a common direction are as large as the walk, for which their rounding counts already.
+    return [of_walk * walk + of_sums * (whole - walk).clamp(min=0) for walk, whole in squares]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -265,20 +272,29 @@ def summation(positions: tuple[int, ...], space: tuple[int, ...], kernel: Kernel
     count = math.prod(positions)
     apart = math.prod(kernel.shape) <= SMALL_KERNEL and count >= SOME_POSITIONS
     how = Summation(positions, 1 if apart else max(2, POSITIONS // count))
+    numbers = outputs * count + inputs * kernel.groups * math.prod(space)
     draw = torch.Generator().manual_seed(0)
-    rows = torch.randn(max(2, how.parts), outputs, *positions, generator=draw)
+    rows = torch.randn(
+        max(2, how.parts, items_of_call(math.prod(kernel.shape), numbers)), outputs, *positions, generator=draw
+    )
     image = torch.randn(len(rows), inputs * kernel.groups, *space, generator=draw)
     entries = [torch.randint(size, (ENTRIES,), generator=draw).tolist() for size in kernel.shape]
 
-    def rounding(rows: Tensor, image: Tensor, how: Summation) -> float:
-        """Rounding of sums, in units of eps and of the sums."""
-        total = torch.zeros(outputs, math.prod(kernel.shape[1:]), dtype=torch.float64)
-        (squares,) = summed(rows, image, [len(rows)], [total], how, kernel)
-        exact = torch.stack([_entry(rows, image, entry, kernel) for entry in zip(*entries, strict=True)])
-        error = (total.reshape(kernel.shape)[tuple(entries)] - exact).square().mean() * math.prod(kernel.shape)
-        return float((error / squares[1]).sqrt()) / torch.finfo(rows.dtype).eps
+    def rounding(how: Summation) -> float:
+        """Rounding of sums, in units of eps and of the sums; torch may have another way for many at a time than for two."""
+        found = []
+        for items in {2, len(rows)}:
+            total = torch.zeros(outputs, math.prod(kernel.shape[1:]), dtype=torch.float64)
+            (squares,) = summed(rows[:items], image[:items], [items], [total], how, kernel)
+            exact = torch.stack(
+                [_entry(rows[:items], image[:items], entry, kernel) for entry in zip(*entries, strict=True)]
+            )
+            error = (total.reshape(kernel.shape)[tuple(entries)] - exact).square().mean() * math.prod(kernel.shape)
+            sums = max(float(squares[1]), torch.finfo(rows.dtype).tiny)  # none where padding alone is seen
+            found.append(math.sqrt(float(error) / sums) / torch.finfo(rows.dtype).eps)
+        return max(found)
 
-    while (found := rounding(rows, image, how)) > LARGEST_ROUNDING and math.prod(how.lengths) > FEWEST:
+    while (found := rounding(how)) > LARGEST_ROUNDING and math.prod(how.lengths) > FEWEST:
         # Where one term is summed after the other, rounding is in proportion to the root of their number.
         wanted = math.prod(how.lengths) * how.parts * min(0.5, (LARGEST_ROUNDING / found) ** 2)
         parts, lengths = min(how.parts, 2), list(how.lengths)
@@ -286,8 +302,17 @@ def summation(positions: tuple[int, ...], space: tuple[int, ...], kernel: Kernel
             longest = lengths.index(max(lengths))
             lengths[longest] = -(-lengths[longest] // 2)
         how = Summation(tuple(lengths), parts)
-    agreeing = rounding(rows.abs_().add_(1), image.abs_().add_(1), how)
-    return replace(how, roundings=(found, agreeing))
+    for side in (rows, image):
+        side.abs_().add_(1)
+    return replace(how, roundings=(found, rounding(how)))
+
+
+def _padded(image: Tensor, margins: Sequence[tuple[int, int]]) -> Tensor:
+    """An image with zeros before and after it in its last dimensions, or with less at its end, which may be all of it."""
+    padded = F.pad(image, [max(number, 0) for margin in reversed(margins) for number in margin])
+    for axis, (_, after) in enumerate(margins, start=padded.ndim - len(margins)):
+        padded = padded.narrow(axis, 0, padded.shape[axis] + min(after, 0))
+    return padded
 
 
 def _entry(rows: Tensor, image: Tensor, entry: Sequence[int], kernel: Kernel) -> Tensor:
@@ -295,8 +320,7 @@ def _entry(rows: Tensor, image: Tensor, entry: Sequence[int], kernel: Kernel) ->
     channel, within, *offsets = entry
     group = channel // (kernel.shape[0] // kernel.groups)
     seen = image[:, group * kernel.shape[1] + within]
-    margins = kernel.margins(rows.shape[2:], image.shape[2:])
-    seen = F.pad(seen, [number for margin in reversed(margins) for number in margin])
+    seen = _padded(seen, kernel.margins(rows.shape[2:], image.shape[2:]))
     each = zip(offsets, kernel.dilation, kernel.stride, rows.shape[2:], strict=True)
     for axis, (offset, spread, step, count) in enumerate(each, start=1):
         seen = seen.narrow(axis, offset * spread, (count - 1) * step + 1)[

@@ -35,8 +35,9 @@ from .workspace import LARGEST_KEPT, Workspace
 SMALL, SMALL_ON_A_GPU, PATCHES_ON_A_GPU = 2**20, 2**28, 2**24
 # A sum of shares this much smaller than they are has lost too much to float32, and is formed again in float64.
 CANCELLED = 0.2
-# The same where the rounding is known, relative to the share: every spectrum keeps to 1e-6.
-ROUNDED = 8e-7
+# The same where the rounding is known, relative to the share: every spectrum keeps to 1e-6; and steps in which its largest value
+# is looked for.
+ROUNDED, POWER_STEPS = 8e-7, 8
 # Square of a share, over those of its factors, below which float64 products with the rows' Gram matrix lose 1e-6 of it.
 CANCELLED_BY_ROWS = 1e-9
 # Largest deviation of a gradient's product with a vector from that of the rows, in units of rounding (measured: 5.4).
@@ -212,11 +213,16 @@ class Shares:
         if not len(groups):
             return []
         sums = (groups @ flat).unflatten(1, self.shape)
-        # Two steps of the power method: a lower bound of the largest singular value, and near it where one direction prevails.
-        direction = sums.mT @ (sums @ irregular(self.shape[1], torch.float64)).unsqueeze(2)
-        largest = (sums @ direction).flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1)
+        # The power method: lower bounds of the largest singular value, soon near it where one direction prevails.
+        direction = irregular(self.shape[1], torch.float64).expand(len(sums), -1).unsqueeze(2)
+        for _ in range(POWER_STEPS):
+            image = sums @ direction
+            norms = image.flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1)
+            if (rounded <= ROUNDED * norms).all():
+                return []
+            direction = sums.mT @ image
         # What is not finite cannot be mended.
-        return torch.nonzero(groups[rounded > ROUNDED * largest].any(0)).flatten().tolist()
+        return torch.nonzero(groups[rounded > ROUNDED * norms].any(0)).flatten().tolist()
 
     @property
     def _largest_of_rounding(self) -> float:

@@ -24,6 +24,7 @@ from .distributed import Processes
 from .errors import WatchError
 from .gathering import Gathering
 from .groups import Groups, listed
+from .hooks import full_precision
 from .measure import CONTRASTS, Measurement
 from .parameters import find_parameters
 from .schedule import Budget, Schedule, make_schedule
@@ -311,18 +312,19 @@ class Watcher:
                     "one column for each time step or token."
                 )
             sizes = self._gathering.group_sizes()
-            if self._processes is not None:
-                self._processes.require_all(self._outer)
-                self._processes.join(self._layers, self._gathering.workspace)
-                sizes = self._processes.total(sizes)
-            self._measurement.audit = self._audit if self._gathering.audited is not None else None
-            record = self._measurement.record(self._count, sizes)
-            self._recorded += 1
-            (self._records if self._sink is None else self._buffer).append(record)
-            calibrating = self._budget is not None and self._budget.every is None
-            if self._measurement.due or self._gathering.audited is not None or calibrating:
-                self._finish()  # a step that is timed bears the whole of its cost
-            self._prove(record)
+            with full_precision(self._layers[0].parameter.device):
+                if self._processes is not None:
+                    self._processes.require_all(self._outer)
+                    self._processes.join(self._layers, self._gathering.workspace)
+                    sizes = self._processes.total(sizes)
+                self._measurement.audit = self._audit if self._gathering.audited is not None else None
+                record = self._measurement.record(self._count, sizes)
+                self._recorded += 1
+                (self._records if self._sink is None else self._buffer).append(record)
+                calibrating = self._budget is not None and self._budget.every is None
+                if self._measurement.due or self._gathering.audited is not None or calibrating:
+                    self._finish()  # a step that is timed bears the whole of its cost
+                self._prove(record)
         self._capture.clear()
         self._notice_missing_labels()
         end = time.perf_counter()

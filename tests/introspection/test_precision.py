@@ -1,5 +1,6 @@
 """Mixed precision: autocast to bfloat16, and losses scaled by a GradScaler."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -114,6 +115,40 @@ def test_under_autocast_the_record_is_near_that_of_single_precision(case):
             assert (floor > 1e3 * single[f"{statistic}_noise_floor"]).all()
             assert (floor < half[statistic].sel(index=1)).all()  # something is above it
             assert (abs(half[statistic] - single[statistic]).max("index") < floor).all(), statistic  # and no rounding
+
+
+PRODUCTS = {"many rows": ((60, 70), 100 * N), "rows that stay the same": ((400, 16), 20 * N)}
+
+
+@pytest.mark.parametrize("case", [*MODELS, *PRODUCTS])
+def test_the_backward_pass_and_step_may_be_within_autocast(case, monkeypatch):
+    """torch would multiply in half precision whatever is multiplied there."""
+    monkeypatch.setattr("autospec.introspection.shares.SMALL", 0)  # which is in float64
+    monkeypatch.setattr("autospec.introspection.shares.LARGEST_KEPT", 0)  # which would be formed again
+
+    def trained(watched):
+        torch.manual_seed(0)
+        if case in MODELS:
+            model, x = make(case)
+        else:
+            (inputs, outputs), rows = PRODUCTS[case]
+            model, x = nn.Sequential(nn.Linear(inputs, outputs)), normal(rows, inputs)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        watcher = autospec.watch(model, LABELS * (len(x) // N), audit=1, quiet=True) if watched else None
+        with watcher or contextlib.nullcontext():
+            for _ in range(2):
+                optimizer.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16):
+                    weighted(model(x)).backward()
+                    if watched:
+                        watcher.step()
+                optimizer.step()
+        return watched and watcher.trajectories.attrs["audit"], list(model.parameters())
+
+    (audit, parameters), (_, expected) = trained(True), trained(False)
+    assert audit["largest_error"] < 1e-6
+    assert audit["outside"] == {}
+    assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
 
 
 def test_under_autocast_a_linear_layer_is_exact_for_the_rounded_rows_of_the_step():
