@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import math
@@ -19,6 +20,8 @@ SMALL_KERNEL, SOME_POSITIONS, SUMS, NUMBERS, POSITIONS = 2**15, 2**7, 2**18, 2**
 LARGEST_ROUNDING, FEWEST = 4.0, 2**5
 # Entries of a kernel on which the rounding is measured, and by how much it is taken for larger.
 ENTRIES, ALLOWANCE = 64, 1.5
+# Numbers that are drawn for an item at most, of those that a larger one has.
+LARGEST_DRAWN = 2**24
 
 
 @dataclass(frozen=True)
@@ -212,9 +215,8 @@ def summed(
             side_by_side = replace(alone, shape=(sums * outputs, *others), groups=sums * kernel.groups)
             products = kernel_gradient(some, seen, side_by_side).view(sums, outputs, -1)
             both = torch.stack([walks, torch.linalg.vector_norm(products.flatten(1), dim=1).square()])
-            for i, (start, end) in enumerate(runs):
-                if start >= last or end <= first:
-                    continue
+            for i in range(bisect.bisect_right(ends, first), bisect.bisect_left(ends, last) + 1):
+                start, end = runs[i]
                 its = slice((max(start, first) - first) * parts, (min(end, last) - first) * parts)
                 its = its if how.parts == 1 else slice(None)
                 totals[i].add_(products[0] if sums == 1 else products[its].sum(0, dtype=torch.float64))
@@ -268,23 +270,26 @@ def summation(positions: tuple[int, ...], space: tuple[int, ...], kernel: Kernel
     kernel : Kernel
         And how it moves over the image.
     """
-    outputs, inputs, *_ = kernel.shape
-    count = math.prod(positions)
+    outputs, inputs = kernel.shape[0], kernel.shape[1] * kernel.groups
+    lengths = _cut(positions, LARGEST_DRAWN // (outputs + inputs))
+    if lengths != positions:
+        space, kernel = tuple(kernel.reach(lengths)), replace(kernel, padding=(0,) * len(space))
+    count = math.prod(lengths)
     apart = math.prod(kernel.shape) <= SMALL_KERNEL and count >= SOME_POSITIONS
-    how = Summation(positions, 1 if apart else max(2, POSITIONS // count))
-    numbers = outputs * count + inputs * kernel.groups * math.prod(space)
+    how = Summation(lengths, 1 if apart else max(2, POSITIONS // count))
+    items = items_of_call(math.prod(kernel.shape), outputs * count + inputs * math.prod(space))
     draw = torch.Generator().manual_seed(0)
-    rows = torch.randn(
-        max(2, how.parts, items_of_call(math.prod(kernel.shape), numbers)), outputs, *positions, generator=draw
+    rows, image = (
+        torch.randn(max(2, how.parts, items), channels, *there, generator=draw, dtype=torch.float32, device="cpu")
+        for channels, there in ((outputs, lengths), (inputs, space))
     )
-    image = torch.randn(len(rows), inputs * kernel.groups, *space, generator=draw)
-    entries = [torch.randint(size, (ENTRIES,), generator=draw).tolist() for size in kernel.shape]
+    entries = [torch.randint(size, (ENTRIES,), generator=draw, device="cpu").tolist() for size in kernel.shape]
 
     def rounding(how: Summation) -> float:
         """Rounding of sums, in units of eps and of the sums; torch may have another way for many at a time than for two."""
         found = []
         for items in {2, len(rows)}:
-            total = torch.zeros(outputs, math.prod(kernel.shape[1:]), dtype=torch.float64)
+            total = rows.new_zeros(outputs, math.prod(kernel.shape[1:]), dtype=torch.float64)
             (squares,) = summed(rows[:items], image[:items], [items], [total], how, kernel)
             exact = torch.stack(
                 [_entry(rows[:items], image[:items], entry, kernel) for entry in zip(*entries, strict=True)]
@@ -297,14 +302,20 @@ def summation(positions: tuple[int, ...], space: tuple[int, ...], kernel: Kernel
     while (found := rounding(how)) > LARGEST_ROUNDING and math.prod(how.lengths) > FEWEST:
         # Where one term is summed after the other, rounding is in proportion to the root of their number.
         wanted = math.prod(how.lengths) * how.parts * min(0.5, (LARGEST_ROUNDING / found) ** 2)
-        parts, lengths = min(how.parts, 2), list(how.lengths)
-        while math.prod(lengths) * parts > max(wanted, FEWEST):
-            longest = lengths.index(max(lengths))
-            lengths[longest] = -(-lengths[longest] // 2)
-        how = Summation(tuple(lengths), parts)
+        parts = min(how.parts, 2)
+        how = Summation(_cut(how.lengths, max(wanted, FEWEST) / parts), parts)
     for side in (rows, image):
         side.abs_().add_(1)
     return replace(how, roundings=(found, rounding(how)))
+
+
+def _cut(lengths: Sequence[int], positions: float) -> tuple[int, ...]:
+    """Halve the longest dimension of a part until it has no more than so many positions."""
+    lengths = list(lengths)
+    while math.prod(lengths) > max(positions, 1):
+        longest = lengths.index(max(lengths))
+        lengths[longest] = -(-lengths[longest] // 2)
+    return tuple(lengths)
 
 
 def _padded(image: Tensor, margins: Sequence[tuple[int, int]]) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import autospec
+from autospec.introspection import kernel_gradients
 from autospec.introspection.convolutions import Convolution
 from autospec.introspection.shares import Shares
 from autospec.introspection.workspace import Workspace
@@ -61,7 +62,10 @@ def factors_of(layer, activation, adjoint):
 
 @pytest.mark.parametrize("mean", [0.0, 1.0], ids=["terms of either sign", "terms that agree"])
 @pytest.mark.parametrize("case", CASES)
-def test_sums_over_few_positions_keep_their_digits_and_know_their_rounding(case, mean):
+@pytest.mark.parametrize("drawn", [2**24, 2**12], ids=["as large as images", "smaller than images"])
+def test_sums_over_few_positions_keep_their_digits_and_know_their_rounding(case, mean, drawn, monkeypatch):
+    monkeypatch.setattr(kernel_gradients, "LARGEST_DRAWN", drawn)
+    kernel_gradients.summation.cache_clear()
     layer, (items, *space) = CASES[case]
     x = draw(items, layer.in_channels, *space) + mean
     adjoint = draw(*layer(x).shape, seed=1) + mean
@@ -129,6 +133,22 @@ def test_near_a_stationary_point_every_kind_of_share_keeps_to_the_bar(kind, with
             assert np.abs(recorded - right).max() / right[0] < 1e-6, (group, name)
     assert tree.attrs["audit"]["outside"] == {}
     assert tree.attrs["audit"]["largest_error"] < 1e-6
+
+
+def test_how_sums_are_formed_goes_by_no_default_of_torch_and_draws_from_no_generator_of_its():
+    kernel = kernel_gradients.Kernel((8, 4, 3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1), 1)
+    found = []
+    for dtype, device in ((torch.float32, "cpu"), (torch.float64, "meta")):
+        kernel_gradients.summation.cache_clear()
+        before = torch.get_rng_state()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                found.append(kernel_gradients.summation((20, 20, 20), (20, 20, 20), kernel))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
