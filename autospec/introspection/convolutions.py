@@ -19,7 +19,7 @@ from .factors import (
     rounding,
     square,
 )
-from .kernel_gradients import Kernel, add_gradient_of_parts, kernel_gradient
+from .kernel_gradients import Kernel, add_gradient_of_parts, add_wide_gradient, kernel_gradient
 from .workspace import Workspace
 
 # Numbers in the patches that are multiplied at a time: about what a core's cache holds.
@@ -155,13 +155,11 @@ class Convolution(Factors):
 
     def _add_parts(self, counts: Sequence[int], totals: Sequence[Tensor], exact: bool) -> list[Tensor]:
         """The same without patches, which groups do not need and three dimensions make too many of."""
+        rows, image = (self.activation, self.adjoint) if self.transposed else (self.adjoint, self._padded())
         if not exact and self.adjoint.dtype == torch.float32:
-            rows, image = (self.activation, self.adjoint) if self.transposed else (self.adjoint, self._padded())
             return add_gradient_of_parts(rows, image, counts, totals, self._kernel)
-        for total, part in zip(totals, self.split(counts), strict=True):
-            few = max(1, PATCHES * len(part.adjoint) // max(part.adjoint.numel(), part.activation.numel()))
-            for adjoint, activation in zip(part.adjoint.split(few), part.activation.split(few), strict=True):
-                total += part.with_(activation, adjoint).in_float64().share()
+        for total, some, seen in zip(totals, rows.split(list(counts)), image.split(list(counts)), strict=True):
+            add_wide_gradient(some, seen, total, self._kernel)
         return [total.new_zeros(()) for total in totals]
 
     def as_product(self) -> Product:

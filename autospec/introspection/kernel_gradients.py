@@ -20,6 +20,8 @@ SMALL_KERNEL, SOME_POSITIONS, SUMS, NUMBERS, POSITIONS = 2**15, 2**7, 2**18, 2**
 LARGEST_ROUNDING, FEWEST = 4.0, 2**5
 # Entries of a kernel on which the rounding is measured, and by how much it is taken for larger.
 ENTRIES, ALLOWANCE = 64, 1.5
+# Numbers of the patches that torch makes of an image in float64.
+UNFOLDED = 2**22
 # Numbers that are drawn for an item at most, of those that a larger one has.
 LARGEST_DRAWN = 2**24
 
@@ -254,6 +256,20 @@ def add_gradient_of_parts(
     squares = summed(rows, image, counts, totals, how, kernel)
     # Sums without a common direction are as large as the walk, for which their rounding counts already.
     return [of_walk * walk + of_sums * (whole - walk).clamp(min=0) for walk, whole in squares]
+
+
+def add_wide_gradient(rows: Tensor, image: Tensor, total: Tensor, kernel: Kernel) -> None:
+    """Add the gradient of a kernel to a float64 matrix, in float64; all as for one run in `add_gradient_of_parts`.
+
+    torch unfolds images for that, so it sees few positions at a time.
+    """
+    lengths = _cut(rows.shape[2:], UNFOLDED // (math.prod(kernel.shape[1:]) * kernel.groups))
+    items = max(1, NUMBERS // (rows[0].numel() + image[0].numel()))
+    for some_rows, some_image in zip(rows.split(items), image.split(items), strict=True):
+        *sides, alone = in_parts(some_rows, some_image, lengths, kernel)
+        few = max(1, NUMBERS // (sides[0][0].numel() + sides[1][0].numel()))
+        for some, seen in zip(*(side.split(few) for side in sides), strict=True):
+            total += kernel_gradient(some.double(), seen.double(), alone)
 
 
 @functools.lru_cache(maxsize=1024)
