@@ -97,7 +97,7 @@ class Convolution(Factors):
         """Add the shares as products of rows and patches of a few items each, which stay in the processor's cache."""
         if self.groups > 1 or len(self.kernel) > 4:
             return self._add_parts(counts, totals, exact)
-        rows, image = (self.activation, self.adjoint) if self.transposed else (self.adjoint, self._padded())
+        rows, image = self._rows_and_image()
         space, positions = self.kernel[2:], rows.shape[2:]
         outputs, inputs = self.kernel[:2]
         size, many = math.prod(space), math.prod(positions)
@@ -155,7 +155,7 @@ class Convolution(Factors):
 
     def _add_parts(self, counts: Sequence[int], totals: Sequence[Tensor], exact: bool) -> list[Tensor]:
         """The same without patches, which groups do not need and three dimensions make too many of."""
-        rows, image = (self.activation, self.adjoint) if self.transposed else (self.adjoint, self._padded())
+        rows, image = self._rows_and_image()
         if not exact and self.adjoint.dtype == torch.float32:
             return add_gradient_of_parts(rows, image, counts, totals, self._kernel)
         for total, some, seen in zip(totals, rows.split(list(counts)), image.split(list(counts)), strict=True):
@@ -177,6 +177,10 @@ class Convolution(Factors):
         """Channels at each position, shape (items, outputs, positions)."""
         return self.adjoint.flatten(2)
 
+    def _rows_and_image(self) -> tuple[Tensor, Tensor]:
+        """What the kernel's first dimension belongs to, and what the kernel moves over."""
+        return (self.activation, self.adjoint) if self.transposed else (self.adjoint, self._padded())
+
     def _padded(self) -> Tensor:
         """The activation as the kernel meets it."""
         return self.activation if self.margins is None else F.pad(self.activation, self.margins[0], self.margins[1])
@@ -187,8 +191,8 @@ class Convolution(Factors):
         For a transposed convolution these are the outputs that each input position reaches.
         """
         space = self.kernel[2:]
-        image = self.adjoint if self.transposed else self._padded()
-        positions = (self.activation if self.transposed else self.adjoint).shape[2:]
+        rows, image = self._rows_and_image()
+        positions = rows.shape[2:]
         margins = [margin for size in reversed(self.padding) for margin in (size, size)]
         image = F.pad(image, margins)
         for axis, (size, stride, dilation, count) in enumerate(

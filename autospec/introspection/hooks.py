@@ -77,10 +77,8 @@ class Hook:
         return Hook(do_nothing)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return getattr, (
-            nullcontext(),
-            "__exit__",
-        )  # the standard library's method that takes anything and does nothing
+        # The standard library's method that takes anything and does nothing.
+        return getattr, (nullcontext(), "__exit__")
 
 
 class LookingOn(TorchFunctionMode):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .factors import squares_by_item
+
 # Sums of small kernels over some positions are formed side by side, so many numbers of them in a call, of factors of so many numbers;
 # other kernels' one after the other, over so many positions of several items.
 SMALL_KERNEL, SOME_POSITIONS, SUMS, NUMBERS, POSITIONS = 2**15, 2**7, 2**18, 2**20, 2**9
@@ -205,10 +207,7 @@ def summed(
         for some, seen in zip(*(side.tensor_split(calls) for side in sides), strict=True):
             sums = len(some) if how.parts == 1 else 1
             left, right = (
-                torch.linalg.vector_norm(side.reshape(len(side) * kernel.groups, -1), dim=1)
-                .square()
-                .view(sums, -1, kernel.groups)
-                .sum(1)
+                squares_by_item(side.reshape(len(side) * kernel.groups, 1, -1)).view(sums, -1, kernel.groups).sum(1)
                 for side in (some, seen)
             )
             walks = (left * right).sum(1) * (size * sums / (len(seen) * math.prod(seen.shape[2:])))
@@ -216,7 +215,7 @@ def summed(
             some, seen = (side.reshape(-1, sums * side.shape[1], *side.shape[2:]) for side in (some, seen))
             side_by_side = replace(alone, shape=(sums * outputs, *others), groups=sums * kernel.groups)
             products = kernel_gradient(some, seen, side_by_side).view(sums, outputs, -1)
-            both = torch.stack([walks, torch.linalg.vector_norm(products.flatten(1), dim=1).square()])
+            both = torch.stack([walks, squares_by_item(products)])
             for i in range(bisect.bisect_right(ends, first), bisect.bisect_left(ends, last) + 1):
                 start, end = runs[i]
                 its = slice((max(start, first) - first) * parts, (min(end, last) - first) * parts)

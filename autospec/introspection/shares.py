@@ -293,9 +293,8 @@ class Shares:
         """Whether shares are, or may be, float64 matrices to which sums of some products each are added."""
         if self.room is not None and self.room.dtype != torch.float64:
             return False
-        if isinstance(
-            factors, Product
-        ):  # others are formed at once, if they are there when they turn out to have cancelled
+        if isinstance(factors, Product):
+            # Others are formed at once, if they are there when they turn out to have cancelled.
             in_pieces = max(sorting.counts) > TERMS or self.held is None
             return factors.adjoint.is_cpu and factors.adjoint.dtype == torch.float32 and in_pieces
         return factors.in_pieces
